@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
 RUNTIMES = ("auto", "local", "url")
@@ -19,6 +19,7 @@ class OpenEnvConfig:
     startup_timeout_s: float = 60.0  # until a started server answers, or a full one has a free slot
     step_timeout_s: float = 30.0  # of one reset or step
     invalid_action_penalty: float = 0.0  # taken from the reward of a turn whose action cannot be read
+    options: dict[str, Any] = field(default_factory=dict)  # of the environment, where the data set's row says nothing
 
     def __post_init__(self) -> None:
         if self.runtime == "docker":
@@ -46,7 +47,7 @@ class OpenEnvConfig:
 
     def key(self) -> tuple[Any, ...]:
         """Equal configurations share their servers."""
-        return tuple(asdict(self).values())
+        return tuple(value for name, value in asdict(self).items() if name != "options")
 
     @classmethod
     def from_any(cls, config: Any) -> Self:

@@ -5,13 +5,12 @@
     fields   {"tool_name": "echo_message", ...}  `_get_openenv_action`: the place to change parsing
     answer   "The environment said: red lamp tree", reward 1.0, done
 
-The first complete action counts; what follows it is ignored. The reward of a turn is by how much it beats the best
-score so far, so the rewards of an episode add up to its best score, which is at most 1.
+The first complete action counts; what follows it is ignored. What actions and answers mean, and what a turn earns, is
+the catalog's to say: one Translator per episode.
 """
 
 from __future__ import annotations
 
-from random import Random
 from typing import Any
 
 import skyrl_gym
@@ -20,7 +19,7 @@ from integrations.openenv.catalog import CATALOG, CatalogEntry, InvalidAction, c
 from integrations.openenv.client import OpenEnvError, ServerError, StepResult
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool import Lease, close_shared_pools, shared_pool
-from integrations.openenv.prepare_dummy_dataset import dataset_row
+from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
@@ -42,27 +41,37 @@ class OpenEnv(BaseTextEnv):
         self.config = OpenEnvConfig.from_any(env_config)
         self.entry: CatalogEntry = catalog_entry(extras.get("env_name", ""))
         self.env_name = self.entry.name
-        self.ground_truth = _ground_truth(extras)
-        self.solution: str | None = (extras.get("extra_info") or {}).get("solution")
+        self.task = task_of_row(extras)
+        self.options = self.entry.read_options({**self.config.options, **self.task.options})
         self.seed: int | None = extras.get("seed")
         self.max_turns = int(extras.get("max_turns") or self.entry.max_turns)
-        self.best_score = 0.0
+        self.translator = self.entry.translator(self.task, self.options)
         self.num_invalid_actions = 0
         self.server_reward = 0.0
         self.last: StepResult | None = None
         self._done = False
         self._lease: Lease | None = None
+        fewest = self.entry.fewest_turns(self.options)
+        if self.max_turns < fewest:
+            raise ValueError(
+                f"{self.env_name}: max_turns={self.max_turns}, but an episode takes {fewest} turns or more before it "
+                f"is rewarded; set generator.max_turns={self.entry.max_turns}"
+            )
 
     # The episode
 
     async def init_async(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:
-        reset_kwargs = {} if self.seed is None else {"seed": int(self.seed)}
+        reset_kwargs = self.entry.reset_kwargs(self.options)
+        if self.seed is not None:
+            reset_kwargs["seed"] = int(self.seed)
+        source = self.entry.source(self.options)
         try:
-            self._lease = await shared_pool(self.config).lease(self.entry, **reset_kwargs)
+            self._lease = await shared_pool(self.config).lease(source, **reset_kwargs)
+            self.last = self._lease.first
+            text = self.translator.first_text(self.last)
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
-        self.last = self._lease.first
-        return self._with_observation(prompt, self.last), {"env_name": self.env_name}
+        return with_observation(prompt, text), {"env_name": self.env_name}
 
     async def step_async(self, action: str) -> BaseTextEnvStepOutput:
         if self._lease is None:
@@ -73,6 +82,8 @@ class OpenEnv(BaseTextEnv):
         try:
             fields = self._get_openenv_action(self.env_name, _between_tags(action, self.entry.max_action_chars))
             self.last = await self._lease.step(fields)
+            self.server_reward += self.last.reward or 0.0
+            answer = self.translator.answer(self.last, last_turn=self.turns >= self.max_turns)
         except InvalidAction as invalid:
             return self._answer_invalid(str(invalid))
         except ServerError as refused:
@@ -81,7 +92,7 @@ class OpenEnv(BaseTextEnv):
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
-        return self._answer(self.last)
+        return self._output(answer.text, answer.reward, ended=answer.ended)
 
     async def close_async(self) -> None:
         lease, self._lease = self._lease, None
@@ -94,45 +105,32 @@ class OpenEnv(BaseTextEnv):
         Override this to change how actions are read. Raise InvalidAction(message) for a text that is no action: the
         model reads the message.
         """
-        return self.entry.parse(action)
+        return self.translator.action(action)
 
     def get_metrics(self) -> dict[str, Any]:
         return {
             "turns": self.turns,
             "invalid_actions": self.num_invalid_actions,
-            "success": self.best_score >= self.max_reward,
-            "score": self.best_score,
+            "success": self.translator.success,
             "server_reward": self.server_reward,
+            **self.translator.metrics(),
         }
 
     def gold_actions(self) -> list[str] | None:
-        return None if self.solution is None else [f"{OPEN}{self.solution}{CLOSE}"]
+        """Known beforehand only where one action solves the task; `gold_action` is for all."""
+        return None if self.task.solution is None else [f"{OPEN}{self.task.solution}{CLOSE}"]
+
+    def gold_action(self) -> str | None:
+        """What a good player replies now, if the catalog has one."""
+        gold = self.translator.gold_action()
+        return None if gold is None else f"{OPEN}{gold}{CLOSE}"
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:
-        tasks = [(name, task) for name, entry in CATALOG.items() for task in entry.tasks(Random(0), 3)]
-        rows = [dataset_row(name, task, "train", index) for index, (name, task) in enumerate(tasks)]
+        rows = [row for name in CATALOG for row in dataset_rows(name, 3, 0, seed=0)[0]]
         return [{key: value for key, value in row.items() if key not in ("prompt", "env_class")} for row in rows]
 
     # What the model reads
-
-    def _with_observation(self, prompt: ConversationType, first: StepResult) -> ConversationType:
-        """The prompt, with the first observation at the end of its last message."""
-        messages = [dict(message) for message in prompt]
-        text = self.entry.observation_text(first.observation)
-        if text and messages:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{text}"
-        return messages
-
-    def _answer(self, result: StepResult) -> BaseTextEnvStepOutput:
-        self.server_reward += result.reward or 0.0
-        score = self.entry.score(self.ground_truth, result.observation)
-        gain, self.best_score = max(score - self.best_score, 0.0), max(score, self.best_score)
-        solved = score >= self.max_reward
-        text = self.entry.observation_text(result.observation)
-        if not solved and not result.done and self.turns < self.max_turns:
-            text = f"{text}\nThat is not right yet. Try again.".lstrip()
-        return self._output(text, gain, ended=solved or result.done)
 
     def _answer_invalid(self, message: str) -> BaseTextEnvStepOutput:
         self.num_invalid_actions += 1
@@ -140,6 +138,8 @@ class OpenEnv(BaseTextEnv):
 
     def _output(self, text: str, reward: float, *, ended: bool) -> BaseTextEnvStepOutput:
         out_of_turns = self.turns >= self.max_turns
+        if out_of_turns and not ended:
+            reward += self.translator.unfinished_reward()
         self._done = ended or out_of_turns
         last = self.last
         return {
@@ -192,14 +192,12 @@ def _reasons(refused: ServerError) -> str:
     return "; ".join(complaints)[:500] or refused.message[:500]
 
 
-def _ground_truth(extras: dict[str, Any]) -> str:
-    truth = (extras.get("reward_spec") or {}).get("ground_truth")
-    if not isinstance(truth, str):
-        raise ValueError(
-            f"reward_spec.ground_truth={truth!r} must be a string; "
-            "rows come from integrations/openenv/prepare_dummy_dataset.py"
-        )
-    return truth
+def with_observation(prompt: ConversationType, text: str) -> ConversationType:
+    """The prompt, with the first observation at the end of its last message."""
+    messages = [dict(message) for message in prompt]
+    if text and messages:
+        messages[-1]["content"] = f"{messages[-1]['content']}\n\n{text}"
+    return messages
 
 
 def close_background_pools() -> None:

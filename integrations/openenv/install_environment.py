@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from random import Random
 
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
-from integrations.openenv.client import OpenEnvError, open_session
+from integrations.openenv.client import OpenEnvError
+from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.containers import DockerUnavailable, docker, require_docker
-from integrations.openenv.server_process import ServerProcess
+from integrations.openenv.env import OpenEnv
+from integrations.openenv.pool import close_shared_pools
+from integrations.openenv.prepare_dummy_dataset import dataset_rows
+from skyrl_gym.core import EnvFailure
 
 PULL_TIMEOUT_S = 1800.0
 
@@ -51,7 +54,7 @@ async def _install(entry: CatalogEntry, has_docker: bool) -> bool:
     start = time.monotonic()
     try:
         reward = await play_gold_action(entry)
-    except OpenEnvError as failed:
+    except EnvFailure as failed:
         print(f"{entry.name}: FAILED: {failed}")
         return False
     print(f"{entry.name}: the known solution earned {reward:g} of 1 in {time.monotonic() - start:.1f} s. Ready.")
@@ -68,18 +71,22 @@ async def pull(entry: CatalogEntry) -> None:
 
 
 async def play_gold_action(entry: CatalogEntry) -> float:
-    """Start our own server, solve one task by its known solution, stop the server. The task's reward."""
-    task = entry.tasks(Random(0), 1)[0]
-    server = await ServerProcess.start(entry.server_module, max_sessions=1, timeout_s=60.0)
+    """Start our own server, play one episode as its gold player does, stop the server. What the episode earned."""
+    [row], _ = dataset_rows(entry.name, 1, 0, seed=0)
+    env = OpenEnv(OpenEnvConfig(runtime="local"), {**row, "max_turns": entry.max_turns})
+    reward, done = 0.0, False
     try:
-        client, _ = await open_session(server.url, {"seed": 0})
-        try:
-            result = await client.step(entry.parse(task.solution))
-        finally:
-            await client.close()
+        await env.init_async(row["prompt"])
+        while not done:
+            gold = env.gold_action()
+            if gold is None:
+                raise EnvFailure(f"{entry.name}: the catalog knows no good action here")
+            output = await env.step_async(gold)
+            reward, done = reward + output["reward"], output["done"]
     finally:
-        server.stop()
-    return entry.score(task.ground_truth, result.observation)
+        await env.close_async()
+        await close_shared_pools()
+    return reward
 
 
 def _parser() -> argparse.ArgumentParser:

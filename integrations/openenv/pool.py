@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from integrations.openenv.catalog import CatalogEntry
 from integrations.openenv.client import OpenEnvClient, OpenEnvError, SessionLost, StepResult, is_healthy, open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.server_process import ServerProcess, ServerStartFailed
+from integrations.openenv.source import ServerSource
 
 
 class Lease:
@@ -50,8 +50,8 @@ class Lease:
 class _Host:
     """Where one environment is served: a server of ours, or a given url."""
 
-    def __init__(self, entry: CatalogEntry, config: OpenEnvConfig) -> None:
-        self.entry = entry
+    def __init__(self, source: ServerSource, config: OpenEnvConfig) -> None:
+        self.source = source
         self.config = config
         self.slots = asyncio.Semaphore(config.max_sessions)
         self.server: ServerProcess | None = None
@@ -104,9 +104,11 @@ class _Host:
             return self.server.url
 
     async def _start(self) -> ServerProcess:
+        if self.source.module is None:
+            raise ServerStartFailed(f"{self.source.name}: there is no server of ours for it")
         try:
             server = await ServerProcess.start(
-                self.entry.server_module,
+                self.source.module,
                 max_sessions=self.config.max_sessions,
                 timeout_s=self.config.startup_timeout_s,
             )
@@ -127,17 +129,17 @@ class ServerPool:
 
     def __init__(self, config: OpenEnvConfig) -> None:
         self.config = config
-        self._hosts: dict[str, _Host] = {}
+        self._hosts: dict[ServerSource, _Host] = {}
         self._closed = False
         atexit.register(self.stop)
 
-    async def lease(self, entry: CatalogEntry, **reset_kwargs: Any) -> Lease:
+    async def lease(self, source: ServerSource, **reset_kwargs: Any) -> Lease:
         """A session of this environment, connected and reset; waits while all `max_sessions` are taken."""
         if self._closed:
             raise OpenEnvError("the server pool is closed")
-        if entry.name not in self._hosts:
-            self._hosts[entry.name] = _Host(entry, self.config)
-        return await self._hosts[entry.name].lease(reset_kwargs)
+        if source not in self._hosts:
+            self._hosts[source] = _Host(source, self.config)
+        return await self._hosts[source].lease(reset_kwargs)
 
     @property
     def num_restarts(self) -> int:
@@ -146,9 +148,9 @@ class ServerPool:
 
     def servers(self) -> Iterator[tuple[str, ServerProcess]]:
         """The running servers of our own, by environment name."""
-        for name, host in self._hosts.items():
+        for source, host in self._hosts.items():
             if host.server is not None:
-                yield name, host.server
+                yield source.name, host.server
 
     async def close(self) -> None:
         """Stop every server. Sessions still open are lost."""

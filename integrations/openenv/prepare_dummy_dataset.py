@@ -6,12 +6,15 @@ uv run integrations/openenv/prepare_dummy_dataset.py --output_dir ~/data/openenv
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from integrations.openenv.catalog import CATALOG, Task, catalog_entry
+from integrations.openenv.catalog.options import options_from_words
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 
@@ -21,9 +24,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         names = [catalog_entry(arguments.env_name).name] if arguments.env_name else list(CATALOG)
+        options = options_from_words(arguments.option)
         sizes = (arguments.num_train, arguments.num_validation, arguments.seed)
-        datasets = [dataset_rows(name, *sizes) for name in names]
-    except ValueError as refused:  # an unknown name, or more tasks than there are
+        datasets = [dataset_rows(name, *sizes, options=options) for name in names]
+    except ValueError as refused:  # an unknown name or option, or more tasks than there are
         parser.error(str(refused))
     folder = Path(arguments.output_dir).expanduser()
     train = [row for rows, _ in datasets for row in rows]
@@ -34,26 +38,55 @@ def main() -> None:
 
 
 def dataset_rows(
-    name: str, num_train: int, num_validation: int, seed: int
+    name: str, num_train: int, num_validation: int, seed: int, options: Mapping[str, Any] | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both splits. No task is in both. The same seed gives the same rows."""
-    tasks = catalog_entry(name).tasks(Random(f"{name} {seed}"), num_train + num_validation)
-    validation, train = tasks[:num_validation], tasks[num_validation:]
-    return (
-        [dataset_row(name, task, "train", index) for index, task in enumerate(train)],
-        [dataset_row(name, task, "validation", index) for index, task in enumerate(validation)],
-    )
+    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows."""
+    entry, num_tasks = catalog_entry(name), num_train + num_validation
+    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, entry.read_options(options or {}))
+    seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
+    rows = [dataset_row(name, task, own) for task, own in zip(tasks, seeds, strict=True)]
+    validation, train = rows[:num_validation], rows[num_validation:]
+    for split, of_split in (("train", train), ("validation", validation)):
+        for index, row in enumerate(of_split):
+            row["extra_info"] |= {"split": split, "index": index}
+    return train, validation
 
 
-def dataset_row(name: str, task: Task, split: str, index: int) -> dict[str, Any]:
+def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:
     return {
         "prompt": task.prompt,
         "env_class": "openenv",
         "env_name": name,
         "data_source": f"openenv/{name}",
+        "seed": seed if task.seed is None else task.seed,
+        "options": json.dumps(dict(task.options)),  # as text, for environments have different ones
         "reward_spec": {"method": "rule", "ground_truth": task.ground_truth},
-        "extra_info": {"split": split, "index": index, "family": task.family, "solution": task.solution},
+        "extra_info": {"family": task.family, "solution": task.solution},
     }
+
+
+def task_of_row(row: Mapping[str, Any]) -> Task:
+    """What `dataset_row` made a row of, from its columns; `prompt` and `extra_info` may be missing."""
+    truth = (row.get("reward_spec") or {}).get("ground_truth")
+    if not isinstance(truth, str):
+        raise ValueError(
+            f"reward_spec.ground_truth={truth!r} must be a string; "
+            "rows come from integrations/openenv/prepare_dummy_dataset.py"
+        )
+    options = row.get("options") or {}
+    if isinstance(options, str):
+        options = json.loads(options)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options={options!r} must be a JSON object: names and values of the environment's options")
+    extra_info = row.get("extra_info") or {}
+    return Task(
+        prompt=row.get("prompt") or [],
+        family=extra_info.get("family") or "",
+        ground_truth=truth,
+        solution=extra_info.get("solution"),
+        seed=row.get("seed"),
+        options=options,
+    )
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
@@ -79,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_train", type=_positive, default=64)
     parser.add_argument("--num_validation", type=_positive, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the environment, e.g. game=catch"
+    )
     return parser
 
 

@@ -9,7 +9,9 @@ from difflib import SequenceMatcher
 from random import Random
 from typing import Any, ClassVar, Self
 
-from integrations.openenv.catalog.entry import CatalogEntry, InvalidAction, Messages, Task
+from integrations.openenv.catalog.entry import InvalidAction, Messages, Task
+from integrations.openenv.catalog.options import NoOptions
+from integrations.openenv.catalog.scored import ScoredEntry
 from integrations.openenv.catalog.words import WORDS
 
 SHOWN_CHARS = 1000  # of stdout and of stderr, in what the model reads
@@ -47,14 +49,14 @@ class CodeObservation:
         )
 
 
-class CodingEntry(CatalogEntry):
+class CodingEntry(ScoredEntry):
     """Small programs, judged by what they print. Imports that the server allows: math, re, random, itertools, ..."""
 
     name: ClassVar[str] = "coding_env"
     image: ClassVar[str] = "ghcr.io/meta-pytorch/openenv-coding-env:latest"
     server_module: ClassVar[str] = "integrations.openenv.servers.coding_env"
 
-    def tasks(self, random: Random, num_tasks: int) -> list[Task]:
+    def tasks(self, random: Random, num_tasks: int, options: NoOptions) -> list[Task]:
         tasks: dict[str, Task] = {}
         tries = 0
         while len(tasks) < num_tasks:
@@ -63,7 +65,7 @@ class CodingEntry(CatalogEntry):
                 raise ValueError(f"coding_env: {num_tasks} different tasks are too many; {len(tasks)} were found")
             family = list(FAMILIES)[len(tasks) % len(FAMILIES)]
             request, solution, output = FAMILIES[family](random)
-            tasks.setdefault(request, Task(_prompt(request), output, solution, family))
+            tasks.setdefault(request, Task(_prompt(request), family, ground_truth=output, solution=solution))
         return list(tasks.values())
 
     def parse(self, text: str) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from difflib import SequenceMatcher
 from random import Random
 from typing import Any, ClassVar, Self
 
-from integrations.openenv.catalog.entry import CatalogEntry, InvalidAction, Messages, Task
+from integrations.openenv.catalog.entry import InvalidAction, Messages, Task
+from integrations.openenv.catalog.options import NoOptions
+from integrations.openenv.catalog.scored import ScoredEntry
 from integrations.openenv.catalog.words import WORDS
 
 WORDS_PER_MESSAGE = 3
@@ -45,18 +47,20 @@ class EchoObservation:
         return cls(data if isinstance(data, str) else None)
 
 
-class EchoEntry(CatalogEntry):
+class EchoEntry(ScoredEntry):
     """Three words are asked for; the reward is how much of them the environment said back."""
 
     name: ClassVar[str] = "echo_env"
     image: ClassVar[str] = "ghcr.io/meta-pytorch/openenv-echo-env:latest"
     server_module: ClassVar[str] = "integrations.openenv.servers.echo_env"
 
-    def tasks(self, random: Random, num_tasks: int) -> list[Task]:
+    def tasks(self, random: Random, num_tasks: int, options: NoOptions) -> list[Task]:
         messages: dict[str, None] = {}
         while len(messages) < num_tasks:
             messages[" ".join(random.sample(WORDS, WORDS_PER_MESSAGE))] = None
-        return [Task(_prompt(message), message, solution=message, family="three_words") for message in messages]
+        return [
+            Task(_prompt(message), family="three_words", ground_truth=message, solution=message) for message in messages
+        ]
 
     def parse(self, text: str) -> dict[str, Any]:
         message = text.strip()

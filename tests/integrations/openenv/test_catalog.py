@@ -5,8 +5,11 @@ from random import Random
 import pytest
 
 from integrations.openenv.catalog import CATALOG, InvalidAction, catalog_entry
+from integrations.openenv.catalog.coding import CodingEntry
+from integrations.openenv.catalog.echo import EchoEntry
+from integrations.openenv.catalog.options import NoOptions
 
-ECHO, CODING = CATALOG["echo_env"], CATALOG["coding_env"]
+ECHO, CODING = EchoEntry(), CodingEntry()
 
 
 def echoed(text: str) -> dict[str, object]:
@@ -30,16 +33,16 @@ def test_other_names_are_refused_with_the_known_ones(name: str, complaint: str) 
         catalog_entry(name)
 
 
-@pytest.mark.parametrize("entry", CATALOG.values(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [ECHO, CODING], ids=lambda entry: entry.name)
 def test_tasks_are_repeatable_and_different(entry) -> None:
-    tasks = entry.tasks(Random(5), 100)
-    assert tasks == entry.tasks(Random(5), 100)
+    tasks = entry.tasks(Random(5), 100, entry.read_options({}))
+    assert tasks == entry.tasks(Random(5), 100, entry.read_options({}))
     assert len({task.prompt[-1]["content"] for task in tasks}) == 100
 
 
 def test_more_tasks_than_there_are_is_an_error_not_an_endless_search() -> None:
     with pytest.raises(ValueError, match="coding_env: 9000 different tasks are too many"):
-        CODING.tasks(Random(5), 9000)
+        CODING.tasks(Random(5), 9000, NoOptions())
 
 
 def test_echo_pays_by_likeness_and_in_full_only_for_equality() -> None:

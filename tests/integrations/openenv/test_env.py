@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import skyrl_gym
 from integrations.openenv.catalog import InvalidAction
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv
+from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv, with_observation
 from integrations.openenv.pool import close_shared_pools, num_server_restarts, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.check import check_env
@@ -111,7 +111,7 @@ async def test_parsing_is_overridden_in_one_place(echo_url: str) -> None:
         def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:
             if not action.isupper():
                 raise InvalidAction("Shout.")
-            return self.entry.parse(action.lower())
+            return self.translator.action(action.lower())
 
     env = Shouting(OpenEnvConfig(url=echo_url), echo_extras(max_turns=2))
     quiet, loud = await played(env, "<action>red lamp tree</action>", "<action>RED LAMP TREE</action>")
@@ -130,10 +130,9 @@ async def test_fields_that_the_server_refuses_are_the_policys_fault(echo_url: st
     assert env.get_metrics()["invalid_actions"] == 1
 
 
-async def test_the_first_observation_reaches_the_model(coding_url: str) -> None:
-    env = OpenEnv(OpenEnvConfig(url=coding_url), code_extras("1"))
-    first = type("First", (), {"observation": {"stdout": "ready", "exit_code": 0}})
-    assert env._with_observation(PROMPT, first)[-1]["content"] == "Repeat: red lamp tree\n\nThe program printed:\nready"  # ty: ignore[invalid-argument-type]
+def test_the_first_observation_reaches_the_model() -> None:
+    shown = with_observation(PROMPT, "The program printed:\nready")
+    assert shown[-1]["content"] == "Repeat: red lamp tree\n\nThe program printed:\nready"
     assert PROMPT[-1]["content"] == "Repeat: red lamp tree"
 
 

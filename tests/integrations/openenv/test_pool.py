@@ -12,20 +12,23 @@ import time
 import psutil
 import pytest
 
-from integrations.openenv.catalog import catalog_entry
+from integrations.openenv.catalog.coding import CodingEntry
+from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client import OpenEnvError, SessionLost
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool import ServerPool, close_shared_pools, shared_pool
 from integrations.openenv.server_process import ServerProcess, ServerStartFailed
+from integrations.openenv.source import ServerSource
 from tests.integrations.openenv.processes import gone
 
-ECHO, CODING = catalog_entry("echo_env"), catalog_entry("coding_env")
+ECHO, CODING = EchoEntry(), CodingEntry()
+ECHO_SOURCE = ECHO.source(ECHO.read_options({}))
 HELLO = ECHO.parse("hello")
 
 
 async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None:
     pool = ServerPool(OpenEnvConfig())
-    leases = await asyncio.gather(*(pool.lease(ECHO) for _ in range(8)))
+    leases = await asyncio.gather(*(pool.lease(ECHO_SOURCE) for _ in range(8)))
     [(_, server)] = pool.servers()
     os.kill(server.pid, signal.SIGKILL)
     outcomes = await asyncio.gather(*(lease.step(HELLO) for lease in leases), return_exceptions=True)
@@ -33,7 +36,7 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
     for lease in leases:
         await lease.release()
 
-    fresh = await asyncio.gather(*(pool.lease(ECHO) for _ in range(8)))
+    fresh = await asyncio.gather(*(pool.lease(ECHO_SOURCE) for _ in range(8)))
     assert (await fresh[0].step(HELLO)).observation["result"]["data"] == "hello"
     assert pool.num_restarts == 1
     assert len(list(pool.servers())) == 1
@@ -43,12 +46,12 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
     await pool.close()
     assert gone([server.pid])
     with pytest.raises(OpenEnvError, match="pool is closed"):
-        await pool.lease(ECHO)
+        await pool.lease(ECHO_SOURCE)
 
 
 async def test_a_stopped_server_counts_as_dead() -> None:
     pool = ServerPool(OpenEnvConfig(step_timeout_s=0.5))
-    lease = await pool.lease(ECHO)
+    lease = await pool.lease(ECHO_SOURCE)
     [(_, server)] = pool.servers()
     os.kill(server.pid, signal.SIGSTOP)
     with pytest.raises(SessionLost, match=r"no answer to step within 0\.5 s"):
@@ -60,14 +63,14 @@ async def test_a_stopped_server_counts_as_dead() -> None:
 
 async def test_leases_beyond_max_sessions_wait_for_their_turn(echo_url: str) -> None:
     pool = ServerPool(OpenEnvConfig(url=echo_url, max_sessions=1))
-    first = await pool.lease(ECHO)
-    second = asyncio.create_task(pool.lease(ECHO))
+    first = await pool.lease(ECHO_SOURCE)
+    second = asyncio.create_task(pool.lease(ECHO_SOURCE))
     await asyncio.sleep(0.1)
     assert not second.done()
     await first.release()
     await first.release()  # twice frees one slot only
     lease = await asyncio.wait_for(second, 10)
-    third = asyncio.create_task(pool.lease(ECHO))
+    third = asyncio.create_task(pool.lease(ECHO_SOURCE))
     await asyncio.sleep(0.1)
     assert not third.done()
     await lease.release()
@@ -90,13 +93,13 @@ async def test_a_server_that_cannot_start_says_why() -> None:
         await ServerProcess.start("integrations.openenv.servers.chess_env", max_sessions=1, timeout_s=30)
 
 
-async def test_leases_that_waited_for_a_failing_start_share_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(ECHO), "server_module", "integrations.openenv.servers.chess_env")
+async def test_leases_that_waited_for_a_failing_start_share_its_error() -> None:
+    chess = ServerSource("chess_env", module="integrations.openenv.servers.chess_env")
     pool = ServerPool(OpenEnvConfig())
     start = time.monotonic()
-    first = await asyncio.gather(pool.lease(ECHO), return_exceptions=True)
+    first = await asyncio.gather(pool.lease(chess), return_exceptions=True)
     one_s, start = time.monotonic() - start, time.monotonic()
-    outcomes = await asyncio.gather(*(pool.lease(ECHO) for _ in range(20)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(pool.lease(chess) for _ in range(20)), return_exceptions=True)
     assert all(isinstance(outcome, ServerStartFailed) for outcome in [*first, *outcomes])
     assert time.monotonic() - start < 10 * one_s
     await pool.close()
@@ -128,7 +131,7 @@ def test_nothing_outlives_the_trainer(how: signal.Signals) -> None:
 
         async def main():
             entry = catalog_entry("coding_env")
-            lease = await shared_pool(OpenEnvConfig()).lease(entry)
+            lease = await shared_pool(OpenEnvConfig()).lease(entry.source(entry.read_options({})))
             await lease.step(entry.parse("print(1)"))
             print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
             await lease.step(entry.parse("import time; time.sleep(9)"))

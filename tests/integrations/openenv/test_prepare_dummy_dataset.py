@@ -11,6 +11,9 @@ from integrations.openenv import prepare_dummy_dataset
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 
 
+COLUMNS = {"prompt", "env_class", "env_name", "data_source", "seed", "options", "reward_spec", "extra_info"}
+
+
 def test_the_splits_share_no_task_and_the_seed_decides() -> None:
     train, validation = dataset_rows("echo_env", 200, 50, seed=1)
     assert len(train) == 200
@@ -40,7 +43,7 @@ def test_the_file_gives_back_plain_values(tmp_path: Path) -> None:
     prepare_dummy_dataset.write_parquet(rows, tmp_path / "v.parquet")
     read = load_dataset("parquet", data_files=str(tmp_path / "v.parquet"), split="train", cache_dir=str(tmp_path))
     assert list(read) == rows
-    assert set(rows[0]) == {"prompt", "env_class", "env_name", "data_source", "reward_spec", "extra_info"}
+    assert set(rows[0]) == COLUMNS
 
 
 def test_an_unknown_environment_is_an_error_of_the_command_line(

@@ -1,0 +1,47 @@
+"""An environment's options: a frozen dataclass per environment, filled from a row, a configuration or words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """Of an environment that has none."""
+
+
+def read_options(options_type: type[OptionsT], values: Mapping[str, Any], of: str) -> OptionsT:
+    """The dataclass with these values; ValueError names what is unknown or wrong, and what there is."""
+    known = [field.name for field in fields(options_type)]  # ty: ignore[invalid-argument-type]
+    for name in values:
+        if name not in known:
+            nearest = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"{of} has no option {name!r}; {hint}")
+    try:
+        return TypeAdapter(options_type).validate_python(dict(values))
+    except ValidationError as wrong:
+        words = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in wrong.errors())
+        raise ValueError(f"{of}: {words}") from None
+
+
+def options_from_words(words: Sequence[str]) -> dict[str, Any]:
+    """["game=tic_tac_toe", "rows=8"] as a mapping. A value is JSON where it can be read as that, else a string."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"option {word!r} must look like name=value")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
