@@ -10,7 +10,6 @@ from datasets import load_dataset
 from integrations.openenv import prepare_dummy_dataset
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 
-
 COLUMNS = {"prompt", "env_class", "env_name", "data_source", "seed", "options", "reward_spec", "extra_info"}
 
 
