@@ -13,7 +13,7 @@ from tests.benchmarks.workers.prompts import prompts
 
 
 def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings["model"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).to(device).eval()
     asked = prompts(tokenizer, settings["num_prompts"], settings["prompt_tokens"])
