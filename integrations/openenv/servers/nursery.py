@@ -37,6 +37,8 @@ Answer = Callable[[Any], Any]
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
+libc = ctypes.CDLL(None, use_errno=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
@@ -158,6 +160,7 @@ def run_nursery(control: socket.socket, module: str) -> None:
         if control.fileno() in ready:
             message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
             if not message:
+                signal.set_wakeup_fd(-1)
                 break
             session = socket.socket(fileno=descriptors[0])
             process_id = os.fork()
@@ -204,7 +207,7 @@ def die_with_parent() -> None:
     """Linux kills us when our parent ends, however it ends. Forgotten when a process changes its user."""
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 

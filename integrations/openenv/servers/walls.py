@@ -9,7 +9,6 @@ none         a plain process with limits. Refused, unless OPENENV_ACCEPT_UNSAFE=
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def strongest_wall(readable: Sequence[Path] = (SERVERS,)) -> Wall:
         confined = "each worker is confined besides" if filtered else "workers have limits, but no filter"
         return Wall("container", f"OPENENV_WALL=container; {confined}", this_interpreter())
     if not filtered:
-        machine = f"{sys.platform} on {platform.machine()}"
+        machine = f"{sys.platform} on {os.uname().machine}"
         return Wall("none", f"no system call filter here ({machine})", this_interpreter())
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
