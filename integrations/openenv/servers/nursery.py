@@ -176,10 +176,11 @@ def _reap(sessions: dict[int, socket.socket], poller: select.poll) -> None:
     """Close the sockets of dead workers, so that their sessions notice."""
     with contextlib.suppress(ChildProcessError):
         while (process_id := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-            session = sessions.pop(process_id)
-            with contextlib.suppress(KeyError):
-                poller.unregister(session)
-            session.close()
+            session = sessions.pop(process_id, None)  # none: an orphan, if we are the first process of a namespace
+            if session is not None:
+                with contextlib.suppress(KeyError):
+                    poller.unregister(session)
+                session.close()
 
 
 def _be_worker(session: socket.socket, make_answer: Callable[[Any], Answer], not_ours: list[socket.socket]) -> None:
