@@ -9,7 +9,7 @@ from __future__ import annotations
 FORKS, BLOCKS, BLOCK_MB, OUTPUT_MB = 150, 8, 100, 1000
 
 BEGIN = """
-import ctypes, os, select, signal, socket, time
+import ctypes, os, select, signal, socket, time  # a confined worker has them already
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl(15, given["marker"].encode())  # the name by which the test finds this process, and what it forks
@@ -26,13 +26,17 @@ def first_read(paths):
     return " ".join(found)
 
 
-processes = ["self", 1, os.getppid() if hasattr(os, "getppid") else 1, given["host_pid"], given["pid"]]
+processes = ["self", 1, given["host_parent"], given["host_pid"], given["pid"]]
 """
 
 READS = {  # they succeed if the secret is in the loot
     "host file": 'loot = first_read([given["secret_file"]])',
     "environment variables": 'loot = str(dict(os.environ)) + first_read(f"/proc/{p}/environ" for p in processes)',
-    "network": 'loot = socket.create_connection(("127.0.0.1", given["port"]), 5).recv(100).decode()',
+    "network": """
+connection = socket.socket()
+connection.connect(("127.0.0.1", given["port"]))
+loot = connection.recv(100).decode()
+""",
     "abstract socket": """
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("\\0" + given["socket_name"])
@@ -100,8 +104,9 @@ for _ in range({BLOCKS}):
         time.sleep(60)
         os._exit(0)
 full = 0
-while full < {BLOCKS} and select.select([reading], [], [], 15)[0]:
-    full += len(os.read(reading, 100))
+while full < {BLOCKS} and os.waitpid(-1, os.WNOHANG) == (0, 0):  # until one was killed
+    if select.select([reading], [], [], 0.1)[0]:
+        full += len(os.read(reading, 100))
 loot = "done" if full == {BLOCKS} else "refused"
 """,
     "1 GB of output": f"""
@@ -118,6 +123,8 @@ for descriptor in given["descriptors"]:
 os.write(descriptor, b"\\n")
 """,
 }
+
+HONEST = 'loot = "done"'
 
 ALL = {
     **READS,

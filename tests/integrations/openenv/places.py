@@ -25,7 +25,6 @@ from integrations.openenv.servers.nursery import MAX_ANSWER_BYTES, Interpreter, 
 from tests.integrations.openenv import attacks
 
 WAIT_S = 60.0  # the machine may be busy
-ENDLESS_WAIT_S = 2.0
 BASE_IMAGES = ("python-standin:3.11-slim", "python:3.11-slim")
 VICTIM = """
 import ctypes, os, sys
@@ -57,6 +56,7 @@ class Scene:
             "socket_name": self.socket_name,
             "marker": self.marker,
             "host_pid": self.victim.pid,
+            "host_parent": os.getpid(),
             "pid": pid,
             "address": address,
             "descriptors": list(descriptors),
@@ -122,8 +122,8 @@ def _tell(listening: socket.socket, secret: str) -> None:
 class Place(Protocol):
     """Somewhere to run one attack."""
 
-    def run(self, name: str, here: Scene) -> str:
-        """The loot; empty if nothing came back in time."""
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        """The loot, or the error; empty if nothing came back in time."""
         ...
 
     def victim_lives(self, here: Scene) -> bool: ...
@@ -140,13 +140,12 @@ class Workers:
         self._nursery = nursery
         self._open: list[Worker] = []
 
-    def run(self, name: str, here: Scene) -> str:
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
         attacker, self._sibling = self._nursery.worker(""), self._nursery.worker(here.secret)
         self._open += [attacker, self._sibling]
         sibling = self._sibling.ask({}, WAIT_S)
         given = here.given(sibling["pid"], sibling["address"], range(3, 64))
-        question = {"code": attacks.BEGIN + attacks.ALL[name], "given": given}
-        return attacker.ask(question, ENDLESS_WAIT_S if name == "endless loop" else WAIT_S) or ""
+        return attacker.ask({"code": attacks.BEGIN + code, "given": given}, wait_s) or ""
 
     def victim_lives(self, here: Scene) -> bool:
         return self._sibling.ask({}, WAIT_S) is not None and here.victim.poll() is None
@@ -164,16 +163,16 @@ class Process:
         self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, name: str, here: Scene) -> str:
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
         self._process = subprocess.Popen(
-            [*self._interpreter.command, "-c", _script(name, here)],
+            [*self._interpreter.command, "-c", _script(code, here)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=dict(self._interpreter.environment),
             start_new_session=True,
         )
-        return last_line(self._process, self._max_bytes, ENDLESS_WAIT_S if name == "endless loop" else WAIT_S)
+        return last_line(self._process, self._max_bytes, wait_s)
 
     def victim_lives(self, here: Scene) -> bool:
         time.sleep(0.1)
@@ -193,18 +192,19 @@ class DockerContainer:
         self._image = image
         self._name = f"attack-{uuid.uuid4().hex[:12]}"
 
-    def run(self, name: str, here: Scene) -> str:
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
         flags = ("--read-only", "--network=none", "--tmpfs=/tmp:size=64m", "--user=65534:65534", "--log-driver=none")
         missing = [flag for flag in flags if not any(limit.startswith(flag.split("=")[0]) for limit in LIMITS)]
         smaller = ("--memory=256m", "--memory-swap=256m", "--pids-limit=64")
-        command = ["docker", "run", "--pull=never", "--rm", f"--name={self._name}", *LIMITS, *missing, *smaller]
+        script = (self._image, "python3", "-c", _script(code, here))
+        options = (f"--name={self._name}", "--pull=never", *LIMITS, *missing, *smaller)
+        subprocess.run(["docker", "create", *options, *script], check=True, capture_output=True, timeout=WAIT_S)
         self._client = subprocess.Popen(
-            [*command, self._image, "python3", "-c", _script(name, here)],
+            ["docker", "start", "--attach", self._name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        wait_s = 8 * ENDLESS_WAIT_S if name == "endless loop" else WAIT_S
         loot = last_line(self._client, MAX_ANSWER_BYTES, wait_s)
         if not loot:
             self._remove()  # what the pool does when an answer is too late or too long
@@ -253,7 +253,14 @@ def _wait_for(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _script(name: str, here: Scene) -> str:
+def _script(code: str, here: Scene) -> str:
     given = here.given(here.victim.pid, here.victim_address, [1])
-    code = f"given = {given!r}\n{attacks.BEGIN}\n{attacks.ALL[name]}"
-    return f"{code}\nprint(repr(loot) + '\\nend', flush=True)"
+    return f"""
+names = {{"given": {given!r}}}
+try:
+    exec({attacks.BEGIN + code!r}, names)
+    loot = names["loot"]
+except (OSError, MemoryError, RuntimeError) as error:
+    loot = type(error).__name__ + ": " + str(error)
+print(repr(loot) + "\\nend", flush=True)
+"""
