@@ -36,6 +36,7 @@ Answer = Callable[[Any], Any]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+READY = b"r"  # what a nursery says when it has imported everything
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,6 +71,9 @@ class Nursery:
             if self.has_died():
                 self._control.close()
                 self._start()
+            if not self._is_ready and not self._control.recv(1):
+                raise RuntimeError(f"the nursery ended while it imported {self._module}; its stderr says why")
+            self._is_ready = True
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -89,6 +93,7 @@ class Nursery:
         self._process.wait()
 
     def _start(self) -> None:
+        self._is_ready = False
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -138,6 +143,7 @@ class Worker:
 def run_nursery(control: socket.socket, module: str) -> None:
     """Fork a worker for each socket that comes in, kill it when its session closes, until the server is gone."""
     make_answer = importlib.import_module(module).make_answer
+    control.sendall(READY)
     gc.freeze()  # a collection in a worker shall not copy the pages of all that was imported
     died, wake = socket.socketpair()
     died.setblocking(False)

@@ -113,6 +113,20 @@ async def test_a_killed_nursery_is_a_failure_of_the_environment_and_is_replaced(
         server.stop()
 
 
+async def test_a_killed_server_leaves_no_process_behind() -> None:
+    server = await ServerProcess.start("integrations.openenv.servers.coding_env", max_sessions=4, timeout_s=60)
+    try:
+        client, _ = await open_session(server.url, {})
+        await client.step({"code": "print(1)"})
+        below = [process.pid for process in psutil.Process(server.pid).children(recursive=True)]
+        assert len(below) >= 2  # a nursery and a worker
+        psutil.Process(server.pid).kill()
+        assert await asyncio.to_thread(gone, below)
+        await client.close()
+    finally:
+        server.stop()
+
+
 async def test_output_is_capped(coding_url: str) -> None:
     client, _ = await open_session(coding_url, {})
     result = await client.step({"code": "for i in range(100):\n    print('y' * 100000)"})
