@@ -94,7 +94,9 @@ def installed_closure(names: Iterable[str], left_out: Collection[str] = ()) -> d
         versions[name] = found.version
         for line in found.requires or ():
             asked = Requirement(line)
-            if asked.marker is None or any(asked.marker.evaluate({**LINUX, "extra": extra}) for extra in extras or {""}):
+            if asked.marker is None or any(
+                asked.marker.evaluate({**LINUX, "extra": extra}) for extra in extras or {""}
+            ):
                 waiting.append(asked)
     return versions
 
