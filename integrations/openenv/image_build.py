@@ -30,7 +30,11 @@ SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "websockets", "requests", "
 # Engines that stand among pyproject.toml's dependencies and not in an extra.
 ENGINES_WITHOUT_EXTRA = {"coding_env": ("smolagents",)}
 # Asked for by an engine's package, imported by no server of ours.
-UNUSED = {"openspiel_env": {"scipy"}}
+UNUSED = {
+    "openspiel_env": {"numpy", "scipy", "absl-py", "ml-collections"},  # of its Python games; ours are the C++ ones
+    "sumo_rl_env": {"pillow"},
+    "finrl_env": {"scipy"},  # skfolio is there for its price file and never imported
+}
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 
 
@@ -106,8 +110,8 @@ def _installed_version(name: str) -> str:
         return distribution(name).version
     except PackageNotFoundError:
         raise OpenEnvError(
-            f"{name} is not installed here, and the image takes its versions from this machine; type `uv sync --inexact "
-            "--extra envs` first"
+            f"{name} is not installed here, and the image takes its versions from this machine; type first: "
+            "uv sync --inexact --extra envs"
         ) from None
 
 
