@@ -55,12 +55,14 @@ def context_hash(entry: CatalogEntry) -> str:
 
 
 def build_context(entry: CatalogEntry) -> bytes:
-    """The tar that `docker build -` reads: Dockerfile, requirements, our servers' code."""
+    """The tar that `docker build -` reads."""
     server = installed_closure(SERVER_PACKAGES)
     server["openenv-core"] = _installed_version("openenv-core")
     engine = installed_closure(engine_packages(entry), left_out=UNUSED.get(entry.name, set()))
+    system = DOCKERFILE.parent / f"{entry.name}.sh"
     files = {
         "Dockerfile": DOCKERFILE.read_bytes(),
+        "system.sh": system.read_bytes() if system.exists() else b"",
         "requirements/server.txt": _requirements(server),
         "requirements/engine.txt": _requirements({name: engine[name] for name in engine if name not in server}),
     }
