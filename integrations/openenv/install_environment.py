@@ -12,7 +12,7 @@ import time
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
 from integrations.openenv.client import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.containers import DockerUnavailable, docker, require_docker
+from integrations.openenv.docker_command import DockerUnavailable, docker, require_docker
 from integrations.openenv.env import OpenEnv
 from integrations.openenv.pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows

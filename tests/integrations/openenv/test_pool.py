@@ -17,17 +17,19 @@ from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client import OpenEnvError, SessionLost
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool import ServerPool, close_shared_pools, shared_pool
-from integrations.openenv.server_process import ServerProcess, ServerStartFailed
+from integrations.openenv.server import ServerStartFailed
+from integrations.openenv.server_process import ServerProcess
 from integrations.openenv.source import ServerSource
 from tests.integrations.openenv.processes import gone
 
 ECHO, CODING = EchoEntry(), CodingEntry()
 ECHO_SOURCE = ECHO.source(ECHO.read_options({}))
 HELLO = ECHO.parse("hello")
+LOCAL = OpenEnvConfig(runtime="local")
 
 
 async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None:
-    pool = ServerPool(OpenEnvConfig())
+    pool = ServerPool(LOCAL)
     leases = await asyncio.gather(*(pool.lease(ECHO_SOURCE) for _ in range(8)))
     [(_, server)] = pool.servers()
     os.kill(server.pid, signal.SIGKILL)
@@ -50,14 +52,14 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
 
 
 async def test_a_stopped_server_counts_as_dead() -> None:
-    pool = ServerPool(OpenEnvConfig(step_timeout_s=0.5))
+    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=0.5))
     lease = await pool.lease(ECHO_SOURCE)
     [(_, server)] = pool.servers()
     os.kill(server.pid, signal.SIGSTOP)
     with pytest.raises(SessionLost, match=r"no answer to step within 0\.5 s"):
         await lease.step(HELLO)
     await lease.release()
-    assert gone([server.pid])
+    assert await asyncio.to_thread(gone, [server.pid])
     await pool.close()
 
 
@@ -95,7 +97,7 @@ async def test_a_server_that_cannot_start_says_why() -> None:
 
 async def test_leases_that_waited_for_a_failing_start_share_its_error() -> None:
     chess = ServerSource("chess_env", module="integrations.openenv.servers.chess_env")
-    pool = ServerPool(OpenEnvConfig())
+    pool = ServerPool(LOCAL)
     start = time.monotonic()
     first = await asyncio.gather(pool.lease(chess), return_exceptions=True)
     one_s, start = time.monotonic() - start, time.monotonic()
@@ -131,7 +133,7 @@ def test_nothing_outlives_the_trainer(how: signal.Signals) -> None:
 
         async def main():
             entry = catalog_entry("coding_env")
-            lease = await shared_pool(OpenEnvConfig()).lease(entry.source(entry.read_options({})))
+            lease = await shared_pool(OpenEnvConfig(runtime="local")).lease(entry.source(entry.read_options({})))
             await lease.step(entry.parse("print(1)"))
             print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
             await lease.step(entry.parse("import time; time.sleep(9)"))
