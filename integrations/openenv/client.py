@@ -19,8 +19,9 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from integrations.openenv.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.unix_socket import get_over_socket, socket_path
 
 MAX_FRAME_BYTES = 100 * 1024 * 1024  # what the official client accepts; an Atari screen as JSON is 0.2 MB
@@ -71,7 +72,7 @@ class OpenEnvClient:
         self.url = url
         self.connect_timeout_s = connect_timeout_s
         self.step_timeout_s = step_timeout_s  # of each reset, step and state
-        self._socket: ClientConnection | None = None
+        self._socket: ClientConnection | OldHttpSession | None = None
         self._lost: str | None = "it was never connected"  # why the session is unusable
 
     async def connect(self) -> None:
@@ -81,7 +82,10 @@ class OpenEnvClient:
         try:
             self._socket = await _opening(self.url, self.connect_timeout_s)
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as refused:
-            raise SessionLost(f"cannot connect to the environment server at {self.url}: {_words(refused)}") from refused
+            self._socket = await self._old_session(refused)
+            if self._socket is None:
+                words = f"cannot connect to the environment server at {self.url}: {_words(refused)}"
+                raise SessionLost(words) from refused
         self._lost = None
 
     async def reset(self, **kwargs: Any) -> StepResult:
@@ -160,11 +164,20 @@ class OpenEnvClient:
         self._lost = None
         return ServerError(code, text, body.get("errors") or [])
 
+    async def _old_session(self, refused: Exception) -> OldHttpSession | None:
+        """For a server that knows no WebSocket because it is from before 2026."""
+        if not isinstance(refused, InvalidStatus) or refused.response.status_code not in WS_REFUSED:
+            return None
+        address = _http_url(self.url)
+        if not await speaks_old_http(address, self.connect_timeout_s):
+            return None
+        return OldHttpSession(address, self.step_timeout_s + 1.0)  # the deadline of `_request` comes first
+
     def _lose(self, reason: str) -> SessionLost:
         """Make the session unusable and drop the connection at once, so that the server can free the slot."""
         self._lost = reason
         if self._socket is not None:
-            self._socket.transport.abort()
+            _drop(self._socket)
         return SessionLost(f"the session with {self.url} is lost: {reason}")
 
 
@@ -253,7 +266,14 @@ def _opening(url: str, timeout_s: float) -> connect:
     return connect(websocket_url(url), proxy=None if urlsplit(url).hostname in LOOPBACK_HOSTS else True, **options)
 
 
-async def _exchange(socket: ClientConnection, frame: str) -> str | bytes:
+def _drop(socket: ClientConnection | OldHttpSession) -> None:
+    if isinstance(socket, OldHttpSession):
+        socket.abort()
+    else:
+        socket.transport.abort()
+
+
+async def _exchange(socket: ClientConnection | OldHttpSession, frame: str) -> str | bytes:
     try:
         await socket.send(frame)
     except ConnectionClosed:
