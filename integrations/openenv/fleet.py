@@ -25,6 +25,7 @@ from integrations.openenv.server import Server, ServerStartFailed
 from integrations.openenv.source import ServerSource
 
 MAX_FAILURES = 5  # servers that failed since an episode got through; then the environment is given up
+LONGEST_SILENCE_S = 5.0  # of a server that is asked for its health
 NO_GROWTH_S = 60.0  # after a further server could not be started beside those that run
 
 
@@ -153,7 +154,7 @@ class Fleet:
         """Servers to start for those who wait."""
         per_server = min((member.capacity for member in self.members), default=self.config.max_sessions)
         places = sum(member.num_places(now_s) for member in self.members) + self._num_starting * per_server
-        allowed = self._max_servers if self._runtime in ("local", "docker") else 1
+        allowed = self._max_servers if self._runtime else 1
         if self.members and now_s < self._no_growth_until_s:
             return 0
         wanted = math.ceil(max(0, len(self._waiting) - places) / per_server)
@@ -185,6 +186,7 @@ class Fleet:
         self._num_starting -= 1
         if self._runtime is None:
             self._runtime = runtime
+            self._max_servers = 1 if runtime == "url" else self._max_servers
             announce(self.source, runtime, server)
         if self._num_dead:
             self._num_dead -= 1
@@ -205,6 +207,8 @@ class Fleet:
 
     def _start_failed(self, failed: OpenEnvError) -> None:
         self._num_failures += 1
+        if self._num_failures <= MAX_FAILURES:
+            self._last_words = f"; the last one: {failed}"
         if self.members:  # the others go on, and take those who wait in turn
             logger.warning(f"{self.source.name}: no further server, {failed}")
             self._no_growth_until_s = asyncio.get_running_loop().time() + NO_GROWTH_S
@@ -221,7 +225,7 @@ class Fleet:
         """A doubted server: back among the others if it is well, else replaced."""
         server = member.server
         running = await asyncio.to_thread(lambda: server.is_running)
-        healthy = running and await is_healthy(server.url)
+        healthy = running and await is_healthy(server.url, min(LONGEST_SILENCE_S, self.config.step_timeout_s))
         if healthy and not member.is_hopeless:
             member.doubted = False
         else:

@@ -129,10 +129,12 @@ def announce(source: ServerSource, runtime: str, server: Server) -> None:
         logger.info(f"{source.name}: served by {server.url if runtime == 'url' else 'a process of ours'} ({runtime})")
     elif not server.has_network:
         logger.info(f"{source.name}: served by containers of {source.image} without a network (docker)")
+    elif server.image.is_ours:
+        logger.info(f"{source.name}: served by containers of {source.image} with a network (docker)")
     else:
-        logger.info(
-            f"{source.name}: served by containers of {source.image} (docker), {num_workers()} workers each. They reach "
-            f"the network{'' if server.image.is_ours else ': an image that is not ours listens on a port only'}"
+        logger.warning(
+            f"{source.name}: served by containers of {source.image}, {num_workers()} workers each, with a network: an "
+            "image that is not ours listens on a port only (docker)"
         )
 
 
