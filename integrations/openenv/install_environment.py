@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
 from integrations.openenv.client import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.containers import DockerUnavailable, docker, require_docker
+from integrations.openenv.docker_command import DockerUnavailable, docker, require_docker
 from integrations.openenv.env import OpenEnv
 from integrations.openenv.image_build import BASE_IMAGE, build_image
 from integrations.openenv.long_command import run_long_command
