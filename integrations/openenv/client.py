@@ -11,7 +11,6 @@ import asyncio
 import json
 import math
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from types import TracebackType
@@ -21,12 +20,12 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from integrations.openenv.http_request import LOOPBACK_HOSTS, http_request
 from integrations.openenv.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.unix_socket import get_over_socket, socket_path
 
 MAX_FRAME_BYTES = 100 * 1024 * 1024  # what the official client accepts; an Atari screen as JSON is 0.2 MB
 FATAL_CODES = {"CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"}  # the server closes the connection behind these
-LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
 
 
 class OpenEnvError(Exception):
@@ -168,6 +167,8 @@ class OpenEnvClient:
         """For a server that knows no WebSocket because it is from before 2026."""
         if not isinstance(refused, InvalidStatus) or refused.response.status_code not in WS_REFUSED:
             return None
+        if socket_path(self.url) is not None:  # servers from then listen on ports only
+            return None
         address = _http_url(self.url)
         if not await speaks_old_http(address, self.connect_timeout_s):
             return None
@@ -220,13 +221,14 @@ async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
     """GET a JSON object, in a thread."""
     socket = socket_path(url)
     address = f"{url} {path}" if socket is not None else _http_url(url) + path
-    handlers = [urllib.request.ProxyHandler({})] if urlsplit(address).hostname in LOOPBACK_HOSTS else []
 
     def get() -> bytes:
         if socket is not None:
             return get_over_socket(socket, path, timeout_s)
-        with urllib.request.build_opener(*handlers).open(address, timeout=timeout_s) as response:
-            return response.read()
+        status, content = http_request(address, timeout_s=timeout_s)
+        if status != 200:
+            raise OSError(f"HTTP {status}")
+        return content
 
     try:
         body = json.loads(await asyncio.to_thread(get))

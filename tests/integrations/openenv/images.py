@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 
@@ -56,7 +56,7 @@ def built_image(name: str) -> str:
 
 
 @contextmanager
-def hardened_container(tag: str, *arguments: str) -> Iterator[tuple[str, str]]:
+def hardened_container(tag: str, *arguments: str) -> Generator[tuple[str, str]]:
     """A container of it with every wall up: (id, url). Removed at the end."""
     container = docker(
         *("run", "--detach", "--pull=never", f"--label={LABEL}", "--publish=127.0.0.1::8000"),
