@@ -121,7 +121,8 @@ def test_equal_inputs_give_equal_contexts_and_different_engines_different_ones()
 def test_the_context_holds_the_servers_and_pinned_requirements_and_nothing_else() -> None:
     with tarfile.open(fileobj=io.BytesIO(build_context(catalog_entry("coding_env")))) as tar:
         names = tar.getnames()
-        files = {name: tar.extractfile(name).read().decode() for name in names}  # ty: ignore[missing-attribute]
+        members = {name: tar.extractfile(name) for name in names}
+        files = {name: member.read().decode() for name, member in members.items() if member is not None}
     assert {name.split("/")[0] for name in names} == {"Dockerfile", "system.sh", "requirements", "integrations"}
     assert "integrations/openenv/servers/coding_env.py" in names
     server, engine = (files[f"requirements/{name}.txt"].splitlines() for name in ("server", "engine"))
