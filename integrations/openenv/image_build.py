@@ -30,7 +30,11 @@ SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "websockets", "requests", "
 # Engines that stand among pyproject.toml's dependencies and not in an extra.
 ENGINES_WITHOUT_EXTRA = {"coding_env": ("smolagents",)}
 # Asked for by an engine's package, imported by no server of ours.
-UNUSED = {"openspiel_env": {"scipy"}}
+UNUSED = {
+    "openspiel_env": {"numpy", "scipy", "absl-py", "ml-collections"},  # of its Python games; ours are the C++ ones
+    "sumo_rl_env": {"pillow"},
+    "finrl_env": {"scipy"},  # skfolio is there for its price file and never imported
+}
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 
 
@@ -51,12 +55,14 @@ def context_hash(entry: CatalogEntry) -> str:
 
 
 def build_context(entry: CatalogEntry) -> bytes:
-    """The tar that `docker build -` reads: Dockerfile, requirements, our servers' code."""
+    """The tar that `docker build -` reads."""
     server = installed_closure(SERVER_PACKAGES)
     server["openenv-core"] = _installed_version("openenv-core")
     engine = installed_closure(engine_packages(entry), left_out=UNUSED.get(entry.name, set()))
+    system = DOCKERFILE.parent / f"{entry.name}.sh"
     files = {
         "Dockerfile": DOCKERFILE.read_bytes(),
+        "system.sh": system.read_bytes() if system.exists() else b"",
         "requirements/server.txt": _requirements(server),
         "requirements/engine.txt": _requirements({name: engine[name] for name in engine if name not in server}),
     }
@@ -106,8 +112,8 @@ def _installed_version(name: str) -> str:
         return distribution(name).version
     except PackageNotFoundError:
         raise OpenEnvError(
-            f"{name} is not installed here, and the image takes its versions from this machine; type `uv sync --inexact "
-            "--extra envs` first"
+            f"{name} is not installed here, and the image takes its versions from this machine; type first: "
+            "uv sync --inexact --extra envs"
         ) from None
 
 

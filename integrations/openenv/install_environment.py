@@ -88,7 +88,8 @@ async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
     if uv is None or sys.prefix == sys.base_prefix:
         why = "uv is not here" if uv is None else "this Python is no virtual environment"
         raise OpenEnvError(
-            f"{entry.engine_module} is missing and {why}; in {REPOSITORY_ROOT} type: uv sync --inexact --extra {entry.extra}"
+            f"{entry.engine_module} is missing and {why}; in {REPOSITORY_ROOT} type: "
+            f"uv sync --inexact --extra {entry.extra}"
         )
     print(f"{entry.name}: installing its engine ({entry.extra}) ...", flush=True)
     find_links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS", "")

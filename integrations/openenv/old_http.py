@@ -1,4 +1,4 @@
-"""Servers from before 2026 (openenv-core 0.1): plain HTTP, no sessions. They look like a WebSocket session to the client.
+"""Servers from before 2026 (openenv-core 0.1): plain HTTP, made to look like a WebSocket session.
 
     {"type": "reset", "data": {}}          POST /reset {}
     {"type": "step", "data": {fields}}     POST /step {"action": {fields}}

@@ -18,12 +18,16 @@ from integrations.openenv.install_environment import play_gold_episode
 SAY_HELLO = {"type": "call_tool", "tool_name": "echo_message", "arguments": {"message": "hello"}}
 
 
-@pytest.fixture
-def old_url() -> Iterator[str]:
+def started() -> tuple[str, subprocess.Popen[bytes]]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         command = [sys.executable, "-m", "tests.integrations.openenv.old_http_server", str(listening.fileno())]
         server = subprocess.Popen(command, pass_fds=[listening.fileno()])
+        return f"http://127.0.0.1:{listening.getsockname()[1]}", server
+
+
+@pytest.fixture
+def old_url() -> Iterator[str]:
+    url, server = started()
     yield url
     server.kill()
     server.wait()
@@ -92,10 +96,7 @@ async def test_a_step_that_comes_too_late_does_not_reach_the_next_episode(old_ur
 
 
 async def test_a_server_that_dies_loses_the_session() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        command = [sys.executable, "-m", "tests.integrations.openenv.old_http_server", str(listening.fileno())]
-        server = subprocess.Popen(command, pass_fds=[listening.fileno()])
+    url, server = started()
     client, _ = await open_session(url, {})
     server.kill()
     server.wait()
