@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from random import Random
 from typing import Any
 
-import pyspiel  # ty: ignore[unresolved-import]
+import pyspiel  # ty: ignore[import-not-found]
 
 OPPONENTS = ("random", "first", "last", "middle")  # of the legal actions: the official ones
 DOCUMENTED = ("catch", "tic_tac_toe", "kuhn_poker", "cliff_walking", "2048", "blackjack")
