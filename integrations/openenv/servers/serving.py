@@ -24,6 +24,8 @@ def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
     arguments = _parser(description).parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
+    if arguments.accept_unsafe:
+        os.environ["OPENENV_ACCEPT_UNSAFE"] = "1"
     listening = socket.create_server((arguments.host, arguments.port), backlog=1024)
     app = make_app(arguments.max_sessions)
     host, port = listening.getsockname()[:2]
@@ -56,4 +58,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--max-sessions", type=int, default=int(os.environ.get("MAX_CONCURRENT_ENVS", "256")), help="sessions at once"
     )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin closes (set by the pool)")
+    parser.add_argument(
+        "--accept-unsafe",
+        action="store_true",
+        help="run a model's programs without a wall where this machine has none (coding_env; OPENENV_ACCEPT_UNSAFE=1)",
+    )
     return parser
