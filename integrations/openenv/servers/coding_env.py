@@ -14,7 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 
-from integrations.openenv.servers.python_workers import Nursery, Session
+from integrations.openenv.servers.nursery import Nursery
+from integrations.openenv.servers.programs import WORKER_MODULE, Session
 from integrations.openenv.servers.serving import serve
 
 FORBIDDEN = re.compile(r"import\s+os|import\s+subprocess|eval\(|exec\(|__import__|open\(")
@@ -89,7 +90,7 @@ def official_reward(code: str) -> float:
 
 
 def make_app(max_sessions: int) -> FastAPI:
-    nursery = Nursery()
+    nursery = Nursery(WORKER_MODULE)
 
     def make_environment() -> CodingEnvironment:
         return CodingEnvironment(nursery)
