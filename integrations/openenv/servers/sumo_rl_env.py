@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
+from pydantic import Field
 
 from integrations.openenv.servers.nursery import Nursery, Worker
 from integrations.openenv.servers.serving import serve
@@ -33,8 +34,8 @@ class SumoObservation(Observation):
     """One-hot phase, whether it may change, then density and queue of every lane as shares of its room."""
 
     observation: list[float]
-    observation_shape: list[int] = []
-    action_mask: list[int] = []
+    observation_shape: list[int] = Field(default_factory=list)
+    action_mask: list[int] = Field(default_factory=list)
     sim_time: float = 0.0
 
 

@@ -74,8 +74,8 @@ class Simulation:
         start = self.env.sim_step
         while self.env.sim_step < start + self.settings.warmup_seconds:
             self.observation, _, _, _, self.info = self.env.step(held)
-        self.env.sim_max_time = self.env.sim_step + self.settings.num_seconds
-        return {**self._seen(None, False), "junction": junction_of(self.env.sumo, self.light)}
+        self.env.sim_max_time = int(self.env.sim_step) + self.settings.num_seconds
+        return {**self._seen(None, False), "junction": junction_of(traci, self.light)}
 
     def step(self, phase: int) -> dict[str, Any]:
         self.observation, reward, _, out_of_time, self.info = self.env.step(phase)
@@ -89,7 +89,7 @@ class Simulation:
             "sim_time": float(self.env.sim_step),
             "reward": reward,
             "done": done,
-            "num_vehicles": int(self.env.sumo.vehicle.getIDCount()),
+            "num_vehicles": int(traci.vehicle.getIDCount()),
             "system_info": {name: float(self.info[name]) for name in self.info if name.startswith("system_")},
         }
 
