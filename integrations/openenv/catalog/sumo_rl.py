@@ -21,6 +21,10 @@ from typing import Any, ClassVar, Literal, Self
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
 from integrations.openenv.client import OpenEnvError, StepResult
 
+INSTRUCTION = (
+    "You control a traffic light. Answer with the road that gets green, as <action>road</action>. "
+    "Keep the queues short."
+)
 STEEPNESS = 3.0  # the shaped reward is 0 where a third of the room is taken
 LOW_WAITING = 0.1  # of the room, on average over the turns: the task is solved
 HYSTERESIS = 2.0  # vehicles; the gold player changes for more than these only, for a change costs the yellow time
@@ -111,25 +115,26 @@ class Junction:
     @classmethod
     def from_result(cls, first: StepResult, seen: SumoObservation) -> Self:
         """Our server tells. The official image does not, but its own network is known; of others only the numbers."""
-        told = first.metadata.get("junction")
+        told = first.observation.get("junction")
         if told is not None:
-            return cls._from_metadata(told, seen)
+            return cls._from_fields(told, seen)
         if (seen.num_phases, len(seen.queues)) == (2, 4):
             return cls(["north", "west"], [[0, 1], [2, 3]], [19.8, 19.8, 18.9, 18.9])
         numbered = [f"phase {phase}" for phase in range(seen.num_phases)]
         return cls(numbered, [[] for _ in numbered], [LANE_ROOM] * len(seen.queues), is_known=False)
 
     @classmethod
-    def _from_metadata(cls, told: object, seen: SumoObservation) -> Self:
+    def _from_fields(cls, told: object, seen: SumoObservation) -> Self:
         match told:
             case {"phases": list(phases), "phase_lanes": list(phase_lanes), "lane_room": list(lane_room)} if (
                 len(phases) == len(phase_lanes) == seen.num_phases
                 and len(lane_room) == len(seen.queues)
                 and all(isinstance(name, str) for name in phases)
-                and all(isinstance(lanes, list) and set(lanes) <= set(range(len(lane_room))) for lanes in phase_lanes)
+                and all(isinstance(lanes, list) for lanes in phase_lanes)
+                and all(lane in range(len(lane_room)) for lanes in phase_lanes for lane in lanes)
             ):
                 return cls(phases, phase_lanes, _numbers(lane_room, "lane_room"))
-        raise OpenEnvError(f"sumo_rl_env: the metadata's junction does not fit the observation: {str(told)[:200]}")
+        raise OpenEnvError(f"sumo_rl_env: junction does not fit the observation: {str(told)[:200]}")
 
     def waiting(self, seen: SumoObservation) -> list[float]:
         """Vehicles that wait for each phase."""
@@ -181,7 +186,8 @@ class SumoEntry(CatalogEntry):
         return variables
 
     def fewest_turns(self, options: SumoOptions) -> int:
-        return options.num_turns
+        """The shaped reward comes with every turn; the server's makes sense of a whole episode only."""
+        return 1 if options.shaped_reward else options.num_turns
 
 
 class SumoTranslator(Translator):
@@ -261,17 +267,21 @@ def _gold_reward(options: SumoOptions) -> float | None:
     if options != as_default:
         return None
     if options.shaped_reward:
-        return 0.6
-    return -2.0 if options.reward_fn == "diff-waiting-time" else None
+        return 0.55
+    return -1.5 if options.reward_fn == "diff-waiting-time" else None
 
 
 def _prompt() -> Messages:
-    """The task and one worked turn."""
+    """The task and one worked turn.
+
+    Measured with SmolLM2-135M-Instruct at temperature 1: four of five first replies are an action with the name of an
+    approach here. Later ones are too, but most repeat the earlier ones whatever the queues.
+    """
     return [
-        {"role": "system", "content": "You control a traffic light. Say who gets green. Keep the queues short."},
+        {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": "Waiting: south 9, east 4. Green: east."},
         {"role": "assistant", "content": "<action>south</action>"},
-        {"role": "user", "content": "Another junction."},
+        {"role": "user", "content": "Now this light."},
     ]
 
 

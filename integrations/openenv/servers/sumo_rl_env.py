@@ -1,8 +1,8 @@
 """The traffic light environment's server: an agent chooses the green phase of one light, SUMO moves the vehicles.
 
 Same wire format, rewards and end of episode as the official image, and its environment variables are the defaults.
-Beyond it: reset takes a seed and the options of SumoSettings, each session has a simulation of its own, the metadata of
-reset say what the phases are called, and a step after the end repeats the last observation with reward 0.
+Beyond it: reset takes a seed and the options of SumoSettings and says what the phases are called, each session has a
+simulation of its own, and a step after the end repeats the last observation with reward 0.
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ class SumoAction(Action):
 
 
 class SumoObservation(Observation):
-    """One-hot phase, whether it may change, then density and queue of every lane as shares of its room."""
+    """One-hot phase, whether it may change, then density and queue of every lane as shares of its room.
+
+    junction is ours, and comes with reset: what the phases are called (see sumo_junction.py). It is no metadata, for
+    openenv before 0.4 does not send any.
+    """
 
     observation: list[float]
     observation_shape: list[int] = Field(default_factory=list)
     action_mask: list[int] = Field(default_factory=list)
     sim_time: float = 0.0
+    junction: dict[str, Any] | None = None
 
 
 class SumoState(State):
@@ -75,7 +80,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
         self._worker = self._nursery.worker(asdict(settings))
         self._state = _new_state(settings, episode_id)
         seen = self._ask(None, START_TIMEOUT_S)
-        return self._observation(seen, {"junction": seen["junction"]})
+        return self._observation(seen)
 
     def step(self, action: SumoAction, timeout_s: float | None = None, **kwargs: Any) -> SumoObservation:
         last = self._last
@@ -87,7 +92,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
             raise ValueError(f"phase_id={action.phase_id} must be 0 to {len(last.action_mask) - 1}")
         seen = self._ask(action.phase_id, STEP_TIMEOUT_S)
         self._state.step_count += 1
-        return self._observation(seen, {})
+        return self._observation(seen)
 
     def close(self) -> None:
         worker, self._worker, self._last = self._worker, None, None
@@ -109,7 +114,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
             raise ValueError(seen["error"])
         return seen
 
-    def _observation(self, seen: dict[str, Any], more: dict[str, Any]) -> SumoObservation:
+    def _observation(self, seen: dict[str, Any]) -> SumoObservation:
         system = seen["system_info"]
         self._state.sim_time = seen["sim_time"]
         self._state.total_vehicles = seen["num_vehicles"]
@@ -121,9 +126,10 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
             observation_shape=[len(seen["observation"])],
             action_mask=list(range(seen["num_phases"])),
             sim_time=seen["sim_time"],
+            junction=seen.get("junction"),
             reward=seen["reward"],
             done=seen["done"],
-            metadata={"num_green_phases": seen["num_phases"], "system_info": system, **more},
+            metadata={"num_green_phases": seen["num_phases"], "system_info": system},
         )
         return self._last
 
