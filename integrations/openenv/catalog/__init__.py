@@ -11,7 +11,7 @@ from integrations.openenv.catalog.entry import CatalogEntry, InvalidAction, Mess
 from integrations.openenv.catalog.finrl import FinRLEntry
 from integrations.openenv.catalog.generic import FORMS, ForeignName, GenericEntry, foreign_name
 from integrations.openenv.catalog.openspiel import OpenSpielEntry
-from integrations.openenv.catalog.sumo_rl import SumoRLEntry
+from integrations.openenv.catalog.sumo_rl import SumoEntry
 
 __all__ = ["CATALOG", "FORMS", "CatalogEntry", "InvalidAction", "Messages", "Task", "catalog_entry"]
 
@@ -20,7 +20,7 @@ _ENTRIES: tuple[CatalogEntry, ...] = (
     CodingEntry(),
     OpenSpielEntry(),
     AtariEntry(),
-    SumoRLEntry(),
+    SumoEntry(),
     FinRLEntry(),
 )
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
