@@ -5,11 +5,12 @@ from __future__ import annotations
 from integrations.openenv.catalog.coding import CodingEntry
 from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.catalog.entry import CatalogEntry, InvalidAction, Messages, Task
+from integrations.openenv.catalog.finrl import FinRLEntry
 
 __all__ = ["CATALOG", "CatalogEntry", "InvalidAction", "Messages", "Task", "catalog_entry"]
 
-CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in (EchoEntry(), CodingEntry())}
-NOT_YET = ("openspiel_env", "atari_env", "sumo_rl_env", "finrl_env")
+CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in (EchoEntry(), CodingEntry(), FinRLEntry())}
+NOT_YET = ("openspiel_env", "atari_env", "sumo_rl_env")
 
 
 def catalog_entry(name: str) -> CatalogEntry:
