@@ -8,8 +8,8 @@ from math import isnan, nan
 
 from integrations.openenv.catalog.entry import InvalidAction
 
-TOKEN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%?(?![A-Za-z0-9.])|[A-Za-z0-9][A-Za-z0-9.\-]*|[^\s\[\](){}:=\"'`$*]")
-NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(%?)")
+TOKEN = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)%?(?![A-Za-z0-9.])|[A-Za-z0-9][A-Za-z0-9.\-]*|[^\s\[\](){}:=\"'`$*]")
+NUMBER = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))(%?)")
 SIGNS = {"buy": 1.0, "sell": -1.0, "hold": 0.0, "keep": 0.0, "wait": 0.0}
 FILLERS = {"and", "of", "the", "all", "both", "everything", "share", "shares", "stock", "stocks", "my"}
 SEPARATORS = {",", ";"}
@@ -21,7 +21,7 @@ def read_orders(text: str, stocks: Sequence[str]) -> list[float]:
     An order is a verb, a stock, an amount, or some of these. A verb is for all that follows it up to the next one, and
     alone it is for every stock. An amount stands beside its stock: 0.5 and 50% are half; more than 1 counts as 1.
     """
-    tokens = TOKEN.findall(text[:2000])
+    tokens = TOKEN.findall(text)
     if not tokens:
         raise InvalidAction(f"Your action is empty. {legal_orders(stocks)}")
     if all(NUMBER.fullmatch(token) or token in SEPARATORS for token in tokens):
@@ -73,7 +73,7 @@ class _Reader:
 
     def _verb(self, sign: float) -> None:
         if self.stock is not None and isnan(self.orders[self.stock]):  # "AAPL: buy"
-            self.orders[self.stock], self.stock = sign, None
+            self.orders[self.stock] = sign
             return
         self._end_verb()
         self.sign, self.is_used, self.stock = sign, False, None
@@ -96,7 +96,8 @@ class _Reader:
         if self.stock is None:
             self.amount = amount
         else:
-            self.orders[self.stock], self.stock = self._signed(amount), None
+            order = self.orders[self.stock]
+            self.orders[self.stock], self.stock = amount if isnan(order) else order * abs(amount), None
 
     def _signed(self, amount: float | None) -> float:
         """NaN: it is not known yet whether to buy or to sell."""

@@ -23,7 +23,7 @@ from typing import Any
 from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 
-from integrations.openenv.catalog.finrl import FinRLOptions
+from integrations.openenv.catalog.finrl_options import FinRLOptions
 from integrations.openenv.catalog.options import read_options
 from integrations.openenv.servers.serving import serve
 from integrations.openenv.servers.stock_market import Market

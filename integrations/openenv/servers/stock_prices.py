@@ -19,7 +19,7 @@ from random import Random
 
 import pandas as pd
 
-from integrations.openenv.catalog.finrl import FinRLOptions
+from integrations.openenv.catalog.finrl_options import FinRLOptions
 
 BUNDLED = Path("datasets") / "data" / "sp500_dataset.csv.gz"  # in the package skfolio, which is never imported
 CSV_ENDINGS = (".csv", ".csv.gz")
@@ -68,13 +68,10 @@ def draw_window(options: FinRLOptions, seed: int | None) -> Window:
     closes = table.closes[list(stocks)].dropna()  # the days on which each of them has a price
     dates = [str(date) for date in closes.index]
     start = _start(dates, options, random)
-    shown = slice(start, start + (options.window or len(dates) - 1 - start) + 1)
-    return Window(
-        stocks=stocks,
-        dates=tuple(dates[shown]),
-        closes=_rows(closes.iloc[shown]),
-        indicators=_rows(_indicators(table, closes, options.indicators).iloc[shown]),
-    )
+    end = start + (options.window or len(dates) - 1 - start) + 1
+    back = lookback(options.indicators)
+    seen = _indicators(table, closes.iloc[start - back : end], options.indicators)
+    return Window(stocks, tuple(dates[start:end]), _rows(closes.iloc[start:end]), _rows(seen.iloc[back:]))
 
 
 def lookback(indicators: Sequence[str]) -> int:
