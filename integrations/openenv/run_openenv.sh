@@ -119,6 +119,7 @@ recipe=(
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
+  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
 esac
 
 exec "$UV" run --project "$ROOT" python -m integrations.openenv.entrypoints.main_openenv \
