@@ -42,14 +42,16 @@ def dataset_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows."""
     entry, num_tasks = catalog_entry(name), num_train + num_validation
-    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, entry.read_options(options or {}))
+    chosen = entry.read_options(options or {})
+    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, chosen)
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
-    rows = [dataset_row(name, task, own) for task, own in zip(tasks, seeds, strict=True)]
-    validation, train = rows[:num_validation], rows[num_validation:]
-    for split, of_split in (("train", train), ("validation", validation)):
-        for index, row in enumerate(of_split):
+    numbered = list(zip(tasks, seeds, strict=True))
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split, of_split in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
+        splits[split] = [dataset_row(name, entry.for_split(task, split, chosen), own) for task, own in of_split]
+        for index, row in enumerate(splits[split]):
             row["extra_info"] |= {"split": split, "index": index}
-    return train, validation
+    return splits["train"], splits["validation"]
 
 
 def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:

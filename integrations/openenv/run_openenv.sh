@@ -128,6 +128,7 @@ case "$ENV_NAME" in
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
   atari_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;;
   sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
+  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

@@ -104,6 +104,10 @@ class CatalogEntry(ABC):
     def translator(self, task: Task, options: Any) -> Translator:
         """For one episode of this task. `task.options` are in `options` already."""
 
+    def for_split(self, task: Task, split: str, options: Any) -> Task:
+        """The task as one of the split "train" or "validation", where these differ in more than the seed."""
+        return task
+
     def reset_kwargs(self, options: Any) -> dict[str, Any]:
         """What our own server's reset takes beside `seed`. Servers drop what they do not know."""
         return asdict(options)
