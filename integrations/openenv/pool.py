@@ -26,6 +26,11 @@ class Lease:
         self._server_url = server_url
         self._client: OpenEnvClient | None = client
 
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._server_url
+
     async def step(self, action: dict[str, Any]) -> StepResult:
         """Act. A lost session makes the pool look after its server: a dead one is replaced for the next lease."""
         if self._client is None:
@@ -92,6 +97,8 @@ class _Host:
         if self.config.uses_url:
             assert self.config.url is not None
             return self.config.url
+        if self.source.url is not None:
+            return self.source.url
         asked_s = time.monotonic()
         async with self._changing:
             if self.server is not None and not self.server.is_running:
@@ -109,6 +116,7 @@ class _Host:
         try:
             server = await ServerProcess.start(
                 self.source.module,
+                arguments=self.source.arguments,
                 max_sessions=self.config.max_sessions,
                 timeout_s=self.config.startup_timeout_s,
             )

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -31,11 +32,13 @@ class ServerProcess:
         self._errors = errors
 
     @classmethod
-    async def start(cls, module: str, *, max_sessions: int, timeout_s: float) -> ServerProcess:
+    async def start(
+        cls, module: str, *, arguments: Sequence[str] = (), max_sessions: int, timeout_s: float
+    ) -> ServerProcess:
         """Run `python -m module` until it announces its address and answers."""
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the server)
         process = subprocess.Popen(  # noqa: ASYNC220  (milliseconds; from a thread, PR_SET_PDEATHSIG would misfire)
-            [sys.executable, "-P", "-m", module, "--exit-with-parent", "--max-sessions", str(max_sessions)],
+            [sys.executable, "-P", "-m", module, "--exit-with-parent", "--max-sessions", str(max_sessions), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -70,6 +70,10 @@ class Translator(ABC):
         """The content of the <action> tag that a perfect (or at least a good) player writes now, if known."""
         return None
 
+    def random_action(self, random: Random) -> str | None:
+        """The content of an <action> tag that a player writes who knows the rules and nothing more, if known."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Plain numbers about the episode, beside those that every environment has."""
         return {}
@@ -86,6 +90,21 @@ class CatalogEntry(ABC):
     max_turns: ClassVar[int] = 1  # a good `generator.max_turns`
     max_action_chars: ClassVar[int] = 10_000  # longer ones are refused before they reach the server
     options_type: ClassVar[type] = NoOptions  # a frozen dataclass: the environment's options with their defaults
+    refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR"})  # of errors that are the policy's doing
+
+    @property
+    def data_name(self) -> str:
+        """What files and metrics call it."""
+        return self.name
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `tasks` can be asked for before a server was seen."""
+        return True
+
+    async def prepare(self, server_url: str) -> None:
+        """Called before an episode's first text, with its server: the place to learn what only the server knows."""
+        return None
 
     @property
     def local_image(self) -> str:
