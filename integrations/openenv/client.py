@@ -97,6 +97,15 @@ class OpenEnvClient:
         """The environment's state: episode_id, step_count and what it adds."""
         return await self._request("state", "state", None)
 
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The result of a JSON-RPC request to the environment's MCP side, such as tools/list."""
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = await self._request("mcp", "mcp", request)
+        result = answer.get("result")
+        if not isinstance(result, dict):
+            raise OpenEnvError(f"{self.url}: {method} gave {str(answer.get('error', answer))[:300]}")
+        return result
+
     async def close(self) -> None:
         """End the session. The server frees the slot. May be called twice, and never raises."""
         socket, self._socket = self._socket, None
@@ -203,30 +212,20 @@ async def schema(url: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
 async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
     """GET a JSON object, in a thread."""
-    return await _asked(urllib.request.Request(_http_url(url) + path), timeout_s)
-
-
-async def post_json(url: str, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """POST a JSON object for another, in a thread."""
-    headers = {"Content-Type": "application/json"}
-    return await _asked(urllib.request.Request(_http_url(url) + path, json.dumps(body).encode(), headers), timeout_s)
-
-
-async def _asked(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
-    handlers = [urllib.request.ProxyHandler({})] if urlsplit(request.full_url).hostname in LOOPBACK_HOSTS else []
+    address = _http_url(url) + path
+    handlers = [urllib.request.ProxyHandler({})] if urlsplit(address).hostname in LOOPBACK_HOSTS else []
     opener = urllib.request.build_opener(*handlers)
-    asked = f"{request.get_method()} {request.full_url}"
 
-    def answer() -> bytes:
-        with opener.open(request, timeout=timeout_s) as response:
-            return response.read(MAX_FRAME_BYTES)
+    def get() -> bytes:
+        with opener.open(address, timeout=timeout_s) as response:
+            return response.read()
 
     try:
-        body = json.loads(await asyncio.to_thread(answer))
-    except (OSError, ValueError, RecursionError) as failed:
-        raise OpenEnvError(f"{asked} failed: {_words(failed)}") from failed
+        body = json.loads(await asyncio.to_thread(get))
+    except (OSError, ValueError) as failed:
+        raise OpenEnvError(f"GET {address} failed: {_words(failed)}") from failed
     if not isinstance(body, dict):
-        raise OpenEnvError(f"{asked} gave {str(body)[:200]}, not a JSON object")
+        raise OpenEnvError(f"GET {address} gave {body!r}, not a JSON object")
     return body
 
 

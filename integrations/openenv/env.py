@@ -67,7 +67,7 @@ class OpenEnv(BaseTextEnv):
         source = self.entry.source(self.options)
         try:
             self._lease = await shared_pool(self.config).lease(source, **reset_kwargs)
-            await self.entry.prepare(self._lease.url)
+            await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
         except OpenEnvError as failed:

@@ -41,6 +41,12 @@ class Lease:
             await self._host.look_after(self._server_url)
             raise
 
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Ask the environment's MCP side, such as for tools/list."""
+        if self._client is None:
+            raise SessionLost("this lease was released")
+        return await self._client.mcp(method, params)
+
     async def release(self) -> None:
         """Close the session and free the slot. May be called twice."""
         client, self._client = self._client, None

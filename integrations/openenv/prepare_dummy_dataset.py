@@ -65,7 +65,7 @@ async def _show_server(entry: CatalogEntry, options: Any) -> None:
     try:
         lease = await pool.lease(entry.source(options), **entry.reset_kwargs(options))
         try:
-            await entry.prepare(lease.url)
+            await entry.prepare(lease)
         finally:
             await lease.release()
     finally:

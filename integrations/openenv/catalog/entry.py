@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from integrations.openenv.catalog.options import NoOptions, read_options
 from integrations.openenv.client import StepResult
@@ -29,6 +29,15 @@ class Task:
     solution: str | None = None  # the content of an <action> tag that earns full reward in one turn, if there is one
     seed: int | None = None  # of the environment's reset; None takes one from the data set's seed
     options: Mapping[str, Any] = field(default_factory=dict)  # of the environment, those that are not the default
+
+
+class OpenSession(Protocol):
+    """What `prepare` may ask: the server at `url`, and the session's MCP side. The pool's Lease is one."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +111,8 @@ class CatalogEntry(ABC):
         """Whether `tasks` can be asked for before a server was seen."""
         return True
 
-    async def prepare(self, server_url: str) -> None:
-        """Called before an episode's first text, with its server: the place to learn what only the server knows."""
+    async def prepare(self, session: OpenSession) -> None:
+        """Called with a session before its first text: the place to learn what only the server knows."""
         return None
 
     @property

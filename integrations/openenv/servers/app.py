@@ -6,6 +6,7 @@ python -m integrations.openenv.servers.app my_package.server.app:app
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -73,7 +74,8 @@ def main() -> None:
             del sys.modules["gradio"]  # our own servers do without; this one may need it
         os.environ.setdefault("MAX_CONCURRENT_ENVS", str(max_sessions))  # many apps read their limit from it
         try:
-            return load_app(arguments.target)
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the announcement of the address
+                return load_app(arguments.target)
         except (ValueError, ImportError) as wrong:
             sys.exit(str(wrong))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from integrations.openenv.catalog.entry import OpenSession
 from integrations.openenv.catalog.generic.actions import ActionForm, action_form
 from integrations.openenv.catalog.generic.tools import Tool, ToolForm, call_constants, calls_tools
-from integrations.openenv.client import OpenEnvError, fetch_json, post_json, schema
+from integrations.openenv.client import OpenEnvError, fetch_json, schema
 
 MAX_MANUAL_CHARS = 2000
 
@@ -23,8 +24,9 @@ class ServerDescription:
     observation_schema: dict[str, Any]
 
 
-async def describe(url: str) -> ServerDescription:
-    """Ask the server at `url`. OpenEnvError where what it says cannot be played by."""
+async def describe(session: OpenSession) -> ServerDescription:
+    """Ask the session's server. OpenEnvError where what it says cannot be played by."""
+    url = session.url
     try:
         schemas = await schema(url)
     except OpenEnvError as silent:
@@ -37,7 +39,7 @@ async def describe(url: str) -> ServerDescription:
         raise OpenEnvError(f"{url}/schema gives no properties of an action: {str(schemas)[:200]}")
     observation = observation if isinstance(observation, dict) else {}
     if calls_tools(action):
-        form: ActionForm = ToolForm(await list_tools(url), call_constants(action))
+        form: ActionForm = ToolForm(await list_tools(session), call_constants(action))
         manual = ""  # of tool calls in general, which says nothing about this environment
     else:
         form = action_form(action)
@@ -45,13 +47,10 @@ async def describe(url: str) -> ServerDescription:
     return ServerDescription(await _title(url), manual, form, action, observation)
 
 
-async def list_tools(url: str) -> list[Tool]:
-    """POST /mcp tools/list."""
-    answer = await post_json(url, "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}, 30.0)
-    result = answer.get("result")
-    tools = result.get("tools") if isinstance(result, dict) else None
+async def list_tools(session: OpenSession) -> list[Tool]:
+    tools = (await session.mcp("tools/list", {})).get("tools")
     if not isinstance(tools, list):
-        raise OpenEnvError(f"{url}/mcp lists no tools: {str(answer)[:200]}")
+        raise OpenEnvError(f"{session.url}: tools/list gave {str(tools)[:200]}")
     return [Tool.from_fields(fields) for fields in tools]
 
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, OpenSession, Task, Translator
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
 from integrations.openenv.catalog.generic.names import ForeignName
 from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
@@ -69,13 +69,13 @@ class GenericEntry(CatalogEntry):
             raise OpenEnvError(f"{self.name}: its server has not been asked yet")
         return self._description
 
-    async def prepare(self, server_url: str) -> None:
+    async def prepare(self, session: OpenSession) -> None:
         """Ask the server, unless this process has asked it before. Episodes that come at once ask together."""
         if self._description is None:
             loop = asyncio.get_running_loop()
             asking = self._asking.get(loop)
             if asking is None or asking.done():
-                asking = self._asking[loop] = loop.create_task(describe(server_url))
+                asking = self._asking[loop] = loop.create_task(describe(session))
             self._description = await asyncio.shield(asking)
 
     def tasks(self, random: Random, num_tasks: int, options: GenericOptions) -> list[Task]:

@@ -31,6 +31,7 @@ def observation_text(observation: dict[str, Any]) -> str:
     }
     if "tool_name" in shown and ("result" in shown or "error" in shown):
         shown = _tool_answer(shown)
+    _fold(shown)
     order = {key: place for place, key in enumerate(FIRST_KEYS)}
     keys = sorted(shown, key=lambda key: order.get(key, len(order)))
     lines = [line for key in keys for line in _lines(key, shown[key], alone=len(keys) == 1, depth=0)]
@@ -61,6 +62,16 @@ def _is_mask(values: list[Any]) -> bool:
     return any(isinstance(value, bool) for value in values) or values != sorted(set(values))
 
 
+def _fold(observation: dict[str, Any]) -> None:
+    """A flat list of width x height numbers becomes its rows, where those can be drawn."""
+    width, height = observation.get("width"), observation.get("height")
+    if not (isinstance(width, int) and isinstance(height, int) and 0 < width <= BOARD_SIDE and height <= BOARD_SIDE):
+        return
+    for key, value in observation.items():
+        if isinstance(value, list) and len(value) == width * height and not isinstance(value[0], list):
+            observation[key] = [value[row * width : (row + 1) * width] for row in range(height)]
+
+
 def _tool_answer(observation: dict[str, Any]) -> dict[str, Any]:
     """What a tool said: its data, else its texts, else why it failed."""
     error, result = observation.get("error"), observation.get("result")
@@ -69,7 +80,7 @@ def _tool_answer(observation: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(result, dict):
         return {"result": result}
     if result.get("data") is not None:
-        return {"result": result["data"]}
+        return result["data"] if isinstance(result["data"], dict) else {"result": result["data"]}
     texts = [part.get("text") for part in result.get("content") or [] if isinstance(part, dict)]
     return {"result": "\n".join(text for text in texts if isinstance(text, str))}
 
