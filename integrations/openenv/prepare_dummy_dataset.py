@@ -18,7 +18,7 @@ from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, Task, cat
 from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.client import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.pool import ServerPool
+from integrations.openenv.pool import close_shared_pools, shared_pool
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 
@@ -33,6 +33,8 @@ def main() -> None:
         datasets = [dataset_rows(name, *sizes, options=options) for name in names]
     except (ValueError, OpenEnvError) as refused:  # an unknown name or option, no server, more tasks than there are
         parser.error(str(refused))
+    finally:
+        run_in_background(close_shared_pools())
     folder = Path(arguments.output_dir).expanduser()
     train = [row for rows, _ in datasets for row in rows]
     validation = [row for _, rows in datasets for row in rows]
@@ -42,13 +44,22 @@ def main() -> None:
 
 
 def dataset_rows(
-    name: str, num_train: int, num_validation: int, seed: int, options: Mapping[str, Any] | None = None
+    name: str,
+    num_train: int,
+    num_validation: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    config: OpenEnvConfig | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows."""
+    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows.
+
+    A server outside the catalog is asked what it is, where `config` says. If it is started for that, it runs until
+    the pools of the background loop are closed, at the latest until Python exits.
+    """
     entry, num_tasks = catalog_entry(name), num_train + num_validation
     read = entry.read_options(options or {})
     if not entry.is_prepared:
-        run_in_background(_show_server(entry, read))
+        run_in_background(_show_server(entry, read, config or OpenEnvConfig()))
     tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, read)
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
     rows = [dataset_row(name, task, own) for task, own in zip(tasks, seeds, strict=True)]
@@ -59,17 +70,13 @@ def dataset_rows(
     return train, validation
 
 
-async def _show_server(entry: CatalogEntry, options: Any) -> None:
-    """Let an entry that knows its environment only by its server look at one."""
-    pool = ServerPool(OpenEnvConfig())
+async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig) -> None:
+    """Let an entry that knows its environment only by its server look at one. The server stays, for who plays next."""
+    lease = await shared_pool(config).lease(entry.source(options), **entry.reset_kwargs(options))
     try:
-        lease = await pool.lease(entry.source(options), **entry.reset_kwargs(options))
-        try:
-            await entry.prepare(lease)
-        finally:
-            await lease.release()
+        await entry.prepare(lease)
     finally:
-        await pool.close()
+        await lease.release()
 
 
 def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:

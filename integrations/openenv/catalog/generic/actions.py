@@ -107,6 +107,8 @@ class ValueForm(ActionForm):
         return fields
 
     def random_text(self, random: Random, legal: Legal | None) -> str:
+        if self.others and self.field.kind == "string" and random.random() < 0.5:
+            return self.object.random_text(random, legal)
         value = random.choice(legal) if legal and self._names_values(legal) else self.field.drawn(random)
         return value if isinstance(value, str) else json.dumps(value)
 

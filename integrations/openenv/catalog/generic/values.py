@@ -17,6 +17,8 @@ from integrations.openenv.catalog.words import WORDS
 MAX_SHOWN_CHOICES = 40
 INTEGER = re.compile(r"[-+]?\d{1,18}")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+QUOTED = re.compile(r'"([^"\n]{1,40})"')
+MAX_HINTED_CHARS = 2000
 SEPARATORS = re.compile(r"[,;\s]+")
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 Legal = Sequence[int | str]
@@ -30,11 +32,13 @@ class Field:
     schema: dict[str, Any]  # references followed, "or null" left out
     required: bool
     kind: str  # string, integer, number, boolean, choice, list, json
+    hints: tuple[str, ...] = ()  # of a text: examples, and what its descriptions put in quotation marks
 
     @classmethod
     def of(cls, name: str, schema: Any, root: dict[str, Any], *, required: bool) -> Field:
         schema = resolved(schema, root)
-        return cls(name, schema, required, _kind(schema, root))
+        kind = _kind(schema, root)
+        return cls(name, schema, required, kind, _hints(schema, root) if kind == "string" else ())
 
     @property
     def choices(self) -> list[Any]:
@@ -92,6 +96,8 @@ class Field:
                 length = max(self.schema.get("minItems", 0), min(3, self.schema.get("maxItems", 3)))
                 items = Field.of("", self.schema.get("items") or {"type": "number"}, {}, required=True)
                 return [items.drawn(random) for _ in range(length)]
+            case "string" if self.hints and random.random() < 0.8:
+                return random.choice(self.hints)
             case "string":
                 length = max(self.schema.get("minLength", 0), 1)
                 words = " ".join(random.choices(WORDS, k=random.randint(1, 5)))
@@ -133,6 +139,14 @@ def named(values: Sequence[Any]) -> str:
 
 def _spelling(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _hints(schema: dict[str, Any], root: dict[str, Any]) -> tuple[str, ...]:
+    examples = schema.get("examples")
+    words = [example for example in examples if isinstance(example, str)] if isinstance(examples, list) else []
+    for described in (schema, root):
+        words += QUOTED.findall(str(described.get("description", ""))[:MAX_HINTED_CHARS])
+    return tuple(dict.fromkeys(words))[:MAX_SHOWN_CHOICES]
 
 
 def _kind(schema: dict[str, Any], root: dict[str, Any]) -> str:
