@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from random import Random
 from typing import Any, ClassVar, Self
 
-from integrations.openenv.catalog.atari_games import ALL_ACTIONS, GameOptions
+from integrations.openenv.catalog.atari_games import GameOptions
 from integrations.openenv.catalog.atari_views import VIEWS, Sight, changes, picture, words_of
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
 from integrations.openenv.client import OpenEnvError, StepResult
@@ -50,7 +49,9 @@ class AtariObservation:
         for side in shape:
             size *= side
         if not isinstance(screen, list) or len(screen) != size or not all(type(pixel) is int for pixel in screen):
-            raise OpenEnvError(f"atari_env: the server's screen is no list of {size} numbers, as its shape {shape} says")
+            raise OpenEnvError(
+                f"atari_env: the server's screen is no list of {size} numbers, as its shape {shape} says"
+            )
         if len(shape) not in (1, 2, 3) or (len(shape) == 1 and size != RAM_BYTES):
             raise OpenEnvError(f"atari_env: screen_shape={shape} is neither a screen's nor that of {RAM_BYTES} bytes")
         if not isinstance(lives, int):

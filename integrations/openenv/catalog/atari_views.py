@@ -130,7 +130,9 @@ def changes(memory: Memory, before: Memory | None) -> str:
     """The bytes that changed most since the last turn: "byte 14: 6 to 22"."""
     if before is None:
         return ""
-    moved = sorted((-abs(new - old), at) for at, (old, new) in enumerate(zip(before, memory, strict=True)) if new != old)
+    moved = sorted(
+        (-abs(new - old), at) for at, (old, new) in enumerate(zip(before, memory, strict=True)) if new != old
+    )
     shown = sorted(at for _, at in moved[:SHOWN_CHANGES])
     return f"{len(moved)} bytes changed: " + ", ".join(f"{at}: {before[at]} to {memory[at]}" for at in shown)
 
