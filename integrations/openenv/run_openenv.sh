@@ -126,6 +126,7 @@ fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
+  openspiel_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;; # catch takes 9
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
