@@ -126,7 +126,8 @@ fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
-  openspiel_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;; # catch takes 9
+  openspiel_env) # catch: nine moves, and three turns to spare
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

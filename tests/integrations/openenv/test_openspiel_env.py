@@ -15,6 +15,7 @@ from integrations.openenv.catalog.games import GAMES, OpenSpielObservation, game
 from integrations.openenv.catalog.games.twenty_forty_eight import _moved
 from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielOptions, OpenSpielTranslator
 from integrations.openenv.client import OpenEnvClient, OpenEnvError, ServerError, StepResult, open_session
+from integrations.openenv.clients import OpenSpielEnv
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv
 from integrations.openenv.pool import close_shared_pools
@@ -123,6 +124,13 @@ async def test_the_official_client_plays(url: str) -> None:
         for _ in range(9):
             result = await client.step({"action_id": 1})
         assert (result.done, result.reward in (1.0, -1.0)) == (True, True)
+
+
+async def test_the_typed_client_plays(url: str) -> None:
+    async with await OpenSpielEnv.from_url(url) as env:
+        first = await env.reset(seed=3, game="tic_tac_toe", opponent="first")
+        assert first.observation.legal_actions == tuple(range(9))
+        assert (await env.step(OpenSpielAction(4))).observation.opponent_last_action == 0
 
 
 async def test_the_environment_variables_of_the_official_image_are_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
