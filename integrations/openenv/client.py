@@ -99,6 +99,15 @@ class OpenEnvClient:
         """The environment's state: episode_id, step_count and what it adds."""
         return await self._request("state", "state", None)
 
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The result of a JSON-RPC request to the environment's MCP side, such as tools/list."""
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = await self._request("mcp", "mcp", request)
+        result = answer.get("result")
+        if not isinstance(result, dict):
+            raise OpenEnvError(f"{self.url}: {method} gave {str(answer.get('error', answer))[:300]}")
+        return result
+
     async def close(self) -> None:
         """End the session. The server frees the slot. May be called twice, and never raises."""
         socket, self._socket = self._socket, None

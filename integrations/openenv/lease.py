@@ -36,6 +36,17 @@ class Lease:
         self._closing: asyncio.Task[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(self._seconds_left(), self._watch)
 
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._member.server.url
+
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Ask the environment's MCP side, such as for tools/list."""
+        if self._ended is not None:
+            raise SessionLost(self._ended)
+        return await self._client.mcp(method, params)
+
     async def step(self, action: dict[str, Any]) -> StepResult:
         """Act. SessionLost: the episode is over; the pool looks after the server by itself."""
         if self._ended is not None:

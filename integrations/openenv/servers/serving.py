@@ -23,7 +23,11 @@ ACCEPT_UNSAFE = "OPENENV_ACCEPT_UNSAFE"  # how --accept-unsafe reaches what a se
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
     """Parse the command line, then serve `make_app(max_sessions)` until killed."""
-    arguments = _parser(description).parse_args()
+    serve_as(server_parser(description).parse_args(), make_app)
+
+
+def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) -> None:
+    """The same, with a command line that is parsed already."""
     if arguments.exit_with_parent:
         exit_with_parent()
     if arguments.accept_unsafe:
@@ -64,7 +68,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch_stdin, name="parent-watch", daemon=True).start()
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def server_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every server has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the protocol has no password")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the first line of output says which")
