@@ -8,6 +8,7 @@ async with await EchoEnv.local() as env:            with EchoEnv.sync(EchoEnv.lo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +19,7 @@ from integrations.openenv.catalog.coding import CodeAction, CodeObservation, Cod
 from integrations.openenv.catalog.echo import EchoAction, EchoEntry, EchoObservation
 from integrations.openenv.client import OpenEnvClient, StepResult, open_session
 from integrations.openenv.containers import Container
+from integrations.openenv.server import Server
 from integrations.openenv.server_process import ServerProcess
 
 
@@ -48,9 +50,7 @@ class TypedEnv(Generic[ActionT, ObservationT]):
     server_module: ClassVar[str]
     parse_observation: ClassVar[Callable[[dict[str, Any]], Any]]
 
-    def __init__(
-        self, url: str, owned: ServerProcess | Container | None = None, *, step_timeout_s: float = 30.0
-    ) -> None:
+    def __init__(self, url: str, owned: Server | None = None, *, step_timeout_s: float = 30.0) -> None:
         self.url = url
         self.step_timeout_s = step_timeout_s
         self._owned = owned
@@ -93,10 +93,8 @@ class TypedEnv(Generic[ActionT, ObservationT]):
         owned, self._owned = self._owned, None
         if client is not None:
             await client.close()
-        if isinstance(owned, Container):
-            await owned.stop()
-        elif owned is not None:
-            owned.stop()
+        if owned is not None:
+            await asyncio.to_thread(owned.stop)
 
     async def __aenter__(self) -> Self:
         return self

@@ -57,17 +57,18 @@ def dataset_rows(
     the pools of the background loop are closed, at the latest until Python exits.
     """
     entry, num_tasks = catalog_entry(name), num_train + num_validation
-    read = entry.read_options(options or {})
+    chosen = entry.read_options(options or {})
     if not entry.is_prepared:
-        run_in_background(_show_server(entry, read, config or OpenEnvConfig()))
-    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, read)
+        run_in_background(_show_server(entry, chosen, config or OpenEnvConfig()))
+    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, chosen)
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
-    rows = [dataset_row(name, task, own) for task, own in zip(tasks, seeds, strict=True)]
-    validation, train = rows[:num_validation], rows[num_validation:]
-    for split, of_split in (("train", train), ("validation", validation)):
-        for index, row in enumerate(of_split):
+    numbered = list(zip(tasks, seeds, strict=True))
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split, of_split in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
+        splits[split] = [dataset_row(name, entry.for_split(task, split, chosen), own) for task, own in of_split]
+        for index, row in enumerate(splits[split]):
             row["extra_info"] |= {"split": split, "index": index}
-    return train, validation
+    return splits["train"], splits["validation"]
 
 
 async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig) -> None:

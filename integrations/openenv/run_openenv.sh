@@ -120,9 +120,15 @@ recipe=(
   trainer.eval_interval=5
   trainer.max_ckpts_to_keep=1
 )
+if [[ "$DEVICE" == cpu ]]; then
+  recipe+=(trainer.max_tokens_per_microbatch=2048) # about 2 GB of activations for a model of 135M weights
+fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
+  atari_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;;
+  sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
+  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from random import Random
 from typing import Any, ClassVar, Protocol
 
@@ -120,6 +121,14 @@ class CatalogEntry(ABC):
         """The tag under which this machine has the environment's image, pulled or built."""
         return f"{self.name.replace('_', '-')}:latest"
 
+    def require_engine(self) -> None:
+        """ValueError, with what to type, where our own server of it cannot run."""
+        if self.engine_module is not None and find_spec(self.engine_module) is None:
+            raise ValueError(
+                f"{self.name}: {self.engine_module} is not installed; "
+                f"uv run integrations/openenv/install_environment.py {self.name}"
+            )
+
     def read_options(self, values: Mapping[str, Any]) -> Any:
         """An `options_type` with these values; ValueError names what is unknown or wrong."""
         return read_options(self.options_type, values, self.name)
@@ -131,6 +140,10 @@ class CatalogEntry(ABC):
     @abstractmethod
     def translator(self, task: Task, options: Any) -> Translator:
         """For one episode of this task. `task.options` are in `options` already."""
+
+    def for_split(self, task: Task, split: str, options: Any) -> Task:
+        """The task as one of the split "train" or "validation", where these differ in more than the seed."""
+        return task
 
     def reset_kwargs(self, options: Any) -> dict[str, Any]:
         """What our own server's reset takes beside `seed`. Servers drop what they do not know."""

@@ -11,7 +11,14 @@ def gone(pids: list[int], within_s: float = 10.0) -> bool:
     """Zombies count as gone: whoever reaps them may take its time."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        if not any(_lives(pid) for pid in pids):
             return True
         time.sleep(0.05)
     return False
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,87 @@
+"""Programs of a coding session, as the server sees them: what each did, in a worker that it cannot leave.
+
+smolagents' interpreter is no wall by itself: its time limit does not stop a running program, it has no limit on
+memory, and it can be left. So a program is taken to own its worker, and what the worker says is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from integrations.openenv.servers.confinement import MEMORY_LIMIT_BYTES
+from integrations.openenv.servers.nursery import Nursery, Worker
+
+WORKER_MODULE = "integrations.openenv.servers.program_worker"
+MAX_OUTPUT_CHARS = 50_000  # of each of stdout and stderr
+CPU_LIMIT_S = 5.0  # of one program
+WALL_LIMIT_S = 10.0  # of one program, asleep or starved as well
+PATIENCE_S = 2 * WALL_LIMIT_S  # a program that left the interpreter can stop its worker's clocks, not this one
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a program did. exit_code 1: it raised, or broke a limit."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+
+
+class Session:
+    """Programs one after another in one worker, with a new worker where the last one died."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
+        self._worker: Worker | None = None
+        self._seed: int | None = None
+
+    def run(self, code: str) -> Outcome:
+        if self._worker is None:
+            self._worker = self._nursery.worker(self._seed)
+        start = time.monotonic()
+        outcome = checked_outcome(self._worker.ask(code, PATIENCE_S))
+        if outcome is not None:
+            return outcome
+        seconds = time.monotonic() - start
+        self.close()
+        if self._nursery.has_died(within_s=0.1):
+            raise RuntimeError("the process that workers are forked from died, and they with it")
+        return Outcome(
+            stdout="",
+            stderr=f"The program was stopped after {seconds:.1f} s: it may use {CPU_LIMIT_S:g} s of processor time, "
+            f"{WALL_LIMIT_S:g} s in all and {MEMORY_LIMIT_BYTES // 2**20} MB. Its variables are gone.",
+            exit_code=1,
+        )
+
+    def reset(self, seed: int | None) -> None:
+        """Forget every variable."""
+        self.close()
+        self._seed = seed
+
+    def close(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+
+def checked_outcome(answer: Any) -> Outcome | None:
+    """None if this is not what an honest worker says."""
+    match answer:
+        case {"stdout": str(stdout), "stderr": str(stderr), "exit_code": 0 | 1 as exit_code}:
+            outcome = Outcome(_printable(stdout), _printable(stderr), int(exit_code))
+            return outcome if max(len(stdout), len(stderr)) <= MAX_OUTPUT_CHARS + 100 else None
+        case _:
+            return None
+
+
+def capped(text: str) -> str:
+    """What a worker says of a long text."""
+    text = _printable(text)
+    return text if len(text) <= MAX_OUTPUT_CHARS else f"{text[:MAX_OUTPUT_CHARS]}\n... ({len(text)} characters)"
+
+
+def _printable(text: str) -> str:
+    """Without lone surrogates, which no socket takes."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,37 @@
+"""A worker module: it counts, and does what a test asks of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def make_answer(start: int) -> Callable[[Any], Any]:
+    count = start
+
+    def answer(question: Any) -> Any:
+        nonlocal count
+        match question:
+            case "count":
+                count += 1
+                return [count, os.getpid()]
+            case "environment":
+                return dict(os.environ)
+            case "die":
+                os._exit(3)
+            case "hang":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                time.sleep(600)
+            case {"say": text, "times": times}:
+                for descriptor in range(3, 64):  # whichever of them is the session
+                    try:
+                        for _ in range(times):
+                            os.write(descriptor, text.encode())
+                    except OSError:
+                        continue
+        return None
+
+    return answer
