@@ -17,6 +17,7 @@ import yaml
 
 from integrations.openenv.servers.serving import serve_as, server_parser
 
+WITH_GRADIO = "SKYRL_SERVE_WITH_GRADIO"  # most apps do without, as ours do (servers/__init__.py); the rest start again
 DEFAULT_APP = "server.app:app"
 
 
@@ -70,13 +71,15 @@ def main() -> None:
     os.environ.update(dict(variable.split("=", 1) for variable in arguments.variable))
 
     def make_app(max_sessions: int) -> Any:
-        if sys.modules.get("gradio", sys) is None:
-            del sys.modules["gradio"]  # our own servers do without; this one may need it
         os.environ.setdefault("MAX_CONCURRENT_ENVS", str(max_sessions))  # many apps read their limit from it
+        if WITH_GRADIO in os.environ:
+            del sys.modules["gradio"]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the announcement of the address
                 return load_app(arguments.target)
         except (ValueError, ImportError) as wrong:
+            if "gradio" in str(wrong) and WITH_GRADIO not in os.environ:
+                os.execve(sys.executable, sys.orig_argv, {**os.environ, WITH_GRADIO: "1"})
             sys.exit(str(wrong))
 
     serve_as(arguments, make_app)
