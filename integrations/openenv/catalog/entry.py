@@ -93,7 +93,7 @@ class CatalogEntry(ABC):
     """One environment. To add yours, copy catalog/echo.py and list it in catalog/__init__.py."""
 
     name: ClassVar[str]  # as in the dataset's env_name and the official image
-    image: ClassVar[str]  # the official one; what `install_environment.py` pulls or builds is tagged `local_image`
+    image: ClassVar[str]  # the official one, empty if none is published; pulled or built it is tagged `local_image`
     server_module: ClassVar[str]  # our own server of it, for `python -m`
     extra: ClassVar[str | None] = None  # the extra in pyproject.toml that brings the engine of our own server
     engine_module: ClassVar[str | None] = None  # what that extra makes importable

@@ -67,7 +67,7 @@ class FinRLEntry(CatalogEntry):
     """
 
     name: ClassVar[str] = "finrl_env"
-    image: ClassVar[str] = "ghcr.io/meta-pytorch/openenv-finrl-env:latest"  # not published as of 2026: build ours
+    image: ClassVar[str] = ""  # none is published
     server_module: ClassVar[str] = "integrations.openenv.servers.finrl_env"
     extra: ClassVar[str | None] = "finrl-env"
     engine_module: ClassVar[str | None] = "skfolio"
