@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from integrations.openenv.deadline import Deadline
 from integrations.openenv.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.unix_socket import get_over_socket, socket_path
 
@@ -74,6 +75,7 @@ class OpenEnvClient:
         self.step_timeout_s = step_timeout_s  # of each reset, step and state
         self._socket: ClientConnection | OldHttpSession | None = None
         self._lost: str | None = "it was never connected"  # why the session is unusable
+        self._deadline = Deadline(step_timeout_s)
 
     async def connect(self) -> None:
         """Open the connection. The server makes the environment now, or finds that it is full (see `reset`)."""
@@ -100,9 +102,19 @@ class OpenEnvClient:
         """The environment's state: episode_id, step_count and what it adds."""
         return await self._request("state", "state", None)
 
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The result of a JSON-RPC request to the environment's MCP side, such as tools/list."""
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = await self._request("mcp", "mcp", request)
+        result = answer.get("result")
+        if not isinstance(result, dict):
+            raise OpenEnvError(f"{self.url}: {method} gave {str(answer.get('error', answer))[:300]}")
+        return result
+
     async def close(self) -> None:
         """End the session. The server frees the slot. May be called twice, and never raises."""
         socket, self._socket = self._socket, None
+        self._deadline.stop()
         if self._lost is None:
             self._lost = "it was closed"
         if socket is not None:
@@ -128,7 +140,7 @@ class OpenEnvClient:
         frame = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
         self._lost = f"a {kind} request is under way or was interrupted"  # stays true unless the answer arrives
         try:
-            async with asyncio.timeout(self.step_timeout_s):
+            with self._deadline:
                 answer = await _exchange(self._socket, frame)
         except TimeoutError:
             raise self._lose(f"no answer to {kind} within {self.step_timeout_s:g} s") from None

@@ -69,6 +69,7 @@ class OpenEnv(BaseTextEnv):
         source = self.entry.source(self.options)
         try:
             self._lease = await shared_pool(self.config).lease(source, **reset_kwargs)
+            await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
         except OpenEnvError as failed:
@@ -89,7 +90,7 @@ class OpenEnv(BaseTextEnv):
         except InvalidAction as invalid:
             return self._answer_invalid(str(invalid))
         except ServerError as refused:
-            if refused.code == "VALIDATION_ERROR":  # the action has the wrong form: the policy's doing
+            if refused.code in self.entry.refused_codes:  # the action has the wrong form: the policy's doing
                 return self._answer_invalid(f"The environment does not accept this action: {_reasons(refused)}")
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
         except OpenEnvError as failed:

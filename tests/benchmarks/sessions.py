@@ -1,4 +1,4 @@
-"""Many episodes at once on one echo server: our pool beside a bare `websockets` loop, and beside a container per episode.
+"""Many episodes at once on one echo server: the pool beside a bare `websockets` loop and a container per episode.
 
     python -m tests.benchmarks.sessions [--sessions 256] [--seconds 3] [--rounds 5] [--image TAG]
 

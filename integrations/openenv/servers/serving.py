@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ACCEPT_UNSAFE = "OPENENV_ACCEPT_UNSAFE"  # how --accept-unsafe reaches what a server starts
 
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
     """Parse the command line, then serve `make_app(max_sessions)` until killed."""
-    arguments = _parser(description).parse_args()
+    serve_as(server_parser(description).parse_args(), make_app)
+
+
+def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) -> None:
+    """The same, with a command line that is parsed already."""
     if arguments.exit_with_parent:
         exit_with_parent()
     if arguments.accept_unsafe:
-        os.environ[ACCEPT_UNSAFE] = "1"
+        os.environ["OPENENV_ACCEPT_UNSAFE"] = "1"
     listening, url = _bound(arguments)
     app = make_app(arguments.max_sessions)
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
@@ -64,7 +67,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch_stdin, name="parent-watch", daemon=True).start()
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def server_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every server has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the protocol has no password")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the first line of output says which")
@@ -74,6 +78,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin closes (set by the pool)")
     parser.add_argument(
-        "--accept-unsafe", action="store_true", help="run programs even where nothing walls them off from this machine"
+        "--accept-unsafe",
+        action="store_true",
+        help="run a model's programs without a wall where this machine has none (coding_env; OPENENV_ACCEPT_UNSAFE=1)",
     )
     return parser

@@ -66,8 +66,7 @@ async def trajectories(config: OpenEnvConfig, num_prompts: int, on_episode: Call
     tokenizer = tiny_tokenizer()
 
     def reply(request: Request) -> str:
-        text = tokenizer.decode(request.prompt_ids)
-        asked = text.split("Now these words.\n\n")[1]
+        asked = str(tokenizer.decode(request.prompt_ids)).split("Now these words.\n\n")[1]
         words = asked.split()[:3]
         return f"<action>{' '.join(word.split('<')[0] for word in words)}</action>" if "no action" in asked else "hm"
 
