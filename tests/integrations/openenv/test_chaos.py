@@ -134,7 +134,7 @@ async def test_100_episodes_while_servers_are_killed_paused_and_slowed() -> None
     ends = assert_all_is_accounted_for(await trajectories(config, 20, saboteur.on_episode), 100)
     assert not saboteur.deeds
     assert ends[EpisodeEnd.FINISHED] >= 90  # six retries survive three dead servers
-    assert num_server_restarts() - restarts >= 2
+    assert num_server_restarts() > restarts  # two servers at once, three of them ended
     assert await asyncio.to_thread(gone, list(saboteur.pids))
 
 
