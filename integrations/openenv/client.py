@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from integrations.openenv.deadline import Deadline
 from integrations.openenv.http_request import LOOPBACK_HOSTS, http_request
 from integrations.openenv.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.unix_socket import get_over_socket, socket_path
@@ -73,6 +74,7 @@ class OpenEnvClient:
         self.step_timeout_s = step_timeout_s  # of each reset, step and state
         self._socket: ClientConnection | OldHttpSession | None = None
         self._lost: str | None = "it was never connected"  # why the session is unusable
+        self._deadline = Deadline(step_timeout_s)
 
     async def connect(self) -> None:
         """Open the connection. The server makes the environment now, or finds that it is full (see `reset`)."""
@@ -111,6 +113,7 @@ class OpenEnvClient:
     async def close(self) -> None:
         """End the session. The server frees the slot. May be called twice, and never raises."""
         socket, self._socket = self._socket, None
+        self._deadline.stop()
         if self._lost is None:
             self._lost = "it was closed"
         if socket is not None:
@@ -136,7 +139,7 @@ class OpenEnvClient:
         frame = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
         self._lost = f"a {kind} request is under way or was interrupted"  # stays true unless the answer arrives
         try:
-            async with asyncio.timeout(self.step_timeout_s):
+            with self._deadline:
                 answer = await _exchange(self._socket, frame)
         except TimeoutError:
             raise self._lose(f"no answer to {kind} within {self.step_timeout_s:g} s") from None

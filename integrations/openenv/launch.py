@@ -103,7 +103,10 @@ async def start_server(source: ServerSource, runtime: str, config: OpenEnvConfig
         )
     assert source.module is not None
     return await ServerProcess.start(
-        source.module, arguments, max_sessions=config.max_sessions, timeout_s=config.startup_timeout_s
+        source.module,
+        arguments=arguments,
+        max_sessions=config.max_sessions,
+        timeout_s=config.startup_timeout_s,
     )
 
 

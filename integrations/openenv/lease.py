@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from integrations.openenv.client import OpenEnvClient, SessionLost, StepResult
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.fleet import Fleet, Member
+
+T = TypeVar("T")
 
 
 class Lease:
@@ -41,20 +43,21 @@ class Lease:
         """Of the server."""
         return self._member.server.url
 
-    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Ask the environment's MCP side, such as for tools/list."""
-        if self._ended is not None:
-            raise SessionLost(self._ended)
-        return await self._client.mcp(method, params)
-
     async def step(self, action: dict[str, Any]) -> StepResult:
         """Act. SessionLost: the episode is over; the pool looks after the server by itself."""
+        self.num_steps += 1
+        return await self._asked(self._client.step, action)
+
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Ask the environment's MCP side, such as for tools/list."""
+        return await self._asked(self._client.mcp, method, params)
+
+    async def _asked(self, request: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         if self._ended is not None:
             raise SessionLost(self._ended)
-        self.num_steps += 1
         self._stepping = True
         try:
-            return await self._client.step(action)
+            return await request(*arguments)
         except SessionLost as lost:
             if self._ended is not None:
                 raise SessionLost(self._ended) from lost

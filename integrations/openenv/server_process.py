@@ -33,7 +33,7 @@ class ServerProcess:
 
     @classmethod
     async def start(
-        cls, module: str, arguments: Sequence[str] = (), *, max_sessions: int, timeout_s: float
+        cls, module: str, *, arguments: Sequence[str] = (), max_sessions: int, timeout_s: float
     ) -> ServerProcess:
         """Run `python -m module` until it announces its address and answers."""
         ours = ["--exit-with-parent", "--max-sessions", str(max_sessions)]

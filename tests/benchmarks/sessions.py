@@ -1,9 +1,10 @@
-"""Many episodes at once on one echo server: our pool beside a bare `websockets` loop, and beside a container per episode.
+"""Many episodes at once on one echo server: the pool beside a bare `websockets` loop and a container per episode.
 
-    python -m tests.benchmarks.sessions [--sessions 256] [--seconds 3] [--rounds 5] [--image TAG]
+    python -m tests.benchmarks.sessions [--sessions 256] [--seconds 1] [--rounds 5] [--image TAG]
 
-Both play the same: sessions are opened, then each steps as fast as the server answers until the time is up. Rounds
-alternate, the medians count, and the ratio is taken round by round, so that a slow moment of the machine hits both.
+Both play the same: all sessions are opened, then each steps as fast as the server answers until the time is up. Both
+sides' sessions stay open and the sides take short turns, each first in every second round, so that a slow moment of
+the machine hits both. Medians count; the ratio is taken round by round.
 With an image: short episodes (reset, one step) one after the other, in a container each, and on a pooled container.
 The last line is JSON.
 """
@@ -15,7 +16,9 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,12 +29,11 @@ from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client import websocket_url
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.containers import Container
-from integrations.openenv.pool import Lease, ServerPool
+from integrations.openenv.pool import ServerPool
 from integrations.openenv.server_process import ServerProcess
 from integrations.openenv.source import ServerSource
 
 HELLO = EchoEntry().parse("red lamp tree")
-FRAME = json.dumps({"type": "step", "data": HELLO})
 NUM_CONTAINER_EPISODES = 3  # per round, of a container each
 NUM_POOLED_EPISODES = 200
 
@@ -40,9 +42,8 @@ Step = Callable[[], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One round of one side."""
+    """One turn of one side."""
 
-    open_s: float  # until all sessions were open and reset
     steps_per_s: float
     p50_ms: float
     p99_ms: float
@@ -52,7 +53,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sessions at once on one echo server.")
     parser.add_argument("--sessions", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of stepping, per round and side")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of stepping, per round and side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--image", help="an image of our echo server: compares with a container per episode, too")
     arguments = parser.parse_args()
@@ -61,30 +62,38 @@ def main() -> None:
 
 
 async def benchmark(num_sessions: int, seconds: float, num_rounds: int, image: str | None) -> None:
-    server = await ServerProcess.start(EchoEntry.server_module, max_sessions=num_sessions, timeout_s=120)
+    server = await ServerProcess.start(EchoEntry.server_module, max_sessions=2 * num_sessions, timeout_s=120)
+    result: dict[str, Any] = {"sessions": num_sessions, "bare": {}, "ours": {}}
     try:
-        pairs = []
-        for _ in range(num_rounds):
-            pairs.append((await bare(server.url, num_sessions, seconds), await ours(server.url, num_sessions, seconds)))
+        async with AsyncExitStack() as stack:
+            sides = {}
+            for name, opened in (("bare", bare_sessions), ("ours", pool_sessions)):
+                start = time.monotonic()
+                sides[name] = await opened(server.url, num_sessions, stack)
+                result[name]["open_s"] = round(time.monotonic() - start, 2)
+            runs: dict[str, list[Run]] = {"bare": [], "ours": []}
+            for number in range(num_rounds):
+                for name in ("bare", "ours") if number % 2 else ("ours", "bare"):
+                    runs[name].append(await timed(sides[name], seconds))
     finally:
         server.stop()
-    columns = ("open_s", "steps_per_s", "p50_ms", "p99_ms", "failures")
-    result: dict[str, Any] = {"sessions": num_sessions}
-    print(f"{num_sessions} sessions at once, medians of {num_rounds}\n{'':8}" + "".join(f"{c:>14}" for c in columns))
-    for index, side in enumerate(("bare", "ours")):
-        result[side] = {c: round(median(getattr(pair[index], c) for pair in pairs), 3) for c in columns}
-        print(f"{side:8}" + "".join(f"{result[side][c]:14.2f}" for c in columns))
-    result["failures"] = sum(run.failures for pair in pairs for run in pair)
-    result["ratio"] = round(median(b.steps_per_s / a.steps_per_s for a, b in pairs), 3)
+    pairs = list(zip(runs["bare"], runs["ours"], strict=True))
+    result["ratio"] = round(median(ours.steps_per_s / bare.steps_per_s for bare, ours in pairs), 3)
+    columns = ("steps_per_s", "p50_ms", "p99_ms", "failures")
+    print(f"{num_sessions} sessions at once, medians of {num_rounds}\n{'':8}{'open_s':>14}", end="")
+    print("".join(f"{column:>14}" for column in columns))
+    for name, of_side in runs.items():
+        result[name] |= {column: round(median(getattr(run, column) for run in of_side), 2) for column in columns}
+        print(f"{name:8}" + "".join(f"{value:14.2f}" for value in result[name].values()))
     print(f"ours / bare: {result['ratio']:.3f}")
+    result["failures"] = sum(run.failures for pair in pairs for run in pair)
     if image is not None:
         result |= await containers(image, num_rounds)
     print(json.dumps(result))
 
 
-async def bare(url: str, num_sessions: int, seconds: float) -> Run:
+async def bare_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> list[Step]:
     """As little as the protocol needs: a frame out, a frame in."""
-    start = time.monotonic()
     opening = asyncio.Semaphore(32)
 
     async def opened() -> ClientConnection:
@@ -92,48 +101,31 @@ async def bare(url: str, num_sessions: int, seconds: float) -> Run:
             socket = await connect(
                 websocket_url(url), ping_interval=None, compression=None, proxy=None, open_timeout=60, max_size=None
             )
+            stack.push_async_callback(socket.close)
             await socket.send('{"type": "reset", "data": {}}')
             await socket.recv()
             return socket
 
-    def stepping(socket: ClientConnection) -> Step:
-        async def step() -> None:
-            await socket.send(FRAME)
-            json.loads(await socket.recv())
+    async def step(socket: ClientConnection) -> None:
+        await socket.send(json.dumps({"type": "step", "data": HELLO}))
+        json.loads(await socket.recv())
 
-        return step
-
-    sockets = await asyncio.gather(*(opened() for _ in range(num_sessions)))
-    open_s = time.monotonic() - start
-    try:
-        return await timed([stepping(socket) for socket in sockets], seconds, open_s)
-    finally:
-        await asyncio.gather(*(socket.close() for socket in sockets))
+    return [partial(step, socket) for socket in await asyncio.gather(*(opened() for _ in range(num_sessions)))]
 
 
-async def ours(url: str, num_sessions: int, seconds: float) -> Run:
+async def pool_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> list[Step]:
     """Leases of a pool."""
     pool = ServerPool(OpenEnvConfig(url=url, max_sessions=num_sessions))
+    stack.push_async_callback(pool.close)
     source = ServerSource("echo_env", url=url)
-    start = time.monotonic()
     leases = await asyncio.gather(*(pool.lease(source) for _ in range(num_sessions)))
-    open_s = time.monotonic() - start
-
-    def stepping(lease: Lease) -> Step:
-        async def step() -> None:
-            await lease.step(HELLO)
-
-        return step
-
-    try:
-        return await timed([stepping(lease) for lease in leases], seconds, open_s)
-    finally:
-        await asyncio.gather(*(lease.release() for lease in leases))
-        await pool.close()
+    for lease in leases:
+        stack.push_async_callback(lease.release)
+    return [partial(lease.step, HELLO) for lease in leases]
 
 
-async def timed(steps: list[Step], seconds: float, open_s: float) -> Run:
-    """All of them side by side, each as fast as it can, until the time is up. A failure ends its session."""
+async def timed(steps: list[Step], seconds: float) -> Run:
+    """All of them side by side, each as fast as it can, until the time is up. A failure ends its session's turn."""
     latencies: list[float] = []
     start = time.monotonic()
     end = start + seconds
@@ -147,7 +139,6 @@ async def timed(steps: list[Step], seconds: float, open_s: float) -> Run:
     wall_s = time.monotonic() - start
     latencies.sort()
     return Run(
-        open_s=open_s,
         steps_per_s=len(latencies) / wall_s,
         p50_ms=1000 * latencies[len(latencies) // 2],
         p99_ms=1000 * latencies[int(0.99 * len(latencies))],

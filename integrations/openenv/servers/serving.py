@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ACCEPT_UNSAFE = "OPENENV_ACCEPT_UNSAFE"  # how --accept-unsafe reaches what a server starts
 
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
@@ -31,7 +30,7 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
     if arguments.exit_with_parent:
         exit_with_parent()
     if arguments.accept_unsafe:
-        os.environ[ACCEPT_UNSAFE] = "1"
+        os.environ["OPENENV_ACCEPT_UNSAFE"] = "1"
     listening, url = _bound(arguments)
     app = make_app(arguments.max_sessions)
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
@@ -79,6 +78,8 @@ def server_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin closes (set by the pool)")
     parser.add_argument(
-        "--accept-unsafe", action="store_true", help="run programs even where nothing walls them off from this machine"
+        "--accept-unsafe",
+        action="store_true",
+        help="run a model's programs without a wall where this machine has none (coding_env; OPENENV_ACCEPT_UNSAFE=1)",
     )
     return parser

@@ -24,19 +24,17 @@ def test_nothing_is_the_defaults() -> None:
     assert OpenEnvConfig.from_any(None) == OpenEnvConfig.from_any({}) == OpenEnvConfig()
 
 
-def test_auto_is_url_where_one_is_given() -> None:
-    assert OpenEnvConfig(url="http://host:1").uses_url
-    assert not OpenEnvConfig().uses_url
-
-
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"runtime": "docker"}, "not there yet"),
-        ({"runtime": "cloud"}, "must be one of auto, local, url"),
+        ({"runtime": "cloud"}, "must be one of auto, local, docker, url"),
         ({"runtime": "url"}, "needs openenv.url"),
         ({"runtime": "local", "url": "http://host:1"}, "no effect"),
+        ({"runtime": "docker", "url": "http://host:1"}, "no effect"),
         ({"max_sessions": 0}, "max_sessions=0"),
+        ({"max_servers": 0}, "max_servers=0"),
+        ({"idle_timeout_s": -1}, "idle_timeout_s=-1"),
+        ({"memory_gb": 0}, "memory_gb=0"),
         ({"step_timeout_s": 0}, "step_timeout_s=0"),
         ({"startup_timeout_s": float("nan")}, "startup_timeout_s=nan"),
         ({"invalid_action_penalty": -1}, "must not be negative"),
@@ -46,3 +44,8 @@ def test_auto_is_url_where_one_is_given() -> None:
 def test_wrong_values_are_refused_with_the_reason(wrong: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         OpenEnvConfig.from_any(wrong)
+
+
+def test_equal_configurations_share_their_servers_whatever_the_options() -> None:
+    assert OpenEnvConfig(options={"game": "chess"}).key() == OpenEnvConfig().key()
+    assert OpenEnvConfig(network=True).key() != OpenEnvConfig().key()

@@ -16,6 +16,7 @@ from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv, with_observation
 from integrations.openenv.pool import close_shared_pools, num_server_restarts, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
+from integrations.openenv.server_process import ServerProcess
 from skyrl_gym.check import check_env
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.registration import deregister
@@ -142,6 +143,7 @@ async def test_a_killed_server_is_an_env_failure_and_the_next_episode_plays() ->
     env = OpenEnv(config, echo_extras())
     await env.init_async(PROMPT)
     [(_, server)] = shared_pool(config).servers()
+    assert isinstance(server, ServerProcess)
     os.kill(server.pid, signal.SIGKILL)
     with pytest.raises(EnvFailure, match="echo_env"):
         await env.step_async("<action>red lamp tree</action>")

@@ -297,7 +297,7 @@ async def test_a_server_that_answers_garbage_again_and_again_is_replaced() -> No
 
 async def test_a_server_on_a_socket_file_needs_no_port() -> None:
     path = Path(tempfile.mkdtemp()) / "server.sock"
-    server = await ServerProcess.start(ECHO.server_module, ["--uds", str(path)], max_sessions=1, timeout_s=90)
+    server = await ServerProcess.start(ECHO.server_module, arguments=["--uds", str(path)], max_sessions=1, timeout_s=90)
     assert server.url == f"unix:{path}"
     assert not psutil.Process(server.pid).net_connections(kind="inet")
     client, _ = await open_session(server.url, {})

@@ -40,6 +40,7 @@ def trainer(given: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         f"trainer.ckpt_path={tmp_path}/run",
         f"trainer.export_path={tmp_path}/run/exports",
         "trainer.device=cpu",
+        "environment.openenv.runtime=local",
         "trainer.train_batch_size=2",
         "trainer.ckpt_interval=1",
         "trainer.policy_mini_batch_size=2",

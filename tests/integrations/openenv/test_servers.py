@@ -5,10 +5,14 @@ import time
 
 import psutil
 import pytest
+from openenv.core.env_server.mcp_environment import MCPEnvironment
+from openenv.core.env_server.mcp_types import CallToolAction
+from openenv.core.env_server.serialization import serialize_observation
 
 from integrations.openenv.client import ServerError, open_session
 from integrations.openenv.server_process import ServerProcess
 from integrations.openenv.servers.coding_env import official_reward
+from integrations.openenv.servers.echo_env import EchoEnvironment
 from tests.integrations.openenv.processes import gone
 
 
@@ -23,6 +27,15 @@ async def test_echo_knows_both_tools_and_the_older_form(echo_url: str) -> None:
     missing = await client.step({"type": "call_tool", "tool_name": "shout", "arguments": {}})
     assert missing.observation["error"]["error_type"] == "tool_not_found"
     await client.close()
+
+
+@pytest.mark.parametrize("tool", ["echo_message", "echo_with_length"])
+async def test_echos_own_answer_to_a_call_is_the_one_of_fastmcp(tool: str) -> None:
+    env, call = EchoEnvironment(), CallToolAction(tool_name=tool, arguments={"message": 'say "ü"\n'})
+    own = serialize_observation(await env.step_async(call))
+    theirs = serialize_observation(await MCPEnvironment.step_async(env, call))
+    theirs["observation"]["result"]["meta"] = None  # names FastMCP's version, no client reads it
+    assert own == theirs
 
 
 async def test_the_official_client_plays_on_both_servers(echo_url: str, coding_url: str) -> None:
