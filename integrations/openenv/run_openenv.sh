@@ -5,7 +5,7 @@
 #   ENV_NAME=coding_env bash integrations/openenv/run_openenv.sh trainer.epochs=2
 #
 # Environment variables (all optional):
-#   ENV_NAME           environment to train in                                 (echo_env)
+#   ENV_NAME           environment to train in: a name, an address, a folder... (echo_env)
 #   NUM_GPUS           0 = processor only, 1 = one GPU                          (1 if there is a GPU, else 0)
 #   MODEL              folder or model hub name                                (one that suits this machine)
 #   DATA_DIR           where train.parquet and validation.parquet lie          (~/data/openenv, or a folder in it)
@@ -26,7 +26,14 @@ refuse() { # what is wrong, then what to do instead; one line each
 # --- What cannot work here is refused before anything is installed ---------------------------------------------------
 
 ENV_NAME="${ENV_NAME:-echo_env}"
-ENV_NAME="${ENV_NAME//-/_}"
+case "$ENV_NAME" in
+  *[/:]*) # a server outside the catalog: an address, an image, a folder or an app
+    [[ "$ENV_NAME" != [./]* || ! -d "$ENV_NAME" ]] || ENV_NAME="$(cd "$ENV_NAME" && pwd -P)"
+    ENV_ID="${ENV_NAME#image:}" # what files and metrics call it, as catalog/generic/entry.py makes it
+    ENV_ID="$(tr '[:upper:]' '[:lower:]' <<<"$ENV_ID" | sed 's/[^a-z0-9][^a-z0-9]*/_/g; s/^_//; s/_$//')"
+    ;;
+  *) ENV_NAME="${ENV_NAME//-/_}" ENV_ID="${ENV_NAME//-/_}" ;;
+esac
 gpus_here=0
 if command -v nvidia-smi >/dev/null 2>&1; then
   gpus_here=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
@@ -46,16 +53,17 @@ if [[ -n "${MAX_TURNS:-}" && ! "$MAX_TURNS" =~ ^[1-9][0-9]*$ ]]; then
   refuse "MAX_TURNS=$MAX_TURNS is not a whole number of at least 1" "leave it out for one turn"
 fi
 known=$(sed -n 's/^    name: ClassVar\[str\] = "\(.*\)"$/\1/p' "$ROOT"/integrations/openenv/catalog/*.py | sort | tr '\n' ' ')
-[[ " $known" == *" $ENV_NAME "* ]] ||
-  refuse "ENV_NAME=$ENV_NAME is not an environment that can be trained in yet" "known: $known"
+[[ "$ENV_NAME" == *[/:]* || " $known" == *" $ENV_NAME "* ]] ||
+  refuse "ENV_NAME=$ENV_NAME is not an environment of the catalog" \
+    "known: $known; or an address, a folder (./my_env), an app (package.module:app) or an image"
 
 # Where the data set lies, and whether it is this environment's: prepare_dummy_dataset.py leaves a note in its files.
 made_for() { grep -aom1 'openenv_env_names=[a-z0-9_,]*' "$1/train.parquet" 2>/dev/null | cut -d= -f2; }
 if [[ -z "${DATA_DIR:-}" ]]; then
   DATA_DIR="$HOME/data/openenv"
-  [[ "$(made_for "$DATA_DIR")" == "$ENV_NAME" ]] || DATA_DIR="$HOME/data/openenv/$ENV_NAME"
+  [[ "$(made_for "$DATA_DIR")" == "$ENV_ID" ]] || DATA_DIR="$HOME/data/openenv/$ENV_ID"
 fi
-if [[ -n "$(made_for "$DATA_DIR")" && ",$(made_for "$DATA_DIR")," != *",$ENV_NAME,"* ]]; then
+if [[ -n "$(made_for "$DATA_DIR")" && ",$(made_for "$DATA_DIR")," != *",$ENV_ID,"* ]]; then
   refuse "DATA_DIR=$DATA_DIR holds tasks for $(made_for "$DATA_DIR"), not for ENV_NAME=$ENV_NAME" \
     "leave DATA_DIR out, or name another folder: a missing data set is made there"
 fi
@@ -95,13 +103,13 @@ fi
 export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
 export PYTHONUNBUFFERED=1
 uv_run=("$UV" run --project "$ROOT")
-if grep -q "^${ENV_NAME//_/-} = \[" "$ROOT/pyproject.toml"; then # the engine behind our own server of it
-  uv_run+=(--extra "${ENV_NAME//_/-}")
+if grep -q "^${ENV_ID//_/-} = \[" "$ROOT/pyproject.toml"; then # the engine behind our own server of it
+  uv_run+=(--extra "${ENV_ID//_/-}")
 fi
 
 # --- Data set and training --------------------------------------------------------------------------------------------
 
-CKPT_PATH="${CKPT_PATH:-$HOME/ckpts/openenv/$ENV_NAME}"
+CKPT_PATH="${CKPT_PATH:-$HOME/ckpts/openenv/$ENV_ID}"
 DEVICE=$( ((NUM_GPUS > 0)) && echo cuda || echo cpu)
 
 if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; then
@@ -131,6 +139,7 @@ case "$ENV_NAME" in
   finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
   openspiel_env) # catch: nine moves, and three turns to spare
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
+  *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
@@ -139,7 +148,7 @@ exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
   trainer.policy.model.path="${MODEL:-auto}" \
   trainer.ckpt_path="$CKPT_PATH" \
   trainer.export_path="$CKPT_PATH/exports" \
-  trainer.run_name="$ENV_NAME" \
+  trainer.run_name="$ENV_ID" \
   trainer.device="$DEVICE" \
   trainer.logger="${LOGGER:-console}" \
   generator.backend="$INFERENCE_BACKEND" \

@@ -162,6 +162,9 @@ class FinRLTranslator(Translator):
             return ", ".join(f"buy {stock}" for stock in self.stocks)
         return "hold"
 
+    def random_action(self, random: Random) -> str | None:
+        return ", ".join(f"{random.choice(('buy', 'sell', 'hold'))} {stock}" for stock in self.stocks)
+
     def metrics(self) -> dict[str, float]:
         if self.first is None or self.now is None:
             return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 
 from rich.console import Console
@@ -28,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_episodes < 1:
         raise ValueError(f"--num-episodes={arguments.num_episodes} must be at least 1")
     config = environment_config(arguments, max_sessions=4 * MAX_SESSIONS_TRIED)
-    before = descendants()
+    began_s, before = time.monotonic(), descendants()
     try:
         entry, rows = task_rows(arguments, arguments.num_episodes, config)
-        checked = report(run_in_background(measure(config, entry.name, rows, before)))
+        checked = report(run_in_background(measure(config, entry.name, rows, began_s=began_s, before=before)))
     except OpenEnvError as failed:  # a server outside the catalog that cannot even be asked
         checked = report(Measurements(arguments.env, failure=str(failed)))
     if arguments.json:

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from integrations.openenv.catalog import CATALOG
 from integrations.openenv.commands.list import has_engine, images_here
+from integrations.openenv.servers.walls import strongest_wall
 from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
 
-PATIENCE_S = 3.0  # for nvidia-smi and bwrap, each
+PATIENCE_S = 3.0  # for nvidia-smi
 GB = 1e9
 LITTLE_MEMORY_GB, LITTLE_DISK_GB = 4.0, 5.0
 
@@ -84,12 +85,12 @@ def wall_lines() -> Iterator[Line]:
         yield Line("Docker", "no daemon answers", False, advice)
     else:
         yield Line("Docker", "answers", True)
-    if shutil.which("bwrap") is None:
-        yield Line("bubblewrap", "not installed", False, "apt install bubblewrap: the wall around programs of a model")
-    else:
-        works = bool(_output("bwrap", "--ro-bind", "/", "/", "--unshare-all", "echo", "walled"))
-        advice = "" if works else "user namespaces are switched off here: sysctl kernel.unprivileged_userns_clone=1"
-        yield Line("bubblewrap", "works" if works else "installed, but cannot make its namespaces", works, advice)
+    wall = strongest_wall()
+    advice = {
+        "confinement": "apt install bubblewrap, and let users make namespaces: a second wall around a model's programs",
+        "none": "Linux on x86-64 or ARM, or Docker; environment.openenv.accept_unsafe=true takes the risk",
+    }
+    yield Line("wall", str(wall), wall.name in ("bubblewrap", "container"), advice.get(wall.name, ""))
 
 
 def environment_lines() -> Iterator[Line]:

@@ -168,7 +168,7 @@ def _of_texts(seen: Measurements) -> Iterator[Finding]:
 
 def _of_server(seen: Measurements) -> Iterator[Finding]:
     if seen.num_sessions == 1:
-        yield Finding("warn", "the server takes one session at a time: episodes are played one after another")
+        yield Finding("warn", "the server takes one session at a time: each episode at once needs a server of its own")
     if seen.num_sessions_again < seen.num_sessions:
         lost = seen.num_sessions - seen.num_sessions_again
         yield Finding("fail", f"{lost} of {seen.num_sessions} sessions were not free again after they were closed")

@@ -83,17 +83,21 @@ class WatchedEnv(OpenEnv):
 
 
 async def measure(
-    config: OpenEnvConfig, name: str, rows: list[dict[str, Any]], before: Collection[Process] = ()
+    config: OpenEnvConfig,
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    began_s: float,
+    before: Collection[Process] = (),
 ) -> Measurements:
     """Play the rows at random, some of them again, all of them well; then count sessions and leftovers.
 
-    before: the processes below this one that are none of the environment's.
+    began_s: on time.monotonic, when the server was first asked for. before: the processes below this one that are none of the environment's.
     """
     seen = Measurements(name, first_prompts=[row["prompt"][-1]["content"] for row in rows])
-    start = time.monotonic()
     try:
         form = await _look(config, rows[0], seen)
-        seen.start_s = time.monotonic() - start
+        seen.start_s = time.monotonic() - began_s
         for number, row in enumerate(rows):
             seen.random.append(await played(config, row, random_player(Random(number), form)))
         for row, first in list(zip(rows, seen.random, strict=True))[:NUM_REPEATED]:

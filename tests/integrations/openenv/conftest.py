@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +28,18 @@ def echo_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def coding_url() -> Iterator[str]:
     yield from started("integrations.openenv.servers.coding_env")
+
+
+@pytest.fixture(scope="session")
+def template_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server that nobody here wrote: what `openenv init` of the package openenv-core makes.
+
+    Without uv on its PATH the command leaves the lock file out, for which it would need a registry.
+    """
+    where = tmp_path_factory.mktemp("init")
+    command = [str(Path(sys.executable).parent / "openenv"), "init", "my_env"]
+    made = subprocess.run(
+        command, cwd=where, env={**os.environ, "PATH": ""}, capture_output=True, text=True, timeout=200
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return where / "my_env"

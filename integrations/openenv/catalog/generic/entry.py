@@ -53,7 +53,7 @@ class GenericEntry(CatalogEntry):
     @property
     def data_name(self) -> str:
         """http://127.0.0.1:8000 -> http_127_0_0_1_8000, for files and metrics."""
-        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+        return re.sub(r"[^a-z0-9]+", "_", self.foreign.target.lower()).strip("_")
 
     @property
     def local_image(self) -> str:

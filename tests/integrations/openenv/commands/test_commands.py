@@ -1,0 +1,109 @@
+"""The command line as people use it: real servers, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from integrations.openenv.catalog import CATALOG
+
+ROOT = Path(__file__).resolve().parents[4]
+COMMAND = [sys.executable, "-m", "integrations.openenv"]
+
+
+def run(*words: str, lines: str = "", code: int = 0) -> str:
+    """What the command printed."""
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*COMMAND, *words], input=lines, capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code != 2 else done.stderr
+
+
+def test_list_shows_every_environment_with_its_options() -> None:
+    shown = run("list")
+    for name in CATALOG:
+        assert name in shown
+    assert "game='catch'" in shown
+    assert "package.module:app" in shown
+
+
+def test_doctor_has_a_line_for_everything_a_run_needs() -> None:
+    shown = run("doctor")
+    for what in ("processor", "memory", "GPU", "bfloat16", "model", "free disk", "Docker", "wall", *CATALOG):
+        assert what in shown
+
+
+def test_an_unknown_environment_is_an_error_that_lists_the_known() -> None:
+    for command in ("play", "check", "serve"):
+        assert "unknown env_name='nope' (known: echo_env, coding_env" in run(command, "nope", code=2)
+    assert "echo_env has no option 'volume'" in run("play", "echo_env", "--option", "volume=1", code=2)
+
+
+def test_play_reads_actions_from_a_pipe(echo_url: str) -> None:
+    shown = run("play", "echo_env", "--url", echo_url, "--max-turns", "3", lines="\nred lamp\n<action>x</action>\nq\n")
+    assert "Now these words." in shown
+    assert shown.count("An empty line shows this") == 2
+    assert "The environment said: red lamp\n" in shown
+    assert "The environment said: x\n" in shown
+    assert "\x1b" not in shown  # no colours in a pipe
+    assert "The episode earned" in shown
+
+
+def test_play_ends_with_the_episode(echo_url: str) -> None:
+    task = run("play", "echo_env", "--url", echo_url, "--seed", "4")
+    words = task.split("Now these words.\n\n")[1].split("\n")[0]
+    shown = run("play", "echo_env", "--url", echo_url, "--seed", "4", lines=f"{words}\nmore\n")
+    assert "reward 1\nThe end.\nThe episode earned 1 " in shown
+
+
+def test_a_server_by_its_address_is_played_with_what_it_says_of_itself(echo_url: str) -> None:
+    shown = run("play", echo_url, lines='{"tool": "echo_message", "arguments": {"message": "hi"}}\n')
+    assert "- echo_message(message: a text): Echo the message back." in shown
+    assert "\nhi\n" in shown
+
+
+def test_check_passes_for_the_smallest_environment() -> None:
+    report = json.loads(run("check", "echo_env", "-n", "4", "--json", "--runtime", "local"))
+    assert report["passed"] is True
+    assert report["findings"] == []
+    assert report["gold"]["mean"] == 1.0
+    assert report["random"]["mean"] < 0.6
+    assert (report["repeats"], report["tasks_differ"], report["num_sessions"]) == (True, True, 16)
+    assert report["left_processes"] in ([], None)
+
+
+def test_check_says_why_training_would_fail(echo_url: str) -> None:
+    """The echo server pays nothing, so by its own reward nothing can be learned."""
+    shown = run("check", echo_url, "-n", "2", code=1)
+    assert "fail  the reward never varies: every episode earned 0 and none reached its end: allow more with" in shown
+    assert "warn  the first observation is empty and all prompts are equal" in shown
+    assert "1 to mend." in shown
+    assert "nothing could be played" in run("check", "http://127.0.0.1:9", "-n", "2", code=1)
+
+
+def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -> None:
+    for name in ("echo_env", str(template_folder)):
+        server = subprocess.Popen(
+            [*COMMAND, "serve", name, "--max-sessions", "2"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert server.stdout is not None
+        with server.stdout as announced:
+            url = json.loads(announced.readline())["url"]
+            with urllib.request.urlopen(f"{url}/schema", timeout=60) as answer:
+                assert "action" in json.load(answer)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=60) is not None
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:8000", "image:my_env"])
+def test_serve_has_no_server_for_what_others_serve(name: str) -> None:
+    assert "there is no server of ours for it" in run("serve", name, code=2)
