@@ -14,6 +14,7 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ OPPONENTS = ("random", "first", "last", "middle")  # of the legal actions: the o
 DOCUMENTED = ("catch", "tic_tac_toe", "kuhn_poker", "cliff_walking", "2048", "blackjack")
 MAX_INFO_STATE = 100_000  # floats; an observation of more is refused
 TRIAL_S, TRIAL_BYTES, TRIAL_MOVES = 20, 2 * 1024**3, 300
+_ONE_TRIAL = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class Setup:
     opponent: str = "random"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.game, str):
+            raise ValueError(f"game={self.game!r} must be the name of a game")
         if not isinstance(self.game_params, Mapping):
             raise ValueError(f"game_params={self.game_params!r} must be an object: names and values")
         if self.opponent not in OPPONENTS:
@@ -136,10 +140,10 @@ def play_of(*, game: str, game_params: dict[str, Any], agent_player: int, oppone
     setup = Setup(game, game_params, agent_player, opponent)
     kind = _sequential_game(game)
     params = dict(game_params)
-    for name in {"rng_seed", "seed"} & set(kind.parameter_specification):
-        params.setdefault(name, Random(f"engine {seed}").randrange(1, 2**31) if seed is not None else -1)
+    if seed is not None and "rng_seed" in kind.parameter_specification:  # such a game draws numbers of its own
+        params.setdefault("rng_seed", Random(f"engine {seed}").randrange(1, 2**31))
     if game not in DOCUMENTED or game_params:
-        _try(json.dumps({"game": game, "game_params": game_params}, sort_keys=True))
+        _check_by_trial(json.dumps({"game": game, "game_params": game_params}, sort_keys=True))
     return Play(setup, _loaded(game, params), seed)
 
 
@@ -186,18 +190,24 @@ def _string_name(game: Any) -> str | None:
     return "information_state_string" if kind.provides_information_state_string else None
 
 
+def _check_by_trial(words: str) -> None:
+    """Play a trial game in a process of its own, once for all sessions; ValueError says how it ended badly."""
+    with _ONE_TRIAL:
+        complaint = _complaint(words)
+    if complaint is not None:
+        raise ValueError(complaint)
+
+
 @functools.lru_cache(maxsize=1024)
-def _try(words: str) -> None:
-    """Play a trial game in a process of its own; ValueError if it ends badly. Passed trials are remembered."""
+def _complaint(words: str) -> str | None:
     command = [sys.executable, "-P", "-m", "integrations.openenv.servers.openspiel_game", words]
     try:
         trial = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{words}: a trial game did not end within {TRIAL_S} s") from None
+        return f"{words}: a trial game did not end within {TRIAL_S} s"
     if trial.returncode < 0:
-        raise ValueError(f"{words}: the engine crashes with these game_params (signal {-trial.returncode})")
-    if trial.returncode:
-        raise ValueError(trial.stdout.strip()[-500:] or f"{words}: a trial game failed")
+        return f"{words}: the engine crashes with these game_params (signal {-trial.returncode})"
+    return trial.stdout.strip()[-500:] or f"{words}: a trial game failed" if trial.returncode else None
 
 
 def _trial(words: str) -> int:

@@ -170,6 +170,7 @@ async def test_an_illegal_move_is_refused_and_the_game_goes_on(url: str, action:
     ("options", "complaint"),
     [
         ({"game": "cath"}, "game='cath' is not a game of OpenSpiel .*; did you mean catch"),
+        ({"game": ["catch"]}, "must be the name of a game"),
         ({"game": "matrix_rps"}, "move at the same time"),
         ({"game": "mfg_garnet"}, "only turn-based games"),
         ({"game": "start_at"}, "Missing parameter game"),
