@@ -32,8 +32,9 @@ def code_extras(output: str, **more: Any) -> dict[str, Any]:
 
 
 def example_rows() -> list[dict[str, Any]]:
-    """One row of each environment."""
-    return [row for row in OpenEnv.example_extras() if row["extra_info"]["index"] in (0, 3)]
+    """Of the two environments that need no engine; the others are checked in files of their own."""
+    rows = [row for row in OpenEnv.example_extras() if row["env_name"] in ("echo_env", "coding_env")]
+    return [row for row in rows if row["extra_info"]["index"] in (0, 3)]
 
 
 async def played(env: OpenEnv, *replies: str) -> list[Any]:
