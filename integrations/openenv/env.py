@@ -82,19 +82,26 @@ class OpenEnv(BaseTextEnv):
         if self._done:
             raise RuntimeError(f"{self.env_name}: step after the end of the episode")
         self.turns += 1
+        complaint = ""
         try:
-            fields = self._get_openenv_action(self.env_name, _between_tags(action, self.entry.max_action_chars))
+            try:
+                fields = self._get_openenv_action(self.env_name, _between_tags(action, self.entry.max_action_chars))
+            except InvalidAction as invalid:
+                idle = self.translator.idle_action()
+                if idle is None:
+                    return self._answer_invalid(str(invalid))
+                fields, complaint = idle, str(invalid)
             self.last = await self._lease.step(fields)
             self.server_reward += self.last.reward or 0.0
             answer = self.translator.answer(self.last, last_turn=self.turns >= self.max_turns)
-        except InvalidAction as invalid:
-            return self._answer_invalid(str(invalid))
         except ServerError as refused:
             if refused.code in self.entry.refused_codes:  # the action has the wrong form: the policy's doing
                 return self._answer_invalid(f"The environment does not accept this action: {_reasons(refused)}")
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
+        if complaint:
+            return self._answer_invalid(f"{complaint}\n{answer.text}", answer.reward, ended=answer.ended)
         return self._output(answer.text, answer.reward, ended=answer.ended)
 
     async def close_async(self) -> None:
@@ -135,9 +142,9 @@ class OpenEnv(BaseTextEnv):
 
     # What the model reads
 
-    def _answer_invalid(self, message: str) -> BaseTextEnvStepOutput:
+    def _answer_invalid(self, message: str, reward: float = 0.0, *, ended: bool = False) -> BaseTextEnvStepOutput:
         self.num_invalid_actions += 1
-        return self._output(message, 0.0 - self.config.invalid_action_penalty, ended=False)
+        return self._output(message, reward - self.config.invalid_action_penalty, ended=ended)
 
     def _output(self, text: str, reward: float, *, ended: bool) -> BaseTextEnvStepOutput:
         out_of_turns = self.turns >= self.max_turns

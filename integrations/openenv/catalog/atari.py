@@ -144,7 +144,6 @@ class AtariTranslator(Translator):
         self.score = 0.0
         self.num_steps = 0
         self.lives = 0
-        self.worst_reward = -1.0
         self.wanted_score = self.view.wanted_score if self.view is not None else 1.0
         if self.view is not None and options.shaped and _is_usual(options):
             self.gold_reward = self.view.gold_reward
@@ -160,26 +159,23 @@ class AtariTranslator(Translator):
         game = self.options
         return AtariAction(place, game.game, game.obs_type, game.full_action_space).fields()
 
+    def idle_action(self) -> dict[str, Any]:
+        """The game does not wait: NOOP (FIRE in the two games that have no such action)."""
+        game = self.options
+        return AtariAction(0, game.game, game.obs_type, game.full_action_space).fields()
+
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
         points = result.reward or 0.0
         progress = self.sight.progress if self.sight else 0.0
-        text = self._look(AtariObservation.from_fields(result.observation))
         self.num_steps += 1
         self.score += points
-        self.worst_reward = min(self.worst_reward, points)
+        text = self._look(AtariObservation.from_fields(result.observation))
         reward = points
         if self.options.shaped and self.sight is not None:
             reward += (self.sight.nearness or 0.0) / self.options.turns + self.sight.progress - progress
         ended = result.done or self.num_steps >= self.options.turns
         self.success = ended and self.score >= self.wanted_score
         return Answer(f"{_points_text(points)}{text}", reward, ended)
-
-    def unfinished_reward(self) -> float:
-        """Takes for each turn that was not played what it could have lost at worst."""
-        missing = max(self.options.turns - self.num_steps, 0)
-        if self.view is not None:
-            return -missing * self.options.frameskip * self.view.lost_points_a_frame
-        return missing * self.worst_reward
 
     def gold_action(self) -> str | None:
         return self.sight.gold if self.sight is not None else None

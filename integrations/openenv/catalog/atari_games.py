@@ -64,6 +64,7 @@ GAMES: dict[str, tuple[str, ...]] = {
     for actions, games in _SETS.items()
     for game in games.split()
 }
+WITHOUT_BUTTON = ("lost_luggage", "skiing")  # their full set has the stick's nine positions only
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class GameOptions:
     noops: int = 30  # frames without action before the episode: a number from 0 to this, drawn from the seed
     random_frames: int = 0  # frames of random actions before the episode, drawn from the seed
     max_steps: int | None = None  # actions until the episode is over, whatever the game says; None: as the game says
-    full_action_space: bool = False  # all 18 actions, also those that do nothing in this game
+    full_action_space: bool = False  # all 18 actions of the console, also those that do nothing in this game
     mode: int | None = None  # of the console's game select switch
     difficulty: int | None = None  # of its difficulty switch
 
@@ -97,4 +98,7 @@ class GameOptions:
     @property
     def actions(self) -> tuple[str, ...]:
         """The emulator's names of the legal actions, by action_id."""
-        return ALL_ACTIONS if self.full_action_space else GAMES[self.game]
+        if not self.full_action_space:
+            return GAMES[self.game]
+        without = self.game in WITHOUT_BUTTON
+        return tuple(action for action in ALL_ACTIONS if not (without and "FIRE" in action))

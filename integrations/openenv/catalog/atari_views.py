@@ -38,7 +38,6 @@ class View:
     words: dict[str, str]  # the actions that are offered, and the emulator's names of them
     frameskip: int  # at which a turn is long enough to matter and short enough to steer
     random_frames: int  # before the episode, so that episodes differ and something is going on
-    lost_points_a_frame: float  # at most, however badly it is played
     wanted_score: float  # an episode with default options that reaches it is a success
     gold_reward: float  # of an episode with default options; measured, with a margin
 
@@ -91,9 +90,8 @@ VIEWS: dict[str, View] = {
         words={"UP": "RIGHT", "DOWN": "LEFT", "STAY": "NOOP"},
         frameskip=6,
         random_frames=175,
-        lost_points_a_frame=0.01,  # every 140 frames where it does not move
         wanted_score=0.0,  # an episode is one ball: not lost
-        gold_reward=0.0,
+        gold_reward=-0.6,
     ),
     "breakout": View(
         task="You play Breakout. Keep your paddle below the ball. FIRE serves a ball.",
@@ -105,9 +103,8 @@ VIEWS: dict[str, View] = {
         words={"LEFT": "LEFT", "RIGHT": "RIGHT", "STAY": "NOOP", "FIRE": "FIRE"},
         frameskip=14,
         random_frames=20,
-        lost_points_a_frame=0.0,
         wanted_score=1.0,
-        gold_reward=0.0,
+        gold_reward=0.3,
     ),
     "freeway": View(
         task="You play Freeway. Bring the chicken up across ten lanes, again and again.",
@@ -119,9 +116,8 @@ VIEWS: dict[str, View] = {
         words={"UP": "UP", "DOWN": "DOWN", "STAY": "NOOP"},
         frameskip=20,
         random_frames=60,
-        lost_points_a_frame=0.0,
         wanted_score=1.0,
-        gold_reward=0.0,
+        gold_reward=-0.2,
     ),
 }
 

@@ -68,6 +68,11 @@ class Translator(ABC):
     def action(self, text: str) -> dict[str, Any]:
         """The text of an <action> tag as the fields of the environment's action; or InvalidAction: what is wrong."""
 
+    def idle_action(self) -> dict[str, Any] | None:
+        """What happens in a turn whose action cannot be read: the fields of an action where the world does not wait
+        (a running game), or None where it does, and nothing is sent."""
+        return None
+
     @abstractmethod
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
         """What step's answer means."""

@@ -38,7 +38,10 @@ class Console:
         self._ale = ALEInterface()
         self._ale.setInt("random_seed", 0)
         self._ale.setFloat("repeat_action_probability", 0.0)  # drawn here instead, from the seed
-        self._ale.loadROM(roms.get_rom_path(options.game))
+        rom = roms.get_rom_path(options.game)
+        if rom is None:
+            raise Refused(f"game={options.game!r} is not in this ale-py; 0.12.1 has it")
+        self._ale.loadROM(rom)
         self._set_switches()
         self._ale.reset_game()
         self._actions = self._ale.getLegalActionSet() if options.full_action_space else self._ale.getMinimalActionSet()
@@ -93,6 +96,7 @@ class Console:
         """So that seeds differ. A game that ends meanwhile begins again."""
         for _ in range(self._random.randint(0, self.options.noops)):
             self._ale.act(Action.NOOP)
+        action = Action.NOOP
         for frame in range(self.options.random_frames):
             if frame % HELD_FRAMES == 0:
                 action = self._random.choice(self._actions)

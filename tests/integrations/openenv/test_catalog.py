@@ -26,7 +26,7 @@ def test_names_may_have_dashes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [("chess", "unknown env_name='chess' .known: echo_env, coding_env"), ("atari-env", "not there yet")],
+    [("chess", "unknown env_name='chess' .known: echo_env, coding_env"), ("finrl-env", "not there yet")],
 )
 def test_other_names_are_refused_with_the_known_ones(name: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
