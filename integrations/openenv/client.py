@@ -11,18 +11,21 @@ import asyncio
 import json
 import math
 import time
-import urllib.request
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+
+from integrations.openenv.http_request import LOOPBACK_HOSTS, http_request
+from integrations.openenv.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
+from integrations.openenv.unix_socket import get_over_socket, socket_path
 
 MAX_FRAME_BYTES = 100 * 1024 * 1024  # what the official client accepts; an Atari screen as JSON is 0.2 MB
 FATAL_CODES = {"CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"}  # the server closes the connection behind these
-LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
 
 
 class OpenEnvError(Exception):
@@ -35,6 +38,10 @@ class SessionLost(OpenEnvError):
 
 class CapacityReached(SessionLost):
     """The server had no free slot. It queues nobody: try again later."""
+
+    def __init__(self, message: str, max_sessions: int | None = None) -> None:
+        super().__init__(message)
+        self.max_sessions = max_sessions  # as the server's frame tells it: of the worker that answered
 
 
 class ServerError(OpenEnvError):
@@ -64,7 +71,7 @@ class OpenEnvClient:
         self.url = url
         self.connect_timeout_s = connect_timeout_s
         self.step_timeout_s = step_timeout_s  # of each reset, step and state
-        self._socket: ClientConnection | None = None
+        self._socket: ClientConnection | OldHttpSession | None = None
         self._lost: str | None = "it was never connected"  # why the session is unusable
 
     async def connect(self) -> None:
@@ -72,17 +79,12 @@ class OpenEnvClient:
         if self._socket is not None:
             raise SessionLost(f"{self.url}: a client is one session; make a new client for a new one")
         try:
-            self._socket = await connect(
-                websocket_url(self.url),
-                open_timeout=self.connect_timeout_s,
-                close_timeout=2.0,
-                ping_interval=None,  # a busy event loop must not cost the session; every request has a deadline anyway
-                max_size=MAX_FRAME_BYTES,
-                compression=None,
-                proxy=None if urlsplit(self.url).hostname in LOOPBACK_HOSTS else True,
-            )
+            self._socket = await _opening(self.url, self.connect_timeout_s)
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as refused:
-            raise SessionLost(f"cannot connect to the environment server at {self.url}: {_words(refused)}") from refused
+            self._socket = await self._old_session(refused)
+            if self._socket is None:
+                words = f"cannot connect to the environment server at {self.url}: {_words(refused)}"
+                raise SessionLost(words) from refused
         self._lost = None
 
     async def reset(self, **kwargs: Any) -> StepResult:
@@ -96,6 +98,15 @@ class OpenEnvClient:
     async def state(self) -> dict[str, Any]:
         """The environment's state: episode_id, step_count and what it adds."""
         return await self._request("state", "state", None)
+
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The result of a JSON-RPC request to the environment's MCP side, such as tools/list."""
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = await self._request("mcp", "mcp", request)
+        result = answer.get("result")
+        if not isinstance(result, dict):
+            raise OpenEnvError(f"{self.url}: {method} gave {str(answer.get('error', answer))[:300]}")
+        return result
 
     async def close(self) -> None:
         """End the session. The server frees the slot. May be called twice, and never raises."""
@@ -151,19 +162,32 @@ class OpenEnvClient:
         code, text = str(body.get("code")), str(body.get("message"))
         if code == "CAPACITY_REACHED":
             self._lose(text)
+            limit = body.get("max_sessions")
             return CapacityReached(
-                f"{self.url} is full: {body.get('active_sessions')} of {body.get('max_sessions')} sessions in use"
+                f"{self.url} is full: {body.get('active_sessions')} of {limit} sessions in use",
+                limit if isinstance(limit, int) and limit > 0 else None,
             )
         if code in FATAL_CODES:
             return self._lose(f"{code}: {text}")
         self._lost = None
         return ServerError(code, text, body.get("errors") or [])
 
+    async def _old_session(self, refused: Exception) -> OldHttpSession | None:
+        """For a server that knows no WebSocket because it is from before 2026."""
+        if not isinstance(refused, InvalidStatus) or refused.response.status_code not in WS_REFUSED:
+            return None
+        if socket_path(self.url) is not None:  # servers from then listen on ports only
+            return None
+        address = _http_url(self.url)
+        if not await speaks_old_http(address, self.connect_timeout_s):
+            return None
+        return OldHttpSession(address, self.step_timeout_s + 1.0)  # the deadline of `_request` comes first
+
     def _lose(self, reason: str) -> SessionLost:
         """Make the session unusable and drop the connection at once, so that the server can free the slot."""
         self._lost = reason
         if self._socket is not None:
-            self._socket.transport.abort()
+            _drop(self._socket)
         return SessionLost(f"the session with {self.url} is lost: {reason}")
 
 
@@ -180,7 +204,8 @@ async def open_session(
         except CapacityReached as full:
             await client.close()
             if time.monotonic() + pause > end:
-                raise CapacityReached(f"{full}, and no slot came free within {deadline_s:g} s") from full
+                waited = f", and no slot came free within {deadline_s:g} s" if deadline_s else ""
+                raise CapacityReached(f"{full}{waited}", full.max_sessions) from full
         except BaseException:
             await client.close()
             raise
@@ -203,17 +228,20 @@ async def schema(url: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
 async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
     """GET a JSON object, in a thread."""
-    address = _http_url(url) + path
-    handlers = [urllib.request.ProxyHandler({})] if urlsplit(address).hostname in LOOPBACK_HOSTS else []
-    opener = urllib.request.build_opener(*handlers)
+    socket = socket_path(url)
+    address = f"{url} {path}" if socket is not None else _http_url(url) + path
 
     def get() -> bytes:
-        with opener.open(address, timeout=timeout_s) as response:
-            return response.read()
+        if socket is not None:
+            return get_over_socket(socket, path, timeout_s)
+        status, content = http_request(address, timeout_s=timeout_s)
+        if status != 200:
+            raise OSError(f"HTTP {status}")
+        return content
 
     try:
         body = json.loads(await asyncio.to_thread(get))
-    except (OSError, ValueError) as failed:
+    except (OSError, ValueError, HTTPException) as failed:
         raise OpenEnvError(f"GET {address} failed: {_words(failed)}") from failed
     if not isinstance(body, dict):
         raise OpenEnvError(f"GET {address} gave {body!r}, not a JSON object")
@@ -235,7 +263,28 @@ def _http_url(url: str) -> str:
     return f"{scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ws')}"
 
 
-async def _exchange(socket: ClientConnection, frame: str) -> str | bytes:
+def _opening(url: str, timeout_s: float) -> connect:
+    options: dict[str, Any] = {
+        "open_timeout": timeout_s,
+        "close_timeout": 2.0,
+        "ping_interval": None,  # a busy event loop must not cost the session; every request has a deadline anyway
+        "max_size": MAX_FRAME_BYTES,
+        "compression": None,
+    }
+    path = socket_path(url)
+    if path is not None:
+        return unix_connect(path, "ws://localhost/ws", proxy=None, **options)
+    return connect(websocket_url(url), proxy=None if urlsplit(url).hostname in LOOPBACK_HOSTS else True, **options)
+
+
+def _drop(socket: ClientConnection | OldHttpSession) -> None:
+    if isinstance(socket, OldHttpSession):
+        socket.abort()
+    else:
+        socket.transport.abort()
+
+
+async def _exchange(socket: ClientConnection | OldHttpSession, frame: str) -> str | bytes:
     try:
         await socket.send(frame)
     except ConnectionClosed:

@@ -8,6 +8,7 @@ async with await EchoEnv.local() as env:            with EchoEnv.sync(EchoEnv.lo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,8 +17,11 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 from integrations.openenv.background import run_in_background
 from integrations.openenv.catalog.coding import CodeAction, CodeObservation, CodingEntry
 from integrations.openenv.catalog.echo import EchoAction, EchoEntry, EchoObservation
+from integrations.openenv.catalog.games import OpenSpielObservation
+from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielEntry
 from integrations.openenv.client import OpenEnvClient, StepResult, open_session
 from integrations.openenv.containers import Container
+from integrations.openenv.server import Server
 from integrations.openenv.server_process import ServerProcess
 
 
@@ -48,9 +52,7 @@ class TypedEnv(Generic[ActionT, ObservationT]):
     server_module: ClassVar[str]
     parse_observation: ClassVar[Callable[[dict[str, Any]], Any]]
 
-    def __init__(
-        self, url: str, owned: ServerProcess | Container | None = None, *, step_timeout_s: float = 30.0
-    ) -> None:
+    def __init__(self, url: str, owned: Server | None = None, *, step_timeout_s: float = 30.0) -> None:
         self.url = url
         self.step_timeout_s = step_timeout_s
         self._owned = owned
@@ -93,10 +95,8 @@ class TypedEnv(Generic[ActionT, ObservationT]):
         owned, self._owned = self._owned, None
         if client is not None:
             await client.close()
-        if isinstance(owned, Container):
-            await owned.stop()
-        elif owned is not None:
-            owned.stop()
+        if owned is not None:
+            await asyncio.to_thread(owned.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,3 +165,11 @@ class CodingEnv(TypedEnv[CodeAction, CodeObservation]):
     image = CodingEntry.image
     server_module = CodingEntry.server_module
     parse_observation = CodeObservation.from_fields
+
+
+class OpenSpielEnv(TypedEnv[OpenSpielAction, OpenSpielObservation]):
+    """openspiel_env. `reset(seed=3, game="tic_tac_toe")` with our own server."""
+
+    image = OpenSpielEntry.image
+    server_module = OpenSpielEntry.server_module
+    parse_observation = OpenSpielObservation.from_fields

@@ -6,44 +6,49 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
-RUNTIMES = ("auto", "local", "url")
+RUNTIMES = ("auto", "local", "docker", "url")
+SECONDS = ("startup_timeout_s", "lease_timeout_s", "step_timeout_s", "idle_timeout_s", "episode_timeout_s")
 
 
 @dataclass
 class OpenEnvConfig:
     """Where the environments' servers run, and how long to wait for them."""
 
-    runtime: str = "auto"  # "local": servers of our own, started when needed; "url": yours; "auto": url if one is given
+    # "local": servers of our own, started when needed; "docker": containers; "url": yours; "auto": url if one is given,
+    # docker if a daemon answers and the environment's image is here, else local
+    runtime: str = "auto"
     url: str | None = None  # of a running server, like http://host:8000
-    max_sessions: int = 256  # episodes at once on one server
-    startup_timeout_s: float = 60.0  # until a started server answers, or a full one has a free slot
+    max_sessions: int = 256  # episodes at once on one server; a server that takes fewer is found out
+    max_servers: int | None = None  # of one environment; None: by this machine's cores and memory
+    startup_timeout_s: float = 60.0  # until a started server answers
+    lease_timeout_s: float = 600.0  # an episode waits so long for a free session
     step_timeout_s: float = 30.0  # of one reset or step
+    idle_timeout_s: float = 1800.0  # a session that is not used for so long is taken back
+    episode_timeout_s: float = 3600.0  # from reset; then the session is taken back
+    network: bool = False  # may containers of ours reach a network
+    memory_gb: float = 2.0  # of one container
+    cpus: float | None = None  # of one container; None: all but one of this machine's
+    accept_unsafe: bool = False  # let our servers run programs even where no wall is to be had
     invalid_action_penalty: float = 0.0  # taken from the reward of a turn whose action cannot be read
     options: dict[str, Any] = field(default_factory=dict)  # of the environment, where the data set's row says nothing
 
     def __post_init__(self) -> None:
-        if self.runtime == "docker":
-            raise ValueError(
-                "openenv.runtime='docker' is not there yet: start a container yourself "
-                "(EchoEnv.from_docker_image, or docker run -p 127.0.0.1:8000:8000 IMAGE) and give its url"
-            )
         if self.runtime not in RUNTIMES:
             raise ValueError(f"openenv.runtime={self.runtime!r} must be one of {', '.join(RUNTIMES)}")
         if self.runtime == "url" and not self.url:
             raise ValueError("openenv.runtime='url' needs openenv.url, like http://127.0.0.1:8000")
-        if self.runtime == "local" and self.url:
-            raise ValueError(f"openenv.url={self.url!r} has no effect with runtime='local'; use runtime='url'")
-        if self.max_sessions < 1:
-            raise ValueError(f"openenv.max_sessions={self.max_sessions} must be at least 1")
-        for name in ("startup_timeout_s", "step_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"openenv.{name}={getattr(self, name)} must be positive")
+        if self.runtime in ("local", "docker") and self.url:
+            raise ValueError(f"openenv.url={self.url!r} has no effect with runtime={self.runtime!r}; use runtime='url'")
+        for name in ("max_sessions", "max_servers"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"openenv.{name}={number} must be at least 1")
+        for name in (*SECONDS, "memory_gb", "cpus"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise ValueError(f"openenv.{name}={number} must be positive")
         if not self.invalid_action_penalty >= 0:
             raise ValueError(f"openenv.invalid_action_penalty={self.invalid_action_penalty} must not be negative")
-
-    @property
-    def uses_url(self) -> bool:
-        return self.runtime == "url" or (self.runtime == "auto" and self.url is not None)
 
     def key(self) -> tuple[Any, ...]:
         """Equal configurations share their servers."""

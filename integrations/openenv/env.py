@@ -24,6 +24,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
 OPEN, CLOSE = "<action>", "</action>"
+GRACE_S = 10.0  # the pool, which can say who holds what, gives up before the rollout does
 
 
 def register_openenv() -> None:
@@ -44,6 +45,7 @@ class OpenEnv(BaseTextEnv):
         self.task = task_of_row(extras)
         self.options = self.entry.read_options({**self.config.options, **self.task.options})
         self.seed: int | None = extras.get("seed")
+        self.init_timeout_s = self.config.lease_timeout_s + GRACE_S
         self.max_turns = int(extras.get("max_turns") or self.entry.max_turns)
         self.translator = self.entry.translator(self.task, self.options)
         self.num_invalid_actions = 0
@@ -67,6 +69,7 @@ class OpenEnv(BaseTextEnv):
         source = self.entry.source(self.options)
         try:
             self._lease = await shared_pool(self.config).lease(source, **reset_kwargs)
+            await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
         except OpenEnvError as failed:
@@ -87,7 +90,7 @@ class OpenEnv(BaseTextEnv):
         except InvalidAction as invalid:
             return self._answer_invalid(str(invalid))
         except ServerError as refused:
-            if refused.code == "VALIDATION_ERROR":  # the action has the wrong form: the policy's doing
+            if refused.code in self.entry.refused_codes:  # the action has the wrong form: the policy's doing
                 return self._answer_invalid(f"The environment does not accept this action: {_reasons(refused)}")
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
         except OpenEnvError as failed:

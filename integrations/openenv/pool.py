@@ -1,127 +1,27 @@
-"""Local servers shared by many episodes: one per environment, started when first needed, replaced when it dies.
+"""Servers shared by many episodes: started when first needed, more where one is not enough, replaced when they die.
 
-An episode holds a lease: a session that is connected and reset. A pool belongs to one event loop.
+An episode holds a lease (lease.py): a session that is connected and reset. Which server it is on, and when it may be
+opened, the environment's fleet decides (fleet.py); where the server runs, launch.py. A pool belongs to one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
-from integrations.openenv.client import OpenEnvClient, OpenEnvError, SessionLost, StepResult, is_healthy, open_session
+from integrations.openenv.client import CapacityReached, OpenEnvError, SessionLost, open_session
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.server_process import ServerProcess, ServerStartFailed
+from integrations.openenv.fleet import Fleet, Member
+from integrations.openenv.lease import Lease
+from integrations.openenv.server import Server
 from integrations.openenv.source import ServerSource
 
 
-class Lease:
-    """One episode's session. Whoever took it gives it back with `release`."""
-
-    def __init__(self, host: _Host, server_url: str, client: OpenEnvClient, first: StepResult) -> None:
-        self.first = first  # what reset gave
-        self._host = host
-        self._server_url = server_url
-        self._client: OpenEnvClient | None = client
-
-    async def step(self, action: dict[str, Any]) -> StepResult:
-        """Act. A lost session makes the pool look after its server: a dead one is replaced for the next lease."""
-        if self._client is None:
-            raise SessionLost("this lease was released")
-        try:
-            return await self._client.step(action)
-        except SessionLost:
-            await self._host.look_after(self._server_url)
-            raise
-
-    async def release(self) -> None:
-        """Close the session and free the slot. May be called twice."""
-        client, self._client = self._client, None
-        if client is None:
-            return
-        try:
-            await client.close()
-        finally:
-            self._host.slots.release()
-
-
-class _Host:
-    """Where one environment is served: a server of ours, or a given url."""
-
-    def __init__(self, source: ServerSource, config: OpenEnvConfig) -> None:
-        self.source = source
-        self.config = config
-        self.slots = asyncio.Semaphore(config.max_sessions)
-        self.server: ServerProcess | None = None
-        self.num_starts = 0
-        self._failed: ServerStartFailed | None = None  # the last start that failed
-        self._failed_s = 0.0
-        self._changing = asyncio.Lock()  # held while the server is started or replaced
-
-    async def lease(self, reset_kwargs: dict[str, Any]) -> Lease:
-        await self.slots.acquire()
-        try:
-            url = await self._url()
-            try:
-                client, first = await open_session(
-                    url,
-                    reset_kwargs,
-                    deadline_s=self.config.startup_timeout_s,
-                    step_timeout_s=self.config.step_timeout_s,
-                )
-            except SessionLost:
-                await self.look_after(url)
-                raise
-        except BaseException:
-            self.slots.release()
-            raise
-        return Lease(self, url, client, first)
-
-    async def look_after(self, url: str) -> None:
-        """After a lost session: stop the server at `url` if it is dead or silent. The next lease starts one."""
-        async with self._changing:
-            server = self.server
-            if server is None or server.url != url or (server.is_running and await is_healthy(url)):
-                return
-            self.server = None
-            await asyncio.to_thread(server.stop)
-
-    async def _url(self) -> str:
-        if self.config.uses_url:
-            assert self.config.url is not None
-            return self.config.url
-        asked_s = time.monotonic()
-        async with self._changing:
-            if self.server is not None and not self.server.is_running:
-                self.server.stop()
-                self.server = None
-            if self.server is None:
-                if self._failed is not None and self._failed_s > asked_s:
-                    raise ServerStartFailed(str(self._failed))  # the start that this lease waited for
-                self.server = await self._start()
-            return self.server.url
-
-    async def _start(self) -> ServerProcess:
-        if self.source.module is None:
-            raise ServerStartFailed(f"{self.source.name}: there is no server of ours for it")
-        try:
-            server = await ServerProcess.start(
-                self.source.module,
-                max_sessions=self.config.max_sessions,
-                timeout_s=self.config.startup_timeout_s,
-            )
-        except ServerStartFailed as failed:
-            self._failed, self._failed_s = failed, time.monotonic()
-            raise
-        self.num_starts += 1
-        return server
-
-    def stop(self) -> None:
-        server, self.server = self.server, None
-        if server is not None:
-            server.stop()
+class NoFreeSession(OpenEnvError):
+    """All sessions were taken for too long."""
 
 
 class ServerPool:
@@ -129,39 +29,82 @@ class ServerPool:
 
     def __init__(self, config: OpenEnvConfig) -> None:
         self.config = config
-        self._hosts: dict[ServerSource, _Host] = {}
+        self._fleets: dict[ServerSource, Fleet] = {}
+        self._leases: dict[Lease, ServerSource] = {}
+        self._numbers = count()
         self._closed = False
         atexit.register(self.stop)
 
     async def lease(self, source: ServerSource, **reset_kwargs: Any) -> Lease:
-        """A session of this environment, connected and reset; waits while all `max_sessions` are taken."""
+        """A session of this environment, connected and reset. First come, first served; NoFreeSession in the end."""
         if self._closed:
             raise OpenEnvError("the server pool is closed")
-        if source not in self._hosts:
-            self._hosts[source] = _Host(source, self.config)
-        return await self._hosts[source].lease(reset_kwargs)
+        fleet = self._fleets.get(source)
+        if fleet is None:
+            fleet = self._fleets[source] = Fleet(source, self.config)
+        number = next(self._numbers)
+        try:
+            async with asyncio.timeout(self.config.lease_timeout_s):
+                lease = None
+                while lease is None:
+                    lease = await self._opened(fleet, await fleet.place(number), reset_kwargs)
+        except TimeoutError:
+            raise NoFreeSession(self._who_holds_what(source, fleet)) from None
+        self._leases[lease] = source
+        return lease
+
+    async def _opened(self, fleet: Fleet, member: Member, reset_kwargs: dict[str, Any]) -> Lease | None:
+        """None if the server turned out to be full."""
+        try:
+            session = await open_session(
+                member.server.url, reset_kwargs, deadline_s=0.0, step_timeout_s=self.config.step_timeout_s
+            )
+        except CapacityReached as full:
+            fleet.refused(member, full)
+            return None
+        except BaseException as failed:
+            fleet.not_opened(member, doubt=isinstance(failed, SessionLost))
+            raise
+        fleet.opened(member)
+        return Lease(fleet, member, session, self.config, on_end=self._forget)
+
+    def _forget(self, lease: Lease) -> None:
+        self._leases.pop(lease, None)
+
+    def _who_holds_what(self, source: ServerSource, fleet: Fleet) -> str:
+        holders = [lease.describe() for lease, of in self._leases.items() if of == source]  # the oldest first
+        held = f"; the oldest of {len(holders)} sessions: {'; '.join(holders[:3])}" if holders else ""
+        return (
+            f"no session came free within {self.config.lease_timeout_s:g} s "
+            f"(openenv.lease_timeout_s): {fleet.describe()}{held}"
+        )
 
     @property
     def num_restarts(self) -> int:
         """Servers that were started in place of a dead one."""
-        return sum(max(host.num_starts - 1, 0) for host in self._hosts.values())
+        return sum(fleet.num_restarts for fleet in self._fleets.values())
 
-    def servers(self) -> Iterator[tuple[str, ServerProcess]]:
-        """The running servers of our own, by environment name."""
-        for source, host in self._hosts.items():
-            if host.server is not None:
-                yield source.name, host.server
+    def servers(self) -> Iterator[tuple[str, Server]]:
+        """The servers in use, by environment name."""
+        for source, fleet in self._fleets.items():
+            for member in fleet.members:
+                yield source.name, member.server
 
     async def close(self) -> None:
         """Stop every server. Sessions still open are lost."""
-        await asyncio.to_thread(self.stop)
+        servers = self._end()
+        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
+        await asyncio.gather(*(fleet.ended() for fleet in self._fleets.values()))
 
     def stop(self) -> None:
         """What `close` does, for callers without a loop."""
+        for server in self._end():
+            server.stop()
+
+    def _end(self) -> list[Server]:
         self._closed = True
         atexit.unregister(self.stop)
-        for host in self._hosts.values():
-            host.stop()
+        return [server for fleet in self._fleets.values() for server in fleet.stop()]
 
 
 _shared: dict[tuple[int, tuple[Any, ...]], tuple[asyncio.AbstractEventLoop, ServerPool]] = {}

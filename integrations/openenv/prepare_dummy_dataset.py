@@ -13,8 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from integrations.openenv.catalog import CATALOG, Task, catalog_entry
+from integrations.openenv.background import run_in_background
+from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, Task, catalog_entry
 from integrations.openenv.catalog.options import options_from_words
+from integrations.openenv.client import OpenEnvError
+from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.pool import close_shared_pools, shared_pool
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 
@@ -27,8 +31,10 @@ def main() -> None:
         options = options_from_words(arguments.option)
         sizes = (arguments.num_train, arguments.num_validation, arguments.seed)
         datasets = [dataset_rows(name, *sizes, options=options) for name in names]
-    except ValueError as refused:  # an unknown name or option, or more tasks than there are
+    except (ValueError, OpenEnvError) as refused:  # an unknown name or option, no server, more tasks than there are
         parser.error(str(refused))
+    finally:
+        run_in_background(close_shared_pools())
     folder = Path(arguments.output_dir).expanduser()
     train = [row for rows, _ in datasets for row in rows]
     validation = [row for _, rows in datasets for row in rows]
@@ -38,18 +44,40 @@ def main() -> None:
 
 
 def dataset_rows(
-    name: str, num_train: int, num_validation: int, seed: int, options: Mapping[str, Any] | None = None
+    name: str,
+    num_train: int,
+    num_validation: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    config: OpenEnvConfig | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows."""
+    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows.
+
+    A server outside the catalog is asked what it is, where `config` says. If it is started for that, it runs until
+    the pools of the background loop are closed, at the latest until Python exits.
+    """
     entry, num_tasks = catalog_entry(name), num_train + num_validation
-    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, entry.read_options(options or {}))
+    chosen = entry.read_options(options or {})
+    if not entry.is_prepared:
+        run_in_background(_show_server(entry, chosen, config or OpenEnvConfig()))
+    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, chosen)
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
-    rows = [dataset_row(name, task, own) for task, own in zip(tasks, seeds, strict=True)]
-    validation, train = rows[:num_validation], rows[num_validation:]
-    for split, of_split in (("train", train), ("validation", validation)):
-        for index, row in enumerate(of_split):
+    numbered = list(zip(tasks, seeds, strict=True))
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split, of_split in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
+        splits[split] = [dataset_row(name, entry.for_split(task, split, chosen), own) for task, own in of_split]
+        for index, row in enumerate(splits[split]):
             row["extra_info"] |= {"split": split, "index": index}
-    return train, validation
+    return splits["train"], splits["validation"]
+
+
+async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig) -> None:
+    """Let an entry that knows its environment only by its server look at one. The server stays, for who plays next."""
+    lease = await shared_pool(config).lease(entry.source(options), **entry.reset_kwargs(options))
+    try:
+        await entry.prepare(lease)
+    finally:
+        await lease.release()
 
 
 def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:
@@ -57,7 +85,7 @@ def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:
         "prompt": task.prompt,
         "env_class": "openenv",
         "env_name": name,
-        "data_source": f"openenv/{name}",
+        "data_source": f"openenv/{catalog_entry(name).data_name}",
         "seed": seed if task.seed is None else task.seed,
         "options": json.dumps(dict(task.options)),  # as text, for environments have different ones
         "reward_spec": {"method": "rule", "ground_truth": task.ground_truth},
@@ -97,7 +125,7 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        made_for = MADE_FOR + ",".join(sorted({row["env_name"] for row in rows}))
+        made_for = MADE_FOR + ",".join(sorted({catalog_entry(row["env_name"]).data_name for row in rows}))
         table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"made_for": made_for})
         pyarrow.parquet.write_table(table, unfinished)
         unfinished.replace(path)
@@ -108,7 +136,7 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write datasets of made-up tasks for OpenEnv environments.")
     parser.add_argument("--output_dir", default="~/data/openenv", help="where the two files go")
-    parser.add_argument("--env_name", help=f"{', '.join(CATALOG)}; without it, all of them together")
+    parser.add_argument("--env_name", help=f"{', '.join(CATALOG)}; {FORMS}; without it, the catalog")
     parser.add_argument("--num_train", type=_positive, default=64)
     parser.add_argument("--num_validation", type=_positive, default=32)
     parser.add_argument("--seed", type=int, default=0)

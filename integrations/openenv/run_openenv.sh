@@ -94,6 +94,10 @@ fi
 # A folder of wheels that pip knows of (a CPU build of PyTorch, say) is known to uv as well.
 export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
 export PYTHONUNBUFFERED=1
+uv_run=("$UV" run --project "$ROOT")
+if grep -q "^${ENV_NAME//_/-} = \[" "$ROOT/pyproject.toml"; then # the engine behind our own server of it
+  uv_run+=(--extra "${ENV_NAME//_/-}")
+fi
 
 # --- Data set and training --------------------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ CKPT_PATH="${CKPT_PATH:-$HOME/ckpts/openenv/$ENV_NAME}"
 DEVICE=$( ((NUM_GPUS > 0)) && echo cuda || echo cpu)
 
 if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; then
-  "$UV" run --project "$ROOT" "$ROOT/integrations/openenv/prepare_dummy_dataset.py" \
+  "${uv_run[@]}" "$ROOT/integrations/openenv/prepare_dummy_dataset.py" \
     --output_dir "$DATA_DIR" --env_name "$ENV_NAME"
 fi
 
@@ -116,13 +120,20 @@ recipe=(
   trainer.eval_interval=5
   trainer.max_ckpts_to_keep=1
 )
+if [[ "$DEVICE" == cpu ]]; then
+  recipe+=(trainer.max_tokens_per_microbatch=2048) # about 2 GB of activations for a model of 135M weights
+fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
+  atari_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;;
   sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
+  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
+  openspiel_env) # catch: nine moves, and three turns to spare
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
 esac
 
-exec "$UV" run --project "$ROOT" python -m integrations.openenv.entrypoints.main_openenv \
+exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
   "data.train_data=['$DATA_DIR/train.parquet']" \
   "data.val_data=['$DATA_DIR/validation.parquet']" \
   trainer.policy.model.path="${MODEL:-auto}" \

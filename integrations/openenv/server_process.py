@@ -8,21 +8,22 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from integrations.openenv.client import OpenEnvError, is_healthy
+from integrations.openenv.client import is_healthy
+from integrations.openenv.reaping import OWNER_VARIABLE, this_process
+from integrations.openenv.server import ServerStartFailed
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = ("PATH", "TMPDIR", "SYSTEMROOT")  # nothing else of our environment reaches the server
 
 
-class ServerStartFailed(OpenEnvError):
-    """The server ended, or did not answer in time."""
-
-
 class ServerProcess:
     """A running server. `start` makes one; `stop` ends it; it ends by itself when this process dies."""
+
+    num_workers: int | None = 1
 
     def __init__(self, module: str, process: subprocess.Popen[bytes], errors: IO[bytes], url: str) -> None:
         self.module = module
@@ -31,11 +32,14 @@ class ServerProcess:
         self._errors = errors
 
     @classmethod
-    async def start(cls, module: str, *, max_sessions: int, timeout_s: float) -> ServerProcess:
+    async def start(
+        cls, module: str, arguments: Sequence[str] = (), *, max_sessions: int, timeout_s: float
+    ) -> ServerProcess:
         """Run `python -m module` until it announces its address and answers."""
+        ours = ["--exit-with-parent", "--max-sessions", str(max_sessions)]
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the server)
         process = subprocess.Popen(  # noqa: ASYNC220  (milliseconds; from a thread, PR_SET_PDEATHSIG would misfire)
-            [sys.executable, "-P", "-m", module, "--exit-with-parent", "--max-sessions", str(max_sessions)],
+            [sys.executable, "-P", "-m", module, *ours, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -115,4 +119,5 @@ class ServerProcess:
 
 def _environment() -> dict[str, str]:
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {"LANG": "C.UTF-8", "PYTHONPATH": str(REPOSITORY_ROOT), "HOME": tempfile.gettempdir(), **passed_on}
+    own = {"LANG": "C.UTF-8", "PYTHONPATH": str(REPOSITORY_ROOT), "HOME": tempfile.gettempdir()}
+    return {**own, OWNER_VARIABLE: str(this_process()), **passed_on}

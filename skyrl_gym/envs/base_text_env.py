@@ -46,6 +46,7 @@ class BaseTextEnv(Env[ConversationType, str]):
 
     is_async: ClassVar[bool] = False  # set for each subclass: does it define its own step_async?
     max_reward: ClassVar[float] = 1.0  # the summed reward of `gold_actions`
+    init_timeout_s: float | None = None  # for an `init` that may wait for its turn; None: it is as quick as a step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

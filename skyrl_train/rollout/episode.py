@@ -74,7 +74,7 @@ class EnvCalls:
     async def init(self, messages: list[Message]) -> list[Message]:
         env = await self._answer("constructor", self._threaded(self._constructed))
         init = env.init_async if env.is_async else partial(self._threaded, env.init)
-        conversation, _ = await self._answer("init", init(copy.deepcopy(messages)))
+        conversation, _ = await self._answer("init", init(copy.deepcopy(messages)), env.init_timeout_s)
         return conversation
 
     async def step(self, action: str) -> dict[str, Any]:
@@ -113,16 +113,17 @@ class EnvCalls:
         self._in_thread = self._executor.submit(call, *args)
         return await asyncio.wrap_future(self._in_thread)
 
-    async def _answer(self, what: str, call: Awaitable[Any]) -> Any:
+    async def _answer(self, what: str, call: Awaitable[Any], own_timeout_s: float | None = None) -> Any:
         started = time.monotonic()
-        timeout_s = min(self._step_timeout_s, self._seconds_left)
+        timeout_s = own_timeout_s or min(self._step_timeout_s, self._seconds_left)
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait([task], timeout=timeout_s)
         finally:  # also when this episode is cancelled: nothing may go on behind its back
             if not task.done():
                 task.cancel()
-        self._seconds_left -= time.monotonic() - started
+        if own_timeout_s is None:
+            self._seconds_left -= time.monotonic() - started
         if not task.done() or task.cancelled():
             raise EnvFailure(f"{self._name}: {what} took longer than {timeout_s:.1f} s")
         error = task.exception()

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from integrations.openenv.catalog.atari import AtariEntry
 from integrations.openenv.catalog.coding import CodingEntry
 from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.catalog.entry import CatalogEntry, InvalidAction, Messages, Task
+from integrations.openenv.catalog.finrl import FinRLEntry
+from integrations.openenv.catalog.generic import FORMS, ForeignName, GenericEntry, foreign_name
+from integrations.openenv.catalog.openspiel import OpenSpielEntry
 from integrations.openenv.catalog.sumo_rl import SumoEntry
 
-__all__ = ["CATALOG", "CatalogEntry", "InvalidAction", "Messages", "Task", "catalog_entry"]
+__all__ = ["CATALOG", "FORMS", "CatalogEntry", "InvalidAction", "Messages", "Task", "catalog_entry"]
 
-CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in (EchoEntry(), CodingEntry(), SumoEntry())}
-NOT_YET = ("openspiel_env", "atari_env", "finrl_env")
+_ENTRIES: tuple[CatalogEntry, ...] = (
+    EchoEntry(),
+    CodingEntry(),
+    OpenSpielEntry(),
+    AtariEntry(),
+    SumoEntry(),
+    FinRLEntry(),
+)
+CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 
 
 def catalog_entry(name: str) -> CatalogEntry:
-    """The entry called `name`; echo-env is echo_env."""
-    known = f"known: {', '.join(CATALOG)}; not yet: {', '.join(NOT_YET)}"
-    if not isinstance(name, str) or not name:
+    """The entry called `name` (echo-env is echo_env), or the one of a server outside the catalog."""
+    known = f"known: {', '.join(CATALOG)}; or name {FORMS}"
+    if not isinstance(name, str) or not name.strip():
         raise ValueError(f"env_name={name!r} must name an OpenEnv environment ({known})")
+    foreign = foreign_name(name)
+    if foreign is not None:
+        return _generic_entry(foreign)
     spelled = name.strip().lower().replace("-", "_")
-    if spelled in NOT_YET:
-        raise ValueError(f"env_name={name!r} is not there yet ({known})")
     if spelled not in CATALOG:
         raise ValueError(f"unknown env_name={name!r} ({known})")
     return CATALOG[spelled]
+
+
+@cache
+def _generic_entry(foreign: ForeignName) -> GenericEntry:
+    """One entry per server and process: it remembers what the server says of itself."""
+    return GenericEntry(foreign)

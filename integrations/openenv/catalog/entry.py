@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from integrations.openenv.catalog.options import NoOptions, read_options
 from integrations.openenv.client import StepResult
@@ -29,6 +30,15 @@ class Task:
     solution: str | None = None  # the content of an <action> tag that earns full reward in one turn, if there is one
     seed: int | None = None  # of the environment's reset; None takes one from the data set's seed
     options: Mapping[str, Any] = field(default_factory=dict)  # of the environment, those that are not the default
+
+
+class OpenSession(Protocol):
+    """What `prepare` may ask: the server at `url`, and the session's MCP side. The pool's Lease is one."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,10 @@ class Translator(ABC):
         """The content of the <action> tag that a perfect (or at least a good) player writes now, if known."""
         return None
 
+    def random_action(self, random: Random) -> str | None:
+        """The content of an <action> tag that a player writes who knows the rules and nothing more, if known."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Plain numbers about the episode, beside those that every environment has."""
         return {}
@@ -86,11 +100,34 @@ class CatalogEntry(ABC):
     max_turns: ClassVar[int] = 1  # a good `generator.max_turns`
     max_action_chars: ClassVar[int] = 10_000  # longer ones are refused before they reach the server
     options_type: ClassVar[type] = NoOptions  # a frozen dataclass: the environment's options with their defaults
+    refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR"})  # of errors that are the policy's doing
+
+    @property
+    def data_name(self) -> str:
+        """What files and metrics call it."""
+        return self.name
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `tasks` can be asked for before a server was seen."""
+        return True
+
+    async def prepare(self, session: OpenSession) -> None:
+        """Called with a session before its first text: the place to learn what only the server knows."""
+        return None
 
     @property
     def local_image(self) -> str:
         """The tag under which this machine has the environment's image, pulled or built."""
         return f"{self.name.replace('_', '-')}:latest"
+
+    def require_engine(self) -> None:
+        """ValueError, with what to type, where our own server of it cannot run."""
+        if self.engine_module is not None and find_spec(self.engine_module) is None:
+            raise ValueError(
+                f"{self.name}: {self.engine_module} is not installed; "
+                f"uv run integrations/openenv/install_environment.py {self.name}"
+            )
 
     def read_options(self, values: Mapping[str, Any]) -> Any:
         """An `options_type` with these values; ValueError names what is unknown or wrong."""
@@ -103,6 +140,10 @@ class CatalogEntry(ABC):
     @abstractmethod
     def translator(self, task: Task, options: Any) -> Translator:
         """For one episode of this task. `task.options` are in `options` already."""
+
+    def for_split(self, task: Task, split: str, options: Any) -> Task:
+        """The task as one of the split "train" or "validation", where these differ in more than the seed."""
+        return task
 
     def reset_kwargs(self, options: Any) -> dict[str, Any]:
         """What our own server's reset takes beside `seed`. Servers drop what they do not know."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,10 +28,15 @@ def read_options(options_type: type[OptionsT], values: Mapping[str, Any], of: st
             hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"{of} has no option {name!r}; {hint}")
     try:
-        return TypeAdapter(options_type).validate_python(dict(values))
+        return _adapter(options_type).validate_python(dict(values))
     except ValidationError as wrong:
         words = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in wrong.errors())
         raise ValueError(f"{of}: {words}") from None
+
+
+@cache
+def _adapter(options_type: type) -> TypeAdapter:
+    return TypeAdapter(options_type)
 
 
 def options_from_words(words: Sequence[str]) -> dict[str, Any]:

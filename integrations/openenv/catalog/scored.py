@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from random import Random
 from typing import Any
 
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, Task, Translator
@@ -54,6 +55,10 @@ class ScoredTranslator(Translator):
 
     def gold_action(self) -> str | None:
         return self.task.solution
+
+    def random_action(self, random: Random) -> str | None:
+        """What would be right for another task."""
+        return self.entry.tasks(random, 1, self.entry.read_options({}))[0].solution
 
     def metrics(self) -> dict[str, float]:
         return {"score": self.best_score}

@@ -6,11 +6,14 @@ the end of the environments' servers.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import dataclass, field
 
+from integrations.openenv.client import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.env import register_openenv
+from integrations.openenv.env import OpenEnv, register_openenv
+from integrations.openenv.launch import preflight
 from integrations.openenv.pool import close_shared_pools, num_server_restarts
 from skyrl_train.config import EnvironmentConfig, SkyRLConfig
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
@@ -33,6 +36,28 @@ class OpenEnvRunConfig(SkyRLConfig):
 
 class OpenEnvExp(BasePPOExp):
     """SkyRL's experiment; the servers that its episodes shared end with it."""
+
+    def __init__(self, cfg: OpenEnvRunConfig) -> None:
+        super().__init__(cfg)
+        self._preflight(cfg)
+
+    def _preflight(self, cfg: OpenEnvRunConfig) -> None:
+        """Before the model is loaded: the data sets' environments know their options and can be served here."""
+        config = cfg.environment.openenv
+        envs: dict[tuple[str, str], OpenEnv] = {}
+        for prompt in [*self.train_dataset, *(self.eval_dataset or ())]:
+            extras = prompt.env_extras
+            kind = (str(extras.get("env_name")), str(extras.get("options")))
+            if prompt.env_class == "openenv" and kind not in envs:
+                envs[kind] = OpenEnv(config, {"max_turns": cfg.generator.max_turns, **extras})
+        sources = {env.entry.source(env.options): env.entry for env in envs.values()}
+        try:
+            runtimes = asyncio.run(preflight(sources, config))
+        except OpenEnvError as missing:
+            raise ValueError(str(missing)) from missing
+        for source, entry in sources.items():
+            if runtimes[source.name] == "local":
+                entry.require_engine()
 
     def extra_metrics(self) -> dict[str, float]:
         return {"environment/num_server_restarts": float(num_server_restarts())}

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import uuid
 from typing import Any
 
 from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
+from openenv.core.env_server.types import EnvironmentMetadata
 
 from integrations.openenv.servers.nursery import Nursery
 from integrations.openenv.servers.programs import WORKER_MODULE, Session
 from integrations.openenv.servers.serving import serve
+from integrations.openenv.servers.walls import NoWall, Wall, accepted_wall
 
 FORBIDDEN = re.compile(r"import\s+os|import\s+subprocess|eval\(|exec\(|__import__|open\(")
 FORBIDDEN_REWARD, SHORT_REWARD, NOT_PYTHON_REWARD = -1.0, 0.1, -0.2
@@ -48,8 +51,9 @@ class CodingEnvironment(Environment[CodeAction, CodeObservation, CodeState]):
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
-    def __init__(self, nursery: Nursery) -> None:
+    def __init__(self, nursery: Nursery, wall: Wall) -> None:
         super().__init__()
+        self._wall = wall
         self._session = Session(nursery)
         self._state = CodeState(episode_id=str(uuid.uuid4()))
 
@@ -72,6 +76,11 @@ class CodingEnvironment(Environment[CodeAction, CodeObservation, CodeState]):
     def close(self) -> None:
         self._session.close()
 
+    def get_metadata(self) -> EnvironmentMetadata:
+        return EnvironmentMetadata(
+            name="coding_env", description=f"Runs Python programs, behind this wall: {self._wall}", version="1.0.0"
+        )
+
     @property
     def state(self) -> CodeState:
         return self._state
@@ -90,10 +99,15 @@ def official_reward(code: str) -> float:
 
 
 def make_app(max_sessions: int) -> FastAPI:
-    nursery = Nursery(WORKER_MODULE)
+    try:
+        wall = accepted_wall()
+    except NoWall as refusal:
+        raise SystemExit(f"coding_env does not start: {refusal}") from None
+    print(f"coding_env: programs run behind this wall: {wall}", file=sys.stderr, flush=True)
+    nursery = Nursery(WORKER_MODULE, wall.interpreter)
 
     def make_environment() -> CodingEnvironment:
-        return CodingEnvironment(nursery)
+        return CodingEnvironment(nursery, wall)
 
     return create_app(
         make_environment, CodeAction, CodeObservation, env_name="coding_env", max_concurrent_envs=max_sessions

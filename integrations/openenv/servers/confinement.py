@@ -2,23 +2,22 @@
 
 A seccomp filter leaves memory, clocks, and reading and writing what is open already. No file or socket opens, no
 process or thread starts, none is signalled or inspected, no namespace, module, key, ring or counter is made: each
-such call fails with EPERM. Limits on memory, processor time and file size come with it, and root becomes nobody.
+such call fails with EPERM. Limits on memory and file size come with it, and root becomes nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 import sys
 
-from integrations.openenv.servers.nursery import die_with_parent
+from integrations.openenv.servers.nursery import die_with_parent, libc
 
 MEMORY_LIMIT_BYTES = 512 * 1024 * 1024  # of address space; the interpreter itself has about 80 MB
-WORKER_CPU_LIMIT_S = 300  # of all programs of a worker together, should one of them stop the clocks
 NOBODY = 65534
 
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2  # linux/prctl.h, linux/seccomp.h
@@ -69,38 +68,39 @@ def confine(memory_bytes: int = MEMORY_LIMIT_BYTES) -> None:
     die_with_parent()
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, WORKER_CPU_LIMIT_S),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 0),  # what is open stays open; nothing more opens
     ):
         resource.setrlimit(limit, (value, value))
     if can_filter():
-        forbid_all_but(COMPUTING)
+        forbid_all_but_computing()
 
 
 def become_nobody() -> None:
-    """Whoever was root has no rights any more; another user stays who it is."""
+    """Whoever was root has no rights any more; another user stays who it is.
+
+    A root that may not do this has lost its rights already, in a container that dropped them.
+    """
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with contextlib.suppress(OSError):
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def can_filter() -> bool:
     """Whether this kernel takes system call filters, and we know the machine's numbers."""
-    if sys.platform != "linux" or platform.machine() not in AUDIT_ARCH:
+    if sys.platform != "linux" or MACHINE not in AUDIT_ARCH:
         return False
     _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None)  # no program: EFAULT where one would be taken, else EINVAL
     return ctypes.get_errno() == errno.EFAULT
 
 
-def forbid_all_but(calls: tuple[tuple[str, int, int], ...]) -> None:
+def forbid_all_but_computing() -> None:
     """Every other system call fails with EPERM, from now on, here and in children; one of a foreign ABI kills."""
-    machine = platform.machine()
-    program = filter_program(AUDIT_ARCH[machine], [x86 if machine == "x86_64" else arm for _, x86, arm in calls])
-    code = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
+    code = ctypes.create_string_buffer(FILTER, len(FILTER))
+    header = struct.pack("HxxxxxxP", len(FILTER) // 8, ctypes.addressof(code))  # struct sock_fprog
     for arguments in ((PR_SET_NO_NEW_PRIVS, 1, None), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header)):
         if _prctl(*arguments) != 0:
             raise OSError(ctypes.get_errno(), f"prctl({arguments[0]}) failed: {os.strerror(ctypes.get_errno())}")
@@ -121,6 +121,10 @@ def filter_program(architecture: int, numbers: list[int]) -> bytes:
 
 
 def _prctl(option: int, value: int, pointer: bytes | None) -> int:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong]
-    return int(prctl(option, value, pointer, 0, 0))
+    return int(libc.prctl(option, ctypes.c_ulong(value), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)))
+
+
+MACHINE = os.uname().machine
+FILTER = filter_program(
+    AUDIT_ARCH.get(MACHINE, 0), [x86_64 if MACHINE == "x86_64" else aarch64 for _, x86_64, aarch64 in COMPUTING]
+)

@@ -17,7 +17,7 @@ WORKER_MODULE = "integrations.openenv.servers.program_worker"
 MAX_OUTPUT_CHARS = 50_000  # of each of stdout and stderr
 CPU_LIMIT_S = 5.0  # of one program
 WALL_LIMIT_S = 10.0  # of one program, asleep or starved as well
-PATIENCE_S = WALL_LIMIT_S + 2.0  # a program that left the interpreter can stop its worker's clocks, not this one
+PATIENCE_S = 2 * WALL_LIMIT_S  # a program that left the interpreter can stop its worker's clocks, not this one
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How each of our servers runs: bind first, announce the real port, serve, and never outlive the parent."""
+"""How each of our servers runs: bind first, announce the real address, serve, and never outlive the parent."""
 
 from __future__ import annotations
 
@@ -11,28 +11,48 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ACCEPT_UNSAFE = "OPENENV_ACCEPT_UNSAFE"  # how --accept-unsafe reaches what a server starts
 
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
     """Parse the command line, then serve `make_app(max_sessions)` until killed."""
-    arguments = _parser(description).parse_args()
+    serve_as(server_parser(description).parse_args(), make_app)
+
+
+def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) -> None:
+    """The same, with a command line that is parsed already."""
     if arguments.exit_with_parent:
         exit_with_parent()
-    listening = socket.create_server((arguments.host, arguments.port), backlog=1024)
+    if arguments.accept_unsafe:
+        os.environ[ACCEPT_UNSAFE] = "1"
+    listening, url = _bound(arguments)
     app = make_app(arguments.max_sessions)
-    host, port = listening.getsockname()[:2]
-    print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
+    print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
     sys.stdout = sys.stderr  # the announcement is the only line on stdout
     import uvicorn
 
     config: dict[str, Any] = {"log_level": "warning", "ws_ping_interval": None, "ws_per_message_deflate": False}
     uvicorn.Server(uvicorn.Config(app, **config)).run(sockets=[listening])
+
+
+def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:
+    if arguments.uds:
+        Path(arguments.uds).unlink(missing_ok=True)  # what a killed server left
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening.bind(arguments.uds)
+        Path(arguments.uds).chmod(0o666)  # in a container we are another user; who reaches it, the folder decides
+        listening.listen(1024)
+        return listening, f"unix:{arguments.uds}"
+    listening = socket.create_server((arguments.host, arguments.port), backlog=1024)
+    host, port = listening.getsockname()[:2]
+    return listening, f"http://{host}:{port}"
 
 
 def exit_with_parent() -> None:
@@ -48,12 +68,17 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch_stdin, name="parent-watch", daemon=True).start()
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def server_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every server has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the protocol has no password")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the first line of output says which")
+    parser.add_argument("--uds", metavar="PATH", help="listen on this file, not on a port: no network needed")
     parser.add_argument(
         "--max-sessions", type=int, default=int(os.environ.get("MAX_CONCURRENT_ENVS", "256")), help="sessions at once"
     )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin closes (set by the pool)")
+    parser.add_argument(
+        "--accept-unsafe", action="store_true", help="run programs even where nothing walls them off from this machine"
+    )
     return parser

@@ -101,9 +101,9 @@ class CachedAttention:
         if any(chunk.count == 1 for chunk in self._long):
             raise ValueError("chunks of one token must come first")
         heads = cache.layer(0)[0].shape[1]
-        slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])
+        slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])[:, None]
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
-        rows = (slots * heads + torch.arange(heads)[:, None]) * cache.length + positions
+        rows = (slots * heads + torch.arange(heads)) * cache.length + positions[:, None]
         self._rows = rows.flatten().to(device)  # where each new key goes in the flat [slots * kv_heads * length, D]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         if self._singles:
@@ -117,7 +117,7 @@ class CachedAttention:
     ) -> Tensor:
         cached = self._cache.layer(layer)
         for store, new in zip(cached, (key, value), strict=True):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._rows, new.transpose(0, 1).reshape(-1, store.shape[-1]))
+            store.view(-1, store.shape[-1]).index_copy_(0, self._rows, new.reshape(-1, store.shape[-1]))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [T, kv_heads, heads per key head, D]
         parts, start = [], len(self._singles)
         if self._singles:

@@ -42,8 +42,9 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     total = weights.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+    drowned = _ban(weights, rows)
     for index, row in enumerate(rows):
-        _cut(weights[index], logits[index], row)
+        _cut(weights[index], logits[index], row, anew=row.params.repetition_penalty != 1 or index in drowned)
     tokens = _choose(weights, rows)[:, None]
     logprobs = logits.gather(1, tokens).float() / temperatures - top - total.log()
     return tokens.squeeze(1).tolist(), logprobs.squeeze(1).tolist()
@@ -94,13 +95,23 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (block * BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(1)
 
 
-def _cut(weight: Tensor, logits: Tensor, row: Row) -> None:
-    """Change one row's weights [vocab] in place: penalty, ban, then top-k, then top-p of what is left, then min-p.
+def _ban(weights: Tensor, rows: list[Row]) -> set[int]:
+    """Banned tokens weigh 0. Returns the rows in which next to nothing is left, for the rest had underflowed."""
+    banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
+    if not banned:
+        return set()
+    places = torch.tensor(banned, device=weights.device)
+    weights[places[:, 0], places[:, 1]] = 0
+    return set((weights.amax(-1) < 1e-20).nonzero().flatten().tolist())
 
-    A token that is cut weighs exactly 0.
+
+def _cut(weight: Tensor, logits: Tensor, row: Row, *, anew: bool) -> None:
+    """Change one row's weights [vocab] in place: top-k, then top-p of what is left, then min-p.
+
+    A token that is cut weighs exactly 0. `anew`: from the logits again, with the repetition penalty and the ban.
     """
     params = row.params
-    if params.repetition_penalty != 1 or row.banned:
+    if anew:
         scores = _penalised(logits.float() / (params.temperature or 1.0), row)
         scores[list(row.banned)] = -torch.inf
         weight.copy_((scores - scores.max()).exp_())

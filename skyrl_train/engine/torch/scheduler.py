@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from skyrl_train.engine.base import Completion, Request, StopReason
+from skyrl_train.engine.torch.decoder import Decoder, forward_pass
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.sampling import Row, sample
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions, common_prefix
@@ -67,7 +68,8 @@ class Scheduler:
         session_cache_bytes: int,
     ) -> None:
         self.stats = EngineStats()
-        self._policy, self._tokenizer = policy, tokenizer
+        self._device, self._tokenizer = policy.device, tokenizer
+        self._model = forward_pass(policy)
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_sequence_ids(policy, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
@@ -112,6 +114,8 @@ class Scheduler:
         A response that was begun under an older version keeps that version: it says how old its oldest token may be.
         """
         self._policy_version = policy_version
+        if isinstance(self._model, Decoder):
+            self._model.weights_changed()
         self._sessions.clear()
         for sequence in self._slots:
             sequence.computed = 0
@@ -197,11 +201,11 @@ class Scheduler:
 
     def _forward(self, plan: list[tuple[Sequence, Chunk]]) -> Tensor:
         """Hidden states of the row of all chunks, [T, hidden]."""
-        device = self._policy.device
+        device = self._device
         ids = torch.tensor([token for seq, chunk in plan for token in seq.tokens[chunk.start : chunk.stop]])
         positions = torch.tensor([position for _, chunk in plan for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(self._cache, [chunk for _, chunk in plan], device)
-        hidden = self._policy.hidden_states(ids.to(device), positions.to(device), attention)
+        hidden = self._model.hidden_states(ids.to(device), positions.to(device), attention)
         computed = 0
         for sequence, chunk in plan:
             computed += max(0, min(chunk.stop, len(sequence.request.prompt_ids)) - chunk.start)
@@ -220,7 +224,7 @@ class Scheduler:
         if not done:
             return []
         last = hidden if len(ends) == hidden.shape[0] else hidden[ends]
-        tokens, logprobs = sample(self._policy.logits(last), [self._row(sequence) for sequence in done])
+        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done])
         self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + len(tokens))
         finished = []
         for sequence, token, logprob in zip(done, tokens, logprobs, strict=True):

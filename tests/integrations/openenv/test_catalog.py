@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from integrations.openenv.catalog import CATALOG, InvalidAction, catalog_entry
+from integrations.openenv.catalog import InvalidAction, catalog_entry
 from integrations.openenv.catalog.coding import CodingEntry
 from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.catalog.options import NoOptions
@@ -69,7 +69,7 @@ def test_code_may_stand_in_a_fence(text: str) -> None:
     assert CODING.parse(text) == {"code": "print(1)"}
 
 
-@pytest.mark.parametrize("entry", CATALOG.values(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [ECHO, CODING], ids=lambda entry: entry.name)
 def test_an_empty_action_is_explained(entry) -> None:
     with pytest.raises(InvalidAction, match="empty"):
         entry.parse(" \n ")

@@ -32,8 +32,9 @@ def code_extras(output: str, **more: Any) -> dict[str, Any]:
 
 
 def example_rows() -> list[dict[str, Any]]:
-    """One row of each environment."""
-    return [row for row in OpenEnv.example_extras() if row["extra_info"]["index"] in (0, 3)]
+    """One row of each environment that has no test file of its own."""
+    rows = [row for row in OpenEnv.example_extras() if row["extra_info"]["index"] in (0, 3)]
+    return [row for row in rows if row["env_name"] in ("echo_env", "coding_env")]
 
 
 async def played(env: OpenEnv, *replies: str) -> list[Any]:
@@ -157,7 +158,7 @@ async def test_a_killed_server_is_an_env_failure_and_the_next_episode_plays() ->
 
 async def test_an_unreachable_server_is_an_env_failure() -> None:
     env = OpenEnv(OpenEnvConfig(url="http://127.0.0.1:9"), echo_extras())
-    with pytest.raises(EnvFailure, match="cannot connect"):
+    with pytest.raises(EnvFailure, match=r"no server answers at .*refused"):
         await env.init_async(PROMPT)
     with pytest.raises(RuntimeError, match="without a session"):
         await env.step_async("<action>x</action>")

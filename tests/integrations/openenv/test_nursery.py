@@ -80,3 +80,10 @@ def test_workers_end_with_the_nursery_and_the_next_one_starts_it_again() -> None
     pid = pid_of(third)
     nursery.close()
     assert gone([pid])
+
+
+def test_a_module_that_does_not_import_is_an_error_and_not_a_hang() -> None:
+    nursery = Nursery("tests.integrations.openenv.no_such_worker")
+    with pytest.raises(RuntimeError, match="ended while it imported"):
+        nursery.worker(0)
+    nursery.close()

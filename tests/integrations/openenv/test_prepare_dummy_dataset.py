@@ -8,6 +8,7 @@ import pytest
 from datasets import load_dataset
 
 from integrations.openenv import prepare_dummy_dataset
+from integrations.openenv.catalog import CATALOG
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 
 COLUMNS = {"prompt", "env_class", "env_name", "data_source", "seed", "options", "reward_spec", "extra_info"}
@@ -33,8 +34,9 @@ def test_without_a_name_all_environments_share_the_files_which_say_so(
     prepare_dummy_dataset.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.parquet", "validation.parquet"]
     names = pyarrow.parquet.read_table(tmp_path / "train.parquet")["env_name"].to_pylist()
-    assert {name: names.count(name) for name in names} == {"echo_env": 9, "coding_env": 9}
-    assert b"openenv_env_names=coding_env,echo_env" in (tmp_path / "train.parquet").read_bytes()
+    assert {name: names.count(name) for name in names} == dict.fromkeys(CATALOG, 9)
+    made_for = f"openenv_env_names={','.join(sorted(CATALOG))}"
+    assert made_for.encode() in (tmp_path / "train.parquet").read_bytes()
 
 
 def test_the_file_gives_back_plain_values(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_the_file_gives_back_plain_values(tmp_path: Path) -> None:
 def test_an_unknown_environment_is_an_error_of_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare", "--env_name", "finrl-env"])
+    monkeypatch.setattr(sys, "argv", ["prepare", "--env_name", "chess"])
     with pytest.raises(SystemExit):
         prepare_dummy_dataset.main()
-    assert "'finrl-env' is not there yet (known: echo_env, coding_env;" in capsys.readouterr().err
+    assert "unknown env_name='chess' (known: echo_env, coding_env," in capsys.readouterr().err

@@ -102,13 +102,26 @@ async def test_a_killed_nursery_is_a_failure_of_the_environment_and_is_replaced(
     try:
         client, _ = await open_session(server.url, {})
         await client.step({"code": "print(1)"})
-        [nursery] = psutil.Process(server.pid).children()
-        [worker] = nursery.children()
-        nursery.kill()
+        worker = psutil.Process(server.pid).children(recursive=True)[-1]  # the deepest
+        worker.parent().kill()
         assert await asyncio.to_thread(gone, [worker.pid])
         with pytest.raises(ServerError, match="EXECUTION_ERROR"):
             await client.step({"code": "print(2)"})
         assert (await client.step({"code": "print(3)"})).observation["stdout"] == "3\n"
+        await client.close()
+    finally:
+        server.stop()
+
+
+async def test_a_killed_server_leaves_no_process_behind() -> None:
+    server = await ServerProcess.start("integrations.openenv.servers.coding_env", max_sessions=4, timeout_s=60)
+    try:
+        client, _ = await open_session(server.url, {})
+        await client.step({"code": "print(1)"})
+        below = [process.pid for process in psutil.Process(server.pid).children(recursive=True)]
+        assert len(below) >= 2  # a nursery and a worker
+        psutil.Process(server.pid).kill()
+        assert await asyncio.to_thread(gone, below)
         await client.close()
     finally:
         server.stop()

@@ -47,6 +47,7 @@ async def test_an_error_in_the_thread_reaches_everyone_who_waits(make_engine):
     engine = make_engine(policy)
     with torch.no_grad():
         policy.module.get_output_embeddings().weight.fill_(float("nan"))
+    await engine.weights_changed(1)
     outcomes = await asyncio.gather(*(engine.generate(ask("a", f"{i}")) for i in range(3)), return_exceptions=True)
     for outcome in outcomes:
         assert isinstance(outcome, EngineStopped)

@@ -1,0 +1,240 @@
+"""finrl_env: trade a few stocks at real daily prices. The environment fills the orders and days pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import Any, ClassVar, Self
+
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, Task, Translator
+from integrations.openenv.catalog.finrl_options import SP500_STOCKS, FinRLOptions
+from integrations.openenv.catalog.orders import read_orders
+from integrations.openenv.client import OpenEnvError, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class FinRLAction:
+    """For each stock a number in [-1, 1]: times hmax, so many shares are bought, or sold where it is below 0."""
+
+    actions: list[float]
+
+    def fields(self) -> dict[str, Any]:
+        return {"actions": self.actions}
+
+
+@dataclass(frozen=True, slots=True)
+class FinRLObservation:
+    """Closing prices and what is owned. `state` is [cash, prices, shares, indicators], each of these stock by stock."""
+
+    state: list[float]
+    portfolio_value: float
+    date: str
+
+    @classmethod
+    def from_fields(cls, observation: dict[str, Any]) -> Self:
+        state, value, day = (observation.get(name) for name in ("state", "portfolio_value", "date"))
+        if not isinstance(state, list) or not all(_is_number(part) for part in state) or not _is_number(value):
+            raise OpenEnvError(f"finrl_env sent no list of numbers and value: {str(observation)[:200]}")
+        return cls([float(part) for part in state], float(value), str(day or ""))  # ty: ignore[invalid-argument-type]
+
+    def portfolio(self, num_stocks: int) -> Portfolio:
+        if len(self.state) < 1 + 2 * num_stocks or (len(self.state) - 1) % num_stocks:
+            raise OpenEnvError(
+                f"finrl_env sent a state of {len(self.state)} numbers, which does not fit {num_stocks} stocks: "
+                "set the option stocks to the names of the server's stocks"
+            )
+        rows = [self.state[1 + n : 1 + n + num_stocks] for n in range(0, len(self.state) - 1, num_stocks)]
+        return Portfolio(self.portfolio_value, self.state[0], prices=rows[0], shares=rows[1], indicators=rows[2:])
+
+
+@dataclass(frozen=True, slots=True)
+class Portfolio:
+    """A state, taken apart."""
+
+    value: float
+    cash: float
+    prices: list[float]  # of each stock
+    shares: list[float]
+    indicators: list[list[float]]  # [indicator][stock]
+
+
+class FinRLEntry(CatalogEntry):
+    """Two stocks, eight decisions, 20 trading days after each. The reward is how much better than buying and holding.
+
+    What can be learned: to answer with an order at all, and to be in the market. Prices over weeks are close to noise,
+    and no player that reads the last 20 days' changes is known to beat buying and holding by much after costs.
+    """
+
+    name: ClassVar[str] = "finrl_env"
+    image: ClassVar[str] = "ghcr.io/meta-pytorch/openenv-finrl-env:latest"  # not published as of 2026: build ours
+    server_module: ClassVar[str] = "integrations.openenv.servers.finrl_env"
+    extra: ClassVar[str | None] = "finrl-env"
+    engine_module: ClassVar[str | None] = "skfolio"
+    max_turns: ClassVar[int] = 8
+    max_action_chars: ClassVar[int] = 2000
+    options_type: ClassVar[type] = FinRLOptions
+
+    def tasks(self, random: Random, num_tasks: int, options: FinRLOptions) -> list[Task]:
+        """The row's seed draws the days; the stocks are in the row, for the model reads their names."""
+        tasks = []
+        for _ in range(num_tasks):
+            stocks = options.stocks
+            if not stocks and not options.prices:
+                stocks = tuple(random.sample(SP500_STOCKS, min(options.num_stocks, len(SP500_STOCKS))))
+            task_options = {"stocks": list(stocks)} if stocks else {}
+            tasks.append(Task(_prompt(options), family="trading", options=task_options))
+        return tasks
+
+    def for_split(self, task: Task, split: str, options: FinRLOptions) -> Task:
+        """Training days come before the option `split`, validation days after it; not where `start` names the day."""
+        return task if options.start else replace(task, options={**task.options, "period": split})
+
+    def translator(self, task: Task, options: FinRLOptions) -> Translator:
+        return FinRLTranslator(options)
+
+    def reset_kwargs(self, options: FinRLOptions) -> dict[str, Any]:
+        return {name: value for name, value in asdict(options).items() if name != "shaped_reward"}
+
+    def fewest_turns(self, options: FinRLOptions) -> int:
+        return max(options.num_decisions, 1)
+
+
+class FinRLTranslator(Translator):
+    """Knows the names of the stocks, and what buying equal parts on the first day and holding would be worth now.
+
+    Shaped reward of a decision, all in parts of the first day's portfolio, with n decisions in an episode:
+
+        r = clip(change of the portfolio - change of buying and holding, -1/n, 1/n)
+
+    and -1/n for each decision that was not taken when the turns run out, which no decision can fall below: an episode
+    earns -1 to 1, buying and holding earns 0, keeping the cash earns minus what the market gained. Subtracting the
+    market takes out what no decision could change. The plain reward is the server's (by default the change of the
+    portfolio in parts of 10,000 dollars); there an unfinished episode earns as if everything had been lost.
+    """
+
+    def __init__(self, options: FinRLOptions) -> None:
+        self.options = options
+        self.stocks = options.stocks or tuple(f"S{n}" for n in range(1, options.num_stocks + 1))
+        self.turn = 0  # decisions taken
+        self.earned = 0.0
+        self.first: Portfolio | None = None
+        self.now: Portfolio | None = None
+        self.held_shares: list[int] = []  # by whoever buys and holds
+        self.invested: list[float] = []  # part of the portfolio that was in stocks after each decision
+        # With hmax given, it may take several turns to buy; then buying and holding is no promise.
+        self.gold_reward = None if options.hmax or not options.shaped_reward else 0.0
+
+    def first_text(self, first: StepResult) -> str:
+        self.first = self.now = FinRLObservation.from_fields(first.observation).portfolio(len(self.stocks))
+        part = self.first.cash / len(self.stocks)
+        costs = [1.0 + cost for cost in self._buy_costs()]
+        self.held_shares = [
+            int(held) + int(part // (price * cost))
+            for held, price, cost in zip(self.first.shares, self.first.prices, costs, strict=True)
+        ]
+        return self._text(self.now)
+
+    def action(self, text: str) -> dict[str, Any]:
+        return FinRLAction(read_orders(text, self.stocks)).fields()
+
+    def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
+        assert self.first is not None
+        assert self.now is not None
+        before, self.now = self.now, FinRLObservation.from_fields(result.observation).portfolio(len(self.stocks))
+        market_before = self.first.value if self.turn == 0 else self._market_value(before)
+        self.turn += 1
+        self.invested.append(1.0 - self.now.cash / self.now.value if self.now.value > 0 else 0.0)
+        change = self.now.value - before.value - (self._market_value(self.now) - market_before)
+        reward = self._shaped(change / self.first.value) if self.options.shaped_reward else result.reward or 0.0
+        self.earned += reward
+        self.success = result.done and self.now.value >= self._market_value(self.now) - 1e-6 * self.first.value
+        return Answer(self._last_text(self.now) if result.done else self._text(self.now), reward, result.done)
+
+    def unfinished_reward(self) -> float:
+        if not self.options.shaped_reward:
+            value = self.first.value if self.first else 0.0
+            return -self.earned - value * self.options.reward_scaling
+        return -max(self._num_decisions - self.turn, 0) / self._num_decisions
+
+    def gold_action(self) -> str | None:
+        if self.turn == 0 or self.options.hmax:
+            return ", ".join(f"buy {stock}" for stock in self.stocks)
+        return "hold"
+
+    def metrics(self) -> dict[str, float]:
+        if self.first is None or self.now is None:
+            return {}
+        return {
+            "return_pct": 100.0 * (self.now.value / self.first.value - 1.0),
+            "market_pct": 100.0 * (self._market_value(self.now) / self.first.value - 1.0) if self.turn else 0.0,
+            "invested": sum(self.invested) / len(self.invested) if self.invested else 0.0,
+        }
+
+    @property
+    def _num_decisions(self) -> int:
+        return max(self.options.num_decisions, 1)
+
+    def _shaped(self, excess: float) -> float:
+        bound = 1.0 / self._num_decisions
+        return round(max(-bound, min(bound, excess)), 9)
+
+    def _buy_costs(self) -> list[float]:
+        costs = self.options.buy_cost_pct
+        return list(costs) if isinstance(costs, tuple) else [costs] * len(self.stocks)
+
+    def _market_value(self, portfolio: Portfolio) -> float:
+        """What buying equal parts on the first day and holding would be worth at these prices."""
+        assert self.first is not None
+        value = self.first.cash
+        for stock, cost in enumerate(self._buy_costs()):
+            bought = self.held_shares[stock] - self.first.shares[stock]
+            value += self.held_shares[stock] * portfolio.prices[stock]
+            value -= bought * self.first.prices[stock] * (1.0 + cost)
+        return value
+
+    # What the model reads
+
+    def _text(self, seen: Portfolio) -> str:
+        of = f" of {self.options.num_decisions}" if self.options.num_decisions else ""
+        lines = [f"Turn {self.turn + 1}{of}. Cash ${seen.cash:.0f} of ${seen.value:.0f}."]
+        for n, stock in enumerate(self.stocks):
+            changes = ", ".join([f"${seen.prices[n]:.2f}", *self._changes(seen, n)])
+            lines.append(f"{stock}: {changes}. You own {seen.shares[n]:.0f}.")
+        return "\n".join(lines)
+
+    def _changes(self, seen: Portfolio, stock: int) -> list[str]:
+        if len(seen.indicators) != len(self.options.indicators):
+            return []  # of a server with other indicators
+        words = []
+        for name, values in zip(self.options.indicators, seen.indicators, strict=True):
+            days = name.removeprefix("return_")
+            if days.isdecimal() and days != name:
+                words.append(f"{round(values[stock]):+d}% in {days} day{'' if days == '1' else 's'}")
+            else:
+                words.append(f"{name} {values[stock]:.4g}")
+        return words
+
+    def _last_text(self, seen: Portfolio) -> str:
+        assert self.first is not None
+        return (
+            f"The end. Your ${self.first.value:.0f} became ${seen.value:.0f}; "
+            f"buying and holding would have made ${self._market_value(seen):.0f}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _prompt(options: FinRLOptions) -> Messages:
+    """The task and one worked example turn, as earlier messages; the first prices follow behind the last one."""
+    days = "a day passes" if options.days_per_action == 1 else f"{options.days_per_action} days pass"
+    instruction = f"You trade stocks. Answer each turn with an action: buy, sell or hold. Then {days}."
+    example = "Turn 3. Cash $4000, portfolio $9000.\nCAT $40.00, 1 day +0.5%, 5 days -2.0%, 20 days +4.1%, you own 125"
+    return [
+        {"role": "system", "content": instruction},
+        {"role": "user", "content": example},
+        {"role": "assistant", "content": "<action>hold CAT</action>"},
+        {"role": "user", "content": "Now these stocks."},
+    ]

@@ -1,0 +1,139 @@
+"""What the catalog knows about one game of OpenSpiel: the rules, the board as text, and how it is played well."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from integrations.openenv.client import OpenEnvError
+
+MAX_TEXT_CHARS = 2000  # of the engine's own text, in what the model reads
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSpielObservation:
+    """What the player sees. `text`, `legal_names` and `lowest_return` come from our own server only."""
+
+    info_state: tuple[float, ...]
+    legal_actions: tuple[int, ...]
+    game_phase: str = "playing"
+    current_player_id: int = 0
+    opponent_last_action: int | None = None
+    text: str = ""
+    legal_names: tuple[str, ...] = ()
+    lowest_return: float | None = None
+
+    @classmethod
+    def from_fields(cls, observation: Mapping[str, Any]) -> Self:
+        """OpenEnvError names the field that is missing or has another type."""
+        numbers, legal = observation.get("info_state"), observation.get("legal_actions")
+        names, lowest = observation.get("legal_names") or [], observation.get("lowest_return")
+        phase, player = observation.get("game_phase", "playing"), observation.get("current_player_id", 0)
+        last, text = observation.get("opponent_last_action"), observation.get("text") or ""
+        for name, value, holds in (
+            ("info_state", numbers, isinstance(numbers, list) and all(map(_is_number, numbers))),
+            ("legal_actions", legal, isinstance(legal, list) and all(map(_is_action, legal))),
+            ("game_phase", phase, isinstance(phase, str)),
+            ("current_player_id", player, isinstance(player, int)),
+            ("opponent_last_action", last, last is None or _is_action(last)),
+            ("text", text, isinstance(text, str)),
+            ("legal_names", names, isinstance(names, list) and all(isinstance(each, str) for each in names)),
+            ("lowest_return", lowest, lowest is None or _is_number(lowest)),
+        ):
+            if not holds:
+                raise OpenEnvError(f"openspiel_env: the observation's {name} is {str(value)[:100]!r}")
+        if names and len(names) != len(legal or []):
+            raise OpenEnvError(f"openspiel_env: {len(legal or [])} legal_actions but {len(names)} legal_names")
+        return cls(tuple(numbers), tuple(legal), phase, player, last, text[:MAX_TEXT_CHARS], tuple(names), lowest)  # ty: ignore[invalid-argument-type]
+
+
+class Game(ABC):
+    """One game with its parameters, as one of its players sees it. All methods are functions of what was seen."""
+
+    name: ClassVar[str]  # the engine's
+    default_params: ClassVar[Mapping[str, int]] = {}  # those that can be set
+    smallest_params: ClassVar[Mapping[str, int]] = {}  # below this the engine refuses them, or crashes
+    num_players: ClassVar[int] = 1
+    can_shape: ClassVar[bool] = False  # there is a shaped reward
+    shapes: ClassVar[bool] = False  # and it is the default
+    shaped_scale: ClassVar[float] = 1.0  # of the server's rewards in the shaped ones
+    gold_reward: float | None = None  # what a plain episode of gold moves earns at least; None: no promise
+
+    def __init__(self, params: Mapping[str, Any], agent_player: int) -> None:
+        self.params = {**self.default_params, **params}
+        self.agent_player = agent_player
+
+    @abstractmethod
+    def rules(self) -> str:
+        """What the model is told before the game."""
+
+    def examples(self) -> Sequence[tuple[str, str]]:
+        """Views and good moves: earlier turns that show what a reply looks like."""
+        return ()
+
+    @abstractmethod
+    def view(self, seen: OpenSpielObservation) -> str:
+        """What the model reads of an observation on its turn."""
+
+    @abstractmethod
+    def names(self, seen: OpenSpielObservation) -> Mapping[str, int]:
+        """Words for moves, in the legal actions' order; a second word for the same move may follow."""
+
+    def end(self, before: OpenSpielObservation, seen: OpenSpielObservation, total: float) -> str:
+        """What the model reads when the game is over. `total`: what the server paid in this game."""
+        return f"The game is over. You {'won' if total > 0 else 'lost' if total < 0 else 'drew'}."
+
+    def won(self, seen: OpenSpielObservation, total: float) -> bool:
+        """Whether a game that is over was a success."""
+        return total > 0
+
+    def gold(self, seen: OpenSpielObservation) -> int | None:
+        """A good player's move."""
+        return None
+
+    def shaped(self, before: OpenSpielObservation, seen: OpenSpielObservation, paid: float) -> float:
+        """The shaped reward of the move from `before` to `seen`, for which the server paid `paid`."""
+        return paid
+
+    @property
+    def shaped_gold_reward(self) -> float | None:
+        return self.gold_reward
+
+    @property
+    def fewest_turns(self) -> int:
+        """A good game is no shorter."""
+        return 1
+
+    def unfinished(self, seen: OpenSpielObservation) -> float:
+        """The reward for a game whose turns ran out: what the worst player gets, so that stalling never pays."""
+        return -1.0 if seen.lowest_return is None else min(seen.lowest_return, 0.0)
+
+    def metrics(self, seen: OpenSpielObservation) -> dict[str, float]:
+        return {}
+
+    def check_size(self, seen: OpenSpielObservation, size: int) -> None:
+        """OpenEnvError unless info_state has as many numbers as this game's."""
+        if len(seen.info_state) != size:
+            raise OpenEnvError(
+                f"openspiel_env: the server's observation has {len(seen.info_state)} numbers, {self.name} with "
+                f"{dict(self.params)} has {size}; the official image takes no game_params, and its game is "
+                "that of OPENSPIEL_GAME"
+            )
+
+
+def spoken(words: Sequence[str], most: int = 30) -> str:
+    """ "left, stay or right"; of many, the first."""
+    if len(words) > most:
+        return f"{', '.join(words[:most])} or one of {len(words) - most} more"
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_action(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,156 @@
+"""How a model writes an action, derived from the JSON schema that a server gives of it.
+
+{"move": string}                      the text itself                     <action>e2e4</action>
+{"column": integer}                   a whole number, a legal one         <action>3</action>
+{"values": array of numbers}          a list                              <action>[0.5, -1]</action>
+{"action": enum}                      one of its names                    <action>UP</action>
+several fields                        a JSON object                       <action>{"action": "water", "x": 3}</action>
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from random import Random
+from typing import Any
+
+from integrations.openenv.catalog.entry import InvalidAction
+from integrations.openenv.catalog.generic.validation import ActionSchema, json_value
+from integrations.openenv.catalog.generic.values import Field, Legal, named
+
+NOT_THE_POLICYS = {"metadata"}  # of every action in OpenEnv; nothing a policy should write
+MAX_FIELDS_SHOWN = 30
+MAX_DESCRIPTION_CHARS = 200
+
+
+class ActionForm(ABC):
+    """One way to write actions. `legal` is what the last observation allows, where it says so."""
+
+    kind: str  # for reports
+
+    @abstractmethod
+    def how(self) -> str:
+        """What to write between the tags, for the prompt."""
+
+    @abstractmethod
+    def fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
+        """The fields of the action; InvalidAction says what is wrong and what is expected."""
+
+    @abstractmethod
+    def random_text(self, random: Random, legal: Legal | None) -> str:
+        """An action that the form allows."""
+
+
+class ObjectForm(ActionForm):
+    """A JSON object with the action's fields."""
+
+    kind = "a JSON object"
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.members = members(schema)
+        self._schema = ActionSchema({**schema, "properties": _without_metadata(schema)})
+
+    def how(self) -> str:
+        shown = self.members[:MAX_FIELDS_SHOWN]
+        return "a JSON object with these fields:\n" + "\n".join(_line(field) for field in shown)
+
+    def fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
+        value = json_value(text)
+        if not isinstance(value, dict):
+            raise InvalidAction(f"Your action is not a JSON object. It must be {self.how()}")
+        return self.complete(value)
+
+    def complete(self, value: dict[str, Any]) -> dict[str, Any]:
+        """With the schema's defaults for what is left out, if it is an action."""
+        for name in value:
+            if name not in {field.name for field in self.members}:
+                raise InvalidAction(
+                    f"There is no field {name[:50]!r}; there are {named([f.name for f in self.members])}."
+                )
+        self._schema.check(value)
+        defaults = {f.name: f.schema["default"] for f in self.members if "default" in f.schema and not f.required}
+        return {**defaults, **value}
+
+    def random_text(self, random: Random, legal: Legal | None) -> str:
+        given = [field for field in self.members if field.required or random.random() < 0.5]
+        return json.dumps({field.name: field.drawn(random) for field in given})
+
+
+class ValueForm(ActionForm):
+    """The value of one field. Fields with a default may be set too, by writing the JSON object instead."""
+
+    def __init__(self, schema: dict[str, Any], field: Field) -> None:
+        self.field = field
+        self.object = ObjectForm(schema)
+        self.others = [other for other in self.object.members if other.name != field.name]
+        self.kind = field.words()
+
+    def how(self) -> str:
+        description = _described(self.field)
+        words = (
+            f"{self.field.words()}, the {self.field.name.replace('_', ' ')}{f' ({description})' if description else ''}"
+        )
+        if not self.others:
+            return words
+        lines = "\n".join(_line(field) for field in self.object.members[:MAX_FIELDS_SHOWN])
+        return f"{words}. To set other fields as well, write a JSON object instead, with these fields:\n{lines}"
+
+    def fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
+        text = text.strip()
+        if not text:
+            raise InvalidAction(f"Your action is empty. Write {self.field.words()}.")
+        if self.others and text.startswith("{"):
+            fields = self.object.fields(text, legal)
+        else:
+            fields = self.object.complete({self.field.name: self.field.read(text)})
+        self._require_legal(fields[self.field.name], legal)
+        return fields
+
+    def random_text(self, random: Random, legal: Legal | None) -> str:
+        if self.others and self.field.kind == "string" and random.random() < 0.5:
+            return self.object.random_text(random, legal)
+        value = random.choice(legal) if legal and self._names_values(legal) else self.field.drawn(random)
+        return value if isinstance(value, str) else json.dumps(value)
+
+    def _require_legal(self, value: Any, legal: Legal | None) -> None:
+        if legal and self._names_values(legal) and value not in legal:
+            raise InvalidAction(f"{str(value)[:50]!r} is not legal now. Legal: {named(legal)}.")
+
+    def _names_values(self, legal: Legal) -> bool:
+        """Whether the legal ones are values of our field: names of moves are none of an integer's."""
+        wanted = {"integer": int, "string": str}.get(self.field.kind)
+        return wanted is not None and all(isinstance(value, wanted) for value in legal)
+
+
+def action_form(schema: dict[str, Any]) -> ActionForm:
+    """The form for an action's schema: one required field is written plainly, several as an object."""
+    fields = members(schema)
+    required = [field for field in fields if field.required] or fields
+    if len(required) == 1 and required[0].kind != "json":
+        return ValueForm(schema, required[0])
+    return ObjectForm(schema)
+
+
+def members(schema: dict[str, Any]) -> list[Field]:
+    """The fields that a policy may set."""
+    required = schema.get("required") or []
+    return [
+        Field.of(name, value, schema, required=name in required) for name, value in _without_metadata(schema).items()
+    ]
+
+
+def _without_metadata(schema: dict[str, Any]) -> dict[str, Any]:
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    return {name: value for name, value in properties.items() if name not in NOT_THE_POLICYS}
+
+
+def _line(field: Field) -> str:
+    default = "" if field.required else f", {json.dumps(field.schema.get('default'))[:50]} if left out"
+    description = _described(field)
+    return f"- {json.dumps(field.name)}: {field.words()}{default}{f'. {description}' if description else ''}"
+
+
+def _described(field: Field) -> str:
+    description = field.schema.get("description")
+    return " ".join(description.split())[:MAX_DESCRIPTION_CHARS] if isinstance(description, str) else ""

@@ -1,0 +1,152 @@
+"""Any OpenEnv server as an entry of the catalog: what the catalog's files say of six, this one asks the server."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, OpenSession, Task, Translator
+from integrations.openenv.catalog.generic.description import ServerDescription, describe
+from integrations.openenv.catalog.generic.names import ForeignName
+from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
+from integrations.openenv.client import OpenEnvError, StepResult
+from integrations.openenv.source import ServerSource
+
+RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
+EXAMPLE_SEED = 1  # of the action that the prompt shows
+
+
+@dataclass(frozen=True, slots=True)
+class GenericOptions:
+    """What no server tells."""
+
+    instruction: str = ""  # the task, in words; empty: earn reward
+    reward: str = ""  # "package.module:function"(action, observation, server_reward, done); empty: the server's
+    success: float | None = None  # an episode that earns this is a success; None: one that ends with any reward
+    reset: dict[str, Any] = field(default_factory=dict)  # keywords of the server's reset, beside `seed`
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables of a server that we start
+
+
+class GenericEntry(CatalogEntry):
+    """One server outside the catalog. What it says of itself is asked once, by `prepare`."""
+
+    options_type: ClassVar[type] = GenericOptions
+    max_turns: ClassVar[int] = 10
+    refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR", "EXECUTION_ERROR"})
+
+    def __init__(self, foreign: ForeignName) -> None:
+        self.foreign = foreign
+        self.name = foreign.text  # ty: ignore[invalid-attribute-access]
+        self.image = foreign.target if foreign.form == "image" else ""  # ty: ignore[invalid-attribute-access]
+        self.server_module = foreign.source().module or ""  # ty: ignore[invalid-attribute-access]
+        self._description: ServerDescription | None = None
+        self._asking: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
+        self._asking = WeakKeyDictionary()
+
+    @property
+    def data_name(self) -> str:
+        """http://127.0.0.1:8000 -> http_127_0_0_1_8000, for files and metrics."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+    @property
+    def local_image(self) -> str:
+        return self.image
+
+    @property
+    def is_prepared(self) -> bool:
+        return self._description is not None
+
+    @property
+    def description(self) -> ServerDescription:
+        if self._description is None:
+            raise OpenEnvError(f"{self.name}: its server has not been asked yet")
+        return self._description
+
+    async def prepare(self, session: OpenSession) -> None:
+        """Ask the server, unless this process has asked it before. Episodes that come at once ask together."""
+        if self._description is None:
+            loop = asyncio.get_running_loop()
+            asking = self._asking.get(loop)
+            if asking is None or asking.done():
+                asking = self._asking[loop] = loop.create_task(describe(session))
+            self._description = await asyncio.shield(asking)
+
+    def tasks(self, random: Random, num_tasks: int, options: GenericOptions) -> list[Task]:
+        """The same words each time: the tasks differ by the seed that the environment is reset with."""
+        prompt = [{"role": "user", "content": self.prompt(options)}]
+        plain = asdict(GenericOptions())
+        given = {name: value for name, value in asdict(options).items() if value != plain[name]}
+        return [Task(prompt, family=self.data_name, options=given) for _ in range(num_tasks)]
+
+    def prompt(self, options: GenericOptions) -> str:
+        about = self.description
+        task = options.instruction or f"You act in the environment {about.title or self.name}. Earn as much as you can."
+        example = about.form.random_text(Random(EXAMPLE_SEED), None)
+        how = (
+            f"Each of your replies holds one action between <action> and </action>: {about.form.how()}\n"
+            f"For example: <action>{example}</action>"
+        )
+        return "\n\n".join(part for part in (task, about.manual, how) if part)
+
+    def translator(self, task: Task, options: GenericOptions) -> Translator:
+        return GenericTranslator(self, options)
+
+    def reset_kwargs(self, options: GenericOptions) -> dict[str, Any]:
+        return dict(options.reset)
+
+    def source(self, options: GenericOptions) -> ServerSource:
+        return self.foreign.source(tuple(sorted((key, str(value)) for key, value in options.variables.items())))
+
+
+class GenericTranslator(Translator):
+    """Remembers which actions are legal and what was earned."""
+
+    def __init__(self, entry: GenericEntry, options: GenericOptions) -> None:
+        self.entry = entry
+        self.options = options
+        self.reward_function = load_function(options.reward) if options.reward else None
+        self.earned = 0.0
+        self._last: dict[str, Any] = {}
+        self._action: dict[str, Any] = {}
+
+    def first_text(self, first: StepResult) -> str:
+        self._last = first.observation
+        return observation_text(first.observation)
+
+    def action(self, text: str) -> dict[str, Any]:
+        self._action = self.entry.description.form.fields(text, legal_actions(self._last, checked=True))
+        return self._action
+
+    def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
+        self._last = result.observation
+        reward = result.reward or 0.0
+        if self.reward_function is not None:
+            reward = float(self.reward_function(self._action, result.observation, reward, result.done))
+            if not math.isfinite(reward):
+                raise ValueError(f"option reward={self.options.reward!r} gave {reward}, which cannot be learned from")
+        self.earned += reward
+        threshold = self.options.success
+        self.success = (result.done and self.earned > 0) if threshold is None else self.earned >= threshold
+        return Answer(observation_text(result.observation), reward, result.done)
+
+    def random_action(self, random: Random) -> str | None:
+        return self.entry.description.form.random_text(random, legal_actions(self._last))
+
+
+def load_function(path: str) -> RewardFunction:
+    """package.module:function"""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as missing:
+        raise ValueError(f"option reward={path!r} must name a function, like my_pkg.rewards:score: {missing}") from None
+    if not callable(function):
+        raise ValueError(f"option reward={path!r} is {type(function).__name__}, not a function")
+    return function

@@ -1,0 +1,116 @@
+"""JSON as a model writes it, and whether it keeps a schema that a server sent. Neither is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, best_match
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from integrations.openenv.catalog.entry import InvalidAction
+from integrations.openenv.client import OpenEnvError
+
+MAX_DEPTH = 30
+MAX_COMPLAINT_CHARS = 300
+# The server looks at these itself; here they could take a model's text minutes to check.
+NOT_CHECKED = {"pattern", "patternProperties", "format", "uniqueItems"}
+
+
+class ActionSchema:
+    """Whether a JSON object is an action. Fields that the schema does not name are refused, whatever it says."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        cleaned = _cleaned(schema, MAX_DEPTH)
+        if cleaned.get("properties") is not None:
+            cleaned["additionalProperties"] = False
+        try:
+            Draft202012Validator.check_schema(cleaned)
+        except SchemaError as wrong:
+            raise OpenEnvError(f"the server's schema is not a JSON schema: {wrong.message[:200]}") from wrong
+        self._validator = Draft202012Validator(cleaned, registry=Registry())  # an empty registry fetches nothing
+
+    def check(self, value: Any) -> None:
+        """InvalidAction names the worst of what is wrong."""
+        try:
+            worst = best_match(self._validator.iter_errors(value))
+        except Unresolvable as missing:
+            raise OpenEnvError(f"the server's schema refers to what is not in it: {missing}") from missing
+        except RecursionError:
+            raise InvalidAction("Your action is nested too deeply.") from None
+        if worst is not None:
+            where = ".".join(map(str, worst.absolute_path))
+            message = f"{where}: {worst.message}" if where else worst.message
+            raise InvalidAction(f"{message[:MAX_COMPLAINT_CHARS]}.")
+
+
+def json_value(text: str) -> Any:
+    """The JSON value that a model wrote; InvalidAction where it is none, or none that can be sent."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
+    except UnicodeEncodeError:
+        raise InvalidAction("Your action holds a character that is no text.") from None
+    except RecursionError:
+        raise InvalidAction("Your action is nested too deeply.") from None
+    except ValueError as wrong:
+        raise InvalidAction(f"Your action is not JSON: {wrong}.") from None
+    if not _is_shallow(value, MAX_DEPTH):
+        raise InvalidAction("Your action is nested too deeply.")
+    return value
+
+
+def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
+    """With its own "#/..." references followed, and "this or null" read as "this". Beside a reference, words stay."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(schema, dict):
+            return {}
+        if isinstance(schema.get("$ref"), str):
+            target, beside = _pointed_at(schema["$ref"], root), {k: v for k, v in schema.items() if k != "$ref"}
+        else:
+            options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
+            meant = [option for option in options or [] if option != {"type": "null"}]
+            if len(meant) != 1:
+                return schema
+            target = meant[0]
+            beside = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf")}
+        schema = {**target, **beside} if isinstance(target, dict) else beside
+    return {}
+
+
+def _pointed_at(reference: str, root: dict[str, Any]) -> Any:
+    node: Any = root
+    for step in reference.removeprefix("#/").split("/"):
+        node = node.get(step) if isinstance(node, dict) else None
+    return node
+
+
+def _cleaned(schema: Any, depth: int) -> Any:
+    if depth == 0:
+        raise OpenEnvError("the server's schema is nested too deeply")
+    if isinstance(schema, dict):
+        return {key: _cleaned(value, depth - 1) for key, value in schema.items() if not _is_left_out(key, value)}
+    return [_cleaned(item, depth - 1) for item in schema] if isinstance(schema, list) else schema
+
+
+def _is_left_out(key: str, value: Any) -> bool:
+    """A property may be called "pattern" too: then its value is a schema, which is no text or flag."""
+    return key in NOT_CHECKED and (not isinstance(value, dict) or key == "patternProperties")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be sent")
+    return number
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return True
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in value)

@@ -1,0 +1,90 @@
+"""`check`: play an environment before computing on it, and say what would make training fail."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from integrations.openenv.background import run_in_background
+from integrations.openenv.client import OpenEnvError
+from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
+from integrations.openenv.commands.findings import Report, Returns, report
+from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measurements, descendants, measure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_environment(parser)
+    parser.add_argument("-n", "--num-episodes", type=int, default=20, help="of each player")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 when nothing would make training fail."""
+    if arguments.num_episodes < 1:
+        raise ValueError(f"--num-episodes={arguments.num_episodes} must be at least 1")
+    config = environment_config(arguments, max_sessions=4 * MAX_SESSIONS_TRIED)
+    before = descendants()
+    try:
+        entry, rows = task_rows(arguments, arguments.num_episodes, config)
+        checked = report(run_in_background(measure(config, entry.name, rows, before)))
+    except OpenEnvError as failed:  # a server outside the catalog that cannot even be asked
+        checked = report(Measurements(arguments.env, failure=str(failed)))
+    if arguments.json:
+        print(json.dumps({**asdict(checked), "passed": checked.passed}, indent=2))
+    else:
+        show(checked, Console(highlight=False))
+    return 0 if checked.passed else 1
+
+
+def show(checked: Report, console: Console) -> None:
+    table = Table(title=f"check of {escape(checked.name)}", title_justify="left", show_header=False)
+    table.add_column(style="cyan")
+    table.add_column(overflow="fold")
+    for name, value in _lines(checked):
+        table.add_row(name, escape(value))
+    if checked.random is not None or checked.gold is not None:
+        console.print(table)
+    for finding in checked.findings:
+        colour = "red" if finding.level == "fail" else "yellow"
+        console.print(f"[{colour}]{finding.level}[/]  {escape(finding.words)}", soft_wrap=True)
+    failures = sum(finding.level == "fail" for finding in checked.findings)
+    console.print(
+        "[green]Nothing here would make training fail.[/]" if checked.passed else f"[red]{failures} to mend.[/]"
+    )
+
+
+def _lines(checked: Report) -> list[tuple[str, str]]:
+    left = checked.left_processes
+    return [
+        ("action", f"{checked.action} ({', '.join(checked.fields)})"),
+        ("server ready", f"in {checked.start_s:.1f} s"),
+        ("random play", _returns(checked.random)),
+        ("gold play", _returns(checked.gold)),
+        ("same seed repeats", "yes" if checked.repeats else "no"),
+        ("seeds differ", "yes" if checked.tasks_differ else "no"),
+        ("step", _latency(checked)),
+        ("sessions at once", f"{checked.num_sessions} of {MAX_SESSIONS_TRIED} tried"),
+        ("longest text", f"{checked.longest_text_chars} characters"),
+        ("left behind", "not told here" if left is None else f"{len(left)} processes"),
+    ]
+
+
+def _returns(returns: Returns | None) -> str:
+    if returns is None:
+        return "nobody knows how"
+    return (
+        f"reward {returns.mean:.3g} ± {returns.std:.3g} ({returns.low:.3g} to {returns.high:.3g}), "
+        f"{returns.ended:.0%} ended by itself, {returns.invalid:.0%} of actions refused, "
+        f"{returns.num_episodes} episodes"
+    )
+
+
+def _latency(checked: Report) -> str:
+    if checked.step_ms_median is None or checked.step_ms_p99 is None:
+        return "none was made"
+    return f"{checked.step_ms_median:.1f} ms in the median, {checked.step_ms_p99:.1f} ms for the slowest 1 in 100"

@@ -1,0 +1,138 @@
+"""`doctor`: what this machine can run, and what to do where it cannot. Imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from integrations.openenv.catalog import CATALOG
+from integrations.openenv.commands.list import has_engine, images_here
+from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
+
+PATIENCE_S = 3.0  # for nvidia-smi and bwrap, each
+GB = 1e9
+LITTLE_MEMORY_GB, LITTLE_DISK_GB = 4.0, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing, whether it is well, and what to do."""
+
+    what: str
+    state: str
+    well: bool
+    advice: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # none
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: training can begin here, however slowly."""
+    del arguments
+    lines = [*machine_lines(), *wall_lines(), *environment_lines()]
+    table = Table(title=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    for column in ("", "what", "here", "what to do"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(
+            "[green]ok[/]" if line.well else "[yellow]--[/]", line.what, escape(line.state), escape(line.advice)
+        )
+    Console(highlight=False).print(table)
+    return 0
+
+
+def machine_lines() -> Iterator[Line]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Line("processor", f"{cores} cores", True)
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    enough = memory_gb >= LITTLE_MEMORY_GB
+    yield Line(
+        "memory", f"{memory_gb:.0f} GB", enough, "" if enough else "use trainer.micro_train_batch_size_per_gpu=1"
+    )
+    gpus = _output("nvidia-smi", "-L").count("GPU ")
+    yield Line("GPU", f"{gpus}", gpus > 0, "" if gpus else "none is needed for small models; NUM_GPUS=0 is the default")
+    yield _bf16_line(on_gpu=gpus > 0)
+    yield _model_line()
+    free_gb = shutil.disk_usage(Path.home()).free / GB
+    enough = free_gb >= LITTLE_DISK_GB
+    yield Line(
+        "free disk",
+        f"{free_gb:.0f} GB at home",
+        enough,
+        "" if enough else "a checkpoint of a 135M model is 2 GB: set CKPT_PATH",
+    )
+    yield _torch_line()
+
+
+def wall_lines() -> Iterator[Line]:
+    images = images_here()
+    if images is None:
+        advice = "start Docker (or be allowed to use it: group docker); without it our own servers run as processes"
+        yield Line("Docker", "no daemon answers", False, advice)
+    else:
+        yield Line("Docker", "answers", True)
+    if shutil.which("bwrap") is None:
+        yield Line("bubblewrap", "not installed", False, "apt install bubblewrap: the wall around programs of a model")
+    else:
+        works = bool(_output("bwrap", "--ro-bind", "/", "/", "--unshare-all", "echo", "walled"))
+        advice = "" if works else "user namespaces are switched off here: sysctl kernel.unprivileged_userns_clone=1"
+        yield Line("bubblewrap", "works" if works else "installed, but cannot make its namespaces", works, advice)
+
+
+def environment_lines() -> Iterator[Line]:
+    images = images_here() or set()
+    for entry in CATALOG.values():
+        engine, image = has_engine(entry), entry.local_image in images
+        ways = [way for way, here in (("engine installed", engine), ("image here", image)) if here]
+        advice = "" if engine else f"uv sync --extra {entry.extra}, or install_environment.py {entry.name}"
+        yield Line(entry.name, " and ".join(ways) or "neither engine nor image", bool(ways), advice)
+
+
+def _bf16_line(*, on_gpu: bool) -> Line:
+    """By the processor's flags, as the learner decides."""
+    if on_gpu:
+        return Line("bfloat16", "on the GPU", True)
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    found = next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags), None)
+    if found:
+        return Line("bfloat16", f"in hardware ({found})", True)
+    return Line("bfloat16", "not in hardware", False, "training computes in float32, about five times slower")
+
+
+def _model_line() -> Line:
+    try:
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return Line("model", "none comes with the installation", False, f"uv sync (for {PACKAGE}), or MODEL=FOLDER")
+    converted = any((cache_folder() / "models").glob(f"*{version}"))
+    return Line("model", f"{PACKAGED_MODEL}{'' if converted else ', converted at first use (15 s)'}", True)
+
+
+def _torch_line() -> Line:
+    try:
+        return Line("torch", importlib.metadata.version("torch"), True)
+    except importlib.metadata.PackageNotFoundError:
+        return Line("torch", "not installed", False, "uv sync")
+
+
+def _output(*command: str) -> str:
+    """What a command printed; empty if it is not there, fails, or takes long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

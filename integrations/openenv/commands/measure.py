@@ -1,0 +1,252 @@
+"""What `check` measures: episodes of two players on one server, and what is left when they are over."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from integrations.openenv.catalog.generic.actions import ActionForm
+from integrations.openenv.catalog.generic.description import describe
+from integrations.openenv.catalog.generic.observation import legal_actions
+from integrations.openenv.client import CapacityReached, OpenEnvClient, OpenEnvError, open_session
+from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.env import CLOSE, OPEN, OpenEnv
+from integrations.openenv.pool import close_shared_pools, shared_pool
+from skyrl_gym.core import EnvFailure
+
+MAX_SESSIONS_TRIED = 16
+TIME_TO_END_S = 5.0  # for the processes of a server that was stopped
+Process = tuple[int, str]  # pid and start time: a pid may be used again
+HAS_PROC = Path("/proc/self/stat").exists()
+NUM_REPEATED = 3  # episodes that are played twice
+Player = Callable[["WatchedEnv"], str | None]  # the next reply; None: the player knows none
+
+
+@dataclass(slots=True)
+class PlayedEpisode:
+    """One episode: what was done and what came of it."""
+
+    replies: list[str] = field(default_factory=list)
+    sent: list[dict[str, Any]] = field(default_factory=list)  # the fields of each action
+    texts: list[str] = field(default_factory=list)  # what the model reads: the first, then one a turn
+    observations: list[dict[str, Any]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    ended: bool = False  # by the environment, not by the turns
+    num_invalid: int = 0
+    gold_reward: float | None = None  # what the entry promises its gold player
+    failure: str | None = None  # of the environment
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards)
+
+
+@dataclass(slots=True)
+class Measurements:
+    """Everything `check` saw."""
+
+    name: str
+    action: str = ""  # how an action is written, in short
+    fields: list[str] = field(default_factory=list)  # of the action's schema
+    first_prompts: list[str] = field(default_factory=list)
+    start_s: float = 0.0
+    random: list[PlayedEpisode] = field(default_factory=list)
+    again: list[PlayedEpisode] = field(default_factory=list)  # the first of `random`, played again
+    gold: list[PlayedEpisode] = field(default_factory=list)
+    num_sessions: int = 0  # that the server took at once, of MAX_SESSIONS_TRIED
+    num_sessions_again: int = 0  # the same, after all of those were closed
+    left_processes: list[int] | None = None  # None: this system does not tell
+    failure: str | None = None  # why nothing could be played
+
+
+class WatchedEnv(OpenEnv):
+    """An episode whose actions can be given as fields, for environments whose file has no random player."""
+
+    fields_to_send: dict[str, Any] | None = None
+
+    def __init__(self, config: OpenEnvConfig, row: dict[str, Any]) -> None:
+        super().__init__(config, row)
+        self.sent: list[dict[str, Any]] = []
+
+    def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:
+        given, self.fields_to_send = self.fields_to_send, None
+        fields = super()._get_openenv_action(env_name, action) if given is None else given
+        self.sent.append(fields)
+        return fields
+
+
+async def measure(
+    config: OpenEnvConfig, name: str, rows: list[dict[str, Any]], before: Collection[Process] = ()
+) -> Measurements:
+    """Play the rows at random, some of them again, all of them well; then count sessions and leftovers.
+
+    before: the processes below this one that are none of the environment's.
+    """
+    seen = Measurements(name, first_prompts=[row["prompt"][-1]["content"] for row in rows])
+    start = time.monotonic()
+    try:
+        form = await _look(config, rows[0], seen)
+        seen.start_s = time.monotonic() - start
+        for number, row in enumerate(rows):
+            seen.random.append(await played(config, row, random_player(Random(number), form)))
+        for row, first in list(zip(rows, seen.random, strict=True))[:NUM_REPEATED]:
+            seen.again.append(await played(config, row, repeating_player(first)))
+        seen.gold = [await played(config, row, WatchedEnv.gold_action) for row in rows]
+        seen.gold = [episode for episode in seen.gold if episode.replies]
+        await _count_sessions(config, rows[0], seen)
+    except (OpenEnvError, EnvFailure) as failed:
+        seen.failure = str(failed)
+    finally:
+        started = set(descendants()) - set(before)
+        await close_shared_pools()
+    if HAS_PROC:
+        seen.left_processes = await _left_of(started)
+    return seen
+
+
+async def _left_of(started: set[Process]) -> list[int]:
+    """Those that do not end soon."""
+    end = time.monotonic() + TIME_TO_END_S
+    while left := started & set(alive()):
+        if time.monotonic() > end:
+            break
+        await asyncio.sleep(0.1)
+    return sorted(pid for pid, _ in left)
+
+
+async def played(config: OpenEnvConfig, row: dict[str, Any], player: Player) -> PlayedEpisode:
+    """One episode of the row, until its end or until the player knows no more."""
+    env, episode, ended = WatchedEnv(config, row), PlayedEpisode(), False
+    try:
+        messages, _ = await env.init_async(row["prompt"])
+        episode.gold_reward = env.translator.gold_reward
+        episode.texts.append(messages[-1]["content"][len(row["prompt"][-1]["content"]) :].lstrip())
+        episode.observations.append(env.last.observation if env.last else {})
+        while not ended and (reply := player(env)) is not None:
+            start = time.perf_counter()
+            output = await env.step_async(reply)
+            episode.step_s.append(time.perf_counter() - start)
+            episode.replies.append(reply)
+            episode.texts.append("\n".join(message["content"] for message in output["observations"]))
+            episode.observations.append(output["metadata"]["observation"])
+            episode.rewards.append(output["reward"] or 0.0)
+            ended = output["done"]
+            episode.ended = ended and not output.get("truncated")
+    except EnvFailure as failed:
+        episode.failure = str(failed)
+    finally:
+        await env.close_async()
+    episode.sent, episode.num_invalid = env.sent, env.num_invalid_actions
+    return episode
+
+
+def random_player(random: Random, form: ActionForm | None) -> Player:
+    """Who knows the rules: the entry's own, else any action that the server's schema and observation allow."""
+
+    def reply(env: WatchedEnv) -> str | None:
+        text = env.translator.random_action(random)
+        if text is not None:
+            return f"{OPEN}{text}{CLOSE}"
+        if form is None:
+            return None
+        legal = legal_actions(env.last.observation if env.last else {})
+        env.fields_to_send = form.fields(form.random_text(random, legal), legal)
+        return f"{OPEN}{env.fields_to_send}{CLOSE}"
+
+    return reply
+
+
+def repeating_player(first: PlayedEpisode) -> Player:
+    """Does what was done, action for action."""
+
+    def reply(env: WatchedEnv) -> str | None:
+        if env.turns >= len(first.replies):
+            return None
+        if not env.translator.random_action(Random(0)):
+            env.fields_to_send = first.sent[env.turns]
+        return first.replies[env.turns]
+
+    return reply
+
+
+async def _look(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> ActionForm | None:
+    """What the server says of itself; None from servers before 2026, which say nothing."""
+    env = WatchedEnv(config, row)
+    lease = await shared_pool(config).lease(env.entry.source(env.options), **env.entry.reset_kwargs(env.options))
+    try:
+        about = await describe(lease)
+    except OpenEnvError as silent:
+        if not env.entry.is_prepared:
+            raise
+        seen.action = f"unknown: {silent}"
+        return None
+    finally:
+        await lease.release()
+    seen.action = about.form.kind
+    seen.fields = [name for name in about.action_schema["properties"] if name != "metadata"]
+    return about.form
+
+
+async def _count_sessions(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> None:
+    env = WatchedEnv(config, row)
+    kwargs = env.entry.reset_kwargs(env.options)
+    lease = await shared_pool(config).lease(env.entry.source(env.options), **kwargs)  # it keeps the server up
+    try:
+        seen.num_sessions = 1 + await _sessions_at_once(lease.url, kwargs)
+        await asyncio.sleep(0.5)  # the server learns of a closed connection a moment later
+        seen.num_sessions_again = 1 + await _sessions_at_once(lease.url, kwargs)
+    finally:
+        await lease.release()
+
+
+async def _sessions_at_once(url: str, kwargs: dict[str, Any]) -> int:
+    async def session() -> OpenEnvClient | None:
+        try:
+            return (await open_session(url, kwargs, deadline_s=0.0))[0]
+        except CapacityReached:
+            return None
+
+    asked = await asyncio.gather(*(session() for _ in range(MAX_SESSIONS_TRIED - 1)), return_exceptions=True)
+    clients = [client for client in asked if isinstance(client, OpenEnvClient)]
+    await asyncio.gather(*(client.close() for client in clients))
+    for failed in asked:
+        if isinstance(failed, BaseException):
+            raise failed
+    return len(clients)
+
+
+def descendants() -> list[Process]:
+    """Every process below this one, on Linux."""
+    parents = {pid: (parent, started) for pid, parent, started in _processes()}
+    below: list[Process] = []
+    for pid, (parent, started) in parents.items():
+        while parent in parents and parent != os.getpid():
+            parent = parents[parent][0]
+        if parent == os.getpid():
+            below.append((pid, started))
+    return below
+
+
+def alive() -> list[Process]:
+    """Every process."""
+    return [(pid, started) for pid, _, started in _processes()]
+
+
+def _processes() -> list[tuple[int, int, str]]:
+    """pid, parent and start time, without zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *rest = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if state != "Z":
+            found.append((int(stat.parent.name), int(parent), rest[17]))
+    return found

@@ -1,0 +1,84 @@
+"""`play`: an environment in the terminal, one action a line, seen as the model sees it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from integrations.openenv.background import run_in_background
+from integrations.openenv.client import OpenEnvError
+from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
+from integrations.openenv.env import CLOSE, OPEN, OpenEnv
+from integrations.openenv.pool import close_shared_pools
+from skyrl_gym.core import EnvFailure
+
+HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_environment(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = environment_config(arguments)
+    try:
+        _, [row] = task_rows(arguments, 1, config)
+        env = OpenEnv(config, row)
+        run_in_background(_play(env, row["prompt"], Console(highlight=False, soft_wrap=True)))
+    except (OpenEnvError, EnvFailure) as failed:
+        print(f"the environment failed: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _play(env: OpenEnv, prompt: Any, console: Console) -> None:
+    try:
+        messages, _ = await env.init_async(prompt)
+        _show_task(messages, console)
+        console.print(f"[dim]{HELP}[/]")
+        earned = await _turns(env, messages, console)
+        metrics = ", ".join(f"{name} {value:g}" for name, value in env.get_metrics().items())
+        console.print(f"[bold]The episode earned {earned:g}[/] [dim]({escape(metrics)})[/]")
+    finally:
+        await env.close_async()
+        await close_shared_pools()
+
+
+async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
+    """Until the end, q, or the end of the input."""
+    earned = 0.0
+    while True:
+        line = await asyncio.to_thread(_read_line, console, env.turns + 1)
+        if line is None or line == "q":
+            return earned
+        if line == "?":
+            _show_task(messages, console)
+        elif not line:
+            console.print(f"[dim]{HELP}[/]")
+        else:
+            output = await env.step_async(line if OPEN in line else f"{OPEN}{line}{CLOSE}")
+            earned += output["reward"] or 0.0
+            for message in output["observations"]:
+                console.print(escape(message["content"]))
+            console.print(f"[green]reward {output['reward']:g}[/]")
+            if output["done"]:
+                console.print("[bold]Out of turns.[/]" if output.get("truncated") else "[bold]The end.[/]")
+                return earned
+
+
+def _show_task(messages: Any, console: Console) -> None:
+    for message in messages:
+        console.print(f"[cyan]{message['role']}:[/] {escape(message['content'])}")
+
+
+def _read_line(console: Console, turn: int) -> str | None:
+    """None: no more input. The prompt is for people: a pipe gets none."""
+    if sys.stdin.isatty():
+        console.print(f"[cyan]{turn}>[/] ", end="")
+    line = sys.stdin.readline()
+    return line.strip() if line else None

@@ -1,0 +1,35 @@
+"""A worker module whose programs have left the interpreter already: it runs raw Python where the real one runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+from integrations.openenv.servers.confinement import confine
+
+OPENED_BEFORE = (os, signal, socket, subprocess, time)  # a confined worker imports nothing any more
+
+
+def make_answer(secret: str) -> Callable[[dict[str, Any]], Any]:
+    held = secret.encode() + b"/" * 64
+    import ctypes
+
+    address = ctypes.cast(ctypes.c_char_p(held), ctypes.c_void_p).value
+    confine()
+
+    def answer(question: dict[str, Any]) -> Any:
+        if not question:
+            return {"pid": os.getpid(), "address": address, "held": len(held)}
+        names: dict[str, Any] = {"given": question["given"]}
+        try:
+            exec(question["code"], names)
+        except (OSError, MemoryError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return str(names["loot"])
+
+    return answer
