@@ -1,6 +1,6 @@
 """sumo_rl_env: one traffic light. Every turn the model names the approach that gets green; SUMO moves the vehicles.
 
-    Waiting: west 14, north 2. Green: north.     longest queue first, in vehicles
+    Green: north. Waiting: west 14, north 2.     longest queue first, in vehicles
     <action>west</action>                        or the phase's number
 
 Rewards, by the option shaped_reward:
@@ -143,10 +143,10 @@ class Junction:
     def text(self, seen: SumoObservation) -> str:
         green = f"Green: {self.phases[seen.phase]}{'' if seen.may_change else ' (cannot change yet)'}."
         if not self.is_known:
-            return f"Waiting by lane, in % of its room: {', '.join(f'{queue:.0%}' for queue in seen.queues)}. {green}"
+            return f"{green} Waiting by lane, in % of its room: {', '.join(f'{queue:.0%}' for queue in seen.queues)}."
         waiting = self.waiting(seen)
         longest_first = sorted(range(seen.num_phases), key=lambda phase: -waiting[phase])
-        return f"Waiting: {', '.join(f'{self.phases[phase]} {waiting[phase]:.0f}' for phase in longest_first)}. {green}"
+        return f"{green} Waiting: {', '.join(f'{self.phases[phase]} {waiting[phase]:.0f}' for phase in longest_first)}."
 
 
 class SumoEntry(CatalogEntry):
@@ -274,13 +274,14 @@ def _gold_reward(options: SumoOptions) -> float | None:
 def _prompt() -> Messages:
     """The task and one worked turn.
 
-    Measured with SmolLM2-135M-Instruct at temperature 1: four of five first replies are an action with the name of an
-    approach here. Later ones are too, but most repeat the earlier ones whatever the queues.
+    Measured with SmolLM2-135M-Instruct: greedily every reply is an action, and nearly always the road that is green
+    already (0.28 of the shaped reward); at temperature 1 a third of the replies are actions (0.13). An example in which
+    the light changes starts at 0.7, for the longest queue is named first and gets copied.
     """
     return [
         {"role": "system", "content": INSTRUCTION},
-        {"role": "user", "content": "Waiting: south 9, east 4. Green: east."},
-        {"role": "assistant", "content": "<action>south</action>"},
+        {"role": "user", "content": "Green: east. Waiting: east 9, south 4."},
+        {"role": "assistant", "content": "<action>east</action>"},
         {"role": "user", "content": "Now this light."},
     ]
 

@@ -245,19 +245,19 @@ async def test_many_sessions_run_at_once_and_a_killed_worker_costs_one(server: S
 
 def test_the_queues_are_told_by_approach_the_longest_first() -> None:
     translator, text = translator_after(first_result(*NORTH_IS_GREEN))  # the official image's own network
-    assert text == "Waiting: west 9, north 2. Green: north."
+    assert text == "Green: north. Waiting: west 9, north 2."
     assert translator.gold_action() == "west"
     junction = {"phases": ["north-south", "east-west"], "phase_lanes": [[0, 2], [1, 3]], "lane_room": [20.0] * 4}
     early = (0, 1, 0, *NORTH_IS_GREEN[3:])
     assert translator_after(first_result(*early, junction=junction))[1] == (
-        "Waiting: east-west 8, north-south 4. Green: east-west (cannot change yet)."
+        "Green: east-west (cannot change yet). Waiting: east-west 8, north-south 4."
     )
 
 
 def test_a_light_that_nothing_is_known_about_is_told_in_numbers() -> None:
     first = first_result(0, 0, 1, 1, 0.3, 0.3, 0.123, 0.0, num_phases=3)
     translator, text = translator_after(first)
-    assert text == "Waiting by lane, in % of its room: 12%, 0%. Green: phase 2."
+    assert text == "Green: phase 2. Waiting by lane, in % of its room: 12%, 0%."
     assert translator.gold_action() is None
     assert translator.action("Phase 1") == {"phase_id": 1, "ts_id": "0"}
 
