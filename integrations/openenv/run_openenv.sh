@@ -119,7 +119,9 @@ recipe=(
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
-  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
+  finrl_env) # eight turns of about 95 tokens behind a prompt of 230
+    recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16)
+    ;;
 esac
 
 exec "$UV" run --project "$ROOT" python -m integrations.openenv.entrypoints.main_openenv \
