@@ -62,8 +62,10 @@ class Portfolio:
 class FinRLEntry(CatalogEntry):
     """Two stocks, eight decisions, 20 trading days after each. The reward is how much better than buying and holding.
 
-    What can be learned: to answer with an order at all, and to be in the market. Prices over weeks are close to noise,
-    and no player that reads the last 20 days' changes is known to beat buying and holding by much after costs.
+    What can be learned: to answer with an order at all, and to stay in the market. Prices over weeks are close to
+    noise, and what the last 20 days did is of little use. Mean rewards over 400 validation windows (standard
+    deviation): buying and holding 0, following the 20-day change -0.04 (0.12), against it -0.05 (0.12), random words
+    -0.05 (0.13), keeping the cash -0.11 (0.15), never answering with an action -1.
     """
 
     name: ClassVar[str] = "finrl_env"
@@ -231,13 +233,19 @@ def _is_number(value: Any) -> bool:
 
 
 def _prompt(options: FinRLOptions) -> Messages:
-    """The task and one worked example turn, as earlier messages; the first prices follow behind the last one."""
+    """The task and one worked example turn, as earlier messages; the first prices follow behind the last one.
+
+    Measured with SmolLM2-135M-Instruct, first turns at temperature 1: where the example has the form of the turns to
+    come, 20 of 48 replies hold an <action> tag, else 3 of 24. Its action names no stock: names bring made-up ones.
+    """
     days = "a day passes" if options.days_per_action == 1 else f"{options.days_per_action} days pass"
     instruction = f"You trade stocks. Answer each turn with an action: buy, sell or hold. Then {days}."
-    example = "Turn 3. Cash $4000, portfolio $9000.\nCAT $40.00, 1 day +0.5%, 5 days -2.0%, 20 days +4.1%, you own 125"
+    example = (
+        "Turn 3 of 8. Cash $4000 of $9000.\nCAT: $40.00, +0% in 1 day, -2% in 5 days, +4% in 20 days. You own 125."
+    )
     return [
         {"role": "system", "content": instruction},
         {"role": "user", "content": example},
-        {"role": "assistant", "content": "<action>hold CAT</action>"},
+        {"role": "assistant", "content": "<action>hold</action>"},
         {"role": "user", "content": "Now these stocks."},
     ]

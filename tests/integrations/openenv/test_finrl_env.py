@@ -210,15 +210,16 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
-def test_training_and_validation_share_no_day_and_indicators_look_at_none_of_the_other() -> None:
-    table = price_table("").closes
-    dates = list(table.index)
-    for seed in range(40):
-        train = draw_window(FinRLOptions(period="train"), seed)
-        later = draw_window(FinRLOptions(period="validation"), seed)
-        assert train.dates[-1] < "2015-01-01"
-        assert dates[dates.index(later.dates[0]) - 20] >= "2015-01-01"
-        assert len(train.dates) == len(later.dates) == 161
+@pytest.mark.parametrize("period", ["train", "validation"])
+def test_training_and_validation_share_no_day_and_indicators_look_at_none_of_the_other(period: Any) -> None:
+    dates = list(price_table("").closes.index)
+    own_days = [date for date in dates if (date < "2015-01-01") == (period == "train")]
+    longest = len(own_days) - 1 - 20  # 20 days before the first one are for return_20
+    window = draw_window(FinRLOptions(period=period, window=longest), seed=0)
+    assert dates[dates.index(window.dates[0]) - 20] == own_days[0]
+    assert window.dates[-1] == own_days[-1]
+    with pytest.raises(ValueError, match=f"do not fit into the {len(own_days)} days of the period '{period}'"):
+        draw_window(FinRLOptions(period=period, window=longest + 1), seed=0)
 
 
 def test_indicators_use_no_later_price() -> None:
