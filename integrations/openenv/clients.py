@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 from integrations.openenv.background import run_in_background
 from integrations.openenv.catalog.coding import CodeAction, CodeObservation, CodingEntry
 from integrations.openenv.catalog.echo import EchoAction, EchoEntry, EchoObservation
+from integrations.openenv.catalog.games import OpenSpielObservation
+from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielEntry
 from integrations.openenv.client import OpenEnvClient, StepResult, open_session
 from integrations.openenv.containers import Container
 from integrations.openenv.server import Server
@@ -163,3 +165,11 @@ class CodingEnv(TypedEnv[CodeAction, CodeObservation]):
     image = CodingEntry.image
     server_module = CodingEntry.server_module
     parse_observation = CodeObservation.from_fields
+
+
+class OpenSpielEnv(TypedEnv[OpenSpielAction, OpenSpielObservation]):
+    """openspiel_env. `reset(seed=3, game="tic_tac_toe")` with our own server."""
+
+    image = OpenSpielEntry.image
+    server_module = OpenSpielEntry.server_module
+    parse_observation = OpenSpielObservation.from_fields

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from integrations.openenv.client import OpenEnvError, is_healthy
 from integrations.openenv.docker_command import Image, daemon_is_here, docker, find_image, require_docker
+from integrations.openenv.old_http import speaks_old_http
 from integrations.openenv.reaping import OWNER_LABEL, owner_folder, this_process
 from integrations.openenv.server import ServerStartFailed
 
@@ -58,9 +59,9 @@ class Limits:
 class Container:
     """A running container. `stop` removes it, as does the end of this process, however it ends."""
 
-    def __init__(self, image: Image, limits: Limits, *, by_socket: bool) -> None:
+    def __init__(self, image: Image, limits: Limits, *, by_socket: bool, num_workers: int) -> None:
         self.name = f"skyrl-openenv-{uuid.uuid4().hex[:12]}"
-        self.num_workers: int | None = 1 if image.is_ours else num_workers()
+        self.num_workers: int | None = num_workers
         self.folder = owner_folder() / self.name if by_socket else None
         self.url = f"unix:{self.folder}/server.sock" if by_socket else ""  # a port is known once the container runs
         self.image = image
@@ -82,13 +83,15 @@ class Container:
         limits = limits or Limits()
         found = await _image(image, pull)
         by_socket = found.is_ours and not limits.network and sys.platform == "linux" and await daemon_is_here()
-        container = cls(found, limits, by_socket=by_socket)
-        try:
-            await container._run(env or {}, arguments if found.is_ours else (), timeout_s)
-            await container._wait_until_healthy(timeout_s)
-        except BaseException:
+        wanted = (dict(env or {}), arguments if found.is_ours else (), timeout_s)
+        workers = 1 if found.is_ours else num_workers()
+        container = cls(found, limits, by_socket=by_socket, num_workers=workers)
+        await container._start(*wanted)
+        if workers > 1 and await speaks_old_http(container.url, timeout_s=5.0):
+            # such a server has no sessions: each of its processes would get some steps of every episode
             await asyncio.to_thread(container.stop)
-            raise
+            container = cls(found, limits, by_socket=by_socket, num_workers=1)
+            await container._start(*wanted)
         return container
 
     @property
@@ -111,6 +114,14 @@ class Container:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    async def _start(self, env: Mapping[str, str], arguments: Sequence[str], timeout_s: float) -> None:
+        try:
+            await self._run(env, arguments, timeout_s)
+            await self._wait_until_healthy(timeout_s)
+        except BaseException:
+            await asyncio.to_thread(self.stop)
+            raise
+
     async def _run(self, env: Mapping[str, str], arguments: Sequence[str], timeout_s: float) -> None:
         watchman(os.getpid())
         atexit.register(self.stop)
@@ -119,7 +130,7 @@ class Container:
         if self.image.is_ours:
             arguments = ["--max-sessions", str(sessions), *arguments]
         else:  # most official servers take one session per process: uvicorn forks so many
-            variables |= {"WEB_CONCURRENCY": str(num_workers()), "WORKERS": str(num_workers())}
+            variables |= {"WEB_CONCURRENCY": str(self.num_workers), "WORKERS": str(self.num_workers)}
         flags = [*self._limits.flags(), *(f"--env={key}={value}" for key, value in (variables | dict(env)).items())]
         if self.folder is not None:
             self.folder.mkdir()

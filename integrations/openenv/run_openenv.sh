@@ -137,6 +137,8 @@ case "$ENV_NAME" in
   atari_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;;
   sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
   finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
+  openspiel_env) # catch: nine moves, and three turns to spare
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
   *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
 esac
 

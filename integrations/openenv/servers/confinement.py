@@ -2,7 +2,7 @@
 
 A seccomp filter leaves memory, clocks, and reading and writing what is open already. No file or socket opens, no
 process or thread starts, none is signalled or inspected, no namespace, module, key, ring or counter is made: each
-such call fails with EPERM. Limits on memory, processor time and file size come with it, and root becomes nobody.
+such call fails with EPERM. Limits on memory and file size come with it, and root becomes nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 from integrations.openenv.servers.nursery import die_with_parent, libc
 
 MEMORY_LIMIT_BYTES = 512 * 1024 * 1024  # of address space; the interpreter itself has about 80 MB
-WORKER_CPU_LIMIT_S = 300  # of all programs of a worker together, should one of them stop the clocks
 NOBODY = 65534
 
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2  # linux/prctl.h, linux/seccomp.h
@@ -69,7 +68,6 @@ def confine(memory_bytes: int = MEMORY_LIMIT_BYTES) -> None:
     die_with_parent()
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, WORKER_CPU_LIMIT_S),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 0),  # what is open stays open; nothing more opens

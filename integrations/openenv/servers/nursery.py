@@ -36,6 +36,7 @@ Answer = Callable[[Any], Any]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+CHECK_S = 1.0  # how long a worker may outlive its session
 READY = b"r"  # what a nursery says when it has imported everything
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -75,9 +76,10 @@ class Nursery:
                 raise RuntimeError(f"the nursery ended while it imported {self._module}; its stderr says why")
             self._is_ready = True
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-        return Worker(ours, argument)
+        lifeline, watched = socket.socketpair()
+        with theirs, watched:
+            socket.send_fds(self._control, [b"w"], [theirs.fileno(), watched.fileno()])
+        return Worker(ours, lifeline, argument)
 
     def has_died(self, within_s: float = 0.0) -> bool:
         """Its workers get their signal a moment before its own end can be seen: hence the wait."""
@@ -102,15 +104,15 @@ class Nursery:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=dict(self._interpreter.environment),
-                start_new_session=True,  # Ctrl-C is the server's to answer
             )
 
 
 class Worker:
     """One session's process. What it says is not trusted: it is bounded, and must be one line of JSON."""
 
-    def __init__(self, connection: socket.socket, argument: Any) -> None:
+    def __init__(self, connection: socket.socket, lifeline: socket.socket, argument: Any) -> None:
         self._connection = connection
+        self._lifeline = lifeline
         self._connection.sendall(_line(argument))
 
     def ask(self, question: Any, timeout_s: float) -> Any:
@@ -122,8 +124,9 @@ class Worker:
             return None
 
     def close(self) -> None:
-        """The nursery sees this and kills the worker, whatever it does."""
+        """An honest worker ends at once; the nursery sees that the lifeline is cut, and kills any other."""
         self._connection.close()
+        self._lifeline.close()
 
     def _reply(self, question: bytes, end: float) -> bytes:
         self._connection.settimeout(max(end - time.monotonic(), 0.001))
@@ -141,59 +144,52 @@ class Worker:
 
 
 def run_nursery(control: socket.socket, module: str) -> None:
-    """Fork a worker for each socket that comes in, kill it when its session closes, until the server is gone."""
+    """Fork a worker for each session that comes in, kill those whose lifeline is cut, until the server is gone."""
     make_answer = importlib.import_module(module).make_answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
     control.sendall(READY)
     gc.freeze()  # a collection in a worker shall not copy the pages of all that was imported
-    died, wake = socket.socketpair()
-    died.setblocking(False)
-    wake.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    sessions: dict[int, socket.socket] = {}  # by process id; a dead worker's id is ours until it is reaped
-    poller = select.poll()
-    poller.register(control, select.POLLIN)
-    poller.register(died, select.POLLIN)
+    workers: dict[int, socket.socket] = {}  # lifelines by process id; a dead worker keeps its id until it is reaped
     while True:
-        ready = dict(poller.poll())
-        for process_id, session in sessions.items():
-            if session.fileno() in ready:
-                poller.unregister(session)
-                os.kill(process_id, signal.SIGKILL)
-        if died.fileno() in ready:
-            died.recv(4096)
-            _reap(sessions, poller)
-        if control.fileno() in ready:
-            message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-            if not message:
-                signal.set_wakeup_fd(-1)
-                break
-            session = socket.socket(fileno=descriptors[0])
-            process_id = os.fork()
-            if process_id == 0:
-                _be_worker(session, make_answer, [control, died, wake, *sessions.values()])
-            sessions[process_id] = session
-            poller.register(session, 0)  # only that the other end closed
-    for process_id in sessions:
+        asked = select.select([control], [], [], CHECK_S if workers else None)[0]
+        _kill_those_cut_off(workers)
+        _reap(workers)
+        if not asked:
+            continue
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        if not message:
+            break
+        session, lifeline = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+        process_id = os.fork()
+        if process_id == 0:
+            _be_worker(session, make_answer, [control, lifeline, *workers.values()])
+        session.close()
+        workers[process_id] = lifeline
+    for process_id in workers:
         os.kill(process_id, signal.SIGKILL)
 
 
-def _reap(sessions: dict[int, socket.socket], poller: select.poll) -> None:
-    """Close the sockets of dead workers, so that their sessions notice."""
+def _kill_those_cut_off(workers: dict[int, socket.socket]) -> None:
+    poller = select.poll()
+    for lifeline in workers.values():
+        poller.register(lifeline, 0)  # only that the other end closed
+    cut = {descriptor for descriptor, _ in poller.poll(0)}
+    for process_id, lifeline in workers.items():
+        if lifeline.fileno() in cut:
+            os.kill(process_id, signal.SIGKILL)
+
+
+def _reap(workers: dict[int, socket.socket]) -> None:
+    """Also what was orphaned, if we are the first process of a namespace."""
     with contextlib.suppress(ChildProcessError):
         while (process_id := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-            session = sessions.pop(process_id, None)  # none: an orphan, if we are the first process of a namespace
-            if session is not None:
-                with contextlib.suppress(KeyError):
-                    poller.unregister(session)
-                session.close()
+            if process_id in workers:
+                workers.pop(process_id).close()
 
 
 def _be_worker(session: socket.socket, make_answer: Callable[[Any], Answer], not_ours: list[socket.socket]) -> None:
     """The whole life of a worker. Does not return."""
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for other in not_ours:
             other.close()
         die_with_parent()

@@ -87,7 +87,8 @@ def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = (SERVERS,)) ->
 
     There is no /etc, /home, /proc, /tmp, and nothing can be written. Root needs no user namespace, and keeps what it
     takes to make its workers nobody; any other user gets one. The Python is the first process of its namespace: all
-    others end with it. No --die-with-parent: that is the thread that started it.
+    others end with it. No --die-with-parent: that is the thread that started it. No
+    --new-session: a confined worker has no terminal calls, and Linux would schedule the session as a group of its own.
     """
     python = os.path.realpath(sys.executable)
     packages = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
@@ -99,7 +100,7 @@ def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = (SERVERS,)) ->
     )
     command = (
         *(bubblewrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
-        *("--as-pid-1", "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL", *rights),
+        *("--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL", *rights),
         *_system_libraries(),
         *(word for path in bound for word in ("--ro-bind", str(path), str(path))),
         *("--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"),

@@ -55,6 +55,8 @@ def make_app() -> FastAPI:
     return app
 
 
+app = make_app()  # for `uvicorn old_http_server:app`, as in the images of then
+
 if __name__ == "__main__":
     listening = socket.socket(fileno=int(sys.argv[1]))
-    uvicorn.Server(uvicorn.Config(make_app(), log_level="warning")).run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from integrations.openenv.containers import LIMITS
+from integrations.openenv.containers import Limits
 from integrations.openenv.servers.nursery import MAX_ANSWER_BYTES, Interpreter, Nursery, Worker
 from tests.integrations.openenv import attacks
 
@@ -193,11 +193,9 @@ class DockerContainer:
         self._name = f"attack-{uuid.uuid4().hex[:12]}"
 
     def run(self, code: str, here: Scene, wait_s: float) -> str:
-        flags = ("--read-only", "--network=none", "--tmpfs=/tmp:size=64m", "--user=65534:65534", "--log-driver=none")
-        missing = [flag for flag in flags if not any(limit.startswith(flag.split("=")[0]) for limit in LIMITS)]
-        smaller = ("--memory=256m", "--memory-swap=256m", "--pids-limit=64")
+        wall = (*Limits(memory_gb=0.25).flags(), "--network=none", "--user=65534:65534")
         script = (self._image, "python3", "-c", _script(code, here))
-        options = (f"--name={self._name}", "--pull=never", *LIMITS, *missing, *smaller)
+        options = (f"--name={self._name}", "--pull=never", "--log-driver=none", *wall, "--pids-limit=64")
         subprocess.run(["docker", "create", *options, *script], check=True, capture_output=True, timeout=WAIT_S)
         self._client = subprocess.Popen(
             ["docker", "start", "--attach", self._name],

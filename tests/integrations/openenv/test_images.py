@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import importlib.util
 import io
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integrations.openenv import install_environment
+from integrations.openenv import containers, install_environment
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
 from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client import OpenEnvError
@@ -37,8 +42,8 @@ def entry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     """An environment whose image was built here; the tests' own tag stands in for the user's."""
     docker_or_skip()
     entry = catalog_entry(request.param)
-    if entry.engine_module is not None:
-        pytest.importorskip(entry.engine_module)
+    if entry.engine_module is not None and importlib.util.find_spec(entry.engine_module) is None:
+        pytest.skip(f"{entry.engine_module} is not installed here: uv sync --extra {entry.extra}")
     monkeypatch.setattr(type(entry), "local_image", built_image(entry.name))
     return entry
 
@@ -86,6 +91,42 @@ def test_it_says_what_it_is_and_that_it_needs_no_rights(entry: CatalogEntry) -> 
     labels = '{{index .Config.Labels "org.openenv.server"}} {{index .Config.Labels "org.openenv.environment"}}'
     assert docker("inspect", f"--format={labels}", entry.local_image) == f"skyrl {entry.name}"
     assert docker("inspect", "--format={{.Config.User}}", entry.local_image) == "10001:10001"
+
+
+@pytest.fixture
+def old_echo(monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
+    """echo_env whose image is of the time before WebSockets."""
+    docker_or_skip()
+    tag = "skyrl-test/old-echo-env:latest"
+    server = Path(__file__).with_name("old_http_server.py").read_bytes()
+    dockerfile = (
+        f"FROM {built_image('echo_env')}\n"
+        "LABEL org.openenv.server=nobody\n"
+        f"ENV PYTHONPATH=/tmp SERVER={base64.b64encode(server).decode()}\n"
+        'ENTRYPOINT ["sh", "-c", "echo $SERVER | base64 -d > /tmp/old_http_server.py; '
+        'exec python -m uvicorn old_http_server:app --host 0.0.0.0 --port 8000"]\n'
+    )
+    subprocess.run(["docker", "build", "--tag", tag, "-"], input=dockerfile.encode(), check=True, capture_output=True)
+    entry = catalog_entry("echo_env")
+    monkeypatch.setattr(type(entry), "local_image", tag)
+    return entry
+
+
+async def test_an_image_from_before_2026_gets_one_process_and_is_played_by_one_episode_at_a_time(
+    old_echo: CatalogEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "num_workers", lambda: 4)
+    container = await containers.Container.start(old_echo.local_image, pull=False, timeout_s=180.0)
+    try:
+        assert "WEB_CONCURRENCY=1" in docker("exec", container.name, "env").splitlines()
+        assert container.num_workers == 1
+    finally:
+        container.stop()
+    try:
+        played = await asyncio.gather(*(gold_episode(old_echo) for _ in range(3)))
+    finally:
+        await close_shared_pools()
+    assert [[step["reward"] for step in seen[1:]] for _, seen in played] == [[1.0]] * 3
 
 
 def test_the_command_line_builds_the_image_and_plays_in_it(

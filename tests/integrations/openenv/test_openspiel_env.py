@@ -15,6 +15,7 @@ from integrations.openenv.catalog.games import GAMES, OpenSpielObservation, game
 from integrations.openenv.catalog.games.twenty_forty_eight import _moved
 from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielOptions, OpenSpielTranslator
 from integrations.openenv.client import OpenEnvClient, OpenEnvError, ServerError, StepResult, open_session
+from integrations.openenv.clients import OpenSpielEnv
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv
 from integrations.openenv.pool import close_shared_pools
@@ -125,6 +126,13 @@ async def test_the_official_client_plays(url: str) -> None:
         assert (result.done, result.reward in (1.0, -1.0)) == (True, True)
 
 
+async def test_the_typed_client_plays(url: str) -> None:
+    async with await OpenSpielEnv.from_url(url) as env:
+        first = await env.reset(seed=3, game="tic_tac_toe", opponent="first")
+        assert first.observation.legal_actions == tuple(range(9))
+        assert (await env.step(OpenSpielAction(4))).observation.opponent_last_action == 0
+
+
 async def test_the_environment_variables_of_the_official_image_are_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     from integrations.openenv.servers.openspiel_env import OpenSpielEnvironment
 
@@ -231,10 +239,10 @@ async def test_the_text_of_known_positions(url: str) -> None:
 
 def test_the_text_of_a_whole_catch_turn() -> None:
     made = translator(catch_observation(0, 4, 2))
-    assert made.game.view(made.seen) == "....o\n..x..\nBall 5, paddle 3."  # ty: ignore[invalid-argument-type]
+    assert made.game.view(made.seen) == "....o\n..x..\nThe ball is to the right."  # ty: ignore[invalid-argument-type]
     assert made.action(" Right. ") == {"action_id": 2, "game_name": "catch", "game_params": {}}
     answer = made.answer(StepResult(catch_observation(1, 4, 3), 0.0, False), last_turn=False)
-    assert (answer.text, answer.ended) == ("....o\n...x.\nBall 5, paddle 4.", False)
+    assert (answer.text, answer.ended) == ("....o\n...x.\nThe ball is to the right.", False)
     caught = {**catch_observation(9, 4, 4), "legal_actions": [], "game_phase": "terminal"}
     answer = made.answer(StepResult(caught, 1.0, True), last_turn=False)
     assert (answer.text, answer.ended, made.success) == ("You caught the ball.", True, True)
@@ -324,9 +332,9 @@ def test_any_text_is_a_move_or_no_move(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "promise"),
     [
-        ({}, 1.0),
-        ({"shaped_reward": True}, 2.0),
-        ({"game_params": {"rows": 6, "columns": 9}}, 1.0),
+        ({}, 2.0),
+        ({"shaped_reward": False}, 1.0),
+        ({"game_params": {"rows": 6, "columns": 9}}, 2.0),
         ({"game": "tic_tac_toe"}, 0.0),
         ({"game": "tic_tac_toe", "agent_player": 1, "opponent": "middle"}, 0.0),
         ({"game": "cliff_walking", "shaped_reward": False}, -9.0),

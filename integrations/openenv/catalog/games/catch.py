@@ -14,13 +14,20 @@ MOVES = {"left": 0, "stay": 1, "right": 2}
 class Catch(Game):
     """+1 for catching the ball, -1 for missing it, at the last of rows - 1 moves.
 
-    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it.
+    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it. It is the default:
+    an untrained small model writes a readable move in about half of its turns, so hardly a game of its is finished, and
+    the plain reward, -1 for all of them, teaches nothing.
+
+    The view has two rows, the ball's and the paddle's (ten would cost 22 tokens a turn), and says where the ball is.
+    Measured with SmolLM2-135M-Instruct: "Ball 5, paddle 3." does not change what it plays, whatever the numbers;
+    "The ball is to the right." makes right the likeliest move (0.52) and leaves left at 0.19 where it should be played.
     """
 
     name: ClassVar[str] = "catch"
     default_params: ClassVar[Mapping[str, int]] = {"rows": 10, "columns": 5}
     smallest_params: ClassVar[Mapping[str, int]] = {"rows": 2, "columns": 1}
     can_shape: ClassVar[bool] = True
+    shapes: ClassVar[bool] = True
 
     def __init__(self, params: Mapping[str, int], agent_player: int) -> None:
         super().__init__(params, agent_player)
@@ -79,4 +86,5 @@ class Catch(Game):
         rows = [
             "." * column + mark + "." * (self.columns - 1 - column) for column, mark in ((ball, "o"), (paddle, "x"))
         ]
-        return "\n".join([*rows, f"Ball {ball + 1}, paddle {paddle + 1}."])
+        where = "above you" if ball == paddle else f"to the {'left' if ball < paddle else 'right'}"
+        return "\n".join([*rows, f"The ball is {where}."])
