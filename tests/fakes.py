@@ -79,6 +79,9 @@ class CountdownEnv(BaseTextEnv):
             "metadata": {},
         }
 
+    def cut_short(self) -> float:
+        return -0.25
+
     def get_metrics(self) -> dict[str, Any]:
         return {"left": self.left, "seed": self.seed}
 

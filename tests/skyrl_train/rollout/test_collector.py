@@ -92,6 +92,15 @@ def test_the_turn_limit_and_the_token_limits_are_told_apart(tokenizer):
     assert engine.requests == []
 
 
+def test_the_environment_says_what_running_out_of_tokens_between_turns_costs(tokenizer):
+    one_turn = len(ChatTemplate(tokenizer).start(countdown_prompts(3)[0].messages).ids)
+    limits = EpisodeLimits(5, max_input_length=one_turn, max_context=512, step_timeout_s=5, episode_timeout_s=9)
+    groups, _ = play(countdown_prompts(3), CountsDown(tokenizer), tokenizer, limits=limits)
+    (trajectory,) = groups[0].trajectories
+    assert (trajectory.end, len(trajectory.turns)) == (EpisodeEnd.OUT_OF_TOKENS, 1)
+    assert trajectory.reward == 1.0 - 0.25
+
+
 def test_a_reply_never_outgrows_the_context(tokenizer):
     limits = EpisodeLimits(1, max_input_length=400, max_context=70, step_timeout_s=5, episode_timeout_s=9)
     _, engine = play(
