@@ -134,7 +134,8 @@ fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
-  atari_env) recipe+=(generator.max_turns=12 generator.sampling_params.max_generate_length=12) ;;
+  atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
   sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
   openspiel_env) # catch: nine moves, and three turns to spare
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;

@@ -168,8 +168,9 @@ async def test_modes_and_difficulties_and_the_full_action_space_are_the_games(ur
 
 
 async def test_many_sessions_play_at_once_and_a_dead_emulator_costs_one(server: ServerProcess) -> None:
+    before = {process.pid for process in psutil.Process(server.pid).children(recursive=True)}
     sessions = await asyncio.gather(*(session(server.url, seed=n, obs_type="ram") for n in range(8)))
-    workers = [process for process in psutil.Process(server.pid).children(recursive=True) if not process.children()]
+    workers = [worker for worker in psutil.Process(server.pid).children(recursive=True) if worker.pid not in before]
     assert len(workers) == 8
     workers[0].kill()
     results = await asyncio.gather(*(client.step({"action_id": 2}) for client, _ in sessions), return_exceptions=True)
