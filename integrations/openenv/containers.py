@@ -100,7 +100,9 @@ class Container:
 
     @property
     def is_running(self) -> bool:
-        return _output("inspect", "--format={{.State.Running}}", self.name) == "true"
+        """Docker that does not answer has not said that the container is gone."""
+        answer = _output("inspect", "--format={{.State.Running}}", self.name)
+        return answer != "false" and "no such" not in answer.lower()
 
     def last_words(self) -> str:
         """The end of what the server wrote, for an error message."""

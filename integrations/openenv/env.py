@@ -104,6 +104,9 @@ class OpenEnv(BaseTextEnv):
             return self._answer_invalid(f"{complaint}\n{answer.text}", answer.reward, ended=answer.ended)
         return self._output(answer.text, answer.reward, ended=answer.ended)
 
+    def cut_short(self) -> float:
+        return 0.0 if self._done else self.translator.unfinished_reward()
+
     async def close_async(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:

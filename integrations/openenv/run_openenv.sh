@@ -142,6 +142,10 @@ case "$ENV_NAME" in
   finrl_env) # eight turns of about 95 tokens behind a prompt of 230
     recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16)
     ;;
+  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
+  openspiel_env) # catch: nine moves, and three turns to spare
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
+  *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

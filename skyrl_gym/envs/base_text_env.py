@@ -67,6 +67,13 @@ class BaseTextEnv(Env[ConversationType, str]):
         """Answer the model's decoded text, without special tokens."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
 
+    def cut_short(self) -> float:
+        """What is added to the last turn's reward when the run has no tokens left for another turn.
+
+        An environment in which not to finish could pay better than to play on gives a penalty here.
+        """
+        return 0.0
+
     async def init_async(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:
         return self.init(prompt)
 

@@ -82,6 +82,10 @@ class EnvCalls:
         step = self._env.step_async if self._env.is_async else partial(self._threaded, self._env.step)
         return await self._answer("step", step(action))
 
+    async def cut_short(self) -> float:
+        assert self._env is not None
+        return float(await self._answer("cut_short", self._threaded(self._env.cut_short)))
+
     async def metrics(self) -> dict[str, Any]:
         assert self._env is not None
         return await self._answer("get_metrics", self._threaded(self._env.get_metrics))
@@ -183,6 +187,7 @@ class Episode:
         while True:
             sampling = self._next_sampling(chat)
             if sampling is None:
+                await self._cut_short()
                 return EpisodeEnd.OUT_OF_TOKENS
             await self.before_turn()
             self.waits_for = "the engine"
@@ -193,6 +198,13 @@ class Episode:
             self._record(chat, completion, step, over)
             if over:
                 return _how_it_ended(completion, step)
+
+    async def _cut_short(self) -> None:
+        """No tokens are left for another turn: the environment says what that costs."""
+        if self.turns:
+            self.waits_for = "the environment's cut_short"
+            last = self.turns[-1]
+            self.turns[-1] = replace(last, reward=last.reward + await self.env.cut_short())
 
     def _next_sampling(self, chat: Chat) -> SamplingParams | None:
         """None if what is about to be sent is too long for another turn."""

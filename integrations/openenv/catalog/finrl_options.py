@@ -55,9 +55,11 @@ class FinRLOptions:
         known = self.stocks or ("A",)
         if len(known) > MAX_STOCKS or len(set(known)) < len(known) or not all(map(TICKER.fullmatch, known)):
             raise ValueError(f"stocks={list(self.stocks)[:60]} must be at most {MAX_STOCKS} different tickers")
-        for name in ("split", "start"):
-            if getattr(self, name):
-                date.fromisoformat(getattr(self, name))
+        for name, day in (("split", self.split), ("start", self.start)):
+            try:
+                date.fromisoformat(day or "2000-01-01")
+            except ValueError:
+                raise ValueError(f"{name}={day!r} must be a day like 2010-01-31") from None
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if not all(low <= part <= high for part in (value if isinstance(value, tuple) else (value,))):

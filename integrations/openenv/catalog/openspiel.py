@@ -169,15 +169,15 @@ class OpenSpielTranslator(Translator):
 
 
 def _prompt(options: OpenSpielOptions) -> Messages:
-    """The rules, and worked turns as earlier messages."""
+    """The rules as system message, which makes more of a small model's replies well formed, and worked turns."""
     game = game_of(options.game, options.game_params, options.agent_player)
-    views = [view for view, _ in game.examples()]
-    moves = [f"<action>{move}</action>" for _, move in game.examples()]
-    asked = [f"{game.rules()}\n\n{views[0]}", *views[1:]] if views else []
-    messages = []
-    for view, move in zip(asked, moves, strict=True):
-        messages += [{"role": "user", "content": view}, {"role": "assistant", "content": move}]
-    return [*messages, {"role": "user", "content": "A new game." if views else game.rules()}]
+    messages = [{"role": "system", "content": game.rules()}]
+    for view, move in game.examples():
+        messages += [
+            {"role": "user", "content": view},
+            {"role": "assistant", "content": f"<action>{move}</action>"},
+        ]
+    return [*messages, {"role": "user", "content": "A new game."}]
 
 
 def _shapeable() -> str:

@@ -92,8 +92,8 @@ async def measure(
 ) -> Measurements:
     """Play the rows at random, some of them again, all of them well; then count sessions and leftovers.
 
-    began_s: on time.monotonic, when the server was first asked for. before: processes below this one that are not the
-    environment's.
+    began_s: on time.monotonic, when the server was first asked for.
+    before: the processes below this one that are none of the environment's.
     """
     seen = Measurements(name, first_prompts=[row["prompt"][-1]["content"] for row in rows])
     try:

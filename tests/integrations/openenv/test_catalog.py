@@ -24,13 +24,9 @@ def test_names_may_have_dashes() -> None:
     assert catalog_entry("echo-env") is catalog_entry("echo_env")
 
 
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [("chess", "unknown env_name='chess' .known: echo_env, coding_env"), ("finrl-env", "not there yet")],
-)
-def test_other_names_are_refused_with_the_known_ones(name: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        catalog_entry(name)
+def test_other_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown env_name='chess' \(known: echo_env, coding_env"):
+        catalog_entry("chess")
 
 
 @pytest.mark.parametrize("entry", [ECHO, CODING], ids=lambda entry: entry.name)

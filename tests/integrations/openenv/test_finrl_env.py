@@ -148,7 +148,7 @@ def test_a_step_after_the_end_changes_nothing_and_earns_nothing(prices: str) -> 
         ({"stocks": ["AAPL", "AAPL"]}, "at most 50 different tickers"),
         ({"window": 9000}, "window=9000: 9000 days and 20 before them do not fit into the 8313 days"),
         ({"start": "1990-01-02"}, "start=1990-01-02 must be from 1990-01-30 to 2022-05-"),
-        ({"start": "soon"}, "Invalid isoformat string: 'soon'"),
+        ({"start": "soon"}, "start='soon' must be a day like 2010-01-31"),
         ({"period": "test"}, "period: Input should be 'all', 'train' or 'validation'"),
         ({"windw": 5}, "finrl_env has no option 'windw'; did you mean window?"),
         ({"days_per_action": 0}, "days_per_action=0 must be from 1 to 10000"),

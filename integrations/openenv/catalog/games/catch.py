@@ -20,7 +20,7 @@ class Catch(Game):
 
     The view has two rows, the ball's and the paddle's (ten would cost 22 tokens a turn), and says where the ball is.
     Measured with SmolLM2-135M-Instruct: "Ball 5, paddle 3." does not change what it plays, whatever the numbers;
-    "The ball is to the right." makes right the likeliest move (0.52) and leaves left at 0.19 where it should be played.
+    "The ball is to the right." makes right likelier by half, which is enough to begin with.
     """
 
     name: ClassVar[str] = "catch"
@@ -36,7 +36,10 @@ class Catch(Game):
         self.gold_reward = 1.0 if farthest <= self.rows - 1 else None
 
     def rules(self) -> str:
-        return "A ball o falls. Move your paddle x under it. Write left, stay or right between <action> and </action>."
+        return (
+            "A ball o falls. Move your paddle x under it. "
+            "Reply only with <action>left</action>, <action>stay</action> or <action>right</action>."
+        )
 
     def examples(self) -> Sequence[tuple[str, str]]:
         centre, last = self.columns // 2, self.columns - 1
