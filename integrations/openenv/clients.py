@@ -19,6 +19,7 @@ from integrations.openenv.catalog.coding import CodeAction, CodeObservation, Cod
 from integrations.openenv.catalog.echo import EchoAction, EchoEntry, EchoObservation
 from integrations.openenv.catalog.games import OpenSpielObservation
 from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielEntry
+from integrations.openenv.catalog.sumo_rl import SumoAction, SumoEntry, SumoObservation
 from integrations.openenv.client import OpenEnvClient, StepResult, open_session
 from integrations.openenv.containers import Container
 from integrations.openenv.server import Server
@@ -173,3 +174,11 @@ class OpenSpielEnv(TypedEnv[OpenSpielAction, OpenSpielObservation]):
     image = OpenSpielEntry.image
     server_module = OpenSpielEntry.server_module
     parse_observation = OpenSpielObservation.from_fields
+
+
+class SumoRLEnv(TypedEnv[SumoAction, SumoObservation]):
+    """sumo_rl_env. `reset(seed=3, network="cologne1", delta_time=10)` with our own server."""
+
+    image = SumoEntry.image
+    server_module = SumoEntry.server_module
+    parse_observation = SumoObservation.from_fields

@@ -6,6 +6,7 @@ A question is a phase, or null for the first observation; an answer is a diction
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ from xml.etree import ElementTree
 
 os.environ["SUMO_HOME"] = "libsumo needs none"
 os.environ["LIBSUMO_AS_TRACI"] = "quiet"
+# pandas would import pyarrow, whose allocator starts a thread; a process with threads must not be forked from.
+sys.modules.setdefault("pyarrow", None)  # ty: ignore[no-matching-overload]
 
-import traci  # libsumo, under this name
-from sumo_rl import SumoEnvironment
+import traci  # noqa: E402  (libsumo, under this name)
+from sumo_rl import SumoEnvironment  # noqa: E402
 
-from integrations.openenv.servers.sumo_junction import junction_of
-from integrations.openenv.servers.sumo_settings import SumoSettings
+from integrations.openenv.servers.sumo_junction import junction_of  # noqa: E402
+from integrations.openenv.servers.sumo_settings import SumoSettings  # noqa: E402
 
 RATES = ("probability", "vehsPerHour", "period", "number")  # the attributes that say how many vehicles a flow has
 
