@@ -72,8 +72,8 @@ class AtariOptions(GameOptions):
     that was crossed (and takes it back on the way down; a whole crossing pays its point instead). Other games: nothing.
     """
 
-    frameskip: int = 0  # frames of a turn; 0: what suits the game (pong 6, breakout 6, freeway 20, others 12)
-    random_frames: int = -1  # before the episode; -1: what suits the game (pong 175, freeway 60, others 0)
+    frameskip: int = 0  # frames of a turn; 0: what suits the game (pong 6, breakout 14, freeway 20, others 12)
+    random_frames: int = -1  # before the episode; -1: what suits the game (pong 175, freeway 60, breakout 20, others 0)
     max_steps: int | None = 12  # turns
     shaped: bool = True  # see above; off: the game's points alone, as OpenEnv has it
 
