@@ -262,12 +262,12 @@ class SumoTranslator(Translator):
 
 
 def _gold_reward(options: SumoOptions) -> float | None:
-    """Measured over 400 seeds, with a margin; other simulations than the default promise nothing."""
+    """Below the least of 400 seeds (0.56; -0.98). Other simulations than the default promise nothing."""
     as_default = SumoOptions(reward_fn=options.reward_fn, shaped_reward=options.shaped_reward)
     if options != as_default:
         return None
     if options.shaped_reward:
-        return 0.55
+        return 0.5
     return -1.5 if options.reward_fn == "diff-waiting-time" else None
 
 
