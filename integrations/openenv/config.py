@@ -30,6 +30,7 @@ class OpenEnvConfig:
     cpus: float | None = None  # of one container; None: all but one of this machine's
     accept_unsafe: bool = False  # let our servers run programs even where no wall is to be had
     invalid_action_penalty: float = 0.0  # taken from the reward of a turn whose action cannot be read
+    max_invalid_actions: int | None = None  # the next one ends the episode, unfinished; None: only the turns count
     options: dict[str, Any] = field(default_factory=dict)  # of the environment, where the data set's row says nothing
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class OpenEnvConfig:
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ValueError(f"openenv.{name}={number} must be positive")
+        if self.max_invalid_actions is not None and self.max_invalid_actions < 0:
+            raise ValueError(f"openenv.max_invalid_actions={self.max_invalid_actions} must not be negative")
         if not self.invalid_action_penalty >= 0:
             raise ValueError(f"openenv.invalid_action_penalty={self.invalid_action_penalty} must not be negative")
 

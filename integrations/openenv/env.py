@@ -147,7 +147,11 @@ class OpenEnv(BaseTextEnv):
 
     def _answer_invalid(self, message: str, reward: float = 0.0, *, ended: bool = False) -> BaseTextEnvStepOutput:
         self.num_invalid_actions += 1
-        return self._output(message, reward - self.config.invalid_action_penalty, ended=ended)
+        reward -= self.config.invalid_action_penalty
+        allowed = self.config.max_invalid_actions
+        if allowed is not None and self.num_invalid_actions > allowed and not ended:
+            return self._output(message, reward + self.translator.unfinished_reward(), ended=True)
+        return self._output(message, reward, ended=ended)
 
     def _output(self, text: str, reward: float, *, ended: bool) -> BaseTextEnvStepOutput:
         out_of_turns = self.turns >= self.max_turns

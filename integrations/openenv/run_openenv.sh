@@ -134,18 +134,17 @@ fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
+  openspiel_env) # catch: nine moves; the first reply that is no move loses
+    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
+      environment.openenv.max_invalid_actions=0) ;;
   atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
-  sumo_rl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=12) ;;
-  openspiel_env) # catch: nine moves, and three turns to spare
-    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
-  *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
+  sumo_rl_env)
+    recipe+=(generator.max_turns=8 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
+      environment.openenv.max_invalid_actions=0) ;;
   finrl_env) # eight turns of about 95 tokens behind a prompt of 230
-    recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16)
-    ;;
-  finrl_env) recipe+=(generator.max_turns=8 generator.sampling_params.max_generate_length=16) ;;
-  openspiel_env) # catch: nine moves, and three turns to spare
-    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
+    recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16
+      environment.openenv.max_invalid_actions=0) ;;
   *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
 esac
 
