@@ -136,7 +136,7 @@ case "$ENV_NAME" in
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
   openspiel_env) # catch: nine moves; the first reply that is no move loses
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
-      environment.openenv.max_invalid_actions=0) ;;
+      environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
   atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
   sumo_rl_env)

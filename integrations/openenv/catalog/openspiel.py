@@ -151,8 +151,8 @@ class OpenSpielTranslator(Translator):
         return Answer(self.game.end(before, seen, self.total), reward, ended=True)
 
     def unfinished_reward(self) -> float:
-        scale = self.game.shaped_scale if self.options.is_shaped else 1.0
-        return scale * self.game.unfinished(self._seen())
+        plain = self.game.unfinished(self._seen())
+        return self.game.shaped_unfinished(self._seen(), plain) if self.options.is_shaped else plain
 
     def gold_action(self) -> str | None:
         seen = self._seen()

@@ -121,6 +121,14 @@ async def test_parsing_is_overridden_in_one_place(echo_url: str) -> None:
     assert loud["reward"] == 1.0
 
 
+async def test_one_unreadable_action_too_many_ends_the_episode(echo_url: str) -> None:
+    config = OpenEnvConfig(url=echo_url, max_invalid_actions=1, invalid_action_penalty=0.25)
+    env = OpenEnv(config, echo_extras(max_turns=9))
+    first, second = await played(env, "no tag", "nor here")
+    assert (first["reward"], first["done"]) == (-0.25, False)
+    assert (second["reward"], second["done"], second["truncated"]) == (-0.25, True, False)
+
+
 async def test_fields_that_the_server_refuses_are_the_policys_fault(echo_url: str) -> None:
     class Wrong(OpenEnv):
         def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:

@@ -377,7 +377,16 @@ def test_the_shaped_reward_of_catch_pays_a_ninth_for_each_good_move() -> None:
     assert missed.reward == -1.0
 
 
-@pytest.mark.parametrize(("options", "worst"), [({}, -1.0), ({"game": "cliff_walking"}, -1.0)], ids=["catch", "cliff"])
+@pytest.mark.parametrize(("row", "reward"), [(0, -2.0), (3, -1 - 6 / 9), (8, -1 - 1 / 9)])
+def test_a_catch_that_is_left_costs_the_ball_and_a_ninth_for_each_move_left(row: int, reward: float) -> None:
+    made = translator(catch_observation(0, 4, 2), shaped_reward=True)
+    if row:
+        made.answer(StepResult(catch_observation(row, 4, 2), 0.0, False), last_turn=False)
+    assert made.unfinished_reward() == pytest.approx(reward)
+    assert translator(catch_observation(0, 4, 2), shaped_reward=False).unfinished_reward() == -1.0
+
+
+@pytest.mark.parametrize(("options", "worst"), [({}, -2.0), ({"game": "cliff_walking"}, -1.0)], ids=["catch", "cliff"])
 async def test_to_write_no_moves_never_pays_better_than_the_worst_game(
     url: str, options: dict[str, Any], worst: float
 ) -> None:

@@ -9,18 +9,21 @@ from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
 from integrations.openenv.client import OpenEnvError
 
 MOVES = {"left": 0, "stay": 1, "right": 2}
+REPLY_FORM = "Reply only with <action>left</action>, <action>stay</action> or <action>right</action>."
 
 
 class Catch(Game):
     """+1 for catching the ball, -1 for missing it, at the last of rows - 1 moves.
 
-    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it. It is the default:
-    an untrained small model writes a readable move in about half of its turns, so hardly a game of its is finished, and
-    the plain reward, -1 for all of them, teaches nothing.
+    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it, and takes as much
+    for each move that was never made. It is the default: an untrained small model writes a readable move in about half
+    of its turns, so hardly a game of its is finished, and the plain reward, -1 for all of them, teaches nothing.
 
-    The view has two rows, the ball's and the paddle's (ten would cost 22 tokens a turn), and says where the ball is.
-    Measured with SmolLM2-135M-Instruct: "Ball 5, paddle 3." does not change what it plays, whatever the numbers;
-    "The ball is to the right." makes right likelier by half, which is enough to begin with.
+    The view has two rows, the ball's and the paddle's (ten would cost 22 tokens a turn), and says where the ball is:
+    SmolLM2-135M-Instruct learns to follow that, not to compare columns. Measured with it on all 25 positions of a first
+    turn: "Ball 5, paddle 3." does not change what it plays, whatever the numbers; with "The ball is to the right." and
+    these rules half of its replies are well formed, and the likeliest one is right in 0.84 of the positions. Longer
+    rules ("A ball o falls. Move your paddle x under it.") make it play right whatever it is shown.
     """
 
     name: ClassVar[str] = "catch"
@@ -36,10 +39,7 @@ class Catch(Game):
         self.gold_reward = 1.0 if farthest <= self.rows - 1 else None
 
     def rules(self) -> str:
-        return (
-            "A ball o falls. Move your paddle x under it. "
-            "Reply only with <action>left</action>, <action>stay</action> or <action>right</action>."
-        )
+        return f"Move under the ball. {REPLY_FORM}"
 
     def examples(self) -> Sequence[tuple[str, str]]:
         centre, last = self.columns // 2, self.columns - 1
@@ -62,6 +62,10 @@ class Catch(Game):
     def shaped(self, before: OpenSpielObservation, seen: OpenSpielObservation, paid: float) -> float:
         was, now = self._distance(before, before), self._distance(before, seen)
         return paid + (now < was or now == 0) / (self.rows - 1)
+
+    def shaped_unfinished(self, seen: OpenSpielObservation, plain: float) -> float:
+        ball_row, _, _ = self._where(seen)
+        return plain - (self.rows - 1 - ball_row) / (self.rows - 1)
 
     @property
     def shaped_gold_reward(self) -> float | None:

@@ -111,6 +111,10 @@ class Game(ABC):
         """The reward for a game whose turns ran out: what the worst player gets, so that stalling never pays."""
         return -1.0 if seen.lowest_return is None else min(seen.lowest_return, 0.0)
 
+    def shaped_unfinished(self, seen: OpenSpielObservation, plain: float) -> float:
+        """The same in the shaped reward."""
+        return self.shaped_scale * plain
+
     def metrics(self, seen: OpenSpielObservation) -> dict[str, float]:
         return {}
 
