@@ -139,9 +139,9 @@ case "$ENV_NAME" in
       environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
   atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
-  sumo_rl_env)
+  sumo_rl_env) # eight decisions; the first reply that names no road ends the episode
     recipe+=(generator.max_turns=8 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
-      environment.openenv.max_invalid_actions=0) ;;
+      environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
   finrl_env) # eight turns of about 95 tokens behind a prompt of 230
     recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16
       environment.openenv.max_invalid_actions=0) ;;
