@@ -25,6 +25,12 @@ from sumo_rl import SumoEnvironment  # noqa: E402
 from integrations.openenv.servers.sumo_junction import junction_of  # noqa: E402
 from integrations.openenv.servers.sumo_settings import SumoSettings  # noqa: E402
 
+if not traci.isLibsumo():
+    raise ImportError(
+        "libsumo cannot be loaded, and without it SUMO would run as another program; it needs system libraries: "
+        "apt install libgl1 libx11-6 libxext6 libxrender1 libatomic1"
+    )
+
 RATES = ("probability", "vehsPerHour", "period", "number")  # the attributes that say how many vehicles a flow has
 
 
