@@ -104,4 +104,4 @@ def test_an_unknown_name_is_an_error_of_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert installed(monkeypatch, "chess") == 2
-    assert "unknown env_name='chess' (known: echo_env, coding_env;" in capsys.readouterr().err
+    assert "unknown env_name='chess' (known: echo_env, coding_env, openspiel_env," in capsys.readouterr().err
