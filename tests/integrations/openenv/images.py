@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
@@ -57,12 +58,13 @@ def built_image(name: str) -> str:
 
 @contextmanager
 def hardened_container(tag: str, *arguments: str) -> Generator[tuple[str, str]]:
-    """A container of it with every wall up: (id, url). Removed at the end."""
-    container = docker(
-        *("run", "--detach", "--pull=never", f"--label={LABEL}", "--publish=127.0.0.1::8000"),
-        *(*HARDENED, *arguments, tag),
-    )
+    """A container of it with every wall up: (name, url). Removed at the end, also if it cannot be started."""
+    container = f"skyrl-test-{uuid.uuid4().hex[:12]}"
     try:
+        docker(
+            *("run", "--detach", "--pull=never", f"--name={container}", f"--label={LABEL}"),
+            *("--publish=127.0.0.1::8000", *HARDENED, *arguments, tag),
+        )
         url = f"http://{docker('port', container, '8000/tcp').splitlines()[0]}"
         end = time.monotonic() + 120
         while not asyncio.run(is_healthy(url)):
