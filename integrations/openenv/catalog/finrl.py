@@ -235,8 +235,7 @@ def _is_number(value: Any) -> bool:
 def _prompt(options: FinRLOptions) -> Messages:
     """The task and one worked example turn, as earlier messages; the first prices follow behind the last one.
 
-    Measured with SmolLM2-135M-Instruct, first turns at temperature 1: where the example has the form of the turns to
-    come, 20 of 48 replies hold an <action> tag, else 3 of 24. Its action names no stock: names bring made-up ones.
+    The example has the form of the turns to come, and its action names no stock: names bring made-up ones.
     """
     days = "a day passes" if options.days_per_action == 1 else f"{options.days_per_action} days pass"
     instruction = f"You trade stocks. Answer each turn with an action: buy, sell or hold. Then {days}."
