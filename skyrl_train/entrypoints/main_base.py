@@ -280,7 +280,7 @@ def keep_freed_memory() -> None:
     """Ask glibc to reuse large blocks instead of giving them back: fresh pages cost an update on a CPU 15% of its time.
 
     One arena for all threads: with one each, what the engine, the learner and autograd free stays with the thread that
-    freed it, and a run held 11 GB that needs 5. Without effect where the C library has no mallopt.
+    freed it, and a run held 11 GB that now holds 8. Without effect where the C library has no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
