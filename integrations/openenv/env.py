@@ -147,23 +147,22 @@ class OpenEnv(BaseTextEnv):
 
     def _answer_invalid(self, message: str, reward: float = 0.0, *, ended: bool = False) -> BaseTextEnvStepOutput:
         self.num_invalid_actions += 1
-        reward -= self.config.invalid_action_penalty
         allowed = self.config.max_invalid_actions
-        if allowed is not None and self.num_invalid_actions > allowed and not ended:
-            return self._output(message, reward + self.translator.unfinished_reward(), ended=True)
-        return self._output(message, reward, ended=ended)
+        one_too_many = allowed is not None and self.num_invalid_actions > allowed
+        return self._output(message, reward - self.config.invalid_action_penalty, ended=ended, stopped=one_too_many)
 
-    def _output(self, text: str, reward: float, *, ended: bool) -> BaseTextEnvStepOutput:
+    def _output(self, text: str, reward: float, *, ended: bool, stopped: bool = False) -> BaseTextEnvStepOutput:
+        """ended: by the environment. stopped: by the policy's fault. Else the turns may have run out."""
         out_of_turns = self.turns >= self.max_turns
-        if out_of_turns and not ended:
+        if (stopped or out_of_turns) and not ended:
             reward += self.translator.unfinished_reward()
-        self._done = ended or out_of_turns
+        self._done = ended or stopped or out_of_turns
         last = self.last
         return {
             "observations": [{"role": "user", "content": text}] if text else [],
             "reward": reward,
             "done": self._done,
-            "truncated": out_of_turns and not ended,
+            "truncated": out_of_turns and not (ended or stopped),
             "metadata": {
                 "env_name": self.env_name,
                 "observation": last.observation if last else {},

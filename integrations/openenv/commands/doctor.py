@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from integrations.openenv.catalog import CATALOG
-from integrations.openenv.commands.list import has_engine, images_here
+from integrations.openenv.commands.list import images_here
 from integrations.openenv.servers.walls import strongest_wall
 from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
 
@@ -96,7 +96,7 @@ def wall_lines() -> Iterator[Line]:
 def environment_lines() -> Iterator[Line]:
     images = images_here() or set()
     for entry in CATALOG.values():
-        engine, image = has_engine(entry), entry.local_image in images
+        engine, image = entry.has_engine, entry.local_image in images
         ways = [way for way, here in (("engine installed", engine), ("image here", image)) if here]
         advice = "" if engine else f"uv sync --extra {entry.extra}, or install_environment.py {entry.name}"
         yield Line(entry.name, " and ".join(ways) or "neither engine nor image", bool(ways), advice)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 from dataclasses import fields
 
@@ -26,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     for column in ("environment", "what it is", "options", "turns", "engine", "image"):
         table.add_column(column, overflow="fold")
     for entry in CATALOG.values():
-        engine = "installed" if has_engine(entry) else f"uv sync --extra {entry.extra}"
+        engine = "installed" if entry.has_engine else f"uv sync --extra {entry.extra}"
         image = "no Docker" if here is None else ("here" if entry.local_image in here else "not here")
         table.add_row(entry.name, about(entry), options_text(entry), str(entry.max_turns), engine, image)
     console = Console()
@@ -44,11 +43,6 @@ def options_text(entry: CatalogEntry) -> str:
     """name=default, a line each."""
     plain = entry.read_options({})
     return "\n".join(f"{option.name}={getattr(plain, option.name)!r}" for option in fields(plain))
-
-
-def has_engine(entry: CatalogEntry) -> bool:
-    """Whether our own server of it can run: its engine is importable, which is not tried."""
-    return entry.engine_module is None or importlib.util.find_spec(entry.engine_module) is not None
 
 
 def images_here() -> set[str] | None:
