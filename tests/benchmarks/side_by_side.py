@@ -1,4 +1,4 @@
-"""Two or more ways of doing the same work, timed in turn: each in a process of its own, medians, ratios, one JSON line.
+"""Two or more ways of doing the same work, timed in turn, each in a process of its own.
 
 A worker is a module of tests/benchmarks/workers. It prepares, prints {"ready": ...}, and then does the work once for
 every line it reads, printing {"seconds": ..., ...} each time. So nothing but the work is timed, and whatever else the
@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+TRL = "trl==1.16.0"
 
 
 class WorkerFailed(RuntimeError):
@@ -29,9 +26,11 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """One process that does the work when asked."""
+    """One process that does the work when asked. `variables` are put into its environment."""
 
-    def __init__(self, name: str, command: Sequence[str], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], settings: dict[str, Any], variables: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the worker)
         self._process = subprocess.Popen(
@@ -41,17 +40,17 @@ class Worker:
             stderr=self._errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, **QUIET, **_wheels(), **(variables or {})},
         )
 
     def read(self) -> dict[str, Any]:
         """The next line that is a JSON object; whatever else a library prints is passed over."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):
                 return json.loads(line)
         self._errors.seek(0)
-        words = self._errors.read()[-2000:].decode(errors="replace")
+        words = self._errors.read()[-4000:].decode(errors="replace")
         raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}:\n{words}")
 
     def work(self) -> dict[str, Any]:
@@ -70,18 +69,18 @@ class Worker:
             self._process.wait()
 
 
-def serve(settings_to_work: Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]) -> None:
-    """A worker's main function: prepare from the settings, then work once per line."""
-    work = settings_to_work(json.loads(sys.argv[1]))
-    work()  # once to warm up
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        facts = work()
-        print(json.dumps({"seconds": time.perf_counter() - start, **facts}), flush=True)
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def timed_in_turn(workers: Sequence[Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def _wheels() -> dict[str, str]:
+    """A folder of wheels that pip knows of (a CPU build of PyTorch, say) is known to uv as well."""
+    folder = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
+    return {"UV_FIND_LINKS": folder} if folder else {}
+
+
+def timed_in_turn(
+    workers: Sequence[Worker], rounds: int, after_round: Callable[[], None] = lambda: None
+) -> dict[str, list[dict[str, Any]]]:
     """Every worker once per round, in turn; `rounds` results each."""
     results: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     try:
@@ -90,6 +89,7 @@ def timed_in_turn(workers: Sequence[Worker], rounds: int) -> dict[str, list[dict
         for index in range(rounds):
             for worker in workers:
                 results[worker.name].append(worker.work())
+            after_round()
             print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
     finally:
         for worker in workers:
@@ -105,63 +105,12 @@ def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:
     return ["uv", "run", "--frozen", *more, "python", "-m", f"tests.benchmarks.workers.{module}"]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One benchmark's outcome: medians of a rate (more is better), and the most this machine could do."""
-
-    what: str
-    unit: str
-    ours: float
-    peers: dict[str, float]
-    ceiling: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "what": self.what,
-            "unit": self.unit,
-            "ours": self.ours,
-            "peers": self.peers,
-            "ratio": {name: self.ours / rate for name, rate in self.peers.items()},
-            "ceiling": self.ceiling,
-            "share_of_ceiling": self.ours / self.ceiling,
-            "machine": machine(),
-        }
-
-    def print(self, as_json: bool) -> None:
-        """A table for people, unless they want JSON only; JSON in the last line always."""
-        if not as_json:
-            print(f"{self.what} [{self.unit}], on {machine()}")
-            print(f"  {'ours':<14}{self.ours:>10.1f}   {100 * self.ours / self.ceiling:.0f}% of the ceiling")
-            for name, rate in self.peers.items():
-                print(f"  {name:<14}{rate:>10.1f}   ours is {self.ours / rate:.2f} times that")
-            print(f"  {'ceiling':<14}{self.ceiling:>10.1f}")
-        print(json.dumps(self.as_dict()))
-
-
-def median_of(results: Sequence[dict[str, Any]], rate: Callable[[dict[str, Any]], float]) -> float:
-    return median(rate(result) for result in results)
-
-
-def machine() -> str:
-    """Processor, cores, and what torch makes of them."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = models[0] if models else model
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
-    return f"{model}{amx}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--rounds", type=int, default=5, help="results per worker; the median counts")
     parser.add_argument("--model", default="auto", help="folder, hub name, or auto")
+    parser.add_argument("--no-peers", action="store_true", help="time ours alone")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     return parser

@@ -1,28 +1,27 @@
-"""Ours: the torch engine."""
+"""Ours: the engine of a training run, asked for one group per prompt."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
-import torch
-
-from skyrl_train.engine.base import Request, SamplingParams
-from skyrl_train.engine.torch import TorchEngine
-from skyrl_train.learner.model import choose_device, load_policy, load_tokenizer
-from tests.benchmarks.side_by_side import serve
+from skyrl_train.engine.base import Engine, Request, SamplingParams
+from skyrl_train.entrypoints.main_base import BasePPOExp
+from tests.benchmarks.workers.ours import configuration, in_compute_thread
 from tests.benchmarks.workers.prompts import prompts
+from tests.benchmarks.workers.turns import serve
 
 
 def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    tokenizer = load_tokenizer(settings["model"])
-    policy = load_policy(settings["model"], device=choose_device("auto"), compute_dtype=torch.bfloat16)
-    engine = TorchEngine(policy, tokenizer, max_num_seqs=1024, max_num_batched_tokens=8192)
-    asked = prompts(tokenizer, settings["num_prompts"], settings["prompt_tokens"])
-    num_tokens, calls = settings["tokens"], iter(range(10**9))
+    experiment = BasePPOExp(configuration(settings, "arithmetic"))
+    policy = in_compute_thread(experiment.get_policy)
+    engine: Engine = in_compute_thread(experiment.get_engine, policy)
+    asked = prompts(experiment.tokenizer, settings["num_prompts"], settings["prompt_tokens"])
+    num_tokens, calls = settings["tokens"], count()
 
-    async def rollout() -> int:
+    async def rollout() -> dict[str, Any]:
         call = next(calls)
         requests = [
             Request(
@@ -35,10 +34,10 @@ def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         ]
         completions = await asyncio.gather(*map(engine.generate, requests))
         await asyncio.gather(*(engine.forget(request.session_id) for request in requests))
-        return sum(len(completion.response_ids) for completion in completions)
+        return {"tokens": sum(len(completion.response_ids) for completion in completions)}
 
     loop = asyncio.new_event_loop()
-    return lambda: {"tokens": loop.run_until_complete(rollout())}
+    return lambda: loop.run_until_complete(rollout())
 
 
 if __name__ == "__main__":

@@ -9,16 +9,28 @@ WORDS = "the sea and a mountain met one day to talk of rain and wind while birds
 
 def prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
     """Different prompts of `num_tokens` tokens each, generation prompt included."""
-    return [_prompt(tokenizer, index, num_tokens) for index in range(num_prompts)]
+    return [_ids(tokenizer, message["content"]) for [message] in conversations(tokenizer, num_prompts, num_tokens)]
 
 
-def _prompt(tokenizer: Any, index: int, num_tokens: int) -> list[int]:
+def conversations(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[dict[str, str]]]:
+    """The same as messages: one of the user each."""
+    return [[{"role": "user", "content": _text(tokenizer, index, num_tokens)}] for index in range(num_prompts)]
+
+
+def _text(tokenizer: Any, index: int, num_tokens: int) -> str:
     words = WORDS.split()
     text = f"Story {index}:"
-    while True:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        if len(ids) >= num_tokens:
-            return ids[: num_tokens - 5] + ids[-5:]
-        text += " " + words[(len(text) + index) % len(words)]
+    for place in range(num_tokens):
+        size = len(_ids(tokenizer, text))
+        if size >= num_tokens:
+            break
+        text += " a" if num_tokens - size < 3 else f" {words[(place + index) % len(words)]}"
+    if len(_ids(tokenizer, text)) != num_tokens:
+        raise ValueError(f"no prompt of {num_tokens} tokens can be made: {text!r} has {len(_ids(tokenizer, text))}")
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.benchmarks.side_by_side import serve
 from tests.benchmarks.workers.prompts import prompts
+from tests.benchmarks.workers.turns import serve
 
 
 def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""Seconds from the start of training to 0.95 of the reward on echo_env: run_openenv.sh's recipe and TRL.
+
+uv run python -m tests.benchmarks.learn [--seed 1] [--trl-dtype float32]
+
+The same tasks, 4 prompts x 8 samples of at most 24 tokens a step, learning rate 1e-5, no evaluation, no checkpoint.
+Learned is the first step whose 32 samples earn 0.95 on average. Each round has a seed of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from skyrl_train.pretrained import resolve_model
+from tests.benchmarks.comparison import Comparison, medians
+from tests.benchmarks.run_openenv import command, variables
+from tests.benchmarks.side_by_side import TRL, Worker, arguments, project
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", seed=1)
+    parser.add_argument("--reward", type=float, default=0.95)
+    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
+    chosen = parser.parse_args()
+    settings = {
+        "model": str(resolve_model(chosen.model)),
+        "reward": chosen.reward,
+        "dtype": chosen.trl_dtype,
+        "num_prompts": 4,
+        "samples": 8,
+        "tokens": 24,
+    }
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(chosen.seed, chosen.seed + chosen.rounds):
+        for side in ("ours",) if chosen.no_peers else ("ours", "trl"):
+            results.setdefault(side, []).append(learned(side, settings | {"seed": seed}))
+    seconds = medians(results, lambda row: row["seconds"])
+    Comparison(
+        what=f"echo_env, from the start of training to a reward of {chosen.reward}",
+        unit="s",
+        ours=seconds.pop("ours"),
+        peers=seconds,
+        is_time=True,
+        facts={
+            "steps": medians(results, lambda row: len(row["rewards"])),
+            "seconds_per_step": medians(results, lambda row: row["seconds"] / len(row["rewards"])),
+            "seconds": {side: [round(row["seconds"], 1) for row in rows] for side, rows in results.items()},
+            "first_reward": {side: median(row["rewards"][0] for row in rows) for side, rows in results.items()},
+            "trl_dtype": chosen.trl_dtype,
+        },
+    ).print(chosen.json)
+
+
+def learned(side: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One training, in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        if side == "ours":
+            words = command(f"trainer.policy.model.path={settings['model']}")
+            worker = Worker(side, words, settings, variables("ours_learn", Path(name), os.environ["PATH"]))
+        else:
+            worker = Worker(side, project("trl_learn", [TRL]), {**settings, "folder": name})
+        try:
+            return worker.read()
+        finally:
+            worker.close()
+
+
+if __name__ == "__main__":
+    main()

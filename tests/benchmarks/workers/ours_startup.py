@@ -1,0 +1,70 @@
+"""Ours: main_openenv as run_openenv.sh starts it, up to the first sampled token. Says when each stage was reached."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+STAGES: dict[str, float] = {}  # name: seconds since the epoch
+
+
+def reached(stage: str) -> None:
+    STAGES[stage] = time.time()
+
+
+def main() -> int:
+    reached("python")
+    from integrations.openenv.entrypoints.main_openenv import OpenEnvExp
+    from tests.benchmarks.workers.openenv import train
+
+    reached("configuration modules")
+
+    class Watched(OpenEnvExp):
+        """The experiment, which says what it has done."""
+
+        def get_tokenizer(self) -> Any:
+            reached("imports, device, model's folder")
+            tokenizer = super().get_tokenizer()
+            reached("tokenizer")
+            return tokenizer
+
+        def get_eval_dataset(self) -> Any:
+            dataset = super().get_eval_dataset()
+            reached("data sets")
+            return dataset
+
+        def get_policy(self) -> Any:
+            reached("environments, run folder")
+            policy = super().get_policy()
+            reached("model")
+            return policy
+
+        def get_engine(self, policy: Any) -> Any:
+            engine = super().get_engine(policy)
+            reached("engine")
+            threading.Thread(target=end_with_first_token, args=(engine,), daemon=True).start()
+            return engine
+
+        def get_trainer(self, run: Any) -> Any:
+            trainer = super().get_trainer(run)
+            reached("learner")
+            return trainer
+
+    return train(Watched)
+
+
+def end_with_first_token(engine: Any) -> None:
+    while engine.stats().tokens_sampled == 0:
+        time.sleep(0.01)
+    reached("first token")
+    print(json.dumps({"stages": STAGES}), flush=True)
+    sys.stdin.readline()  # the pipe closes
+    os.kill(os.getpid(), 15)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
