@@ -28,7 +28,7 @@ def reward(reply: str, truth: str) -> float:
     if not closed:
         return 0.0
     try:
-        message = ENTRY.parse(action)["arguments"]["message"]
+        fields = ENTRY.parse(action.rpartition("<action>")[2])
     except InvalidAction:
         return 0.0
-    return ENTRY.score(truth, {"result": message})
+    return ENTRY.score(truth, {"result": fields["arguments"]["message"]})

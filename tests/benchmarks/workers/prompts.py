@@ -18,15 +18,16 @@ def conversations(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[lis
 
 
 def _text(tokenizer: Any, index: int, num_tokens: int) -> str:
-    words = WORDS.split()
-    text = f"Story {index}:"
-    for place in range(num_tokens):
-        size = len(_ids(tokenizer, text))
-        if size >= num_tokens:
+    """Word by word, and what fits at the end."""
+    words, text, place = WORDS.split(), f"Story {index}:", index
+    while (size := len(_ids(tokenizer, text))) < num_tokens:
+        longer = [text + piece for piece in (f" {words[place % len(words)]}", " a", "?")]
+        fitting = [words for words in longer if size < len(_ids(tokenizer, words)) <= num_tokens]
+        if not fitting:
             break
-        text += " a" if num_tokens - size < 3 else f" {words[(place + index) % len(words)]}"
-    if len(_ids(tokenizer, text)) != num_tokens:
-        raise ValueError(f"no prompt of {num_tokens} tokens can be made: {text!r} has {len(_ids(tokenizer, text))}")
+        text, place = fitting[0], place + 1
+    if size != num_tokens:
+        raise ValueError(f"cannot make a prompt of {num_tokens} tokens: {text!r} has {size}")
     return text
 
 
