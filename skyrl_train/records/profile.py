@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ from skyrl_train.records.run_folder import PROFILE
 from skyrl_train.spans import Recorder, Span, recording
 
 VIEWER = "https://ui.perfetto.dev"
-FILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
 THREAD_NAMES = {"MainThread": "trainer", "compute_0": "compute thread"}
 RUN, EPISODES = 1, 2  # the trace's process ids: two groups of lanes that fold
 
@@ -44,12 +42,6 @@ class Profile:
                 yield
             finally:
                 write_whole(self.folder / f"step_{step}.json.gz", _compressed(trace_of(recorder)))
-
-
-def profiled_steps(run_folder: Path) -> dict[int, Path]:
-    """The files of a run's steps, by step."""
-    found = {path: FILE_NAME.fullmatch(path.name) for path in (run_folder / PROFILE).glob("*")}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
 
 def trace_of(recorder: Recorder) -> dict[str, Any]:

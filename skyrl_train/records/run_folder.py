@@ -27,6 +27,7 @@ LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
 RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
+PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
 
 
 @contextmanager
@@ -71,6 +72,13 @@ def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
     return dict(sorted(found.items(), key=lambda item: (item[1][1], item[1][0])))
 
 
+def profile_steps(folder: Path) -> dict[Path, int]:
+    """Every trace of the run with its step, by step."""
+    found = {path: PROFILE_NAME.fullmatch(path.name) for path in (folder / PROFILE).glob("*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
+
+
 def move_aside(folder: Path) -> Path | None:
     """Move an earlier run's files into `previous/<n>/`; returns that folder, or None if there was no run."""
     checkpoints = sorted(p for p in folder.glob("global_step_*") if CHECKPOINT_NAME.fullmatch(p.name))
@@ -94,11 +102,12 @@ def rewind(folder: Path, step: int | None) -> Path | None:
     last = -1 if step is None else step
     later = [s for s in checkpoint_steps(folder) if s > last]
     target = _next_previous(folder) if later else None
-    for path, (_, path_step) in trajectory_steps(folder).items():
+    episodes = {path: path_step for path, (_, path_step) in trajectory_steps(folder).items()}
+    for path, path_step in (episodes | profile_steps(folder)).items():
         if path_step > last:
             if target:
-                (target / TRAJECTORIES).mkdir(exist_ok=True)
-                path.rename(target / TRAJECTORIES / path.name)
+                (target / path.parent.name).mkdir(exist_ok=True)
+                path.rename(target / path.parent.name / path.name)
             else:
                 path.unlink()
     if target and (folder / METRICS).exists():

@@ -14,7 +14,8 @@ import torch
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
-from skyrl_train.records.profile import Profile, profiled_steps, trace_of
+from skyrl_train.records.profile import Profile, trace_of
+from skyrl_train.records.run_folder import profile_steps
 from skyrl_train.spans import recording, span
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
@@ -58,7 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def trace(path: Path) -> list[Event]:
+def trace(run_folder: Path, step: int) -> list[Event]:
+    path = run_folder / "profile" / f"step_{step}.json.gz"
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
@@ -91,13 +93,13 @@ def parents(lane: list[Event]) -> list[tuple[str | None, str]]:
 
 
 def test_every_step_has_a_file_and_the_summary_names_the_newest(finished):
-    assert list(profiled_steps(finished)) == [0, 1, 2]
+    assert list(profile_steps(finished).values()) == [0, 1, 2]
     assert json.loads((finished / "summary.json").read_text())["profile"] == str(finished / "profile/step_2.json.gz")
 
 
 def test_a_trace_is_in_chromes_format(finished):
-    for path in profiled_steps(finished).values():
-        events = trace(path)
+    for step in (0, 1, 2):
+        events = trace(finished, step)
         for event in events:
             assert {"ph", "name", "pid", "tid"} <= event.keys()
             assert event["ph"] in "MX"
@@ -110,7 +112,7 @@ def test_a_trace_is_in_chromes_format(finished):
 
 
 def test_spans_nest_in_every_lane_and_stand_where_they_belong(finished):
-    events = trace(profiled_steps(finished)[2])
+    events = trace(finished, 2)
     found: Counter[tuple[str | None, str]] = Counter()
     for lane in by_lane(events).values():
         found.update(parents(lane))
@@ -125,7 +127,7 @@ def test_spans_nest_in_every_lane_and_stand_where_they_belong(finished):
 
 
 def test_engine_steps_say_how_much_they_computed(finished):
-    steps = [e["args"] for e in complete(trace(profiled_steps(finished)[1])) if e["name"] == "engine step"]
+    steps = [e["args"] for e in complete(trace(finished, 1)) if e["name"] == "engine step"]
     assert max(step["sequences"] for step in steps) == 8
     assert all(step["tokens"] >= step["sequences"] for step in steps)
     assert steps[0]["tokens"] > steps[-1]["tokens"]  # prompts first, then a token for each
@@ -133,7 +135,7 @@ def test_engine_steps_say_how_much_they_computed(finished):
 
 def test_what_happens_in_threads_and_episodes_lies_in_its_phase(finished):
     """All lanes tell the time by the same clock."""
-    events = complete(trace(profiled_steps(finished)[1]))
+    events = complete(trace(finished, 1))
     [rollout] = [e for e in events if e["name"] == "rollout"]
     [update] = [e for e in events if e["name"] == "update"]
     assert all(within(rollout, e) for e in events if e["name"] in ("episode", "engine step"))
@@ -142,7 +144,7 @@ def test_what_happens_in_threads_and_episodes_lies_in_its_phase(finished):
 
 def test_the_phases_cover_a_step(finished):
     for step in (1, 2):
-        events = complete(trace(profiled_steps(finished)[step]))
+        events = complete(trace(finished, step))
         [whole] = [e for e in events if e["name"] == "step"]
         lane = by_lane(events)[whole["pid"], whole["tid"]]
         covered = sum(e["dur"] for (around, _), e in zip(parents(lane), lane, strict=True) if around == "step")
@@ -157,8 +159,8 @@ def test_a_step_that_fails_leaves_its_trace_and_one_that_is_not_wanted_nothing(t
     for enabled in (False, True):
         with pytest.raises(ValueError, match="broken"), Profile(tmp_path, enabled=enabled).step(3):
             fail()
-        assert list(profiled_steps(tmp_path)) == ([3] if enabled else [])
-    assert [event["name"] for event in complete(trace(profiled_steps(tmp_path)[3]))] == ["work"]
+        assert list(profile_steps(tmp_path).values()) == ([3] if enabled else [])
+    assert [event["name"] for event in complete(trace(tmp_path, 3))] == ["work"]
 
 
 def test_times_are_microseconds():
