@@ -45,8 +45,11 @@ def forward_pass(policy: Policy) -> ForwardPass:
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not packs or config.model_type not in FAMILIES or getattr(config, "hidden_act", "silu") != "silu":
         return policy
-    candidates = [Decoder(policy, kernels_for(policy)), Decoder(policy, None)]
-    return next((decoder for decoder in candidates if _agrees(decoder, policy)), policy)
+    kernels = kernels_for(policy)
+    for used in [kernels, None] if kernels is not None else [None]:
+        if _agrees(decoder := Decoder(policy, used), policy):
+            return decoder
+    return policy
 
 
 def kernels_for(policy: Policy) -> Kernels | None:
