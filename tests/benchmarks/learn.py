@@ -9,9 +9,9 @@ Learned is the first step whose 32 samples earn 0.95 on average. Each round has 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from skyrl_train.pretrained import resolve_model
@@ -27,7 +27,6 @@ def main() -> None:
     chosen = parser.parse_args()
     settings = {
         "model": str(resolve_model(chosen.model)),
-        "reward": chosen.reward,
         "dtype": chosen.trl_dtype,
         "num_prompts": 4,
         "samples": 8,
@@ -36,7 +35,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(chosen.seed, chosen.seed + chosen.rounds):
         for side in ("ours",) if chosen.no_peers else ("ours", "trl"):
-            results.setdefault(side, []).append(learned(side, settings | {"seed": seed}))
+            results.setdefault(side, []).append(learned(side, settings | {"seed": seed}, chosen.reward))
     seconds = medians(results, lambda row: row["seconds"])
     Comparison(
         what=f"echo_env, from the start of training to a reward of {chosen.reward}",
@@ -48,24 +47,29 @@ def main() -> None:
             "steps": medians(results, lambda row: len(row["rewards"])),
             "seconds_per_step": medians(results, lambda row: row["seconds"] / len(row["rewards"])),
             "seconds": {side: [round(row["seconds"], 1) for row in rows] for side, rows in results.items()},
-            "first_reward": {side: median(row["rewards"][0] for row in rows) for side, rows in results.items()},
             "trl_dtype": chosen.trl_dtype,
         },
     ).print(chosen.json)
 
 
-def learned(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One training, in a process and a folder of its own."""
+def learned(side: str, settings: dict[str, Any], enough: float) -> dict[str, Any]:
+    """One training, in a process and a folder of its own, up to the first step that earns enough."""
     with tempfile.TemporaryDirectory() as name:
         if side == "ours":
             words = command(f"trainer.policy.model.path={settings['model']}")
             worker = Worker(side, words, settings, variables("ours_learn", Path(name), os.environ["PATH"]))
         else:
             worker = Worker(side, project("trl_learn", [TRL]), {**settings, "folder": name})
+        rewards: list[float] = []
         try:
-            return worker.read()
+            while not rewards or rewards[-1] < enough:
+                step = worker.read()
+                rewards.append(step["reward"])
+                told = f"{side}, seed {settings['seed']}: {step['seconds']:.1f} s, {step['reward']:.3f}"
+                print(told, file=sys.stderr, flush=True)
         finally:
-            worker.close()
+            worker.close(patience_s=0)
+        return {"seconds": step["seconds"], "rewards": rewards}
 
 
 if __name__ == "__main__":

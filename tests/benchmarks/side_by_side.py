@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ class Worker:
             text=True,
             cwd=ROOT,
             env={**os.environ, **QUIET, **_wheels(), **(variables or {})},
+            start_new_session=True,  # a group of its own, with whatever it starts
         )
 
     def read(self) -> dict[str, Any]:
@@ -59,14 +61,17 @@ class Worker:
         self._process.stdin.flush()
         return self.read()
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 20.0) -> None:
+        """End it and all that it started: by itself, as nothing more can be asked, or after a while by force."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self._process.wait(timeout=patience_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, ending)
+                patience_s = 20.0
+        self._process.wait()
 
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -106,6 +111,8 @@ def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:
 
 
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """What every benchmark understands. SIGTERM, too, ends the workers before it ends this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--rounds", type=int, default=5, help="results per worker; the median counts")

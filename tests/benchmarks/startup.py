@@ -68,7 +68,7 @@ def stages_of(words: Sequence[str], settings: dict[str, Any], environment: Mappi
     try:
         ends = {"command": began, **worker.read()["stages"]}
     finally:
-        worker.close()
+        worker.close(patience_s=0)
     return {stage: end - start for (_, start), (stage, end) in pairwise(ends.items())}
 
 

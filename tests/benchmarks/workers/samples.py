@@ -16,7 +16,7 @@ def batch(tokenizer: Any, settings: dict[str, Any]) -> Batch:
     samples = []
     for group, prompt in enumerate(prompts(tokenizer, settings["num_prompts"], settings["prompt_tokens"])):
         for repetition in range(settings["samples"]):
-            response = [random.randrange(1000, len(tokenizer)) for _ in range(num_tokens)]
+            response = [random.randrange(len(tokenizer)) for _ in range(num_tokens)]
             samples.append(
                 Sample(
                     input_ids=prompt + response,
