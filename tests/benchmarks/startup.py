@@ -30,7 +30,7 @@ def main() -> None:
     model = str(resolve_model(chosen.model))
     runs: dict[str, list[Stages]] = {}
     for _ in range(chosen.rounds):
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             for side, stages in one_round(Path(name), model, with_peers=not chosen.no_peers).items():
                 runs.setdefault(side, []).append(stages)
     seconds = {side: median(sum(stages.values()) for stages in of_side) for side, of_side in runs.items()}
