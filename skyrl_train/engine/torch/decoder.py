@@ -120,7 +120,7 @@ class Decoder:
         with torch.inference_mode():
             self._layers = [Layer.of(block) for block in base.layers]
             self._head = PackedLinear([head])
-        self._base, self._kernels = base, kernels
+        self._base, self.kernels = base, kernels
         self._head_dim = int(base.layers[0].self_attn.head_dim)
         self._num_heads = base.layers[0].self_attn.q_proj.out_features // self._head_dim
 
@@ -151,9 +151,9 @@ class Decoder:
         """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]"""
         norms = (module.q_norm, module.k_norm) if hasattr(module, "q_norm") else None
         window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        if self._kernels is not None and isinstance(attention, CachedAttention):
-            rotate = partial(self._kernels.rotate_and_store, heads, cosine, sine, norms)
-            return attention.attend_with(self._kernels, index, heads, rotate, scale=module.scaling, window=window)
+        if self.kernels is not None and isinstance(attention, CachedAttention):
+            rotate = partial(self.kernels.rotate_and_store, heads, cosine, sine, norms)
+            return attention.attend_with(self.kernels, index, heads, rotate, scale=module.scaling, window=window)
         num_values = (heads.shape[1] - self._num_heads) // 2
         query, key, value = heads.split([self._num_heads, num_values, num_values], dim=1)
         if norms:
@@ -162,13 +162,13 @@ class Decoder:
         return attention.attend(index, query, key, value, scale=module.scaling, window=window)
 
     def _normed(self, row: Tensor, norm: Any) -> Tensor:
-        if self._kernels is not None:
-            return self._kernels.rms_norm(row.contiguous(), norm)
+        if self.kernels is not None:
+            return self.kernels.rms_norm(row.contiguous(), norm)
         return F.rms_norm(row, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
     def _swiglu(self, gate_up: Tensor) -> Tensor:
-        if self._kernels is not None:
-            return self._kernels.swiglu(gate_up)
+        if self.kernels is not None:
+            return self.kernels.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 

@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "rms_norm": [_POINTER] * 3 + [_FLOAT, _INT, _INT],
     "swiglu": [_POINTER] * 2 + [_INT, _INT],
     "rotate_and_store": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
+    "draw": [_POINTER] * 4 + [_INT, _POINTER, _POINTER, _INT, _INT],
     "attend": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
 }
 _NO_WINDOW = 2**31 - 1
@@ -142,6 +143,35 @@ class Kernels:
         )
         return out
 
+    def draw(
+        self, logits: Tensor, temperatures: list[float], uniforms: list[float], banned: list[tuple[int, int]]
+    ) -> tuple[list[int], list[float]]:
+        """A token per row of logits [rows, vocab], in proportion to softmax(logits / temperature), and its logprob.
+
+        Temperature 0 takes the likeliest. `banned` (row, token) are not drawn, but the logprobs count them in. A token
+        -1: next to nothing was left. A logprob that is not finite: neither were the logits.
+        """
+        rows, vocab = logits.shape
+        if any(not 0 <= token < vocab for _, token in banned):
+            raise IndexError(f"banned tokens {sorted({token for _, token in banned})} of a vocabulary of {vocab}")
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+        heat, chance = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
+        bans = torch.tensor(banned, dtype=torch.int64)  # all of them named, for a pointer keeps nothing alive
+        failed = self._library.draw(
+            logits.data_ptr(),
+            heat.data_ptr(),
+            chance.data_ptr(),
+            bans.data_ptr(),
+            len(banned),
+            tokens.data_ptr(),
+            logprobs.data_ptr(),
+            rows,
+            vocab,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the probabilities of {vocab} tokens")
+        return tokens.tolist(), logprobs.tolist()
+
 
 def _compiled(shape: Shape) -> ctypes.CDLL:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -159,7 +189,7 @@ def _compiled(shape: Shape) -> ctypes.CDLL:
             raise NoKernels(f"{compiler} cannot build {SOURCE.name}: {words.strip()}") from error
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _INT if name == "draw" else None
     return loaded
 
 

@@ -71,6 +71,7 @@ class Scheduler:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
         self._model = forward_pass(policy)
+        self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_sequence_ids(policy, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
@@ -227,7 +228,7 @@ class Scheduler:
         if not done:
             return []
         last = hidden if len(ends) == hidden.shape[0] else hidden[ends]
-        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done])
+        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done], self._kernels)
         self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + len(tokens))
         finished = []
         for sequence, token, logprob in zip(done, tokens, logprobs, strict=True):
