@@ -115,19 +115,22 @@ void rotate_and_store(number *heads, const number *cosine, const number *sine, c
   }
 }
 
-/* One query head group over tokens [first, last] of one key head; the softmax runs along (Milakov and Gimelshein, 2018). */
-static void attend_one(const number *query, const number *keys, const number *values, int first, int last, float scale,
-                       number *out) {
+/* One query head group over tokens [first, last] of one key head; the softmax runs along (Milakov and Gimelshein, 2018).
+ * own, twin: where the head begins in the slot, and in the one to read tokens below `shared` from. */
+static void attend_one(const number *query, const number *keys, const number *values, int64_t own, int64_t twin,
+                       int shared, int first, int last, float scale, number *out) {
   float q[QUERIES][HEAD_DIM], sums[QUERIES][HEAD_DIM] = {{0}}, top[QUERIES], total[QUERIES];
   for (int r = 0; r < QUERIES; r++) {
     top[r] = -INFINITY, total[r] = 0;
     for (int i = 0; i < HEAD_DIM; i++) q[r][i] = read_(query[r * HEAD_DIM + i]) * scale;
   }
-  for (int start = first; start <= last; start += BLOCK) {
-    int count = last + 1 - start < BLOCK ? last + 1 - start : BLOCK;
+  for (int start = first, count; start <= last; start += count) {
+    int end = start < shared && shared <= last ? shared : last + 1;
+    count = end - start < BLOCK ? end - start : BLOCK;
+    int64_t at = (start < shared ? twin : own) + (int64_t)start * HEAD_DIM;
     float scores[QUERIES][BLOCK];
     for (int t = 0; t < count; t++) {
-      const number *key = keys + (int64_t)(start + t) * HEAD_DIM;
+      const number *key = keys + at + t * HEAD_DIM;
       float k[HEAD_DIM];
 #pragma omp simd
       for (int i = 0; i < HEAD_DIM; i++) k[i] = read_(key[i]);
@@ -152,7 +155,7 @@ static void attend_one(const number *query, const number *keys, const number *va
       for (int i = 0; i < HEAD_DIM; i++) sums[r][i] *= shrink;
     }
     for (int t = 0; t < count; t++) {
-      const number *value = values + (int64_t)(start + t) * HEAD_DIM;
+      const number *value = values + at + t * HEAD_DIM;
       float v[HEAD_DIM];
 #pragma omp simd
       for (int i = 0; i < HEAD_DIM; i++) v[i] = read_(value[i]);
@@ -165,18 +168,19 @@ static void attend_one(const number *query, const number *keys, const number *va
     for (int i = 0; i < HEAD_DIM; i++) out[r * HEAD_DIM + i] = rounded(sums[r][i] / total[r]);
 }
 
-/* The newest token of `rows` sequences over their cached tokens. heads as rotate_and_store left them; slots, positions
- * [rows]; window: how many tokens a query sees, its own among them; out [rows, HEADS, HEAD_DIM]. */
+/* The newest token of `rows` sequences over their cached tokens. heads as rotate_and_store left them; slots, positions,
+ * twins, shared [rows]: the first `shared` tokens are read from slot `twin`, which holds the same: so a group's prompt
+ * comes from memory once. window: how many tokens a query sees, its own among them; out [rows, HEADS, HEAD_DIM]. */
 void attend(const number *heads, const number *keys, const number *values, const int64_t *slots,
-            const int64_t *positions, int64_t slot_stride, int64_t head_stride, float scale, int window, number *out,
-            int rows) {
+            const int64_t *positions, const int64_t *twins, const int64_t *shared, int64_t slot_stride,
+            int64_t head_stride, float scale, int window, number *out, int rows) {
 #pragma omp parallel for schedule(static)
   for (int item = 0; item < rows * KV_HEADS; item++) {
     int row = item / KV_HEADS, head = item % KV_HEADS, last = (int)positions[row];
-    int64_t at = slots[row] * slot_stride + head * head_stride;
+    int64_t own = slots[row] * slot_stride + head * head_stride, twin = twins[row] * slot_stride + head * head_stride;
     const number *query = heads + ((int64_t)row * (HEADS + 2 * KV_HEADS) + head * QUERIES) * HEAD_DIM;
     int first = last + 1 > window ? last + 1 - window : 0;
-    attend_one(query, keys + at, values + at, first, last, scale,
+    attend_one(query, keys, values, own, twin, (int)shared[row], first, last, scale,
                out + ((int64_t)row * HEADS + head * QUERIES) * HEAD_DIM);
   }
 }

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("decode.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FREE_ORDER = (
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+)  # of a sum; NaN stays NaN
+FLAGS = ("-O3", "-march=native", *FREE_ORDER, "-fopenmp", "-fPIC")
 COMPILE_TIMEOUT_S = 60
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _ARGUMENTS = {
@@ -30,7 +36,7 @@ _ARGUMENTS = {
     "swiglu": [_POINTER] * 2 + [_INT, _INT],
     "rotate_and_store": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "draw": [_POINTER] * 4 + [_INT, _POINTER, _POINTER, _INT, _INT],
-    "attend": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
+    "attend": [_POINTER] * 7 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
 }
 _NO_WINDOW = 2**31 - 1
 
@@ -119,13 +125,16 @@ class Kernels:
         values: Tensor,
         slots: Tensor,
         positions: Tensor,
+        twins: Tensor,
+        shared: Tensor,
         *,
         scale: float,
         window: int | None,
     ) -> Tensor:
         """One new token of N sequences, in the first N rows of `heads`, over its slot's tokens up to its position.
 
-        slots, positions [N] (int64) -> [N, heads, D]
+        slots, positions, twins, shared [N] (int64) -> [N, heads, D]. The first `shared` tokens are read from slot
+        `twin`, which holds the same, and from memory only once when sequences that have one twin are neighbours.
         """
         out = heads.new_empty((slots.shape[0], self._shape.heads, self._shape.head_dim))
         self._library.attend(
@@ -134,6 +143,8 @@ class Kernels:
             values.data_ptr(),
             slots.data_ptr(),
             positions.data_ptr(),
+            twins.data_ptr(),
+            shared.data_ptr(),
             keys.stride(0),
             keys.stride(1),
             scale,

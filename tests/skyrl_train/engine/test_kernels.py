@@ -90,18 +90,22 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_stored_in_their_slots(
     assert int((values != 0).any(-1).sum()) == 4 * KV_HEADS  # nothing else was written
 
 
+@pytest.mark.parametrize("shared", [(0, 0, 0), (1, 64, 130), (0, 7, 300)])
 @pytest.mark.parametrize("window", [None, 1, 70])
 @torch.inference_mode()
-def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtype, window):
+def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtype, window, shared):
     heads = numbers(3, HEADS + 2 * KV_HEADS, DIM, dtype=dtype, scale=3)
     keys, values = (numbers(SLOTS, KV_HEADS, LENGTH, DIM, dtype=dtype, seed=seed) for seed in (1, 2))
     slots, positions = torch.tensor([2, 0, 1]), torch.tensor([0, 63, 299])  # less, as much and more than one block
-    out = kernels.attend(heads, keys, values, slots, positions, scale=0.3, window=window)
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+    twins = torch.tensor([0, 1, 2])  # they hold other tokens here, to see what is read from where
+    tokens = slots, positions, twins, torch.tensor(shared)
+    out = kernels.attend(heads, keys, values, *tokens, scale=0.3, window=window)
+    for row, (slot, position, twin, length) in enumerate(zip(*tokens, strict=True)):
         seen = slice(0 if window is None else max(0, int(position) + 1 - window), int(position) + 1)
+        key, value = (torch.cat((of[twin, :, :length], of[slot, :, length:]), 1)[:, seen] for of in (keys, values))
         query = heads[row, :HEADS].double().view(KV_HEADS, -1, DIM)
-        weights = (0.3 * query @ keys[slot, :, seen].double().mT).softmax(-1)
-        assert_rounded(out[row], (weights @ values[slot, :, seen].double()).flatten(0, 1))
+        weights = (0.3 * query @ key.double().mT).softmax(-1)
+        assert_rounded(out[row], (weights @ value.double()).flatten(0, 1))
 
 
 def test_odd_shapes_are_refused():
