@@ -38,12 +38,10 @@ class LoraConfig(Section):
                 "is not possible: the engine samples without dropout, so with it the update would compare sampled "
                 "tokens with another policy's logprobs, and the ratio would not begin at 1; drop it",
             )
-        for key in ("target_modules", "exclude_modules"):
-            names = getattr(self, key)
-            if names is not None and not (names and _are_names(names)):
-                yield self.problem(key, "must be names of modules, such as [q_proj,v_proj]")
-        if self.target_modules is None:
+        if not self.target_modules or not _are_names(self.target_modules):
             yield self.problem("target_modules", "must be all-linear or names of modules, such as [q_proj,v_proj]")
+        if self.exclude_modules is not None and not _are_names(self.exclude_modules):
+            yield self.problem("exclude_modules", "must be names of modules, such as [gate_proj,up_proj], or null")
         for field_ in fields(self):
             value = getattr(self, field_.name)
             if self.rank == 0 and value != field_.default:
