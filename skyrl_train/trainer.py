@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
 from skyrl_train.batch.packing import pack
@@ -55,8 +55,6 @@ class Trainer:
     global_step: int = 0
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
-    # The learner computes in a thread of its own, so that environments and the progress bar stay alive meanwhile.
-    _compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "learner"))
 
     @property
     def total_training_steps(self) -> int:
@@ -147,7 +145,6 @@ class Trainer:
     async def close(self) -> None:
         self.collector.close()
         await self.engine.close()
-        self._compute.shutdown(wait=True)
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1
@@ -180,8 +177,9 @@ class Trainer:
         return add_advantages(batch, algorithm, coefficient), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
+        """In the compute thread, so that environments and the progress bar stay alive meanwhile."""
         with self._timed(name):
-            return await asyncio.get_running_loop().run_in_executor(self._compute, call, *args)
+            return await asyncio.wrap_future(compute.submit(call, *args))
 
     @contextmanager
     def _timed(self, name: str) -> Generator[None]:

@@ -242,8 +242,11 @@ class BasePPOExp:
         """SIGTERM ends a run as Ctrl-C does: the task is cancelled, and everything it opened is closed."""
         with suppress(NotImplementedError):  # where the platform's event loop has no signal handlers
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # ty: ignore
+        from skyrl_train import compute
+
         try:
-            await self.get_trainer(run).train()
+            trainer = await asyncio.wrap_future(compute.submit(self.get_trainer, run))
+            await trainer.train()
         finally:
             await self.close()
 
