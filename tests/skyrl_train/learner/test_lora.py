@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from skyrl_train.config import LoraConfig
+from skyrl_train.config.models import LORA_STARTS
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
 from skyrl_train.learner.learner import Learner
 from skyrl_train.learner.lora import (
+    STARTS,
     BaseUnderAdapters,
     LoraLinear,
     NoSuchModules,
@@ -61,6 +63,10 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
     # [10, 1] -> 10 + 2 + 0.5 = 12.5 of the base, and 2 * 4 * (30 - 1) = 232 of the adapter
     assert_close(layer(torch.tensor([[10.0, 1.0]])), torch.tensor([[244.5]]))
     assert_close(effective_weight(layer), torch.tensor([[1.0 + 24.0, 2.0 - 8.0]]))
+
+
+def test_every_start_that_the_configuration_knows_is_there():
+    assert tuple(STARTS) == LORA_STARTS
 
 
 def test_the_gradient_of_the_product_is_autograds():
