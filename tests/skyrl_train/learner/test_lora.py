@@ -37,7 +37,8 @@ def adapted(
 ) -> Policy:
     """A tiny policy with adapters of rank 4; `moved`: by how much every B has left its start at zero."""
     made = tiny_policy(family, **policy)
-    add_adapters(made, LoraConfig(**{"rank": 4, "alpha": 8, **(lora or {})}), seed=seed)
+    settings: dict[str, Any] = {"rank": 4, "alpha": 8} | (lora or {})
+    add_adapters(made, LoraConfig(**settings), seed=seed)
     generator = torch.Generator().manual_seed(5)
     for layer in adapters_of(made.module).values():
         layer.lora_B.data.add_(moved * torch.randn(layer.lora_B.shape, generator=generator))
@@ -157,7 +158,7 @@ def test_the_gradient_is_the_whole_weights_projected_on_the_adapters():
     policy, whole = adapted(moved=0.05), tiny_policy()
     layers = adapters_of(policy.module)
     for name, layer in layers.items():
-        whole.module.get_submodule(name).weight.data.copy_(effective_weight(layer))
+        whole.weights[f"{name}.weight"].data.copy_(effective_weight(layer))
     _, gradient = logprobs_and_gradient(policy, [batch], pull_on(batch))
     _, of_whole = logprobs_and_gradient(whole, [batch], pull_on(batch))
     expected = {}
@@ -171,7 +172,8 @@ def test_the_gradient_is_the_whole_weights_projected_on_the_adapters():
 def test_micro_batches_and_gradient_checkpointing_do_not_change_an_update(limits):
     algorithm = {"kl_loss_coef": 0.1, "use_entropy_loss": True}
     results = []
-    for checkpointing, trainer in ((False, {"micro_train_batch_size_per_gpu": 1}), (True, limits)):
+    cuts: list[tuple[bool, dict[str, Any]]] = [(False, {"micro_train_batch_size_per_gpu": 1}), (True, limits)]
+    for checkpointing, trainer in cuts:
         config = trainer_config(algorithm, **trainer, train_batch_size=4, policy_mini_batch_size=4)
         policy = adapted(moved=0.05, gradient_checkpointing=checkpointing)
         learner = learner_for(config, policy=policy, reference=BaseUnderAdapters.of(policy))
@@ -243,27 +245,28 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
         update_ref_every_epoch=True,
     )  # fmt: skip
 
-    def new(seed: int) -> Learner:
+    def new(seed: int) -> tuple[Learner, BaseUnderAdapters]:
         policy = adapted(compute_dtype=dtype, seed=seed)
-        return learner_for(config, policy=policy, reference=BaseUnderAdapters.of(policy))
+        reference = BaseUnderAdapters.of(policy)
+        return learner_for(config, policy=policy, reference=reference), reference
 
     def train(learner: Learner, seeds: list[int]) -> None:
         for seed in seeds:
             learner.update(prepared(learner, config, random_batch(seed=seed)))
             learner.update_reference()
 
-    unbroken = new(seed=1)
+    unbroken, their_reference = new(seed=1)
     train(unbroken, [0])
     torch.save(unbroken.state_dict(), tmp_path / "learner.pt")
     train(unbroken, [1, 2])
-    resumed = new(seed=7)
+    resumed, our_reference = new(seed=7)
     resumed.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
     train(resumed, [1, 2])
     assert resumed.policy_version == unbroken.policy_version == 9
     for theirs, ours in zip(trained(unbroken.policy).values(), trained(resumed.policy).values(), strict=True):
         assert torch.equal(ours, theirs)
-    for name, weight in unbroken.reference.weights.items():
-        assert torch.equal(resumed.reference.weights[name], weight)
+    for name, weight in their_reference.weights.items():
+        assert torch.equal(our_reference.weights[name], weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

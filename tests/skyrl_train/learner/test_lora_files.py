@@ -38,7 +38,7 @@ def exported(folder: Path, family: str = "llama", **settings) -> tuple[Path, Ten
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}])
 def test_the_merged_export_is_a_plain_model_with_the_same_logits(tmp_path, config):
     folder, expected = exported(tmp_path, **config)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # ty: ignore
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert_close(logits_from(model), expected, atol=1e-5, rtol=1e-4)
