@@ -46,35 +46,34 @@ class LoraLinear(nn.Linear):
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return _AdaptedProduct.apply(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        rows = input if input.dim() == 2 else input.flatten(0, -2)
+        out = _AdaptedProduct.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return out if input.dim() == 2 else out.unflatten(0, input.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.lora_A)}"
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """As autograd would, but the adapter's products are added in place, forward and backward."""
+    """rows [T, in] -> [T, out], as autograd would; the adapter's products are added in place, forward and backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        rows = x.flatten(0, -2)
         thin = F.linear(rows, lora_a)
         out = F.linear(rows, weight, bias).addmm_(thin, lora_b.t(), alpha=scale)
         ctx.save_for_backward(rows, thin, weight, lora_a, lora_b)
         ctx.scale = scale
-        return out.unflatten(0, x.shape[:-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, thin, weight, lora_a, lora_b = ctx.saved_tensors
-        of_out = grads[0].flatten(0, -2)
+        [of_out] = grads
         of_thin = (of_out @ lora_b).mul_(ctx.scale)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (of_out @ weight).addmm_(of_thin, lora_a).unflatten(0, grads[0].shape[:-1])
-        return of_x, None, None, of_thin.t() @ rows, (of_out.t() @ thin).mul_(ctx.scale), None
+        of_rows = (of_out @ weight).addmm_(of_thin, lora_a) if ctx.needs_input_grad[0] else None
+        return of_rows, None, None, of_thin.t() @ rows, (of_out.t() @ thin).mul_(ctx.scale), None
 
 
 def add_adapters(policy: Policy, config: LoraConfig, *, seed: int) -> None:
