@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.lora import effective_weight
 from skyrl_train.learner.model import Policy
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
@@ -73,7 +74,7 @@ class PackedLinear:
 
     def pack(self) -> None:
         """Read the weights again."""
-        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        weight = torch.cat([effective_weight(linear) for linear in self._linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
