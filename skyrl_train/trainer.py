@@ -20,13 +20,14 @@ from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.learner.learner import Learner
-from skyrl_train.metrics import rollout_metrics
+from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.records.files import whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run import Run
+from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.in_process import InProcessWeights
 
@@ -65,15 +66,21 @@ class Trainer:
         try:
             await self.restore()
             if self.global_step == 0 and self.config.trainer.eval_before_train:
-                self.run.log(0, await self.evaluate())
+                with self.run.profile.step(0):
+                    self.run.log(0, await self.evaluate())
             while self.global_step < self.total_training_steps:
-                metrics = await self.timed_step()
-                if self._is_due(self.config.trainer.eval_interval):
-                    metrics |= await self.evaluate()
-                self.run.log(self.global_step, metrics | self._clock())
-                await self.save()
+                with self.run.profile.step(self.global_step + 1):
+                    await self.recorded_step()
         finally:
             await self.close()
+
+    async def recorded_step(self) -> None:
+        """A step, and whatever is due after it."""
+        metrics = await self.timed_step()
+        if self._is_due(self.config.trainer.eval_interval):
+            metrics |= await self.evaluate()
+        self.run.log(self.global_step, metrics | self._clock())
+        await self.save()
 
     async def step(self) -> Metrics:
         """One walk; `global_step` still counts the steps before it."""
@@ -109,9 +116,11 @@ class Trainer:
         """Checkpoint and export, if this step is due for them. Everything recorded so far is on the disk first."""
         trainer = self.config.trainer
         if self._is_due(trainer.ckpt_interval):
-            await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
+            with span("checkpoint"):
+                await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
         if self._is_due(trainer.hf_save_interval):
-            await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
+            with span("export"):
+                await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face format, whole or not at all."""
@@ -152,8 +161,10 @@ class Trainer:
             "train", step, prompts, generator.n_samples_per_prompt, sampling_params(generator.sampling_params)
         )
         on_episode = self.run.phase("rollout", asked.num_episodes, "episodes")
+        busy_before = self.engine.busy_seconds
         with self._timed("generate"):
             groups = await self.collector.collect(asked, on_episode)
+        self.timings["timing/engine"] = self.engine.busy_seconds - busy_before
         self.run.keep("train", step, groups)
         return groups
 
@@ -184,7 +195,8 @@ class Trainer:
     @contextmanager
     def _timed(self, name: str) -> Generator[None]:
         started = time.monotonic()
-        yield
+        with span(PHASES.get(name, name)):
+            yield
         self.timings[f"timing/{name}"] = time.monotonic() - started
 
     def _is_due(self, interval: int) -> bool:

@@ -82,6 +82,7 @@ class TrainerConfig(Section):
     project_name: str = "skyrl"  # project in the tracker
     run_name: str = "test_run"  # run in the tracker
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
+    profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
     dump_data_batch: bool = False  # pickle every training batch
     dump_eval_results: bool = True  # write evaluation episodes as JSON lines, one file per data source
     rope_scaling: dict[str, Any] | None = None  # RoPE scaling of the policy

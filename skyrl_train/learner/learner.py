@@ -17,6 +17,7 @@ from skyrl_train.learner.means import Means
 from skyrl_train.learner.model import Policy
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.spans import span
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ class Learner:
 
     def _step(self, means: Means) -> bool:
         """One optimizer step with the accumulated gradient. True: it was not finite, and nothing changed."""
-        step = self._optimizer.step()
+        with span("optimizer step"):
+            step = self._optimizer.step()
         means.add({"policy_lr": step.learning_rate}, 1)
         if not step.was_skipped:
             self.policy_version += 1

@@ -14,13 +14,14 @@ from typing import Any
 from integrations.openenv.catalog.generic.actions import ActionForm
 from integrations.openenv.catalog.generic.description import describe
 from integrations.openenv.catalog.generic.observation import legal_actions
-from integrations.openenv.client import CapacityReached, OpenEnvClient, OpenEnvError, open_session
+from integrations.openenv.client.errors import CapacityReached, OpenEnvError
+from integrations.openenv.client.session import OpenEnvClient, open_session
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.containers import Container, watchman_pid
-from integrations.openenv.docker_command import containers_of
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
-from integrations.openenv.pool import close_shared_pools, shared_pool
-from integrations.openenv.reaping import this_process
+from integrations.openenv.hosting.containers import Container, watchman_pid
+from integrations.openenv.hosting.docker_command import containers_of
+from integrations.openenv.hosting.reaping import this_process
+from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_gym.core import EnvFailure
 
 MAX_SESSIONS_TRIED = 16

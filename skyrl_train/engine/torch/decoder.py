@@ -2,20 +2,25 @@
 
 A decoding step multiplies a few rows by every weight, so it is bound by reading the weights. Here query, key and value
 are one product, gate and up another; the weights are kept in the blocked layout that oneDNN reads fastest; the
-residual is added inside the product. The price is a second copy of the weights, laid out anew after each update.
+residual is added inside the product; what lies between the products is done by `kernels` where there is a C compiler.
+The price is a second copy of the weights, laid out anew after each update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor, nn
 
-from skyrl_train.learner.attention import Attention, PackedAttention
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.model import Policy
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
@@ -40,8 +45,22 @@ def forward_pass(policy: Policy) -> ForwardPass:
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not packs or config.model_type not in FAMILIES or getattr(config, "hidden_act", "silu") != "silu":
         return policy
-    decoder = Decoder(policy)
-    return decoder if _agrees(decoder, policy) else policy
+    kernels = kernels_for(policy)
+    for used in [kernels, None] if kernels is not None else [None]:
+        if _agrees(decoder := Decoder(policy, used), policy):
+            return decoder
+    return policy
+
+
+def kernels_for(policy: Policy) -> Kernels | None:
+    """None where they cannot be compiled; says so, for it costs about a third of the speed."""
+    attention: Any = policy.module.base_model.layers[0].self_attn  # ty: ignore
+    heads, kv_heads = (linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
+    try:
+        return Kernels(Shape(heads, kv_heads, attention.head_dim, policy.compute_dtype))
+    except NoKernels as reason:
+        logger.info(f"sampling without compiled kernels, which is slower: {reason}")
+        return None
 
 
 class PackedLinear:
@@ -95,13 +114,13 @@ class Layer:
 class Decoder:
     """A `ForwardPass` over a policy's weights. Call `weights_changed` when they have."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, kernels: Kernels | None) -> None:
         base: Any = policy.module.base_model
         head: Any = policy.module.get_output_embeddings()
         with torch.inference_mode():
             self._layers = [Layer.of(block) for block in base.layers]
             self._head = PackedLinear([head])
-        self._base = base
+        self._base, self._kernels = base, kernels
         self._head_dim = int(base.layers[0].self_attn.head_dim)
         self._num_heads = base.layers[0].self_attn.q_proj.out_features // self._head_dim
 
@@ -113,47 +132,70 @@ class Decoder:
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
         row = F.embedding(input_ids, self._base.embed_tokens.weight)
-        cos, sin = (part[0, :, None] for part in self._base.rotary_emb(row[None], position_ids[None]))
-        first, second = sin.chunk(2, dim=-1)
-        signed_sin = torch.cat((-first, second), dim=-1)  # rotate_half, its sign taken out
+        cosine, sine = (part[0] for part in self._base.rotary_emb(row[None], position_ids[None]))
         for index, layer in enumerate(self._layers):
-            row = self._attend(index, layer, row, cos, signed_sin, attention)
-            gate, up = layer.gate_up(_normed(row, layer.block.post_attention_layernorm)).chunk(2, dim=-1)
-            row = layer.down.added_to(row, F.silu(gate).mul_(up))
-        return _normed(row, self._base.norm)
+            block = layer.block
+            heads = layer.query_key_value(self._normed(row, block.input_layernorm)).unflatten(-1, (-1, self._head_dim))
+            out = self._attend(index, block.self_attn, heads, cosine, sine, attention)
+            row = layer.output.added_to(row, out.flatten(1))
+            gate_up = layer.gate_up(self._normed(row, block.post_attention_layernorm))
+            row = layer.down.added_to(row, self._swiglu(gate_up))
+        return self._normed(row, self._base.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
     def _attend(
-        self, index: int, layer: Layer, row: Tensor, cos: Tensor, signed_sin: Tensor, attention: Attention
+        self, index: int, module: Any, heads: Tensor, cosine: Tensor, sine: Tensor, attention: Attention
     ) -> Tensor:
-        module = layer.block.self_attn
-        heads = layer.query_key_value(_normed(row, layer.block.input_layernorm)).unflatten(-1, (-1, self._head_dim))
-        num_values = (heads.shape[1] - self._num_heads) // 2
-        turned, value = heads.split([heads.shape[1] - num_values, num_values], dim=1)
-        if hasattr(module, "q_norm"):
-            query, key = turned.split([self._num_heads, num_values], dim=1)
-            turned = torch.cat((_normed(query, module.q_norm), _normed(key, module.k_norm)), dim=1)
-        turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), signed_sin)
-        query, key = turned.split([self._num_heads, num_values], dim=1)
+        """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]"""
+        norms = (module.q_norm, module.k_norm) if hasattr(module, "q_norm") else None
         window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        out = attention.attend(index, query, key, value, scale=module.scaling, window=window)
-        return layer.output.added_to(row, out.flatten(1))
+        if self._kernels is not None and isinstance(attention, CachedAttention):
+            rotate = partial(self._kernels.rotate_and_store, heads, cosine, sine, norms)
+            return attention.attend_with(self._kernels, index, heads, rotate, scale=module.scaling, window=window)
+        num_values = (heads.shape[1] - self._num_heads) // 2
+        query, key, value = heads.split([self._num_heads, num_values, num_values], dim=1)
+        if norms:
+            query, key = self._normed(query, norms[0]), self._normed(key, norms[1])
+        query, key = (_rotated(part, cosine[:, None], sine[:, None]) for part in (query, key))
+        return attention.attend(index, query, key, value, scale=module.scaling, window=window)
+
+    def _normed(self, row: Tensor, norm: Any) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.rms_norm(row.contiguous(), norm)
+        return F.rms_norm(row, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
-def _normed(row: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(row, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = sine.chunk(2, dim=-1)
+    signed_sine = torch.cat((-first, second), dim=-1)  # rotate_half, its sign taken out
+    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, -1), signed_sine)
 
 
 @torch.inference_mode()
 def _agrees(decoder: Decoder, policy: Policy) -> bool:
     """Whether both compute the same on random tokens, as far as the type's rounding allows."""
-    ids = torch.randint(policy.config.vocab_size, (16,), generator=torch.Generator().manual_seed(1))
-    positions, offsets = torch.arange(16), torch.tensor([0, 16])
-    ours, theirs = (
-        model.logits(model.hidden_states(ids, positions, PackedAttention(offsets))).float()
-        for model in (decoder, policy)
-    )
+    ours, theirs = (prompts_and_a_step(model, policy).float() for model in (decoder, policy))
     allowed = 1e-3 if policy.compute_dtype == torch.float32 else 0.1
     return bool((ours - theirs).norm() <= allowed * theirs.norm())
+
+
+def prompts_and_a_step(model: ForwardPass, policy: Policy) -> Tensor:
+    """Logits of two prompts of random tokens and of one decoding step behind them, [26, vocab]."""
+    cache = KVCache(policy, max_slots=2, max_length=32, max_bytes=2**30)
+    cache.reserve(2, 32)
+    ids = torch.randint(policy.config.vocab_size, (26,), generator=torch.Generator().manual_seed(1))
+    rows, done = [], 0
+    for chunks in ([Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]):
+        positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
+        attention = CachedAttention(cache, chunks, policy.device)
+        rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))
+        done += len(positions)
+    return model.logits(torch.cat(rows))

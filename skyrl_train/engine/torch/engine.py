@@ -111,6 +111,10 @@ class TorchEngine:
         self._in_flight: dict[Sequence, Pending] = {}  # the compute thread's own, like what follows
         self._finished: list[tuple[Waiter, Completion]] = []  # not delivered yet
 
+    @property
+    def busy_seconds(self) -> float:
+        return self._scheduler.stats.busy_seconds
+
     def stats(self) -> EngineStats:
         return self._scheduler.stats
 

@@ -22,6 +22,7 @@ from skyrl_train.engine.torch.sampling import Row, sample
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions, common_prefix
 from skyrl_train.engine.torch.stop import StopStrings
 from skyrl_train.learner.model import Policy
+from skyrl_train.spans import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +129,11 @@ class Scheduler:
         began = time.perf_counter()
         self._admit()
         chunks = self._plan()
-        hidden = self._forward(chunks)
-        self._share_prefixes()
-        finished = self._sample(chunks, hidden)
+        with span("engine step", sequences=len(chunks), tokens=sum(chunk.count for _, chunk in chunks)):
+            hidden = self._forward(chunks)
+            self._share_prefixes()
+            with span("sample"):
+                finished = self._sample(chunks, hidden)
         busy = self.stats.busy_seconds + time.perf_counter() - began
         self.stats = replace(self.stats, steps=self.stats.steps + 1, busy_seconds=busy)
         return finished

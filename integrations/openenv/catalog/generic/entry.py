@@ -16,8 +16,9 @@ from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, O
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
 from integrations.openenv.catalog.generic.names import ForeignName
 from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
-from integrations.openenv.client import OpenEnvError, StepResult
-from integrations.openenv.source import ServerSource
+from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.session import StepResult
+from integrations.openenv.hosting.source import ServerSource
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
 EXAMPLE_SEED = 1  # of the action that the prompt shows
