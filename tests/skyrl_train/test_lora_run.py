@@ -37,6 +37,8 @@ def train(given: Path, folder: Path, *more: str) -> int:
     return main(
         [
             f"data.train_data=['{given}/data.jsonl']",
+            "data.val_data=[]",
+            "trainer.eval_before_train=false",
             f"trainer.policy.model.path={given}/model",
             f"trainer.ckpt_path={folder}",
             f"trainer.export_path={folder}/exports",
