@@ -61,6 +61,19 @@ class Shape:
         return [*sizes, "-DBFLOAT16"] if self.dtype == torch.bfloat16 else sizes
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMSNorm: its weight, which an update may change in place, and what it adds to the mean square."""
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """From a module of transformers."""
+        return cls(module.weight.detach(), module.variance_epsilon)
+
+
 class Kernels:
     """The compiled operations. All tensors are contiguous, on the processor and of the shape's type.
 
@@ -73,12 +86,12 @@ class Kernels:
         self._shape = shape
         self._library = _compiled(shape)
 
-    def rms_norm(self, row: Tensor, norm: Any) -> Tensor:
-        """row [..., width], normed over its last dimension and weighted by `norm`, a module of transformers."""
+    def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
+        """row [..., width], normed over its last dimension."""
         out = torch.empty_like(row)
         width = row.shape[-1]
         pointers = row.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
-        self._library.rms_norm(*pointers, norm.variance_epsilon, row.numel() // width, width)
+        self._library.rms_norm(*pointers, norm.epsilon, row.numel() // width, width)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -93,7 +106,7 @@ class Kernels:
         heads: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        norms: tuple[Any, Any] | None,
+        norms: tuple[Norm, Norm] | None,
         keys: Tensor,
         values: Tensor,
         places: Tensor,
@@ -110,7 +123,7 @@ class Kernels:
             sine.data_ptr(),
             query_norm,
             key_norm,
-            norms[0].variance_epsilon if norms else 0.0,
+            norms[0].epsilon if norms else 0.0,
             keys.data_ptr(),
             values.data_ptr(),
             places.data_ptr(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 
 HEADS, KV_HEADS, DIM, SLOTS, LENGTH = 6, 2, 16, 3, 300
 
@@ -36,20 +36,15 @@ def assert_rounded(ours: Tensor, exact: Tensor) -> None:
     assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-class Norm(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(weight), 1e-5
-
-    def exact(self, row: Tensor) -> Tensor:
-        return F.rms_norm(row.double(), self.weight.shape, self.weight.double(), self.variance_epsilon)
+def exact(norm: Norm, row: Tensor) -> Tensor:
+    return F.rms_norm(row.double(), norm.weight.shape, norm.weight.double(), norm.epsilon)
 
 
 @pytest.mark.parametrize("width", [8, 100, 576])
 @torch.inference_mode()
 def test_rms_norm(kernels, dtype, width):
-    row, norm = numbers(5, width, dtype=dtype, scale=3), Norm(numbers(width, dtype=dtype, seed=1))
-    assert_rounded(kernels.rms_norm(row, norm), norm.exact(row))
+    row, norm = numbers(5, width, dtype=dtype, scale=3), Norm(numbers(width, dtype=dtype, seed=1), 1e-5)
+    assert_rounded(kernels.rms_norm(row, norm), exact(norm, row))
 
 
 @torch.inference_mode()
@@ -63,7 +58,7 @@ def test_swiglu_from_tiny_to_huge_gates(kernels, dtype):
 def test_not_a_number_stays_not_a_number(kernels, dtype):
     gate_up = torch.full((2, 64), torch.nan, dtype=dtype)
     assert kernels.swiglu(gate_up).isnan().all()
-    assert kernels.rms_norm(gate_up, Norm(torch.ones(64, dtype=dtype))).isnan().all()
+    assert kernels.rms_norm(gate_up, Norm(torch.ones(64, dtype=dtype), 1e-5)).isnan().all()
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -71,10 +66,10 @@ def test_not_a_number_stays_not_a_number(kernels, dtype):
 def test_queries_and_keys_are_rotated_and_keys_and_values_stored_in_their_slots(kernels, dtype, normed):
     heads = numbers(4, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
     cosine, sine = numbers(4, DIM, dtype=dtype, seed=1), numbers(4, DIM, dtype=dtype, seed=2)
-    norms = tuple(Norm(numbers(DIM, dtype=dtype, seed=seed)) for seed in (3, 4)) if normed else None
+    norms = tuple(Norm(numbers(DIM, dtype=dtype, seed=seed), 1e-5) for seed in (3, 4)) if normed else None
     query, key, value = heads.clone().split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     if norms:
-        query, key = (norm.exact(part).to(dtype) for norm, part in zip(norms, (query, key), strict=True))
+        query, key = (exact(norm, part).to(dtype) for norm, part in zip(norms, (query, key), strict=True))
     expected = []
     for part in (query.double(), key.double()):
         first, second = part.chunk(2, dim=-1)
