@@ -204,8 +204,8 @@ class Trainer:
         return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
 
     def _ends_epoch(self) -> bool:
-        at_end = self.global_step % self.prompts.schedule.steps_per_epoch == 0
-        return at_end and self.global_step < self.total_training_steps
+        """At the last step, too: the run may be taken up again with more epochs."""
+        return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _clock(self) -> Metrics:
         return (

@@ -97,6 +97,12 @@ class TrainerConfig(Section):
     def loggers(self) -> list[str]:
         return list(self.logger) if isinstance(self.logger, list | tuple) else [self.logger]
 
+    @property
+    def reference_is_base(self) -> bool:
+        """The reference policy is the model that the policy starts from."""
+        policy = self.policy
+        return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
+
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("device", ("auto", "cpu", "cuda"))
         yield from self._batch_rules()

@@ -61,6 +61,7 @@ def learned(side: str, settings: dict[str, Any], enough: float) -> dict[str, Any
         else:
             worker = Worker(side, project("trl_learn", [TRL]), {**settings, "folder": name})
         rewards: list[float] = []
+        worker.start()
         try:
             while not rewards or rewards[-1] < enough:
                 step = worker.read()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ class Worker:
         self, name: str, command: Sequence[str], settings: dict[str, Any], variables: Mapping[str, str] | None = None
     ) -> None:
         self.name = name
+        self._command = [*command, json.dumps(settings)]
+        self._variables = {**os.environ, **QUIET, **_wheels(), **(variables or {})}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the worker)
+
+    def start(self) -> None:
         self._process = subprocess.Popen(
-            [*command, json.dumps(settings)],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **QUIET, **_wheels(), **(variables or {})},
+            env=self._variables,
             start_new_session=True,  # a group of its own, with whatever it starts
         )
 
@@ -88,18 +93,24 @@ def timed_in_turn(
 ) -> dict[str, list[dict[str, Any]]]:
     """Every worker once per round, in turn; `rounds` results each."""
     results: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    try:
-        for worker in workers:
+    with ExitStack() as closing:
+        for worker in workers:  # one after the other: together they would not only share the cores, but fight for them
+            worker.start()
+            closing.callback(worker.close)
             worker.read()
         for index in range(rounds):
             for worker in workers:
                 results[worker.name].append(worker.work())
             after_round()
-            print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
-    finally:
-        for worker in workers:
-            worker.close()
+            print(f"round {index + 1} of {rounds}: {_seconds(results)}", file=sys.stderr, flush=True)
     return results
+
+
+def _seconds(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Of the last round, with the cores that were computing: fewer than the machine has mean that others were, too."""
+    return ", ".join(
+        f"{name} {of[-1]['seconds']:.2f} s on {of[-1].get('cores', 0):.1f} cores" for name, of in results.items()
+    )
 
 
 def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:

@@ -63,8 +63,9 @@ def one_round(folder: Path, model: str, *, with_peers: bool) -> dict[str, Stages
 
 def stages_of(words: Sequence[str], settings: dict[str, Any], environment: Mapping[str, str] | None = None) -> Stages:
     """Run a command up to its first token; each stage ends at the time that the worker says."""
-    began = time.time()
     worker = Worker(words[0], words, settings, environment)
+    began = time.time()
+    worker.start()
     try:
         ends = {"command": began, **worker.read()["stages"]}
     finally:

@@ -71,7 +71,10 @@ def _lines(checked: Report) -> list[tuple[str, str]]:
         ("step", _latency(checked)),
         ("sessions at once", f"{checked.num_sessions} of {MAX_SESSIONS_TRIED} tried"),
         ("longest text", f"{checked.longest_text_chars} characters"),
-        ("left behind", "not told here" if left is None else f"{len(left)} processes"),
+        (
+            "left behind",
+            f"{'not told here' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
+        ),
     ]
 
 

@@ -189,6 +189,11 @@ def watchman(owner_pid: int) -> subprocess.Popen[bytes]:
     )
 
 
+def watchman_pid() -> int | None:
+    """Of this process's watchman, if a container has called for one. It lives as long as this process."""
+    return watchman(os.getpid()).pid if watchman.cache_info().currsize else None
+
+
 async def _image(name: str, pull: bool) -> Image:
     found = await find_image(name)
     if found is None and pull:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from integrations.openenv.client.errors import OpenEnvError
-from integrations.openenv.hosting.reaping import OWNER_LABEL, is_orphan
+from integrations.openenv.hosting.reaping import OWNER_LABEL, Owner, is_orphan
 
 OUR_LABEL = ("org.openenv.server", "skyrl")  # on images whose entry command takes the arguments of serving.py
 CONTAINER_PORT = 8000  # where a server listens if its image does not say
@@ -99,6 +99,12 @@ async def reap_containers() -> int:
     if orphans:
         await docker("rm", "--force", "--volumes", *orphans)
     return len(orphans)
+
+
+async def containers_of(owner: Owner) -> set[str]:
+    """Names of the containers that carry the owner's mark, whether they run or not."""
+    named = await docker("ps", "--all", f"--filter=label={OWNER_LABEL}={owner}", "--format={{.Names}}")
+    return set(named.split())
 
 
 def _port(settings: dict[str, Any]) -> int:

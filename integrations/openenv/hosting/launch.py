@@ -24,6 +24,8 @@ from integrations.openenv.hosting.server import GivenServer, Server, ServerStart
 from integrations.openenv.hosting.server_process import ServerProcess
 from integrations.openenv.hosting.source import ServerSource
 
+PROCESS_GB = 0.25  # of one server process; those measured take 0.1 to 0.2
+
 
 async def preflight(sources: Iterable[ServerSource], config: OpenEnvConfig) -> dict[str, str]:
     """What can be known before anything expensive: OpenEnvError if a source cannot be served. Runtimes by name.
@@ -142,12 +144,16 @@ def announce(source: ServerSource, runtime: str, server: Server) -> None:
         )
 
 
-def default_max_servers(config: OpenEnvConfig) -> int:
-    """Of one environment: four per core, half the memory at most."""
+def default_max_servers(config: OpenEnvConfig, runtime: str) -> int:
+    """Of one environment: half the memory at most, and four containers or sixteen processes per core.
+
+    So many are needed only where a server takes one session, as most that others wrote do.
+    """
     if config.max_servers is not None:
         return config.max_servers
     try:
         memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError):
         memory_gb = 8.0
-    return max(1, min(4 * (os.cpu_count() or 1), int(memory_gb / 2 / config.memory_gb)))
+    per_core, each_gb = (16, PROCESS_GB) if runtime == "local" else (4, config.memory_gb)
+    return max(1, min(per_core * (os.cpu_count() or 1), int(memory_gb / 2 / each_gb)))

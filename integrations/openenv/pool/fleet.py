@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import math
+import os
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class Fleet:
         self.members: list[Member] = []
         self.num_restarts = 0  # servers started in place of a dead one
         self._runtime: str | None = None
-        self._max_servers = default_max_servers(config)
+        self._max_servers = default_max_servers(config, config.runtime)
         self._waiting: list[Waiter] = []
         self._num_starting = 0
         self._num_dead = 0  # not replaced yet
@@ -165,7 +166,8 @@ class Fleet:
         if self.members and now_s < self._no_growth_until_s:
             return 0
         wanted = math.ceil(max(0, len(self._waiting) - places) / per_server)
-        return max(0, min(wanted, allowed - len(self.members) - self._num_starting))
+        at_once = os.cpu_count() or 1  # more would only make each other late
+        return max(0, min(wanted, allowed - len(self.members) - self._num_starting, at_once - self._num_starting))
 
     def _look_again(self, now_s: float) -> None:
         pauses = [m.refused_until_s for m in self.members if m.refused_until_s > now_s]
@@ -193,7 +195,7 @@ class Fleet:
         self._num_starting -= 1
         if self._runtime is None:
             self._runtime = runtime
-            self._max_servers = 1 if runtime == "url" else self._max_servers
+            self._max_servers = 1 if runtime == "url" else default_max_servers(self.config, runtime)
             announce(self.source, runtime, server)
         if self._num_dead:
             self._num_dead -= 1

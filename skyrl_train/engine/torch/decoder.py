@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.lora import effective_weight
 from skyrl_train.learner.model import Policy
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
@@ -73,7 +74,7 @@ class PackedLinear:
 
     def pack(self) -> None:
         """Read the weights again."""
-        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        weight = torch.cat([effective_weight(linear) for linear in self._linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
@@ -87,23 +88,32 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer block, as transformers built it, with its products packed."""
+    """One transformer block as transformers built it: its norms, and its products packed."""
 
-    block: Any
+    attention_norm: Norm
     query_key_value: PackedLinear
+    head_norms: tuple[Norm, Norm] | None  # of queries and keys
+    scale: float
+    window: int | None
     output: PackedLinear
+    mlp_norm: Norm
     gate_up: PackedLinear
     down: PackedLinear
 
     @classmethod
     def of(cls, block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
+        normed = hasattr(attention, "q_norm")
         return cls(
-            block,
-            PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
-            PackedLinear([attention.o_proj]),
-            PackedLinear([mlp.gate_proj, mlp.up_proj]),
-            PackedLinear([mlp.down_proj]),
+            attention_norm=Norm.of(block.input_layernorm),
+            query_key_value=PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            head_norms=(Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
+            scale=attention.scaling,
+            window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            output=PackedLinear([attention.o_proj]),
+            mlp_norm=Norm.of(block.post_attention_layernorm),
+            gate_up=PackedLinear([mlp.gate_proj, mlp.up_proj]),
+            down=PackedLinear([mlp.down_proj]),
         )
 
     @property
@@ -120,7 +130,8 @@ class Decoder:
         with torch.inference_mode():
             self._layers = [Layer.of(block) for block in base.layers]
             self._head = PackedLinear([head])
-        self._base, self._kernels = base, kernels
+        self._embedding, self._rotary, self._norm = base.embed_tokens.weight, base.rotary_emb, Norm.of(base.norm)
+        self.kernels = kernels
         self._head_dim = int(base.layers[0].self_attn.head_dim)
         self._num_heads = base.layers[0].self_attn.q_proj.out_features // self._head_dim
 
@@ -131,44 +142,40 @@ class Decoder:
             product.pack()
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
-        row = F.embedding(input_ids, self._base.embed_tokens.weight)
-        cosine, sine = (part[0] for part in self._base.rotary_emb(row[None], position_ids[None]))
+        row = F.embedding(input_ids, self._embedding)
+        cosine, sine = (part[0] for part in self._rotary(row[None], position_ids[None]))
         for index, layer in enumerate(self._layers):
-            block = layer.block
-            heads = layer.query_key_value(self._normed(row, block.input_layernorm)).unflatten(-1, (-1, self._head_dim))
-            out = self._attend(index, block.self_attn, heads, cosine, sine, attention)
-            row = layer.output.added_to(row, out.flatten(1))
-            gate_up = layer.gate_up(self._normed(row, block.post_attention_layernorm))
+            heads = layer.query_key_value(self._normed(row, layer.attention_norm)).unflatten(-1, (-1, self._head_dim))
+            row = layer.output.added_to(row, self._attend(index, layer, heads, cosine, sine, attention).flatten(1))
+            gate_up = layer.gate_up(self._normed(row, layer.mlp_norm))
             row = layer.down.added_to(row, self._swiglu(gate_up))
-        return self._normed(row, self._base.norm)
+        return self._normed(row, self._norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
     def _attend(
-        self, index: int, module: Any, heads: Tensor, cosine: Tensor, sine: Tensor, attention: Attention
+        self, index: int, layer: Layer, heads: Tensor, cosine: Tensor, sine: Tensor, attention: Attention
     ) -> Tensor:
         """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]"""
-        norms = (module.q_norm, module.k_norm) if hasattr(module, "q_norm") else None
-        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        if self._kernels is not None and isinstance(attention, CachedAttention):
-            rotate = partial(self._kernels.rotate_and_store, heads, cosine, sine, norms)
-            return attention.attend_with(self._kernels, index, heads, rotate, scale=module.scaling, window=window)
+        if self.kernels is not None and isinstance(attention, CachedAttention):
+            rotate = partial(self.kernels.rotate_and_store, heads, cosine, sine, layer.head_norms)
+            return attention.attend_with(self.kernels, index, heads, rotate, scale=layer.scale, window=layer.window)
         num_values = (heads.shape[1] - self._num_heads) // 2
         query, key, value = heads.split([self._num_heads, num_values, num_values], dim=1)
-        if norms:
-            query, key = self._normed(query, norms[0]), self._normed(key, norms[1])
+        if layer.head_norms:
+            query, key = self._normed(query, layer.head_norms[0]), self._normed(key, layer.head_norms[1])
         query, key = (_rotated(part, cosine[:, None], sine[:, None]) for part in (query, key))
-        return attention.attend(index, query, key, value, scale=module.scaling, window=window)
+        return attention.attend(index, query, key, value, scale=layer.scale, window=layer.window)
 
-    def _normed(self, row: Tensor, norm: Any) -> Tensor:
-        if self._kernels is not None:
-            return self._kernels.rms_norm(row.contiguous(), norm)
-        return F.rms_norm(row, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    def _normed(self, row: Tensor, norm: Norm) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.rms_norm(row.contiguous(), norm)
+        return F.rms_norm(row, norm.weight.shape, norm.weight, norm.epsilon)
 
     def _swiglu(self, gate_up: Tensor) -> Tensor:
-        if self._kernels is not None:
-            return self._kernels.swiglu(gate_up)
+        if self.kernels is not None:
+            return self.kernels.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 

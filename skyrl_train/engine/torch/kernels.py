@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("decode.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FREE_ORDER = (
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+)  # of a sum; NaN stays NaN
+FLAGS = ("-O3", "-march=native", *FREE_ORDER, "-fopenmp", "-fPIC")
 COMPILE_TIMEOUT_S = 60
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _ARGUMENTS = {
     "rms_norm": [_POINTER] * 3 + [_FLOAT, _INT, _INT],
     "swiglu": [_POINTER] * 2 + [_INT, _INT],
     "rotate_and_store": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
-    "attend": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
+    "draw": [_POINTER] * 4 + [_INT, _POINTER, _POINTER, _INT, _INT],
+    "attend": [_POINTER] * 7 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
 }
 _NO_WINDOW = 2**31 - 1
 
@@ -54,6 +61,19 @@ class Shape:
         return [*sizes, "-DBFLOAT16"] if self.dtype == torch.bfloat16 else sizes
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMSNorm: its weight, which an update may change in place, and what it adds to the mean square."""
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """From a module of transformers."""
+        return cls(module.weight.detach(), module.variance_epsilon)
+
+
 class Kernels:
     """The compiled operations. All tensors are contiguous, on the processor and of the shape's type.
 
@@ -66,12 +86,12 @@ class Kernels:
         self._shape = shape
         self._library = _compiled(shape)
 
-    def rms_norm(self, row: Tensor, norm: Any) -> Tensor:
-        """row [..., width], normed over its last dimension and weighted by `norm`, a module of transformers."""
+    def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
+        """row [..., width], normed over its last dimension."""
         out = torch.empty_like(row)
         width = row.shape[-1]
         pointers = row.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
-        self._library.rms_norm(*pointers, norm.variance_epsilon, row.numel() // width, width)
+        self._library.rms_norm(*pointers, norm.epsilon, row.numel() // width, width)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -86,7 +106,7 @@ class Kernels:
         heads: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        norms: tuple[Any, Any] | None,
+        norms: tuple[Norm, Norm] | None,
         keys: Tensor,
         values: Tensor,
         places: Tensor,
@@ -103,7 +123,7 @@ class Kernels:
             sine.data_ptr(),
             query_norm,
             key_norm,
-            norms[0].variance_epsilon if norms else 0.0,
+            norms[0].epsilon if norms else 0.0,
             keys.data_ptr(),
             values.data_ptr(),
             places.data_ptr(),
@@ -118,13 +138,16 @@ class Kernels:
         values: Tensor,
         slots: Tensor,
         positions: Tensor,
+        twins: Tensor,
+        shared: Tensor,
         *,
         scale: float,
         window: int | None,
     ) -> Tensor:
         """One new token of N sequences, in the first N rows of `heads`, over its slot's tokens up to its position.
 
-        slots, positions [N] (int64) -> [N, heads, D]
+        slots, positions, twins, shared [N] (int64) -> [N, heads, D]. The first `shared` tokens are read from slot
+        `twin`, which holds the same, and from memory only once when sequences that have one twin are neighbours.
         """
         out = heads.new_empty((slots.shape[0], self._shape.heads, self._shape.head_dim))
         self._library.attend(
@@ -133,6 +156,8 @@ class Kernels:
             values.data_ptr(),
             slots.data_ptr(),
             positions.data_ptr(),
+            twins.data_ptr(),
+            shared.data_ptr(),
             keys.stride(0),
             keys.stride(1),
             scale,
@@ -141,6 +166,35 @@ class Kernels:
             slots.shape[0],
         )
         return out
+
+    def draw(
+        self, logits: Tensor, temperatures: list[float], uniforms: list[float], banned: list[tuple[int, int]]
+    ) -> tuple[list[int], list[float]]:
+        """A token per row of logits [rows, vocab], in proportion to softmax(logits / temperature), and its logprob.
+
+        Temperature 0 takes the likeliest. `banned` (row, token) are not drawn, but the logprobs count them in. A token
+        -1: next to nothing was left. A logprob that is not finite: neither were the logits.
+        """
+        rows, vocab = logits.shape
+        if any(not 0 <= token < vocab for _, token in banned):
+            raise IndexError(f"banned tokens {sorted({token for _, token in banned})} of a vocabulary of {vocab}")
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+        heat, chance = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
+        bans = torch.tensor(banned, dtype=torch.int64)  # all of them named, for a pointer keeps nothing alive
+        failed = self._library.draw(
+            logits.data_ptr(),
+            heat.data_ptr(),
+            chance.data_ptr(),
+            bans.data_ptr(),
+            len(banned),
+            tokens.data_ptr(),
+            logprobs.data_ptr(),
+            rows,
+            vocab,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the probabilities of {vocab} tokens")
+        return tokens.tolist(), logprobs.tolist()
 
 
 def _compiled(shape: Shape) -> ctypes.CDLL:
@@ -159,7 +213,7 @@ def _compiled(shape: Shape) -> ctypes.CDLL:
             raise NoKernels(f"{compiler} cannot build {SOURCE.name}: {words.strip()}") from error
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _INT if name == "draw" else None
     return loaded
 
 

@@ -90,6 +90,8 @@ class Chunk:
     slot: int
     start: int
     count: int
+    twin: int = 0  # a slot that holds the same first `shared` tokens: one read serves all sequences with this twin
+    shared: int = 0
 
     @property
     def stop(self) -> int:
@@ -111,6 +113,8 @@ class CachedAttention:
         self._slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])
         self._positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._twins = torch.tensor([chunk.twin for chunk in self._singles])
+        self._shared = torch.tensor([chunk.shared for chunk in self._singles])
         if self._singles:
             self._first, self._last = self._singles[0].slot, self._singles[-1].slot + 1
             self._span = max(chunk.stop for chunk in self._singles)
@@ -138,7 +142,8 @@ class CachedAttention:
         num_singles, num_values, parts = len(self._singles), keys.shape[1], []
         if num_singles:
             slots, positions = self._slots[:num_singles], self._positions[:num_singles]
-            parts.append(kernels.attend(heads, keys, values, slots, positions, scale=scale, window=window))
+            tokens = slots, positions, self._twins, self._shared
+            parts.append(kernels.attend(heads, keys, values, *tokens, scale=scale, window=window))
         if self._long:
             query, key, value = heads.split([heads.shape[1] - 2 * num_values, num_values, num_values], dim=1)
             grouped = query.unflatten(1, (num_values, -1))

@@ -18,7 +18,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._num_begun = 0
-        self._began = self._seconds = 0.0
+        self._began = self._began_cpu = self._seconds = self._cores = 0.0
 
     def begin(self) -> None:
         """Returns when the work is asked for; NoMoreTurns once nobody will ask any more."""
@@ -27,15 +27,16 @@ class Turns:
         if self._num_begun > 0 and not sys.stdin.readline():
             raise NoMoreTurns
         self._num_begun += 1
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         """Stops the clock."""
         self._seconds = time.perf_counter() - self._began
+        self._cores = (time.process_time() - self._began_cpu) / self._seconds
 
     def tell(self, facts: dict[str, Any]) -> None:
         if self._num_begun > 1:
-            print(json.dumps({"seconds": self._seconds, **facts}), flush=True)
+            print(json.dumps({"seconds": self._seconds, "cores": self._cores, **facts}), flush=True)
 
 
 def settings() -> dict[str, Any]:

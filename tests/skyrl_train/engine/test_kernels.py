@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 
 HEADS, KV_HEADS, DIM, SLOTS, LENGTH = 6, 2, 16, 3, 300
 
@@ -36,20 +36,15 @@ def assert_rounded(ours: Tensor, exact: Tensor) -> None:
     assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-class Norm(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(weight), 1e-5
-
-    def exact(self, row: Tensor) -> Tensor:
-        return F.rms_norm(row.double(), self.weight.shape, self.weight.double(), self.variance_epsilon)
+def exact(norm: Norm, row: Tensor) -> Tensor:
+    return F.rms_norm(row.double(), norm.weight.shape, norm.weight.double(), norm.epsilon)
 
 
 @pytest.mark.parametrize("width", [8, 100, 576])
 @torch.inference_mode()
 def test_rms_norm(kernels, dtype, width):
-    row, norm = numbers(5, width, dtype=dtype, scale=3), Norm(numbers(width, dtype=dtype, seed=1))
-    assert_rounded(kernels.rms_norm(row, norm), norm.exact(row))
+    row, norm = numbers(5, width, dtype=dtype, scale=3), Norm(numbers(width, dtype=dtype, seed=1), 1e-5)
+    assert_rounded(kernels.rms_norm(row, norm), exact(norm, row))
 
 
 @torch.inference_mode()
@@ -63,7 +58,7 @@ def test_swiglu_from_tiny_to_huge_gates(kernels, dtype):
 def test_not_a_number_stays_not_a_number(kernels, dtype):
     gate_up = torch.full((2, 64), torch.nan, dtype=dtype)
     assert kernels.swiglu(gate_up).isnan().all()
-    assert kernels.rms_norm(gate_up, Norm(torch.ones(64, dtype=dtype))).isnan().all()
+    assert kernels.rms_norm(gate_up, Norm(torch.ones(64, dtype=dtype), 1e-5)).isnan().all()
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -71,10 +66,10 @@ def test_not_a_number_stays_not_a_number(kernels, dtype):
 def test_queries_and_keys_are_rotated_and_keys_and_values_stored_in_their_slots(kernels, dtype, normed):
     heads = numbers(4, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
     cosine, sine = numbers(4, DIM, dtype=dtype, seed=1), numbers(4, DIM, dtype=dtype, seed=2)
-    norms = tuple(Norm(numbers(DIM, dtype=dtype, seed=seed)) for seed in (3, 4)) if normed else None
+    norms = tuple(Norm(numbers(DIM, dtype=dtype, seed=seed), 1e-5) for seed in (3, 4)) if normed else None
     query, key, value = heads.clone().split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     if norms:
-        query, key = (norm.exact(part).to(dtype) for norm, part in zip(norms, (query, key), strict=True))
+        query, key = (exact(norm, part).to(dtype) for norm, part in zip(norms, (query, key), strict=True))
     expected = []
     for part in (query.double(), key.double()):
         first, second = part.chunk(2, dim=-1)
@@ -90,18 +85,22 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_stored_in_their_slots(
     assert int((values != 0).any(-1).sum()) == 4 * KV_HEADS  # nothing else was written
 
 
+@pytest.mark.parametrize("shared", [(0, 0, 0), (1, 64, 130), (0, 7, 300)])
 @pytest.mark.parametrize("window", [None, 1, 70])
 @torch.inference_mode()
-def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtype, window):
+def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtype, window, shared):
     heads = numbers(3, HEADS + 2 * KV_HEADS, DIM, dtype=dtype, scale=3)
     keys, values = (numbers(SLOTS, KV_HEADS, LENGTH, DIM, dtype=dtype, seed=seed) for seed in (1, 2))
     slots, positions = torch.tensor([2, 0, 1]), torch.tensor([0, 63, 299])  # less, as much and more than one block
-    out = kernels.attend(heads, keys, values, slots, positions, scale=0.3, window=window)
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+    twins = torch.tensor([0, 1, 2])  # they hold other tokens here, to see what is read from where
+    tokens = slots, positions, twins, torch.tensor(shared)
+    out = kernels.attend(heads, keys, values, *tokens, scale=0.3, window=window)
+    for row, (slot, position, twin, length) in enumerate(zip(*tokens, strict=True)):
         seen = slice(0 if window is None else max(0, int(position) + 1 - window), int(position) + 1)
+        key, value = (torch.cat((of[twin, :, :length], of[slot, :, length:]), 1)[:, seen] for of in (keys, values))
         query = heads[row, :HEADS].double().view(KV_HEADS, -1, DIM)
-        weights = (0.3 * query @ keys[slot, :, seen].double().mT).softmax(-1)
-        assert_rounded(out[row], (weights @ values[slot, :, seen].double()).flatten(0, 1))
+        weights = (0.3 * query @ key.double().mT).softmax(-1)
+        assert_rounded(out[row], (weights @ value.double()).flatten(0, 1))
 
 
 def test_odd_shapes_are_refused():

@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from integrations.openenv import install_environment
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
 from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.commands.findings import report
+from integrations.openenv.commands.measure import descendants, measure
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv
 from integrations.openenv.hosting import containers
@@ -75,6 +78,14 @@ async def test_a_good_player_earns_the_gold_reward_a_seed_repeats_and_no_contain
     assert env.translator.gold_reward is None or earned >= env.translator.gold_reward - 1e-6
     assert first == second
     assert docker("ps", "--all", "--quiet", f"--filter=label={OWNER_LABEL}={this_process()}") == ""
+
+
+async def test_check_finds_nothing_that_would_make_training_fail(entry: CatalogEntry) -> None:
+    rows, _ = dataset_rows(entry.name, 8, 0, seed=0)
+    rows = [{**row, "max_turns": entry.max_turns} for row in rows]
+    seen = await measure(IN_DOCKER, entry.name, rows, began_s=time.monotonic(), before=descendants())
+    assert report(seen).findings == []
+    assert (seen.left_processes, seen.left_containers) == ([], [])
 
 
 def test_it_runs_as_any_user_on_a_port_is_healthy_and_stops_when_asked(entry: CatalogEntry) -> None:

@@ -13,6 +13,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,11 +23,13 @@ from integrations.openenv.catalog.echo import EchoEntry
 from integrations.openenv.client.errors import CapacityReached, OpenEnvError, SessionLost
 from integrations.openenv.client.session import open_session
 from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.hosting import launch
 from integrations.openenv.hosting.launch import preflight
 from integrations.openenv.hosting.reaping import OWNER_VARIABLE, reap_processes, this_process
 from integrations.openenv.hosting.server import ServerStartFailed
 from integrations.openenv.hosting.server_process import ServerProcess
 from integrations.openenv.hosting.source import ServerSource
+from integrations.openenv.pool import fleet
 from integrations.openenv.pool.fleet import MAX_FAILURES
 from integrations.openenv.pool.server_pool import NoFreeSession, ServerPool, close_shared_pools, shared_pool
 from tests.integrations.openenv.processes import gone
@@ -185,6 +188,36 @@ async def test_a_server_that_takes_few_sessions_is_found_out_and_others_are_star
     await leases[0].release()
     await (await fifth).release()
     await pool.close()
+
+
+async def test_many_servers_are_started_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet.os, "cpu_count", lambda: 2)
+    starting, most = 0, 0
+
+    async def start_server(*args: Any, **kwargs: Any) -> Any:
+        nonlocal starting, most
+        starting += 1
+        most = max(most, starting)
+        try:
+            return await launch.start_server(*args, **kwargs)
+        finally:
+            starting -= 1
+
+    monkeypatch.setattr(fleet, "start_server", start_server)
+    pool = ServerPool(OpenEnvConfig(runtime="local", max_servers=5, startup_timeout_s=120.0))
+    await asyncio.gather(*(pool.lease(with_sessions(1)) for _ in range(5)))
+    assert (len(list(pool.servers())), most) == (5, 2)
+    await pool.close()
+
+
+@pytest.mark.parametrize(("runtime", "most"), [("local", 32), ("docker", 6)])
+def test_how_many_servers_there_may_be_goes_by_cores_and_memory(
+    runtime: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(launch.os, "sysconf", {"SC_PHYS_PAGES": 24 * 2**18, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert launch.default_max_servers(OpenEnvConfig(), runtime) == most
+    assert launch.default_max_servers(OpenEnvConfig(max_servers=3), runtime) == 3
 
 
 async def test_leases_are_given_in_the_order_in_which_they_were_asked_for(echo_url: str) -> None:

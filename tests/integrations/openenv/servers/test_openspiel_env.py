@@ -14,6 +14,7 @@ from integrations.openenv.catalog import InvalidAction, catalog_entry
 from integrations.openenv.catalog.games import GAMES, OpenSpielObservation, game_of
 from integrations.openenv.catalog.games.twenty_forty_eight import _moved
 from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielOptions, OpenSpielTranslator
+from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import OpenEnvClient, StepResult, open_session
 from integrations.openenv.clients import OpenSpielEnv
@@ -420,6 +421,10 @@ async def test_to_write_no_moves_never_pays_better_than_the_worst_game(
 def test_wrong_options_are_refused_before_anything_starts(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ENTRY.read_options(options)
+
+
+def test_a_game_whose_name_is_a_number_may_be_given_as_one() -> None:
+    assert ENTRY.read_options(options_from_words(["game=2048"])).game == "2048"
 
 
 def test_rows_carry_their_game_so_that_prompt_and_game_agree() -> None:

@@ -127,6 +127,15 @@ async def test_a_killed_nursery_is_a_failure_of_the_environment_and_is_replaced(
         server.stop()
 
 
+async def test_clients_that_leave_are_no_errors_in_the_log() -> None:
+    server = await ServerProcess.start("integrations.openenv.servers.echo_env", max_sessions=4, timeout_s=90)
+    for _ in range(3):
+        client, _ = await open_session(server.url, {})
+        await client.close()
+    assert server.last_words() == ""
+    server.stop()
+
+
 async def test_a_killed_server_leaves_no_process_behind() -> None:
     server = await ServerProcess.start("integrations.openenv.servers.coding_env", max_sessions=4, timeout_s=60)
     try:

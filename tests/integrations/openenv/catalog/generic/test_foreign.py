@@ -39,12 +39,12 @@ def reward_of_nothing(action: dict[str, Any], observation: dict[str, Any], serve
 
 
 def episode(name: str, *actions: str, **options: Any) -> tuple[list[Any], dict[str, Any], OpenEnv]:
-    """The first message and what each action gave. Episodes of one server share it."""
+    """What the model reads first and what each action gave. Episodes of one server share it."""
     [row], _ = dataset_rows(name, 1, 0, 0, options, SLOW_START)
     with OpenEnv(SLOW_START, {**row, "max_turns": 5}) as env:
         messages, _ = env.init(row["prompt"])
         outputs = [env.step(f"<action>{action}</action>") for action in actions]
-        return [messages[-1]["content"], *outputs], env.get_metrics(), env
+        return ["\n".join(message["content"] for message in messages), *outputs], env.get_metrics(), env
 
 
 def test_the_packages_own_template_is_played_from_its_folder(template_folder: Path) -> None:
