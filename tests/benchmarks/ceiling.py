@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -13,27 +15,38 @@ import torch
 class Ceiling:
     """Measured between the rounds of a benchmark; medians count."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path, rows: int) -> None:
+        """rows: tokens that a layer's products see at once, for `own_product_rate`."""
+        self.num_parameters = num_parameters(model)
+        self._shapes, self._rows = product_shapes(model), rows
         self._products: list[float] = []
+        self._own_products: list[float] = []
         self._reads: list[float] = []
 
     def measure(self) -> None:
         self._products.append(product_rate())
+        self._own_products.append(own_product_rate(self._shapes, self._rows))
         self._reads.append(read_rate())
 
     @property
     def product_rate(self) -> float:
-        """Floating point operations per second."""
+        """Floating point operations per second of one large product."""
         return median(self._products)
 
-    def decode_tokens_per_second(self, num_parameters: int, rows: int) -> float:
-        """A step of decoding reads every bf16 weight once and multiplies it by every row; attention comes free here."""
-        step_s = max(2 * num_parameters / median(self._reads), 2 * num_parameters * rows / self.product_rate)
-        return rows / step_s
+    @property
+    def own_product_rate(self) -> float:
+        """The same of the products that a layer of the model makes forward and backward."""
+        return median(self._own_products)
 
-    def update_tokens_per_second(self, num_parameters: int) -> float:
+    def decode_tokens_per_second(self, rows: int) -> float:
+        """A step of decoding reads every bf16 weight once and multiplies it by every row; attention comes free here."""
+        size = self.num_parameters
+        return rows / max(2 * size / median(self._reads), 2 * size * rows / self.product_rate)
+
+    @property
+    def update_tokens_per_second(self) -> float:
         """Forward and backward are 6 operations per parameter and token; attention comes free here."""
-        return self.product_rate / (6 * num_parameters)
+        return self.product_rate / (6 * self.num_parameters)
 
 
 def product_rate(rows: int = 2048, width: int = 2048) -> float:
@@ -41,6 +54,25 @@ def product_rate(rows: int = 2048, width: int = 2048) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     left, right = (torch.randn(rows, width, device=device).bfloat16() for _ in range(2))
     return 2 * rows * width * rows / _seconds(lambda: left @ right.T)
+
+
+def own_product_rate(shapes: list[tuple[int, int]], rows: int) -> float:
+    """The same of what linear layers [in, out] do to `rows` tokens: outputs, gradients of inputs and of weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = 0.0
+    for size_in, size_out in shapes:
+        x, gradient, weight = (
+            torch.randn(extent, device=device).bfloat16()
+            for extent in ((rows, size_in), (rows, size_out), (size_out, size_in))
+        )
+        for left, right in ((x, weight.T), (gradient, weight), (gradient.T, x)):
+            seconds += _seconds(partial(torch.matmul, left, right), times=3)
+    return sum(6 * rows * size_in * size_out for size_in, size_out in shapes) / seconds
+
+
+def product_shapes(model: Path) -> list[tuple[int, int]]:
+    """[in, out] of the linear layers in the first of a model's layers."""
+    return [(shape[1], shape[0]) for name, shape in tensor_shapes(model) if ".layers.0." in name and len(shape) == 2]
 
 
 def read_rate(num_bytes: int = 1 << 28) -> float:
@@ -51,17 +83,18 @@ def read_rate(num_bytes: int = 1 << 28) -> float:
 
 def num_parameters(model: Path) -> int:
     """Those that a token is multiplied by: all, with tied embeddings counted once, as the head."""
+    return sum(math.prod(shape) for _, shape in tensor_shapes(model))
+
+
+def tensor_shapes(model: Path) -> list[tuple[str, list[int]]]:
+    """Of all weights in a Hugging Face folder."""
     from safetensors import safe_open
 
-    total = 0
+    shapes = []
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                size = 1
-                for extent in tensors.get_slice(name).get_shape():
-                    size *= extent
-                total += size
-    return total
+            shapes += [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    return shapes
 
 
 def _seconds(work: Callable[[], object], times: int = 7) -> float:

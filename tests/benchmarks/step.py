@@ -9,17 +9,20 @@ import tempfile
 from pathlib import Path
 
 from skyrl_train.pretrained import resolve_model
-from tests.benchmarks.ceiling import Ceiling, num_parameters
+from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.side_by_side import TRL, Worker, arguments, project, timed_in_turn
 from tests.benchmarks.update import settings_of, useful_tokens
+
+PARTS = ("generate", "fwd_logprobs_values_reward", "policy_train", "sync_weights")
 
 
 def main() -> None:
     parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=2048)
     parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
     chosen = parser.parse_args()
-    model, ceiling = resolve_model(chosen.model), Ceiling()
+    model = resolve_model(chosen.model)
+    ceiling = Ceiling(model, chosen.token_budget)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(chosen, model, Path(folder))
         workers = [Worker("ours", project("ours_step"), settings)]
@@ -27,11 +30,9 @@ def main() -> None:
             workers.append(Worker("trl", project("trl_step", [TRL]), {**settings, "dtype": chosen.trl_dtype}))
         results = timed_in_turn(workers, chosen.rounds, ceiling.measure)
     seconds = medians(results, lambda row: row["seconds"])
-    size = num_parameters(model)
     rows = chosen.num_prompts * chosen.samples
-    sampled_s = rows * chosen.tokens / ceiling.decode_tokens_per_second(size, rows)
-    trained_s = useful_tokens(settings) / ceiling.update_tokens_per_second(size)
-    least_s = sampled_s + trained_s
+    sampled_s = rows * chosen.tokens / ceiling.decode_tokens_per_second(rows)
+    trained_s = useful_tokens(settings) / ceiling.update_tokens_per_second
     ours = seconds.pop("ours")
     Comparison(
         what=f"GRPO step, {chosen.num_prompts} prompts of {chosen.prompt_tokens} tokens x {chosen.samples} samples x "
@@ -39,22 +40,14 @@ def main() -> None:
         unit="s",
         ours=ours,
         peers=seconds,
-        ceiling=least_s,
+        ceiling=sampled_s + trained_s,
         is_time=True,
         facts={
-            "generation_s": {name: rows["generate"] for name, rows in _median_rows(results).items()},
-            "ours_s": _median_rows(results)["ours"],
+            "generation_s": medians(results, lambda row: row["generate"]),
+            "ours_s": {part: medians(results, lambda row, part=part: row.get(part, 0.0))["ours"] for part in PARTS},
             "trl_dtype": chosen.trl_dtype,
         },
     ).print(chosen.json)
-
-
-def _median_rows(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Every number of every worker, by its median."""
-    return {
-        name: {key: medians({name: rows}, lambda row, key=key: row[key])[name] for key in rows[0]}
-        for name, rows in results.items()
-    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from skyrl_train.pretrained import resolve_model
-from tests.benchmarks.ceiling import Ceiling, num_parameters
+from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, machine, medians
 from tests.benchmarks.side_by_side import TRL, Worker, arguments, project, timed_in_turn
 
@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
-    model, ceiling = resolve_model(chosen.model), Ceiling()
+    model = resolve_model(chosen.model)
+    ceiling = Ceiling(model, chosen.token_budget)
     settings = settings_of(chosen, model, folder)
     workers = [Worker("ours", project("ours_update"), settings)]
     if not chosen.no_peers:
@@ -42,17 +43,22 @@ def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
     results = timed_in_turn(workers, chosen.rounds, ceiling.measure)
     num_tokens = useful_tokens(settings)
     rates = medians(results, lambda row: num_tokens / row["seconds"])
+    ours = rates.pop("ours")
+    own_products = ceiling.own_product_rate / (6 * ceiling.num_parameters)
     Comparison(
         what=f"update, {chosen.num_prompts} prompts of {chosen.prompt_tokens} tokens x {chosen.samples} samples x "
         f"{chosen.tokens} tokens",
         unit="useful tokens/s",
-        ours=rates.pop("ours"),
+        ours=ours,
         peers=rates,
-        ceiling=ceiling.update_tokens_per_second(num_parameters(model)),
+        ceiling=ceiling.update_tokens_per_second,
         facts={
             "seconds": medians(results, lambda row: row["seconds"]),
             "grad_norm": {name: rows[0]["grad_norm"] for name, rows in results.items()},
             "product_rate_gflops": ceiling.product_rate / 1e9,
+            "product_rate_of_own_shapes_gflops": ceiling.own_product_rate / 1e9,
+            "share_of_own_shapes": ours / own_products,
+            "cores": medians(results, lambda row: row["cores"]),
             "trl_dtype": chosen.trl_dtype,
         },
     ).print(chosen.json)

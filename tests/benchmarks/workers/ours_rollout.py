@@ -15,7 +15,8 @@ from tests.benchmarks.workers.turns import serve
 
 
 def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    experiment = BasePPOExp(configuration(settings, "arithmetic"))
+    estimator = "trainer.algorithm.advantage_estimator=reinforce++"  # it is content with one sample of a prompt
+    experiment = BasePPOExp(configuration(settings, "arithmetic", estimator))
     policy = in_compute_thread(experiment.get_policy)
     engine: Engine = in_compute_thread(experiment.get_engine, policy)
     asked = prompts(experiment.tokenizer, settings["num_prompts"], settings["prompt_tokens"])
