@@ -61,15 +61,25 @@ class Worker:
         raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}:\n{words}")
 
     def work(self) -> dict[str, Any]:
+        """One turn. The worker must be paused, and is again."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return self.read()
+        os.killpg(self._process.pid, signal.SIGCONT)
+        facts = self.read()
+        self.pause()
+        return facts
+
+    def pause(self) -> None:
+        """Let it stand still: some wait for work by asking again and again, which takes a core from the others."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def close(self, patience_s: float = 20.0) -> None:
         """End it and all that it started: by itself, as nothing more can be asked, or after a while by force."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGCONT)
         for ending in (signal.SIGTERM, signal.SIGKILL):
             try:
                 self._process.wait(timeout=patience_s)
@@ -98,6 +108,7 @@ def timed_in_turn(
             worker.start()
             closing.callback(worker.close)
             worker.read()
+            worker.pause()
         for index in range(rounds):
             for worker in workers:
                 results[worker.name].append(worker.work())
