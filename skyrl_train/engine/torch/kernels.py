@@ -1,19 +1,12 @@
 """decode.c, compiled for one model when an engine is made: half a second, and only where there is a C compiler.
 
 A decoding step has a dozen small operations between its matrix products. Through torch each costs more in starting than
-in computing, and attention reads the cache once per operation; here they are four calls of C. The source is compiled
-with the processor's own instructions for the model's own shapes. It shares torch's OpenMP threads: the library is
-linked without OpenMP, so its calls find the runtime that torch has loaded.
+in computing, and attention reads the cache once per operation; here they are five calls of C.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyrl_train.c_library import NoCompiler, compiled_library
+
 SOURCE = Path(__file__).with_name("decode.c")
-FREE_ORDER = (
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-fno-trapping-math",
-    "-fno-math-errno",
-)  # of a sum; NaN stays NaN
-FLAGS = ("-O3", "-march=native", *FREE_ORDER, "-fopenmp", "-fPIC")
-COMPILE_TIMEOUT_S = 60
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _ARGUMENTS = {
     "rms_norm": [_POINTER] * 3 + [_FLOAT, _INT, _INT],
@@ -84,7 +71,10 @@ class Kernels:
         if shape.dtype not in (torch.bfloat16, torch.float32) or shape.head_dim % 2 or shape.heads % shape.kv_heads:
             raise NoKernels(f"not written for {shape}")
         self._shape = shape
-        self._library = _compiled(shape)
+        try:
+            self._library = _loaded(shape)
+        except NoCompiler as error:
+            raise NoKernels(str(error)) from error
 
     def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
         """row [..., width], normed over its last dimension."""
@@ -197,25 +187,9 @@ class Kernels:
         return tokens.tolist(), logprobs.tolist()
 
 
-def _compiled(shape: Shape) -> ctypes.CDLL:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise NoKernels("there is no C compiler on the PATH")
-    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    with tempfile.TemporaryDirectory(prefix="skyrl-kernels-") as folder:
-        unit, library = f"{folder}/decode.o", f"{folder}/decode.so"
-        try:
-            _run([*compiler.split(), *FLAGS, *wide, *shape.definitions, "-c", str(SOURCE), "-o", unit])
-            _run([*compiler.split(), "-shared", unit, "-lm", "-o", library])
-            loaded = ctypes.CDLL(library)
-        except (OSError, subprocess.SubprocessError) as error:
-            words = getattr(error, "stderr", None) or str(error)
-            raise NoKernels(f"{compiler} cannot build {SOURCE.name}: {words.strip()}") from error
+def _loaded(shape: Shape) -> ctypes.CDLL:
+    library = compiled_library(SOURCE, shape.definitions)
     for name, arguments in _ARGUMENTS.items():
-        function = getattr(loaded, name)
+        function = getattr(library, name)
         function.argtypes, function.restype = arguments, _INT if name == "draw" else None
-    return loaded
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+    return library
