@@ -16,6 +16,15 @@ from skyrl_train.records.run_folder import METRICS
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
+# What SkyRL's timings (timing/...) are called where people read them, in the order in which they happen.
+PHASES = {
+    "generate": "rollout",
+    "fwd_logprobs_values_reward": "logprobs",
+    "compute_advantages_and_returns": "advantages",
+    "policy_train": "update",
+    "sync_weights": "weights",
+    "eval": "evaluation",
+}
 
 
 def rollout_metrics(groups: list[Group]) -> Metrics:

@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from skyrl_train.metrics import Metrics, tokens_per_second
+from skyrl_train.metrics import PHASES, Metrics, tokens_per_second
 
 # Heading, metric (the first that a step has), format.
 COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -24,15 +24,14 @@ COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("grad", ("policy/grad_norm",), "6.2f"),
     ("length", ("generate/avg_num_tokens",), "5.0f"),
     ("failures", ("generate/env_failures",), "2.0f"),
-    ("time", ("timing/step",), "5.1f"),
 )
 KEPT_TIMES = 15  # steps over whose median the time left is estimated
 
 
 def step_line(step: int, metrics: Metrics) -> str:
-    """One aligned line; what a step did not measure is left out, but for the reward and the time.
+    """One aligned line; what a step did not measure is left out.
 
-    "step   12   reward  0.412   tokens/s    310   entropy  1.20   grad   0.85   time   3.1 s"
+    "step   12   reward  0.412   tokens/s    310   entropy  1.20   time   3.1 s = rollout 1.9 (engine 1.7) + update 1.2"
     """
     values = dict(metrics)
     speed = tokens_per_second(metrics)
@@ -43,8 +42,28 @@ def step_line(step: int, metrics: Metrics) -> str:
         value = next((values[key] for key in keys if key in values), None)
         if value is None or (heading == "failures" and value == 0):
             continue
-        cells.append(f"{heading} {value:{form}}{' s' if heading == 'time' else ''}")
+        cells.append(f"{heading} {value:{form}}")
+    if "timing/step" in metrics:
+        cells.append(f"time {metrics['timing/step']:5.1f} s{breakdown(metrics)}")
+    if "timing/eval" in metrics:
+        cells.append(f"evaluation {metrics['timing/eval']:.1f} s")
     return "   ".join(cells)
+
+
+def breakdown(metrics: Metrics) -> str:
+    """ " = rollout 7.9 (engine 7.2) + update 4.1 + other 0.4": the parts of a step's seconds that do not round to 0.
+
+    The engine computed in so much of the rollout; in the rest all episodes waited for their environments.
+    """
+    parts = {name: metrics[f"timing/{key}"] for key, name in PHASES.items() if f"timing/{key}" in metrics}
+    parts.pop("evaluation", None)  # no part of the step
+    if not parts:
+        return ""
+    parts["other"] = metrics["timing/step"] - sum(parts.values())
+    shown = {name: f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05}
+    if "rollout" in shown and "timing/engine" in metrics:
+        shown["rollout"] += f" (engine {metrics['timing/engine']:.1f})"
+    return f" = {' + '.join(shown.values())}" if shown else ""
 
 
 class MovingTime:

@@ -17,6 +17,7 @@ from skyrl_train.config import SkyRLConfig, to_flat_dict
 from skyrl_train.config.tree import defaults_of
 from skyrl_train.metrics import Metrics, MetricsLog
 from skyrl_train.progress import RunProgress
+from skyrl_train.records.profile import Profile
 from skyrl_train.records.report import write_report
 from skyrl_train.records.run_folder import run_lock
 from skyrl_train.records.run_info import RunInfo, changed_settings, write_run_info
@@ -32,7 +33,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.ckpt_path", "trainer.export_path", "trainer.resume_mode", "trainer.resume_path",
     "trainer.ckpt_interval", "trainer.max_ckpts_to_keep", "trainer.hf_save_interval", "trainer.epochs",
     "trainer.eval_interval", "trainer.eval_before_train", "trainer.eval_batch_size", "trainer.dump_eval_results",
-    "trainer.logger", "trainer.project_name", "trainer.run_name", "trainer.device",
+    "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name", "trainer.device",
     "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
     "trainer.micro_forward_batch_size_per_gpu", "trainer.gradient_checkpointing",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_num_seqs",
@@ -58,6 +59,7 @@ class Run:
     trajectories: TrajectoryStore
     tracking: Tracking
     progress: RunProgress
+    profile: Profile
 
     @classmethod
     @contextmanager
@@ -95,7 +97,8 @@ class Run:
         progress = RunProgress(info.total_steps or 0, start.step, plain_lines=plain_lines, console=Console())
         closing.enter_context(progress)
         closing.enter_context(_logs_above_the_bars(progress))
-        return cls(folder, start, flat, checkpoints, metrics, trajectories, tracking, progress)
+        profile = Profile(folder, enabled=trainer.profile)
+        return cls(folder, start, flat, checkpoints, metrics, trajectories, tracking, progress, profile)
 
     def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:
         self.trajectories.add(phase, step, [trajectory for group in groups for trajectory in group.trajectories])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
 from skyrl_train.batch.packing import pack
@@ -20,13 +20,14 @@ from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.learner.learner import Learner
-from skyrl_train.metrics import rollout_metrics
+from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.records.files import whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run import Run
+from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.in_process import InProcessWeights
 
@@ -55,8 +56,6 @@ class Trainer:
     global_step: int = 0
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
-    # The learner computes in a thread of its own, so that environments and the progress bar stay alive meanwhile.
-    _compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "learner"))
 
     @property
     def total_training_steps(self) -> int:
@@ -67,15 +66,21 @@ class Trainer:
         try:
             await self.restore()
             if self.global_step == 0 and self.config.trainer.eval_before_train:
-                self.run.log(0, await self.evaluate())
+                with self.run.profile.step(0):
+                    self.run.log(0, await self.evaluate())
             while self.global_step < self.total_training_steps:
-                metrics = await self.timed_step()
-                if self._is_due(self.config.trainer.eval_interval):
-                    metrics |= await self.evaluate()
-                self.run.log(self.global_step, metrics | self._clock())
-                await self.save()
+                with self.run.profile.step(self.global_step + 1):
+                    await self.recorded_step()
         finally:
             await self.close()
+
+    async def recorded_step(self) -> None:
+        """A step, and whatever is due after it."""
+        metrics = await self.timed_step()
+        if self._is_due(self.config.trainer.eval_interval):
+            metrics |= await self.evaluate()
+        self.run.log(self.global_step, metrics | self._clock())
+        await self.save()
 
     async def step(self) -> Metrics:
         """One walk; `global_step` still counts the steps before it."""
@@ -111,9 +116,11 @@ class Trainer:
         """Checkpoint and export, if this step is due for them. Everything recorded so far is on the disk first."""
         trainer = self.config.trainer
         if self._is_due(trainer.ckpt_interval):
-            await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
+            with span("checkpoint"):
+                await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
         if self._is_due(trainer.hf_save_interval):
-            await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
+            with span("export"):
+                await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face format, whole or not at all."""
@@ -147,7 +154,6 @@ class Trainer:
     async def close(self) -> None:
         self.collector.close()
         await self.engine.close()
-        self._compute.shutdown(wait=True)
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1
@@ -155,8 +161,10 @@ class Trainer:
             "train", step, prompts, generator.n_samples_per_prompt, sampling_params(generator.sampling_params)
         )
         on_episode = self.run.phase("rollout", asked.num_episodes, "episodes")
+        busy_before = self.engine.busy_seconds
         with self._timed("generate"):
             groups = await self.collector.collect(asked, on_episode)
+        self.timings["timing/engine"] = self.engine.busy_seconds - busy_before
         self.run.keep("train", step, groups)
         return groups
 
@@ -180,13 +188,15 @@ class Trainer:
         return add_advantages(batch, algorithm, coefficient), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
+        """In the compute thread, so that environments and the progress bar stay alive meanwhile."""
         with self._timed(name):
-            return await asyncio.get_running_loop().run_in_executor(self._compute, call, *args)
+            return await asyncio.wrap_future(compute.submit(call, *args))
 
     @contextmanager
     def _timed(self, name: str) -> Generator[None]:
         started = time.monotonic()
-        yield
+        with span(PHASES.get(name, name)):
+            yield
         self.timings[f"timing/{name}"] = time.monotonic() - started
 
     def _is_due(self, interval: int) -> bool:
@@ -194,8 +204,8 @@ class Trainer:
         return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
 
     def _ends_epoch(self) -> bool:
-        at_end = self.global_step % self.prompts.schedule.steps_per_epoch == 0
-        return at_end and self.global_step < self.total_training_steps
+        """At the last step, too: the run may be taken up again with more epochs."""
+        return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _clock(self) -> Metrics:
         return (

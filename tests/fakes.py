@@ -28,6 +28,8 @@ class ScriptedEngine:
     requests: list[Request] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
+    busy_seconds = 0.0
+
     async def generate(self, request: Request) -> Completion:
         self.requests.append(request)
         text = self.reply(request)

@@ -13,6 +13,18 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("skyrl_gym", "skyrl_train", "integrations", "examples", "tests")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_FUNCTION_LINES = 100
+# What each room of integrations/openenv may import of the others: only what stands above it, so there is no circle.
+# Whatever is not listed (env.py, the commands, the entry points) stands at the front and may import every room.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "client": (),
+    "config": (),
+    "hosting": ("client", "config"),
+    "pool": ("client", "config", "hosting"),
+    "catalog": ("client", "hosting.source"),
+    "servers": ("catalog",),
+    "images": ("client", "hosting", "catalog"),
+}
+FRONT = {"commands", "entrypoints"}
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 
 Finding = tuple[int, str]  # line, what is wrong there
@@ -60,6 +72,16 @@ def forbidden_imports(path: Path, source: str) -> Iterator[Finding]:
             yield line, f"imports {module}"
 
 
+def imports_of_other_rooms(path: Path, source: str) -> Iterator[Finding]:
+    room = path.parts[2].removesuffix(".py") if path.parts[:2] == ("integrations", "openenv") else ""
+    if room not in ROOMS:
+        return
+    for line, module in imported_modules(path, ast.parse(source)):
+        _, _, name = f"{module}.".partition("integrations.openenv.")
+        if name and not name.startswith(tuple(f"{allowed}." for allowed in (room, *ROOMS[room]))):
+            yield line, f"imports {module}, which is not above the room {room}"
+
+
 def broad_excepts(_: Path, source: str) -> Iterator[Finding]:
     """Handlers of everything which do not end in a plain `raise`, and suppress(Exception)."""
     for node in ast.walk(ast.parse(source)):
@@ -99,7 +121,14 @@ def loose_ends(_: Path, source: str) -> Iterator[Finding]:
 
 
 Check = Callable[[Path, str], Iterator[Finding]]
-CHECKS: list[Check] = [forbidden_imports, broad_excepts, long_functions, missing_docstrings, loose_ends]
+CHECKS: list[Check] = [
+    forbidden_imports,
+    imports_of_other_rooms,
+    broad_excepts,
+    long_functions,
+    missing_docstrings,
+    loose_ends,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -140,6 +169,37 @@ def lines_found(check: Check, path: str, source: str) -> list[int]:
 )
 def test_imports_are_told_apart(path, source, is_wrong):
     assert bool(lines_found(forbidden_imports, path, source)) is is_wrong
+
+
+def test_rooms_import_only_what_stands_above_them():
+    seen: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert {name.partition(".")[0] for name in allowed} <= seen
+        seen.add(room)
+
+
+def test_every_folder_of_the_integration_is_a_room_or_the_front():
+    folders = {path.parts[2] for path in FILES if path.parts[:2] == ("integrations", "openenv") and len(path.parts) > 3}
+    assert folders == ROOMS.keys() - {"config"} | FRONT
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "is_wrong"),
+    [
+        ("client/session.py", "from integrations.openenv.client.errors import SessionLost", False),
+        ("client/session.py", "from integrations.openenv.config import OpenEnvConfig", True),
+        ("client/session.py", "from integrations.openenv import pool", True),
+        ("config.py", "from integrations.openenv.client import errors", True),
+        ("hosting/launch.py", "from integrations.openenv.pool.fleet import Fleet", True),
+        ("pool/fleet.py", "from integrations.openenv.hosting.launch import start_server", False),
+        ("catalog/entry.py", "from integrations.openenv.hosting.source import ServerSource", False),
+        ("catalog/entry.py", "from integrations.openenv.hosting.launch import start_server", True),
+        ("servers/echo_env.py", "from integrations.openenv.clients import EchoEnv", True),
+        ("env.py", "from integrations.openenv.pool.server_pool import shared_pool", False),
+    ],
+)
+def test_what_is_above_a_room_is_told_from_what_is_not(path, source, is_wrong):
+    assert bool(lines_found(imports_of_other_rooms, f"integrations/openenv/{path}", source)) is is_wrong
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from integrations.openenv.background import run_in_background
 from integrations.openenv.catalog.coding import CodeAction, CodeObservation, CodingEntry
 from integrations.openenv.catalog.echo import EchoAction, EchoEntry, EchoObservation
 from integrations.openenv.catalog.games import OpenSpielObservation
 from integrations.openenv.catalog.openspiel import OpenSpielAction, OpenSpielEntry
 from integrations.openenv.catalog.sumo_rl import SumoAction, SumoEntry, SumoObservation
-from integrations.openenv.client import OpenEnvClient, StepResult, open_session
-from integrations.openenv.containers import Container
-from integrations.openenv.server import Server
-from integrations.openenv.server_process import ServerProcess
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.session import OpenEnvClient, StepResult, open_session
+from integrations.openenv.hosting.containers import Container
+from integrations.openenv.hosting.server import Server
+from integrations.openenv.hosting.server_process import ServerProcess
 
 
 class TypedAction(Protocol):

@@ -14,11 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import skyrl_gym
-from integrations.openenv.background import run_in_background
 from integrations.openenv.catalog import CATALOG, CatalogEntry, InvalidAction, catalog_entry
-from integrations.openenv.client import OpenEnvError, ServerError, StepResult
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.errors import OpenEnvError, ServerError
+from integrations.openenv.client.session import StepResult
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.pool import Lease, close_shared_pools, shared_pool
+from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType

@@ -18,15 +18,15 @@ import time
 from dataclasses import dataclass
 
 from integrations.openenv.catalog import CATALOG, CatalogEntry, catalog_entry
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.docker_command import DockerUnavailable, docker, require_docker
 from integrations.openenv.env import OpenEnv
-from integrations.openenv.image_build import BASE_IMAGE, build_image
-from integrations.openenv.long_command import run_long_command
-from integrations.openenv.pool import close_shared_pools
+from integrations.openenv.hosting.docker_command import DockerUnavailable, docker, require_docker
+from integrations.openenv.hosting.server_process import REPOSITORY_ROOT
+from integrations.openenv.images.build import BASE_IMAGE, build_image
+from integrations.openenv.images.long_command import run_long_command
+from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
-from integrations.openenv.server_process import REPOSITORY_ROOT
 from skyrl_gym.core import EnvFailure
 
 

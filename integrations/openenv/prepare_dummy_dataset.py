@@ -13,12 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from integrations.openenv.background import run_in_background
 from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, Task, catalog_entry
 from integrations.openenv.catalog.options import options_from_words
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.pool import close_shared_pools, shared_pool
+from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 

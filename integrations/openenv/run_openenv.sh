@@ -145,7 +145,9 @@ case "$ENV_NAME" in
   finrl_env) # eight turns of about 95 tokens behind a prompt of 230
     recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16
       environment.openenv.max_invalid_actions=0) ;;
-  *[/:]*) recipe+=(generator.max_turns=10 generator.sampling_params.max_generate_length=64) ;;
+  *[/:]*) # ten turns, of which nobody knows how long they are; where moves cost, saying nothing must cost more
+    recipe+=(generator.max_turns=10 generator.max_input_length=1536 generator.sampling_params.max_generate_length=64
+      environment.openenv.invalid_action_penalty=1) ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

@@ -5,7 +5,7 @@ from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRLGymConfig, env_config_for
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
 from skyrl_train.config.load import load_config, validate_cfg
-from skyrl_train.config.models import ModelConfig, OptimizerConfig, PolicyConfig, RefConfig
+from skyrl_train.config.models import LoraConfig, ModelConfig, OptimizerConfig, PolicyConfig, RefConfig
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import ConfigError, Problem, Section
 from skyrl_train.config.trainer import TrainerConfig
@@ -23,6 +23,7 @@ __all__ = [
     "EnvironmentConfig",
     "EvalSamplingConfig",
     "GeneratorConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PolicyConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import II
@@ -13,19 +13,43 @@ from skyrl_train.config.section import Problem, Section
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
 )  # fmt: skip
+LORA_STARTS = ("kaiming", "xavier", "normal")
 
 
 @dataclass
 class LoraConfig(Section):
-    """Adapters instead of full fine-tuning."""
+    """Adapters instead of full fine-tuning: only they are trained, the model itself stays as it is."""
 
     rank: int = 0  # rank of the adapters; 0 is full fine-tuning
-    alpha: int = 16  # numerator of the adapters' scale
-    dropout: float = 0.0  # dropout on the adapters' input
+    alpha: int = 16  # the adapters' product is multiplied by alpha / rank
+    dropout: float = 0.0  # dropout on the adapters' input; only 0 is possible
     lora_sync_path: str = "/tmp/skyrl_lora_sync"  # folder through which adapters reach the engine
-    target_modules: Any = "all-linear"  # "all-linear" or a list of module names
-    exclude_modules: Any = None  # modules that get no adapter
-    init_method: str = "kaiming"  # how adapters start
+    target_modules: Any = "all-linear"  # layers that get an adapter: "all-linear" (all but the output head) or names
+    exclude_modules: Any = None  # names of layers that get none all the same; a name is a whole one or its last parts
+    init_method: str = "kaiming"  # how A starts: kaiming or xavier, or normal with deviation 1 / rank; B starts at 0
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.at_least(0, "rank")
+        yield from self.at_least(1, "alpha")
+        yield from self.one_of("init_method", LORA_STARTS)
+        if self.dropout != 0:
+            yield self.problem(
+                "dropout",
+                "is not possible: the engine samples without dropout, so with it the update would compare sampled "
+                "tokens with another policy's logprobs, and the ratio would not begin at 1; drop it",
+            )
+        if not self.target_modules or not _are_names(self.target_modules):
+            yield self.problem("target_modules", "must be all-linear or names of modules, such as [q_proj,v_proj]")
+        if self.exclude_modules is not None and not _are_names(self.exclude_modules):
+            yield self.problem("exclude_modules", "must be names of modules, such as [gate_proj,up_proj], or null")
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if self.rank == 0 and value != field_.default:
+                yield self.problem(field_.name, "has no effect with rank=0; drop it, or use adapters with rank=16")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value))
 
 
 @dataclass

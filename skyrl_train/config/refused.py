@@ -18,7 +18,8 @@ ONE_ENGINE = "is not possible yet: one engine runs inside this process; drop it"
 NO_SYNC = "has nothing to do: the engine reads the learner's weights in place; drop it"
 NO_SHARDING = "has nothing to do: on one device no model is sharded; drop it, and bound memory with "
 NO_SHARDING += "trainer.max_tokens_per_microbatch and trainer.gradient_checkpointing=true"
-NO_LORA = "is not possible yet: all weights are trained; use trainer.policy.model.lora.rank=0"
+NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
+NO_REF_LORA += "trainer.policy.model.lora"
 NO_CRITIC = "is not possible yet: there is no critic; use trainer.algorithm.advantage_estimator=grpo, which needs none"
 NO_MEGATRON = "is for Megatron, which this project does not have; drop it and use trainer.strategy=single"
 NO_VLLM = "is for vLLM, which is not supported yet; drop it (the torch engine has generator.max_num_seqs "
@@ -42,14 +43,14 @@ REFUSED: dict[str, str] = {
     "trainer.strategy": "is not possible yet: one process trains on one device; use trainer.strategy=single",
     "trainer.sequence_parallel_backend": ONE_DEVICE,
     "trainer.policy.sequence_parallel_size": ONE_DEVICE,
-    "trainer.policy.model.lora": NO_LORA,
+    "trainer.policy.model.lora.lora_sync_path": NO_SYNC,
     "trainer.policy.optimizer_config.offload_after_step": NO_SHARDING,
     "trainer.policy.fsdp_config": NO_SHARDING,
     "trainer.policy.use_torch_compile": "is not possible yet; drop it",
     "trainer.policy.record_memory": "is not possible yet; drop it",
     "trainer.policy.megatron_config": NO_MEGATRON,
     "trainer.ref.sequence_parallel_size": ONE_DEVICE,
-    "trainer.ref.model.lora": NO_LORA,
+    "trainer.ref.model.lora": NO_REF_LORA,
     "trainer.ref.fsdp_config": NO_SHARDING,
     "trainer.ref.megatron_config": NO_MEGATRON,
     "trainer.critic": NO_CRITIC,

@@ -82,6 +82,7 @@ class TrainerConfig(Section):
     project_name: str = "skyrl"  # project in the tracker
     run_name: str = "test_run"  # run in the tracker
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
+    profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
     dump_data_batch: bool = False  # pickle every training batch
     dump_eval_results: bool = True  # write evaluation episodes as JSON lines, one file per data source
     rope_scaling: dict[str, Any] | None = None  # RoPE scaling of the policy
@@ -95,6 +96,12 @@ class TrainerConfig(Section):
     @property
     def loggers(self) -> list[str]:
         return list(self.logger) if isinstance(self.logger, list | tuple) else [self.logger]
+
+    @property
+    def reference_is_base(self) -> bool:
+        """The reference policy is the model that the policy starts from."""
+        policy = self.policy
+        return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("device", ("auto", "cpu", "cuda"))

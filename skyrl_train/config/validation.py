@@ -16,12 +16,15 @@ from skyrl_train.config.trainer import LOGGERS
 if TYPE_CHECKING:
     from skyrl_train.config.root import SkyRLConfig
 
+LEAST_LORA_LR = 1e-5
+
 
 def problems_across_sections(config: SkyRLConfig) -> Iterator[Problem]:
     """Every rule that no section can check alone."""
     yield from keys_without_effect(config)
     yield from length_problems(config)
     yield from estimator_problems(config)
+    yield from adapter_problems(config)
     yield from tracker_problems(config)
     if not config.data.train_data:
         yield Problem("data.train_data", [], "is empty; give at least one .parquet, .json or .jsonl file or hub name")
@@ -62,6 +65,17 @@ def estimator_problems(config: SkyRLConfig) -> Iterator[Problem]:
         )
 
 
+def adapter_problems(config: SkyRLConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    if trainer.policy.model.lora.rank > 0 and trainer.update_ref_every_epoch and not trainer.reference_is_base:
+        yield Problem(
+            "trainer.update_ref_every_epoch",
+            True,
+            "cannot give adapters to another model than the policy's own; drop trainer.ref.model.path and "
+            "trainer.ref.model_config_kwargs, or use trainer.policy.model.lora.rank=0",
+        )
+
+
 def tracker_problems(config: SkyRLConfig) -> Iterator[Problem]:
     for name in config.trainer.loggers:
         if name not in LOGGERS or name == "console":
@@ -99,6 +113,12 @@ def advice(config: SkyRLConfig) -> Iterator[str]:
         yield (
             "turns that end on a stop string stay open in the chat, because "
             "generator.append_eos_token_after_stop_str_in_multi_turn=false"
+        )
+    lora, lr = config.trainer.policy.model.lora, config.trainer.policy.optimizer_config.lr
+    if lora.rank > 0 and lr < LEAST_LORA_LR:
+        yield (
+            f"trainer.policy.optimizer_config.lr={lr} hardly moves adapters, which learn at 10 to 100 times the rate "
+            "of full fine-tuning: begin with 1e-4"
         )
     if config.trainer.eval_interval > 0 and not config.data.val_data:
         yield "no evaluation: data.val_data is empty"

@@ -66,6 +66,11 @@ class Completion:
 class Engine(Protocol):
     """Anything that samples from the policy."""
 
+    @property
+    def busy_seconds(self) -> float:
+        """What it has computed for since it was made."""
+        ...
+
     async def generate(self, request: Request) -> Completion:
         """Sample one completion. Many calls at once are batched by the engine."""
         ...

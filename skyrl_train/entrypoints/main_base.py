@@ -82,23 +82,43 @@ class BasePPOExp:
         trainer = self.cfg.trainer
         if self.device.type == "cpu":
             keep_freed_memory()
-        return load_policy(
+        policy = load_policy(
             self.model_path,
             device=self.device,
             compute_dtype=self.compute_dtype,
             model_config_kwargs=trainer.policy.model_config_kwargs,
             gradient_checkpointing=trainer.gradient_checkpointing,
         )
+        if trainer.policy.model.lora.rank > 0:
+            self.add_adapters(policy)
+        return policy
+
+    def add_adapters(self, policy: Any) -> None:
+        from loguru import logger
+
+        from skyrl_train.learner.lora import NoSuchModules, add_adapters
+        from skyrl_train.run import RunRefused
+
+        trainer = self.cfg.trainer
+        try:
+            add_adapters(policy, trainer.policy.model.lora, seed=trainer.seed)
+        except NoSuchModules as error:
+            raise RunRefused(f"trainer.policy.model.lora: {error}") from error
+        trained = sum(weight.numel() for weight in policy.weights.values() if weight.requires_grad)
+        logger.info(f"training adapters of {trained:,} weights; the model itself stays as it is")
 
     def get_reference(self, policy: Any) -> Any:
         """A frozen policy to measure the KL from, or None where no KL term has a weight."""
         from skyrl_train.learner.learner import needs_reference
+        from skyrl_train.learner.lora import BaseUnderAdapters
         from skyrl_train.learner.model import load_policy
         from skyrl_train.pretrained import resolve_model
 
         trainer = self.cfg.trainer
         if not needs_reference(trainer.algorithm):
             return None
+        if trainer.policy.model.lora.rank > 0 and trainer.reference_is_base:
+            return BaseUnderAdapters.of(policy)
         same = trainer.ref.model.path == trainer.policy.model.path
         path = self.model_path if same else str(resolve_model(trainer.ref.model.path))
         reference = load_policy(
@@ -222,8 +242,11 @@ class BasePPOExp:
         """SIGTERM ends a run as Ctrl-C does: the task is cancelled, and everything it opened is closed."""
         with suppress(NotImplementedError):  # where the platform's event loop has no signal handlers
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # ty: ignore
+        from skyrl_train import compute
+
         try:
-            await self.get_trainer(run).train()
+            trainer = await asyncio.wrap_future(compute.submit(self.get_trainer, run))
+            await trainer.train()
         finally:
             await self.close()
 

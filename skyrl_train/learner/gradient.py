@@ -13,6 +13,7 @@ from skyrl_train.learner.logprobs import batch_logprobs
 from skyrl_train.learner.means import Means
 from skyrl_train.learner.model import Policy
 from skyrl_train.learner.objective import Objective
+from skyrl_train.spans import each_in_a_span, span
 from skyrl_train.types import Batch
 
 
@@ -32,7 +33,7 @@ def logprobs_of(policy: Policy, batch: Batch, *, temperature: float, budget: Bud
     """[T] on the batch's device, 0 wherever loss_mask is False."""
     parts = [
         batch_logprobs(policy, micro.to(policy.device), temperature=temperature)[0].to(micro.input_ids.device)
-        for micro in budget.cut(batch)
+        for micro in each_in_a_span("micro batch", budget.cut(batch), _size)
     ]
     return torch.cat(parts)
 
@@ -57,7 +58,7 @@ def accumulate_gradient(
         final_loss = policy_loss
     parts: list[Tensor] = []
     start = 0
-    for micro in budget.cut(mini_batch):
+    for micro in each_in_a_span("micro batch", budget.cut(mini_batch), _size):
         here = micro.to(policy.device)
         logprobs, entropies = batch_logprobs(policy, here, temperature=temperature, with_entropy=True)
         rest, metrics = objective.regularization(here, logprobs, entropies)
@@ -68,7 +69,8 @@ def accumulate_gradient(
             final_loss += float(loss.detach())
         else:
             loss = (pull[start : start + micro.num_tokens].to(logprobs.device) * logprobs).sum()
-        (loss + rest).backward()
+        with span("backward"):
+            (loss + rest).backward()
         final_loss += float(rest.detach())
         means.add(metrics, int(micro.loss_mask.sum()))
         parts.append(logprobs.detach().to(micro.input_ids.device))
@@ -76,6 +78,10 @@ def accumulate_gradient(
         on_tokens(micro.num_tokens)
     means.add({"policy_loss": policy_loss, "final_loss": final_loss}, 1)
     return torch.cat(parts)
+
+
+def _size(batch: Batch) -> dict[str, int]:
+    return {"samples": batch.num_samples, "tokens": batch.num_tokens}
 
 
 def _pull(

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from skyrl_train.batch.packing import mini_batches, with_loss_weights
 from skyrl_train.learner.gradient import Budget, accumulate_gradient, logprobs_of
+from skyrl_train.learner.lora_files import save_merged
 from skyrl_train.learner.means import Means
 from skyrl_train.learner.model import Policy
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.spans import span
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -53,8 +55,6 @@ class Learner:
         self.objective = Objective(trainer.algorithm)
         if self.objective.needs_reference and reference is None:
             raise ValueError("a KL term is on, so the learner needs a reference policy (or set use_kl_loss=false)")
-        if reference is not None:
-            reference.module.requires_grad_(False)
         self.policy_version = 0  # optimizer steps so far
         self._trainer = trainer
         self._temperature = temperature or 1.0
@@ -114,15 +114,15 @@ class Learner:
         if self.reference is None:
             return
         with torch.no_grad():
-            theirs = dict(self.reference.module.named_parameters())
-            for name, parameter in self.policy.module.named_parameters():
-                theirs[name].copy_(parameter)
+            ours = self.policy.weights
+            for name, weight in self.reference.weights.items():
+                weight.copy_(ours[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on, as live tensors and plain numbers: save it before training on."""
         state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "policy_version": self.policy_version}
         if self._trainer.update_ref_every_epoch and self.reference is not None:
-            state["reference"] = {name: p.detach() for name, p in self.reference.module.named_parameters()}
+            state["reference"] = {name: weight.detach() for name, weight in self.reference.weights.items()}
         return state
 
     @torch.no_grad()
@@ -130,12 +130,12 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self.policy_version = state["policy_version"]
         if self.reference is not None and "reference" in state:
-            for name, parameter in self.reference.module.named_parameters():
-                parameter.copy_(state["reference"][name])
+            for name, weight in self.reference.weights.items():
+                weight.copy_(state["reference"][name])
 
     def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The policy in Hugging Face format (safetensors, config, tokenizer, chat template), as the engine sees it."""
-        self.policy.module.save_pretrained(folder)
+        save_merged(self.policy.module, folder)
         tokenizer.save_pretrained(folder)
 
     def _num_steps(self, batch: Batch) -> int:
@@ -163,7 +163,8 @@ class Learner:
 
     def _step(self, means: Means) -> bool:
         """One optimizer step with the accumulated gradient. True: it was not finite, and nothing changed."""
-        step = self._optimizer.step()
+        with span("optimizer step"):
+            step = self._optimizer.step()
         means.add({"policy_lr": step.learning_rate}, 1)
         if not step.was_skipped:
             self.policy_version += 1

@@ -61,6 +61,11 @@ class Policy:
         return self.module.config.get_text_config()
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """What makes it this policy, by name."""
+        return dict(self.module.named_parameters())
+
+    @property
     def device(self) -> torch.device:
         return self.module.device
 

@@ -3,6 +3,7 @@
 global_step_N/  latest_ckpt_global_step.txt      checkpoints (checkpoint.py)
 metrics.jsonl                                     one line per step (metrics.py)
 trajectories/{train,eval}_step_N.jsonl.zst        every episode (records/trajectories.py)
+profile/step_N.json.gz                            where its time went, with trainer.profile (records/profile.py)
 run.json  report.html  summary.json  tensorboard/
 previous/<n>/                                     an earlier run that was moved aside
 """
@@ -23,9 +24,10 @@ from skyrl_train.records.files import write_whole
 LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
     "latest_ckpt_global_step.txt", "metrics.jsonl", "trajectories", "report.html", "summary.json",
 )  # fmt: skip
-RUN_INFO, TENSORBOARD, PREVIOUS, LOCK = "run.json", "tensorboard", "previous", ".lock"
+RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
+PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
 
 
 @contextmanager
@@ -70,10 +72,17 @@ def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
     return dict(sorted(found.items(), key=lambda item: (item[1][1], item[1][0])))
 
 
+def profile_steps(folder: Path) -> dict[Path, int]:
+    """Every trace of the run with its step, by step."""
+    found = {path: PROFILE_NAME.fullmatch(path.name) for path in (folder / PROFILE).glob("*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
+
+
 def move_aside(folder: Path) -> Path | None:
     """Move an earlier run's files into `previous/<n>/`; returns that folder, or None if there was no run."""
     checkpoints = sorted(p for p in folder.glob("global_step_*") if CHECKPOINT_NAME.fullmatch(p.name))
-    names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD)
+    names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD, PROFILE)
     # Checkpoints last: a move that is killed half-way still shows a run that can be resumed.
     present = [path for path in (*(folder / name for name in names), *checkpoints, folder / LATEST) if path.exists()]
     if not present:
@@ -93,11 +102,12 @@ def rewind(folder: Path, step: int | None) -> Path | None:
     last = -1 if step is None else step
     later = [s for s in checkpoint_steps(folder) if s > last]
     target = _next_previous(folder) if later else None
-    for path, (_, path_step) in trajectory_steps(folder).items():
+    episodes = {path: path_step for path, (_, path_step) in trajectory_steps(folder).items()}
+    for path, path_step in (episodes | profile_steps(folder)).items():
         if path_step > last:
             if target:
-                (target / TRAJECTORIES).mkdir(exist_ok=True)
-                path.rename(target / TRAJECTORIES / path.name)
+                (target / path.parent.name).mkdir(exist_ok=True)
+                path.rename(target / path.parent.name / path.name)
             else:
                 path.unlink()
     if target and (folder / METRICS).exists():

@@ -14,7 +14,8 @@ from rich.text import Text
 from skyrl_train.metrics import read_metrics
 from skyrl_train.progress import clock
 from skyrl_train.records.files import write_whole
-from skyrl_train.records.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps
+from skyrl_train.records.profile import VIEWER
+from skyrl_train.records.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 from skyrl_train.records.run_info import read_run_info
 
 EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
@@ -39,6 +40,7 @@ class Summary:
     metrics: str
     trajectories: str
     report: str | None
+    profile: str | None  # the newest step's
 
 
 def summarise(run_folder: Path | str) -> Summary:
@@ -47,6 +49,7 @@ def summarise(run_folder: Path | str) -> Summary:
     lines, info = read_metrics(folder / METRICS), read_run_info(folder)
     before, after, reward_of = before_and_after(lines)
     saved = max(checkpoint_steps(folder), default=None)
+    profiles = [str(path) for path in profile_steps(folder)]
     return Summary(
         model=info.model_name,
         environment=info.environment,
@@ -60,6 +63,7 @@ def summarise(run_folder: Path | str) -> Summary:
         metrics=str(folder / METRICS),
         trajectories=str(folder / TRAJECTORIES),
         report=str(folder / REPORT) if (folder / REPORT).exists() else None,
+        profile=profiles[-1] if profiles else None,
     )
 
 
@@ -94,6 +98,7 @@ def closing_panel(summary: Summary) -> Panel:
         ("metrics", summary.metrics),
         ("trajectories", summary.trajectories),
         ("report", summary.report or "none yet"),
+        *([("profile", f"{summary.profile}, one file per step: open it at {VIEWER}")] if summary.profile else []),
         ("next", f"uv run python -m skyrl_train.records show {folder} --worst 3"),
     ]
     table = Table.grid(padding=(0, 2))

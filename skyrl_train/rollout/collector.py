@@ -17,6 +17,7 @@ from skyrl_train.engine.base import Engine, SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import EnvCalls, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.spans import episode_lane
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory
 
 OnEpisode = Callable[[Trajectory], None]
@@ -135,7 +136,8 @@ class Collector:
 
     async def _play(self, task: EpisodeTask, lockstep: Lockstep | None, on_episode: OnEpisode | None) -> Trajectory:
         try:
-            trajectory = await self._play_with_retries(task, lockstep)
+            with episode_lane("episode", id=task.id):
+                trajectory = await self._play_with_retries(task, lockstep)
         finally:
             self._playing.pop(task.id, None)
             self._last_end = time.monotonic()

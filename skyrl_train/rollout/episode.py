@@ -19,6 +19,7 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
 from skyrl_train.rollout.chat import Chat, ChatTemplate
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.spans import span
 from skyrl_train.types import EpisodeEnd, Message, Prompt, Trajectory, Turn
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
@@ -122,7 +123,8 @@ class EnvCalls:
         timeout_s = own_timeout_s or min(self._step_timeout_s, self._seconds_left)
         task = asyncio.ensure_future(call)
         try:
-            await asyncio.wait([task], timeout=timeout_s)
+            with span(f"environment {what}"):
+                await asyncio.wait([task], timeout=timeout_s)
         finally:  # also when this episode is cancelled: nothing may go on behind its back
             if not task.done():
                 task.cancel()
@@ -165,7 +167,8 @@ class Episode:
             metrics = await self.env.metrics()
         finally:
             self.waits_for = "the environment's close"
-            await _to_its_end(self.env.close())
+            with span("environment close"):
+                await _to_its_end(self.env.close())
             await self.engine.forget(self._session_id)
         return Trajectory(
             prompt=self.task.prompt,
@@ -191,7 +194,8 @@ class Episode:
                 return EpisodeEnd.OUT_OF_TOKENS
             await self.before_turn()
             self.waits_for = "the engine"
-            completion = await self.engine.generate(Request(chat.ids, sampling, self._session_id))
+            with span("generate", turn=len(self.turns) + 1, prompt_tokens=len(chat.ids)):
+                completion = await self.engine.generate(Request(chat.ids, sampling, self._session_id))
             self.waits_for = "the environment's step"
             step = await self.env.step(completion.text)
             over = step["done"] or len(self.turns) + 1 >= self.env.max_turns

@@ -26,12 +26,12 @@ from loguru import logger
 from websockets.asyncio.client import ClientConnection, connect
 
 from integrations.openenv.catalog.echo import EchoEntry
-from integrations.openenv.client import websocket_url
+from integrations.openenv.client.addresses import websocket_url
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.containers import Container
-from integrations.openenv.pool import ServerPool
-from integrations.openenv.server_process import ServerProcess
-from integrations.openenv.source import ServerSource
+from integrations.openenv.hosting.containers import Container
+from integrations.openenv.hosting.server_process import ServerProcess
+from integrations.openenv.hosting.source import ServerSource
+from integrations.openenv.pool.server_pool import ServerPool
 
 HELLO = EchoEntry().parse("red lamp tree")
 NUM_CONTAINER_EPISODES = 3  # per round, of a container each

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from skyrl_train.progress import MovingTime, RunProgress, clock, step_line
+from skyrl_train.progress import MovingTime, RunProgress, breakdown, clock, step_line
 
 METRICS = {"reward/avg_raw_reward": 0.5, "timing/step": 2.0, "generate/num_sampled_tokens": 300.0}
 
@@ -64,6 +64,22 @@ def test_the_evaluation_before_training_is_no_step():
 def test_failures_are_shown_only_when_there_are_any():
     assert "failures" not in step_line(1, METRICS | {"generate/env_failures": 0.0})
     assert "failures  2" in step_line(1, METRICS | {"generate/env_failures": 2.0})
+
+
+def test_a_step_says_where_its_seconds_went():
+    timings = {
+        "timing/step": 12.4,
+        "timing/generate": 7.9,
+        "timing/engine": 7.2,
+        "timing/fwd_logprobs_values_reward": 0.04,  # rounds to 0
+        "timing/policy_train": 4.1,
+        "timing/sync_weights": 0.16,
+        "timing/eval": 3.0,  # after the step
+    }
+    shown = " = rollout 7.9 (engine 7.2) + update 4.1 + weights 0.2 + other 0.2"  # 12.4 - 7.9 - 0.04 - 4.1 - 0.16
+    assert breakdown(timings) == shown
+    assert step_line(3, timings).endswith(f"   time  12.4 s{shown}   evaluation 3.0 s")
+    assert step_line(0, {"timing/eval": 3.0}) == "step    0   evaluation 3.0 s"
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, "0:00"), (59.2, "1:00"), (3725, "1:02:05")])

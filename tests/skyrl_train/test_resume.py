@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skyrl_train.checkpoint import Checkpoints
+from skyrl_train.records.run_folder import profile_steps
 from skyrl_train.resume import check_same_run, find_checkpoint, start_run
 
 CONFIG = {"trainer.seed": 1, "trainer.epochs": 2}
@@ -20,6 +21,9 @@ def run(tmp_path):
     (tmp_path / "run/trajectories").mkdir()
     for name in ("eval_step_000000", "train_step_000003", "train_step_000004", "train_step_000005"):
         (tmp_path / f"run/trajectories/{name}.jsonl.zst").write_bytes(b"")
+    (tmp_path / "run/profile").mkdir()
+    for step in (2, 4, 10):
+        (tmp_path / f"run/profile/step_{step}.json.gz").write_bytes(b"")
     return checkpoints
 
 
@@ -27,11 +31,16 @@ def kept(folder):
     return sorted(p.name.removesuffix(".jsonl.zst") for p in (folder / "trajectories").iterdir())
 
 
+def profiled(folder):
+    return list(profile_steps(folder).values())
+
+
 def test_latest_goes_on_after_the_newest_and_forgets_what_came_later(run):
     start = start_run(run, "latest", None, CONFIG)
     assert start.step == 4
     assert start.state["trainer_state"]["global_step"] == 4
     assert kept(run.folder) == ["eval_step_000000", "train_step_000003", "train_step_000004"]
+    assert profiled(run.folder) == [2, 4]
     assert (run.folder / "metrics.jsonl").read_text() == "".join(f'{{"step": {s}}}\n' for s in range(5))
 
 
@@ -53,6 +62,7 @@ def test_none_moves_an_earlier_run_aside(run, mode):
     assert sorted(p.name for p in run.folder.iterdir()) == ["mine.txt", "previous"]
     assert (run.folder / "previous/1/global_step_4/trainer_state.pt").exists()
     assert len(kept(run.folder / "previous/1")) == 4
+    assert profiled(run.folder / "previous/1") == [2, 4, 10]
     assert start_run(run, mode, None, CONFIG).notes == ()  # nothing left to move
 
 
@@ -63,6 +73,7 @@ def test_going_back_to_an_older_checkpoint_keeps_the_later_ones_aside(run):
     assert (run.folder / "previous/1/global_step_4").is_dir()
     assert kept(run.folder) == ["eval_step_000000"]
     assert kept(run.folder / "previous/1") == ["train_step_000003", "train_step_000004", "train_step_000005"]
+    assert (profiled(run.folder), profiled(run.folder / "previous/1")) == ([2], [4, 10])
     assert '{"step": 5}' in (run.folder / "previous/1/metrics.jsonl").read_text()
 
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 from integrations.openenv.catalog.atari_games import GameOptions
 from integrations.openenv.catalog.atari_views import VIEWS, Sight, changes, picture, words_of
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
-from integrations.openenv.client import OpenEnvError, StepResult
+from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.session import StepResult
 
 RAM_BYTES = 128
 SYNONYMS = {"NOTHING": "NOOP", "NONE": "NOOP", "STAY": "NOOP", "WAIT": "NOOP", "STOP": "NOOP", "SHOOT": "FIRE"}

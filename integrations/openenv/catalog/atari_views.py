@@ -2,7 +2,7 @@
 known, else what changed in it; and a coarse picture where a server sends only the screen.
 
 Addresses: Anand et al. 2019, "Unsupervised State Representation Learning in Atari", appendix D. Each was compared here
-with the pixels of 600 to 4000 frames (tests/integrations/openenv/test_atari_views.py does it again).
+with the pixels of 600 to 4000 frames (tests/integrations/openenv/catalog/test_atari_views.py does it again).
 """
 
 from __future__ import annotations

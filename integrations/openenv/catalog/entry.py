@@ -10,8 +10,8 @@ from random import Random
 from typing import Any, ClassVar, Protocol
 
 from integrations.openenv.catalog.options import NoOptions, read_options
-from integrations.openenv.client import StepResult
-from integrations.openenv.source import ServerSource
+from integrations.openenv.client.session import StepResult
+from integrations.openenv.hosting.source import ServerSource
 
 Messages = list[dict[str, str]]
 

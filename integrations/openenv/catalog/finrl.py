@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, Task, Translator
 from integrations.openenv.catalog.finrl_options import SP500_STOCKS, FinRLOptions
 from integrations.openenv.catalog.orders import read_orders
-from integrations.openenv.client import OpenEnvError, StepResult
+from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.session import StepResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
 from integrations.openenv.catalog.games import GAMES, OpenSpielObservation, game_of
 from integrations.openenv.catalog.games.game import spoken
-from integrations.openenv.client import StepResult
+from integrations.openenv.client.session import StepResult
 
 OPPONENTS = ("random", "first", "last", "middle")
 MAX_WORD_CHARS = 100  # of a move

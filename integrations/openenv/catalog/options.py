@@ -20,15 +20,20 @@ class NoOptions:
 
 
 def read_options(options_type: type[OptionsT], values: Mapping[str, Any], of: str) -> OptionsT:
-    """The dataclass with these values; ValueError names what is unknown or wrong, and what there is."""
-    known = [field.name for field in fields(options_type)]  # ty: ignore[invalid-argument-type]
+    """The dataclass with these values; ValueError names what is unknown or wrong, and what there is.
+
+    A whole number for a text is that text: words and YAML make a number of game=2048.
+    """
+    known = {field.name: field.type for field in fields(options_type)}  # ty: ignore[invalid-argument-type]
     for name in values:
         if name not in known:
             nearest = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"{of} has no option {name!r}; {hint}")
     try:
-        return _adapter(options_type).validate_python(dict(values))
+        return _adapter(options_type).validate_python(
+            {name: str(v) if type(v) is int and known[name] in ("str", str) else v for name, v in values.items()}
+        )
     except ValidationError as wrong:
         words = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in wrong.errors())
         raise ValueError(f"{of}: {words}") from None

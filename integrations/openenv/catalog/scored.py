@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, Task, Translator
-from integrations.openenv.client import StepResult
+from integrations.openenv.client.session import StepResult
 
 
 class ScoredEntry(CatalogEntry):

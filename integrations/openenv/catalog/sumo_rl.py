@@ -19,7 +19,8 @@ from random import Random
 from typing import Any, ClassVar, Literal, Self
 
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
-from integrations.openenv.client import OpenEnvError, StepResult
+from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.session import StepResult
 
 INSTRUCTION = (
     "You control a traffic light. Answer with the road that gets green, as <action>road</action>. "

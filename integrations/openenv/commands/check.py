@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from integrations.openenv.background import run_in_background
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
 from integrations.openenv.commands.findings import Report, Returns, report
 from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measurements, descendants, measure
@@ -71,7 +71,10 @@ def _lines(checked: Report) -> list[tuple[str, str]]:
         ("step", _latency(checked)),
         ("sessions at once", f"{checked.num_sessions} of {MAX_SESSIONS_TRIED} tried"),
         ("longest text", f"{checked.longest_text_chars} characters"),
-        ("left behind", "not told here" if left is None else f"{len(left)} processes"),
+        (
+            "left behind",
+            f"{'not told here' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
+        ),
     ]
 
 

@@ -68,6 +68,7 @@ class Report:
     num_sessions: int
     longest_text_chars: int
     left_processes: list[int] | None
+    left_containers: list[str]
     findings: list[Finding]
 
     @property
@@ -93,6 +94,7 @@ def report(seen: Measurements) -> Report:
         num_sessions=seen.num_sessions,
         longest_text_chars=_longest_text(seen),
         left_processes=seen.left_processes,
+        left_containers=seen.left_containers,
         findings=findings,
     )
 
@@ -177,6 +179,8 @@ def _of_server(seen: Measurements) -> Iterator[Finding]:
         yield Finding("warn", f"steps are slow: 1 in 100 takes over {SLOW_STEP_MS / 1000:g} s")
     if seen.left_processes:
         yield Finding("fail", f"processes were left running: {', '.join(map(str, seen.left_processes))}")
+    if seen.left_containers:
+        yield Finding("fail", f"containers were left: {', '.join(seen.left_containers)}")
 
 
 def _differences(seen: Measurements) -> list[str]:

@@ -14,10 +14,14 @@ from typing import Any
 from integrations.openenv.catalog.generic.actions import ActionForm
 from integrations.openenv.catalog.generic.description import describe
 from integrations.openenv.catalog.generic.observation import legal_actions
-from integrations.openenv.client import CapacityReached, OpenEnvClient, OpenEnvError, open_session
+from integrations.openenv.client.errors import CapacityReached, OpenEnvError
+from integrations.openenv.client.session import OpenEnvClient, open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
-from integrations.openenv.pool import close_shared_pools, shared_pool
+from integrations.openenv.hosting.containers import Container, watchman_pid
+from integrations.openenv.hosting.docker_command import containers_of
+from integrations.openenv.hosting.reaping import this_process
+from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_gym.core import EnvFailure
 
 MAX_SESSIONS_TRIED = 16
@@ -63,6 +67,7 @@ class Measurements:
     num_sessions: int = 0  # that the server took at once, of MAX_SESSIONS_TRIED
     num_sessions_again: int = 0  # the same, after all of those were closed
     left_processes: list[int] | None = None  # None: this system does not tell
+    left_containers: list[str] = field(default_factory=list)
     failure: str | None = None  # why nothing could be played
 
 
@@ -109,10 +114,13 @@ async def measure(
     except (OpenEnvError, EnvFailure) as failed:
         seen.failure = str(failed)
     finally:
-        started = set(descendants()) - set(before)
+        started = {process for process in set(descendants()) - set(before) if process[0] != watchman_pid()}
+        containers = {server.name for _, server in shared_pool(config).servers() if isinstance(server, Container)}
         await close_shared_pools()
     if HAS_PROC:
         seen.left_processes = await _left_of(started)
+    if containers:
+        seen.left_containers = sorted(containers & await containers_of(this_process()))
     return seen
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from integrations.openenv.background import run_in_background
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
-from integrations.openenv.pool import close_shared_pools
+from integrations.openenv.pool.server_pool import close_shared_pools
 from skyrl_gym.core import EnvFailure
 
 HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."

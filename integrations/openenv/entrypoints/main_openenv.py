@@ -10,11 +10,11 @@ import asyncio
 import sys
 from dataclasses import dataclass, field
 
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, register_openenv
-from integrations.openenv.launch import preflight
-from integrations.openenv.pool import close_shared_pools, num_server_restarts
+from integrations.openenv.hosting.launch import preflight
+from integrations.openenv.pool.server_pool import close_shared_pools, num_server_restarts
 from skyrl_train.config import EnvironmentConfig, SkyRLConfig
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 

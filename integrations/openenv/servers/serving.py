@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,18 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
     import uvicorn
 
     config: dict[str, Any] = {"log_level": "warning", "ws_ping_interval": None, "ws_per_message_deflate": False}
-    uvicorn.Server(uvicorn.Config(app, **config)).run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(_without_late_closes(app), **config)).run(sockets=[listening])
+
+
+def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:
+    """openenv-core also closes connections that their client has closed: no error, and no page in the log for each."""
+    from starlette.websockets import WebSocketDisconnect
+
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        with contextlib.suppress(WebSocketDisconnect):
+            await app(scope, receive, send)
+
+    return served
 
 
 def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:

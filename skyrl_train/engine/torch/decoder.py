@@ -2,20 +2,26 @@
 
 A decoding step multiplies a few rows by every weight, so it is bound by reading the weights. Here query, key and value
 are one product, gate and up another; the weights are kept in the blocked layout that oneDNN reads fastest; the
-residual is added inside the product. The price is a second copy of the weights, laid out anew after each update.
+residual is added inside the product; what lies between the products is done by `kernels` where there is a C compiler.
+The price is a second copy of the weights, laid out anew after each update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor, nn
 
-from skyrl_train.learner.attention import Attention, PackedAttention
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
+from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.lora import effective_weight
 from skyrl_train.learner.model import Policy
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
@@ -40,8 +46,22 @@ def forward_pass(policy: Policy) -> ForwardPass:
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not packs or config.model_type not in FAMILIES or getattr(config, "hidden_act", "silu") != "silu":
         return policy
-    decoder = Decoder(policy)
-    return decoder if _agrees(decoder, policy) else policy
+    kernels = kernels_for(policy)
+    for used in [kernels, None] if kernels is not None else [None]:
+        if _agrees(decoder := Decoder(policy, used), policy):
+            return decoder
+    return policy
+
+
+def kernels_for(policy: Policy) -> Kernels | None:
+    """None where they cannot be compiled; says so, for it costs about a third of the speed."""
+    attention: Any = policy.module.base_model.layers[0].self_attn  # ty: ignore
+    heads, kv_heads = (linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
+    try:
+        return Kernels(Shape(heads, kv_heads, attention.head_dim, policy.compute_dtype))
+    except NoKernels as reason:
+        logger.info(f"sampling without compiled kernels, which is slower: {reason}")
+        return None
 
 
 class PackedLinear:
@@ -54,7 +74,7 @@ class PackedLinear:
 
     def pack(self) -> None:
         """Read the weights again."""
-        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        weight = torch.cat([effective_weight(linear) for linear in self._linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
@@ -68,23 +88,32 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer block, as transformers built it, with its products packed."""
+    """One transformer block as transformers built it: its norms, and its products packed."""
 
-    block: Any
+    attention_norm: Norm
     query_key_value: PackedLinear
+    head_norms: tuple[Norm, Norm] | None  # of queries and keys
+    scale: float
+    window: int | None
     output: PackedLinear
+    mlp_norm: Norm
     gate_up: PackedLinear
     down: PackedLinear
 
     @classmethod
     def of(cls, block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
+        normed = hasattr(attention, "q_norm")
         return cls(
-            block,
-            PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
-            PackedLinear([attention.o_proj]),
-            PackedLinear([mlp.gate_proj, mlp.up_proj]),
-            PackedLinear([mlp.down_proj]),
+            attention_norm=Norm.of(block.input_layernorm),
+            query_key_value=PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            head_norms=(Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
+            scale=attention.scaling,
+            window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            output=PackedLinear([attention.o_proj]),
+            mlp_norm=Norm.of(block.post_attention_layernorm),
+            gate_up=PackedLinear([mlp.gate_proj, mlp.up_proj]),
+            down=PackedLinear([mlp.down_proj]),
         )
 
     @property
@@ -95,13 +124,14 @@ class Layer:
 class Decoder:
     """A `ForwardPass` over a policy's weights. Call `weights_changed` when they have."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, kernels: Kernels | None) -> None:
         base: Any = policy.module.base_model
         head: Any = policy.module.get_output_embeddings()
         with torch.inference_mode():
             self._layers = [Layer.of(block) for block in base.layers]
             self._head = PackedLinear([head])
-        self._base = base
+        self._embedding, self._rotary, self._norm = base.embed_tokens.weight, base.rotary_emb, Norm.of(base.norm)
+        self.kernels = kernels
         self._head_dim = int(base.layers[0].self_attn.head_dim)
         self._num_heads = base.layers[0].self_attn.q_proj.out_features // self._head_dim
 
@@ -112,48 +142,67 @@ class Decoder:
             product.pack()
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
-        row = F.embedding(input_ids, self._base.embed_tokens.weight)
-        cos, sin = (part[0, :, None] for part in self._base.rotary_emb(row[None], position_ids[None]))
-        first, second = sin.chunk(2, dim=-1)
-        signed_sin = torch.cat((-first, second), dim=-1)  # rotate_half, its sign taken out
+        row = F.embedding(input_ids, self._embedding)
+        cosine, sine = (part[0] for part in self._rotary(row[None], position_ids[None]))
         for index, layer in enumerate(self._layers):
-            row = self._attend(index, layer, row, cos, signed_sin, attention)
-            gate, up = layer.gate_up(_normed(row, layer.block.post_attention_layernorm)).chunk(2, dim=-1)
-            row = layer.down.added_to(row, F.silu(gate).mul_(up))
-        return _normed(row, self._base.norm)
+            heads = layer.query_key_value(self._normed(row, layer.attention_norm)).unflatten(-1, (-1, self._head_dim))
+            row = layer.output.added_to(row, self._attend(index, layer, heads, cosine, sine, attention).flatten(1))
+            gate_up = layer.gate_up(self._normed(row, layer.mlp_norm))
+            row = layer.down.added_to(row, self._swiglu(gate_up))
+        return self._normed(row, self._norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
     def _attend(
-        self, index: int, layer: Layer, row: Tensor, cos: Tensor, signed_sin: Tensor, attention: Attention
+        self, index: int, layer: Layer, heads: Tensor, cosine: Tensor, sine: Tensor, attention: Attention
     ) -> Tensor:
-        module = layer.block.self_attn
-        heads = layer.query_key_value(_normed(row, layer.block.input_layernorm)).unflatten(-1, (-1, self._head_dim))
+        """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]"""
+        if self.kernels is not None and isinstance(attention, CachedAttention):
+            rotate = partial(self.kernels.rotate_and_store, heads, cosine, sine, layer.head_norms)
+            return attention.attend_with(self.kernels, index, heads, rotate, scale=layer.scale, window=layer.window)
         num_values = (heads.shape[1] - self._num_heads) // 2
-        turned, value = heads.split([heads.shape[1] - num_values, num_values], dim=1)
-        if hasattr(module, "q_norm"):
-            query, key = turned.split([self._num_heads, num_values], dim=1)
-            turned = torch.cat((_normed(query, module.q_norm), _normed(key, module.k_norm)), dim=1)
-        turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), signed_sin)
-        query, key = turned.split([self._num_heads, num_values], dim=1)
-        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        out = attention.attend(index, query, key, value, scale=module.scaling, window=window)
-        return layer.output.added_to(row, out.flatten(1))
+        query, key, value = heads.split([self._num_heads, num_values, num_values], dim=1)
+        if layer.head_norms:
+            query, key = self._normed(query, layer.head_norms[0]), self._normed(key, layer.head_norms[1])
+        query, key = (_rotated(part, cosine[:, None], sine[:, None]) for part in (query, key))
+        return attention.attend(index, query, key, value, scale=layer.scale, window=layer.window)
+
+    def _normed(self, row: Tensor, norm: Norm) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.rms_norm(row.contiguous(), norm)
+        return F.rms_norm(row, norm.weight.shape, norm.weight, norm.epsilon)
+
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
-def _normed(row: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(row, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = sine.chunk(2, dim=-1)
+    signed_sine = torch.cat((-first, second), dim=-1)  # rotate_half, its sign taken out
+    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, -1), signed_sine)
 
 
 @torch.inference_mode()
 def _agrees(decoder: Decoder, policy: Policy) -> bool:
     """Whether both compute the same on random tokens, as far as the type's rounding allows."""
-    ids = torch.randint(policy.config.vocab_size, (16,), generator=torch.Generator().manual_seed(1))
-    positions, offsets = torch.arange(16), torch.tensor([0, 16])
-    ours, theirs = (
-        model.logits(model.hidden_states(ids, positions, PackedAttention(offsets))).float()
-        for model in (decoder, policy)
-    )
+    ours, theirs = (prompts_and_a_step(model, policy).float() for model in (decoder, policy))
     allowed = 1e-3 if policy.compute_dtype == torch.float32 else 0.1
     return bool((ours - theirs).norm() <= allowed * theirs.norm())
+
+
+def prompts_and_a_step(model: ForwardPass, policy: Policy) -> Tensor:
+    """Logits of two prompts of random tokens and of one decoding step behind them, [26, vocab]."""
+    cache = KVCache(policy, max_slots=2, max_length=32, max_bytes=2**30)
+    cache.reserve(2, 32)
+    ids = torch.randint(policy.config.vocab_size, (26,), generator=torch.Generator().manual_seed(1))
+    rows, done = [], 0
+    for chunks in ([Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]):
+        positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
+        attention = CachedAttention(cache, chunks, policy.device)
+        rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))
+        done += len(positions)
+    return model.logits(torch.cat(rows))

@@ -1,4 +1,4 @@
-"""The in-process engine: asyncio in front, one thread that runs steps of the scheduler behind.
+"""The in-process engine: asyncio in front, steps of the scheduler in the compute thread behind.
 
 Requests of one tick of the event loop are handed over together, so a group that is submitted at once shares one
 prefill from its first step on. With `deterministic`, such a tick is a round: see `TorchEngine`.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from skyrl_train import compute
 from skyrl_train.engine.base import Completion, Request
 from skyrl_train.engine.torch.scheduler import EngineStats, Scheduler, Sequence
 from skyrl_train.learner.model import Policy
@@ -103,12 +104,16 @@ class TorchEngine:
         )
         self._tick: list[Pending] = []  # generate() calls of this tick of the event loop
         self._commands: deque[Command] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
         self._stopped: str | None = None  # why
-        self._in_flight: dict[Sequence, Pending] = {}  # the thread's own, like what follows
+        self._cause: BaseException | None = None  # if an error stopped it
+        self._under_way = False  # a turn is submitted or running
+        self._in_flight: dict[Sequence, Pending] = {}  # the compute thread's own, like what follows
         self._finished: list[tuple[Waiter, Completion]] = []  # not delivered yet
-        self._thread = threading.Thread(target=self._main, name="torch-engine", daemon=True)
-        self._thread.start()
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._scheduler.stats.busy_seconds
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats
@@ -133,17 +138,17 @@ class TorchEngine:
         loop = asyncio.get_running_loop()
         change = NewWeights(loop, loop.create_future(), policy_version)
         if not self._send(change):
-            raise EngineStopped(self._stopped)
+            raise self._refusal()
         await change.future
 
     async def close(self) -> None:
-        """End the thread after its current step. Requests in flight fail with `EngineStopped`."""
+        """Stop after the current step. Requests in flight fail with `EngineStopped`."""
         self._stop("the engine was closed before this request was finished")
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.wrap_future(compute.submit(self._end_if_idle))
 
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped is not None:
-            raise EngineStopped(self._stopped)
+            raise self._refusal()
         prompt, who = request.prompt_ids, f"session {request.session_id}"
         if not prompt:
             raise ValueError(f"{who}: the prompt is empty")
@@ -169,43 +174,58 @@ class TorchEngine:
             self._fail(tick)
 
     def _send(self, command: Command) -> bool:
-        """False if there is no thread any more to obey it."""
-        with self._wake:
+        """False if the engine has stopped and nothing will obey it."""
+        with self._lock:
             if self._stopped is None:
                 self._commands.append(command)
-                self._wake.notify()
+                self._submit_turn()
             return self._stopped is None
+
+    def _submit_turn(self) -> None:
+        if not self._under_way:
+            compute.submit(self._turn)
+            self._under_way = True
 
     def _stop(self, why: str) -> None:
-        with self._wake:
+        with self._lock:
             self._stopped = self._stopped or why
-            self._wake.notify()
 
     def _fail(self, waiters: Iterable[Waiter]) -> None:
-        _settle([(waiter, EngineStopped(self._stopped)) for waiter in waiters])
+        _settle([(waiter, self._refusal()) for waiter in waiters])
 
-    # Below: the thread.
+    def _refusal(self) -> EngineStopped:
+        refusal = EngineStopped(self._stopped)
+        refusal.__cause__ = self._cause
+        return refusal
 
-    def _main(self) -> None:
+    # Below: in the compute thread.
+
+    def _turn(self) -> None:
+        """Obey what was sent, do one step, and submit the next turn, so that a learner in between gets its own."""
         try:
-            while self._take_commands():
-                if not self._scheduler.is_idle:
-                    for sequence, completion in self._scheduler.step():
-                        self._finished.append((self._in_flight.pop(sequence), completion))
-                if not self._deterministic or self._scheduler.is_idle:
-                    _settle(self._finished)
-                    self._finished = []
+            self._take_commands()
+            if self._stopped is None and not self._scheduler.is_idle:
+                for sequence, completion in self._scheduler.step():
+                    self._finished.append((self._in_flight.pop(sequence), completion))
+            if not self._deterministic or self._scheduler.is_idle:
+                _settle(self._finished)
+                self._finished = []
+            with self._lock:
+                self._under_way = False
+                if self._stopped is None and (self._commands or not self._scheduler.is_idle):
+                    self._submit_turn()
         finally:
-            self._end(sys.exception())
+            if self._stopped is not None or sys.exception() is not None:
+                self._end(sys.exception())
 
-    def _take_commands(self) -> bool:
-        """Obey what was sent since the last step, waiting if there is nothing else to do. False: stop."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopped or self._commands or not self._scheduler.is_idle)
-            self._drop_cancelled()
-            while self._commands and not self._must_finish_round():
-                self._obey(self._commands.popleft())
-            return self._stopped is None
+    def _take_commands(self) -> None:
+        self._drop_cancelled()
+        while (command := self._next_command()) is not None:
+            self._obey(command)
+
+    def _next_command(self) -> Command | None:
+        with self._lock:
+            return self._commands.popleft() if self._commands and not self._must_finish_round() else None
 
     def _must_finish_round(self) -> bool:
         """With `deterministic`, a round begins when the last one is finished and delivered."""
@@ -235,11 +255,17 @@ class TorchEngine:
 
     def _end(self, error: BaseException | None) -> None:
         """Nobody waits for ever: whoever still waits learns why there will be no answer."""
-        self._stop(f"the engine's thread died of {type(error).__name__}: {error}")
+        self._cause = self._cause or error
+        self._stop(f"the engine died of {type(error).__name__}: {error}")
         waiters: list[Waiter] = [*self._in_flight.values(), *(waiter for waiter, _ in self._finished)]
         for command in self._commands:
             waiters += command if isinstance(command, list) else [command] if isinstance(command, NewWeights) else []
+        self._in_flight, self._finished, self._commands = {}, [], deque()
         self._fail(waiters)
+
+    def _end_if_idle(self) -> None:
+        """After the last turn, which has ended the engine unless none was under way when it was stopped."""
+        self._end(None)
 
 
 def _device_memory(device: torch.device) -> int:

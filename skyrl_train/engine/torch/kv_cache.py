@@ -7,12 +7,14 @@ sequences attends over a view of it: nothing is gathered, repeated or allocated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
 
 LENGTH_STEP = 128  # tokens
@@ -75,6 +77,12 @@ class KVCache:
         return self._store[index, 0], self._store[index, 1]
 
 
+class Rotate(Protocol):
+    """Rotates queries and keys of a forward pass and puts keys and values in their places in the cache."""
+
+    def __call__(self, keys: Tensor, values: Tensor, places: Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens [start, start + count) of the sequence in this slot: what one forward pass computes of it."""
@@ -82,6 +90,8 @@ class Chunk:
     slot: int
     start: int
     count: int
+    twin: int = 0  # a slot that holds the same first `shared` tokens: one read serves all sequences with this twin
+    shared: int = 0
 
     @property
     def stop(self) -> int:
@@ -100,12 +110,11 @@ class CachedAttention:
         self._long = chunks[len(self._singles) :]
         if any(chunk.count == 1 for chunk in self._long):
             raise ValueError("chunks of one token must come first")
-        heads = cache.layer(0)[0].shape[1]
-        slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])[:, None]
-        positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
-        rows = (slots * heads + torch.arange(heads)) * cache.length + positions[:, None]
-        self._rows = rows.flatten().to(device)  # where each new key goes in the flat [slots * kv_heads * length, D]
+        self._slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])
+        self._positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._twins = torch.tensor([chunk.twin for chunk in self._singles])
+        self._shared = torch.tensor([chunk.shared for chunk in self._singles])
         if self._singles:
             self._first, self._last = self._singles[0].slot, self._singles[-1].slot + 1
             self._span = max(chunk.stop for chunk in self._singles)
@@ -119,14 +128,56 @@ class CachedAttention:
         for store, new in zip(cached, (key, value), strict=True):
             store.view(-1, store.shape[-1]).index_copy_(0, self._rows, new.reshape(-1, store.shape[-1]))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [T, kv_heads, heads per key head, D]
-        parts, start = [], len(self._singles)
+        parts = []
         if self._singles:
-            parts.append(self._attend_singles(grouped[:start], *cached, scale, window))
+            parts.append(self._attend_singles(grouped[: len(self._singles)], *cached, scale, window).flatten(1, 2))
+        return _joined(parts + self._attend_chunks(grouped, key, value, cached, scale, window))
+
+    def attend_with(
+        self, kernels: Kernels, layer: int, heads: Tensor, rotate: Rotate, *, scale: float, window: int | None
+    ) -> Tensor:
+        """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]. `rotate` does so in place and stores keys and values."""
+        keys, values = self._cache.layer(layer)
+        rotate(keys, values, self._places)
+        num_singles, num_values, parts = len(self._singles), keys.shape[1], []
+        if num_singles:
+            slots, positions = self._slots[:num_singles], self._positions[:num_singles]
+            tokens = slots, positions, self._twins, self._shared
+            parts.append(kernels.attend(heads, keys, values, *tokens, scale=scale, window=window))
+        if self._long:
+            query, key, value = heads.split([heads.shape[1] - 2 * num_values, num_values, num_values], dim=1)
+            grouped = query.unflatten(1, (num_values, -1))
+            parts += self._attend_chunks(grouped, key, value, (keys, values), scale, window)
+        return _joined(parts)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Where each new key goes in the flat [slots * kv_heads * length, D]."""
+        heads = self._cache.layer(0)[0].shape[1]
+        slots, positions = self._slots[:, None], self._positions[:, None]
+        return ((slots * heads + torch.arange(heads)) * self._cache.length + positions).flatten().to(self._device)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where each new key of the first head begins, counted in numbers."""
+        keys = self._cache.layer(0)[0]
+        return self._slots * keys.stride(0) + self._positions * keys.stride(2)
+
+    def _attend_chunks(
+        self,
+        grouped: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cached: tuple[Tensor, Tensor],
+        scale: float,
+        window: int | None,
+    ) -> list[Tensor]:
+        parts, start = [], len(self._singles)
         for chunk in self._long:
             own = (tensor[start : start + chunk.count] for tensor in (grouped, key, value))
-            parts.append(self._attend_chunk(chunk, *own, cached, scale, window))
+            parts.append(self._attend_chunk(chunk, *own, cached, scale, window).flatten(1, 2))
             start += chunk.count
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1, 2)
+        return parts
 
     def _attend_singles(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """query [N, kv_heads, R, D]: one new token of N sequences. Slots in between that do not decode idle along."""
@@ -183,3 +234,7 @@ class CachedAttention:
         distance = query[:, None] - torch.arange(num_keys, device=self._device)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         return torch.zeros(hidden.shape, dtype=self._cache.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -6,6 +6,7 @@ token is the inverse of the cumulative distribution at that number, which costs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from skyrl_train.engine.base import SamplingParams
+from skyrl_train.engine.torch.kernels import Kernels
 
 BLOCK = 256  # tokens whose probabilities are summed before the search: the search then looks at V / 256 + 256 numbers
 MASK64 = (1 << 64) - 1
+NOT_FINITE = "the policy's logits are not finite: its weights have diverged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,28 @@ class Row:
     tokens: Sequence[int]  # prompt and response so far: what the repetition penalty looks at
     banned: tuple[int, ...] = ()  # the end-of-sequence tokens while the response is shorter than min_tokens
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but a temperature and banned tokens decides."""
+        params = self.params
+        filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        return not filters and params.repetition_penalty == 1
 
-def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
+
+def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> tuple[list[int], list[float]]:
     """logits [rows, vocab] -> tokens, and their log probability under softmax(logits / temperature), uncut, in float32.
 
-    Temperature 0 takes the most likely token and reports its log probability at temperature 1.
+    Temperature 0 takes the most likely token and reports its log probability at temperature 1. With kernels, rows
+    without filters are drawn by them.
     """
+    if kernels is not None and all(row.is_plain for row in rows):
+        uniforms = [uniform(row.params.seed, row.position) for row in rows]
+        banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
+        tokens, logprobs = kernels.draw(logits, [row.params.temperature for row in rows], uniforms, banned)
+        if not all(map(math.isfinite, logprobs)):
+            raise FloatingPointError(NOT_FINITE)
+        if -1 not in tokens:
+            return tokens, logprobs
     temperatures = torch.tensor([row.params.temperature or 1.0 for row in rows], device=logits.device)[:, None]
     weights = logits.to(torch.float32, copy=True)
     if any(row.params.temperature not in (0, 1) for row in rows):
@@ -41,7 +60,7 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     weights.sub_(top).exp_()  # unnormalised probabilities, at most 1
     total = weights.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
-        raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+        raise FloatingPointError(NOT_FINITE)
     drowned = _ban(weights, rows)
     for index, row in enumerate(rows):
         _cut(weights[index], logits[index], row, anew=row.params.repetition_penalty != 1 or index in drowned)

@@ -22,6 +22,7 @@ from skyrl_train.engine.torch.sampling import Row, sample
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions, common_prefix
 from skyrl_train.engine.torch.stop import StopStrings
 from skyrl_train.learner.model import Policy
+from skyrl_train.spans import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Sequence:
     computed: int = 0
     source: Sequence | None = None  # a sequence that is computing the first `shared` tokens of this one right now
     shared: int = 0
+    twin: Sequence | None = None  # a sequence in a slot that holds the same first `shared` tokens
 
     @property
     def response_ids(self) -> list[int]:
@@ -70,6 +72,7 @@ class Scheduler:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
         self._model = forward_pass(policy)
+        self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_sequence_ids(policy, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
@@ -118,7 +121,7 @@ class Scheduler:
             self._model.weights_changed()
         self._sessions.clear()
         for sequence in self._slots:
-            sequence.computed = 0
+            sequence.computed, sequence.twin = 0, None
         for sequence in self._waiting:
             sequence.policy_version = policy_version
 
@@ -128,9 +131,11 @@ class Scheduler:
         began = time.perf_counter()
         self._admit()
         chunks = self._plan()
-        hidden = self._forward(chunks)
-        self._share_prefixes()
-        finished = self._sample(chunks, hidden)
+        with span("engine step", sequences=len(chunks), tokens=sum(chunk.count for _, chunk in chunks)):
+            hidden = self._forward(chunks)
+            self._share_prefixes()
+            with span("sample"):
+                finished = self._sample(chunks, hidden)
         busy = self.stats.busy_seconds + time.perf_counter() - began
         self.stats = replace(self.stats, steps=self.stats.steps + 1, busy_seconds=busy)
         return finished
@@ -177,7 +182,7 @@ class Scheduler:
         if sequence.source is not None and sequence.source.computed >= sequence.shared:
             self._cache.copy_prefix(sequence.source.slot, sequence.slot, sequence.shared)
             self._count_reused(sequence, sequence.shared)
-            sequence.source = None
+            sequence.source, sequence.twin = None, sequence.source
 
     def _count_reused(self, sequence: Sequence, length: int) -> None:
         sequence.computed = length
@@ -188,7 +193,7 @@ class Scheduler:
         ready = [sequence for sequence in self._slots if sequence.source is None]
         singles = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed == 1]
         longs = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed > 1]
-        plan = [(sequence, Chunk(sequence.slot, sequence.computed, 1)) for sequence in singles]
+        plan = [(sequence, _next_token(sequence)) for sequence in singles]
         budget = max(self._budget - len(plan), 2)  # always some progress; a chunk of one would be a decoding row
         for sequence in longs:
             count = min(len(sequence.tokens) - sequence.computed, budget)
@@ -224,7 +229,7 @@ class Scheduler:
         if not done:
             return []
         last = hidden if len(ends) == hidden.shape[0] else hidden[ends]
-        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done])
+        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done], self._kernels)
         self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + len(tokens))
         finished = []
         for sequence, token, logprob in zip(done, tokens, logprobs, strict=True):
@@ -267,9 +272,22 @@ class Scheduler:
         if last is not sequence:
             self._cache.copy_prefix(last.slot, sequence.slot, last.computed)
             self._slots[sequence.slot], last.slot = last, sequence.slot
+        heir: Sequence | None = None  # those who read a prefix in its slot read it in that of the first of them
         for other in self._slots:
             if other.source is sequence:
                 other.source = None  # its prefix will not come: compute it
+            if other.twin is sequence:
+                other.twin = heir
+                if heir is None:
+                    heir = other
+                else:
+                    other.shared = min(other.shared, heir.shared)
+
+
+def _next_token(sequence: Sequence) -> Chunk:
+    if sequence.twin is None:
+        return Chunk(sequence.slot, sequence.computed, 1)
+    return Chunk(sequence.slot, sequence.computed, 1, sequence.twin.slot, sequence.shared)
 
 
 def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from integrations.openenv.server_process import ServerProcess
+from integrations.openenv.hosting.server_process import ServerProcess
 
 
 def started(module: str) -> Iterator[str]:

@@ -18,9 +18,9 @@ import pytest
 
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import register_openenv
-from integrations.openenv.pool import ServerPool, close_shared_pools, num_server_restarts, shared_pool
+from integrations.openenv.hosting.server_process import ServerProcess
+from integrations.openenv.pool.server_pool import ServerPool, close_shared_pools, num_server_restarts, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
-from integrations.openenv.server_process import ServerProcess
 from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import Completion, Request, SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate

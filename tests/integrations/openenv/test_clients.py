@@ -6,7 +6,7 @@ import pytest
 from integrations.openenv.catalog.coding import CodeAction, CodeObservation
 from integrations.openenv.catalog.echo import EchoAction
 from integrations.openenv.clients import CodingEnv, EchoEnv
-from integrations.openenv.docker_command import DockerUnavailable
+from integrations.openenv.hosting.docker_command import DockerUnavailable
 
 
 async def test_a_local_environment_is_started_and_stopped_by_its_client() -> None:

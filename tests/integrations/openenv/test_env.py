@@ -14,9 +14,9 @@ import skyrl_gym
 from integrations.openenv.catalog import InvalidAction
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, close_background_pools, register_openenv, with_observation
-from integrations.openenv.pool import close_shared_pools, num_server_restarts, shared_pool
+from integrations.openenv.hosting.server_process import ServerProcess
+from integrations.openenv.pool.server_pool import close_shared_pools, num_server_restarts, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
-from integrations.openenv.server_process import ServerProcess
 from skyrl_gym.check import check_env
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.registration import deregister

@@ -8,7 +8,7 @@ import pytest
 from integrations.openenv import install_environment
 from integrations.openenv.catalog import catalog_entry
 from integrations.openenv.catalog.coding import CodingEntry
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 
 

@@ -32,7 +32,8 @@ def refusal(*overrides: str) -> str:
         "trainer.placement.policy_num_gpus_per_node=2",
         "trainer.placement.policy_num_nodes=2",
         "trainer.placement.colocate_all=false",
-        "trainer.policy.model.lora.rank=8",
+        "trainer.ref.model.lora.rank=8",
+        "trainer.critic.model.lora.rank=8",
         "trainer.critic.model.path=gpt2",
         "trainer.algorithm.advantage_estimator=gae",
         "trainer.fully_async.max_staleness_steps=2",
@@ -100,6 +101,33 @@ def test_a_key_that_needs_another_is_refused_alone_and_accepted_beside_it(settin
     assert text.endswith(f"drop it, or {needed}")
     extra = ["trainer.algorithm.use_kl_loss=false"] if "use_kl_in_reward" in needed else []
     load_config([setting, needed.removeprefix("set "), *extra])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("rank=-1", "rank=-1 must be at least 0"),
+        ("alpha=0", "alpha=0 must be at least 1"),
+        ("dropout=0.1", "dropout=0.1 is not possible: the engine samples without dropout"),
+        ("target_modules=[]", "target_modules=[] must be all-linear or names of modules"),
+        ("exclude_modules=[1]", "exclude_modules=[1] must be names of modules"),
+        ("init_method=zero", "init_method=zero must be one of kaiming, xavier, normal"),
+        ("lora_sync_path=/x", "lora_sync_path=/x has nothing to do: the engine reads the learner's weights"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(setting, says):
+    adapters = "trainer.policy.model.lora"
+    assert refusal(f"{adapters}.rank=8", f"{adapters}.{setting}").startswith(f"{adapters}.{says}")
+
+
+def test_adapter_keys_need_a_rank_and_a_reference_that_is_to_follow_needs_the_same_base():
+    alpha, rank = "trainer.policy.model.lora.alpha=32", "trainer.policy.model.lora.rank=8"
+    assert "alpha=32 has no effect with rank=0; drop it, or use adapters with rank=16" in refusal(alpha)
+    load_config([alpha, rank])
+    follow = "trainer.update_ref_every_epoch=true"
+    load_config([rank, follow])
+    load_config([rank, "trainer.ref.model.path=other"])
+    assert "drop trainer.ref.model.path" in refusal(rank, follow, "trainer.ref.model.path=other")
 
 
 def test_kl_keys_need_a_kl_term():

@@ -4,56 +4,57 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch.decoder import Decoder, forward_pass
-from skyrl_train.learner.model import PackedAttention, Policy
+from skyrl_train.engine.torch.decoder import Decoder, ForwardPass, forward_pass, kernels_for, prompts_and_a_step
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.learner.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.tiny_models import tiny_policy
 
-POSITIONS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 0])
-OFFSETS = torch.tensor([0, 5, 8, 9])
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}),
+    ("mistral", {"sliding_window": 3}),
+]
 
 
-def logits_of(model, policy: Policy) -> torch.Tensor:
-    ids = torch.randint(policy.config.vocab_size, (9,), generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        return model.logits(model.hidden_states(ids, POSITIONS, PackedAttention(OFFSETS)))
+@torch.inference_mode()
+def logits_of(model: ForwardPass, policy: Policy) -> torch.Tensor:
+    return prompts_and_a_step(model, policy)
 
 
-def decoder_of(policy: Policy) -> Decoder:
-    model = forward_pass(policy)
-    assert isinstance(model, Decoder)
-    return model
+def decoders_of(policy: Policy) -> tuple[Decoder, Decoder]:
+    """With compiled kernels, and as it is where there is no compiler."""
+    return Decoder(policy, kernels_for(policy)), Decoder(policy, None)
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("llama", {}),
-        ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
-        ("qwen2", {}),
-        ("qwen3", {}),
-        ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}),
-        ("mistral", {"sliding_window": 3}),
-    ],
-)
-def test_the_decoder_computes_what_the_policy_computes(family: str, config: dict) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_the_decoder_computes_what_the_policy_computes(family: str, config: dict, compiled: bool) -> None:
     policy = tiny_policy(family, **config)
-    assert_close(logits_of(decoder_of(policy), policy), logits_of(policy, policy), atol=2e-5, rtol=1e-4)
+    kernels = kernels_for(policy) if compiled else None
+    if compiled and kernels is None:
+        pytest.skip("no C compiler here")
+    decoder = Decoder(policy, kernels)
+    assert_close(logits_of(decoder, policy), logits_of(policy, policy), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_in_bfloat16_it_is_as_near_to_float32_as_the_policy_is(family: str) -> None:
     exact_policy, policy = tiny_policy(family), tiny_policy(family, compute_dtype=torch.bfloat16)
     exact = logits_of(exact_policy, exact_policy)
-    ours, theirs = (logits_of(model, policy).float() - exact for model in (decoder_of(policy), policy))
-    assert ours.norm() < 1.5 * theirs.norm()
+    theirs = (logits_of(policy, policy).float() - exact).norm()
+    for decoder in decoders_of(policy):
+        assert (logits_of(decoder, policy).float() - exact).norm() < 1.5 * theirs
 
 
 @torch.no_grad()
 def test_changed_weights_count_once_it_is_told() -> None:
     policy = tiny_policy()
-    decoder = decoder_of(policy)
+    decoder = Decoder(policy, None)
     for parameter in policy.module.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     assert (logits_of(decoder, policy) - logits_of(policy, policy)).abs().max() > 0.01
@@ -65,6 +66,16 @@ def test_changed_weights_count_once_it_is_told() -> None:
 def test_other_families_are_computed_by_the_policy_itself(family: str, config: dict) -> None:
     policy = tiny_policy(family, **config)
     assert forward_pass(policy) is policy
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("false", "cannot build decode.c"), ("/no/such/compiler", "No such file")]
+)
+def test_without_a_compiler_that_works_the_decoder_does_without_kernels(monkeypatch, compiler, reason) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(NoKernels, match=reason):
+        Kernels(Shape(4, 2, 8, torch.float32))
+    assert isinstance(forward_pass(tiny_policy()), Decoder)
 
 
 async def test_the_engine_samples_from_the_new_weights_after_an_update(make_engine) -> None:

@@ -9,10 +9,31 @@ import pytest
 import torch
 
 from skyrl_train.engine.base import SamplingParams
-from skyrl_train.engine.torch.sampling import Row, sample, uniform
+from skyrl_train.engine.torch import sampling
+from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.engine.torch.sampling import Row, uniform
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def kernels(request, monkeypatch) -> None:
+    """Every test draws with the compiled kernels and without."""
+    compiled = None
+    if request.param == "kernels":
+        try:
+            compiled = Kernels(Shape(4, 2, 8, torch.float32))
+        except NoKernels as reason:
+            pytest.skip(str(reason))
+    monkeypatch.setitem(globals(), "KERNELS", compiled)
+
+
+KERNELS: Kernels | None = None
+
+
+def sample(logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
+    return sampling.sample(logits.contiguous(), rows, KERNELS)
 
 
 def row(seed: int = 0, position: int = 0, tokens: tuple[int, ...] = (), banned: tuple[int, ...] = (), **params) -> Row:

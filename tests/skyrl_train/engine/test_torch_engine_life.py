@@ -1,10 +1,9 @@
-"""The engine's thread: nobody waits for ever, impossible requests fail alone, deterministic rounds are exact."""
+"""The engine's life: nobody waits for ever, impossible requests fail alone, deterministic rounds are exact."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tests.tiny_models import tiny_policy
 LONG: dict[str, Any] = {"min_tokens": 400, "max_tokens": 400}
 
 
-async def test_close_fails_requests_in_flight_and_ends_the_thread(make_engine):
+async def test_close_fails_requests_in_flight(make_engine):
     engine = make_engine()
     running = [asyncio.create_task(engine.generate(ask("a", f"{i}", **LONG))) for i in range(12)]  # 4 of them wait
     await until_step(engine, 3)
@@ -26,7 +25,6 @@ async def test_close_fails_requests_in_flight_and_ends_the_thread(make_engine):
     for outcome in await asyncio.gather(*running, return_exceptions=True):
         assert isinstance(outcome, EngineStopped)
         assert "closed" in str(outcome)
-    assert not any(thread.name == "torch-engine" and thread.is_alive() for thread in threading.enumerate())
     with pytest.raises(EngineStopped, match="closed"):
         await engine.generate(ask("b"))
     with pytest.raises(EngineStopped, match="closed"):
@@ -41,8 +39,7 @@ async def test_a_request_made_in_the_tick_of_the_close_fails_too(make_engine):
     assert isinstance(outcomes[0], EngineStopped)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_an_error_in_the_thread_reaches_everyone_who_waits(make_engine):
+async def test_an_error_in_a_step_reaches_everyone_who_waits(make_engine):
     policy = tiny_policy()
     engine = make_engine(policy)
     with torch.no_grad():
@@ -52,6 +49,7 @@ async def test_an_error_in_the_thread_reaches_everyone_who_waits(make_engine):
     for outcome in outcomes:
         assert isinstance(outcome, EngineStopped)
         assert "FloatingPointError: the policy's logits are not finite" in str(outcome)
+        assert isinstance(outcome.__cause__, FloatingPointError)
     with pytest.raises(EngineStopped, match="FloatingPointError"):
         await engine.generate(ask("a"))
 

@@ -157,6 +157,19 @@ def test_the_summary_adds_up(run):
     assert "0.250 → 0.875" in printed
     assert "--worst 3" in printed
     assert str(run / "report.html") in printed
+    assert summary.profile is None
+    assert "perfetto" not in printed
+
+
+def test_the_last_words_say_how_to_open_the_newest_profile(run):
+    (run / "profile").mkdir()
+    for step in (2, 10):
+        (run / f"profile/step_{step}.json.gz").touch()
+    console = Console(record=True, width=400)
+    console.print(closing_panel(write_summary(run)))
+    assert f"{run / 'profile/step_10.json.gz'}, one file per step: open it at https://ui.perfetto.dev" in (
+        console.export_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 MOVES = {"hit": 0, "stand": 1}
 RANKS = ("ace", "2", "3", "4", "5", "6", "7", "8", "9", "10", "jack", "queen", "king")

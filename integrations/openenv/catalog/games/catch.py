@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 MOVES = {"left": 0, "stay": 1, "right": 2}
 REPLY_FORM = "Reply only with <action>left</action>, <action>stay</action> or <action>right</action>."

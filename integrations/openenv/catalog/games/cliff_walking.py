@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 MOVES = {"right": 0, "up": 1, "left": 2, "down": 3}
 STEPS = {0: (0, 1), 1: (-1, 0), 2: (0, -1), 3: (1, 0)}  # rows, columns; rows are counted from the top

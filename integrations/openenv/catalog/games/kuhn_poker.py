@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 PASS, BET = 0, 1
 CARDS = ("jack", "queen", "king")

@@ -7,7 +7,7 @@ from functools import cache
 from typing import ClassVar
 
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6))
 FREE, O, X = " ", "o", "x"  # noqa: E741  (the letters on the board)

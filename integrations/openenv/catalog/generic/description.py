@@ -8,7 +8,8 @@ from typing import Any
 from integrations.openenv.catalog.entry import OpenSession
 from integrations.openenv.catalog.generic.actions import ActionForm, action_form
 from integrations.openenv.catalog.generic.tools import Tool, ToolForm, call_constants, calls_tools
-from integrations.openenv.client import OpenEnvError, fetch_json, schema
+from integrations.openenv.client.addresses import fetch_json, schema
+from integrations.openenv.client.errors import OpenEnvError
 
 MAX_MANUAL_CHARS = 2000
 

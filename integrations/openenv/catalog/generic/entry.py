@@ -12,12 +12,13 @@ from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, OpenSession, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, OpenSession, Task, Translator
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
 from integrations.openenv.catalog.generic.names import ForeignName
 from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
-from integrations.openenv.client import OpenEnvError, StepResult
-from integrations.openenv.source import ServerSource
+from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.session import StepResult
+from integrations.openenv.hosting.source import ServerSource
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
 EXAMPLE_SEED = 1  # of the action that the prompt shows
@@ -80,12 +81,13 @@ class GenericEntry(CatalogEntry):
 
     def tasks(self, random: Random, num_tasks: int, options: GenericOptions) -> list[Task]:
         """The same words each time: the tasks differ by the seed that the environment is reset with."""
-        prompt = [{"role": "user", "content": self.prompt(options)}]
+        prompt = self.prompt(options)
         plain = asdict(GenericOptions())
         given = {name: value for name, value in asdict(options).items() if value != plain[name]}
         return [Task(prompt, family=self.data_name, options=given) for _ in range(num_tasks)]
 
-    def prompt(self, options: GenericOptions) -> str:
+    def prompt(self, options: GenericOptions) -> Messages:
+        """The task, and one reply as it should look: a small model does what it sees rather than what it is told."""
         about = self.description
         task = options.instruction or f"You act in the environment {about.title or self.name}. Earn as much as you can."
         example = about.form.random_text(Random(EXAMPLE_SEED), None)
@@ -93,7 +95,11 @@ class GenericEntry(CatalogEntry):
             f"Each of your replies holds one action between <action> and </action>: {about.form.how()}\n"
             f"For example: <action>{example}</action>"
         )
-        return "\n\n".join(part for part in (task, about.manual, how) if part)
+        return [
+            {"role": "user", "content": "\n\n".join(part for part in (task, about.manual, how) if part)},
+            {"role": "assistant", "content": f"<action>{example}</action>"},
+            {"role": "user", "content": "Now a new episode."},
+        ]
 
     def translator(self, task: Task, options: GenericOptions) -> Translator:
         return GenericTranslator(self, options)

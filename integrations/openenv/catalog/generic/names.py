@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from integrations.openenv.source import ServerSource
+from integrations.openenv.hosting.source import ServerSource
 
 FORMS = (
     "an address (http://host:8000), a folder that `openenv init` could have made (./my_env), "

@@ -14,7 +14,7 @@ from integrations.openenv.catalog.entry import InvalidAction
 from integrations.openenv.catalog.generic.actions import ActionForm, ObjectForm
 from integrations.openenv.catalog.generic.validation import json_value
 from integrations.openenv.catalog.generic.values import Legal, named
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 MAX_TOOLS = 50
 MAX_DESCRIPTION_CHARS = 300

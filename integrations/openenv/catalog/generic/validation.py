@@ -12,7 +12,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from integrations.openenv.catalog.entry import InvalidAction
-from integrations.openenv.client import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError
 
 MAX_DEPTH = 30
 MAX_COMPLAINT_CHARS = 300

@@ -74,6 +74,7 @@ def test_the_server_must_give_back_what_it_took() -> None:
     assert words(num_sessions_again=12) == "fail: 4 of 16 sessions were not free again after they were closed"
     assert words(left_processes=[7, 8]) == "fail: processes were left running: 7, 8"
     assert words(left_processes=None) == ""
+    assert words(left_containers=["skyrl-openenv-7"]) == "fail: containers were left: skyrl-openenv-7"
 
 
 def test_failures_and_refusals_are_counted() -> None:

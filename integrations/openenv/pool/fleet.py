@@ -1,0 +1,256 @@
+"""The servers of one environment, and who may open a session on them: nobody knocks at a server that is full.
+
+Leases wait in the order in which they came. How many sessions a server takes is learned: sessions are opened one at a
+time, then two, four, ... while it accepts; when it says CAPACITY_REACHED it is believed, and another server is started
+(up to `max_servers`), or the lease goes on waiting. A server that fails a session is doubted: nobody is sent to it
+until it has proved that it answers, and one that does not is replaced while the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import math
+import os
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from loguru import logger
+
+from integrations.openenv.client.addresses import is_healthy
+from integrations.openenv.client.errors import CapacityReached, OpenEnvError
+from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.hosting.launch import (
+    announce,
+    choose_runtime,
+    default_max_servers,
+    reap_orphans,
+    start_server,
+)
+from integrations.openenv.hosting.server import Server, ServerStartFailed
+from integrations.openenv.hosting.source import ServerSource
+from integrations.openenv.pool.member import Member
+
+MAX_FAILURES = 5  # servers that failed since an episode got through; then the environment is given up
+LONGEST_SILENCE_S = 5.0  # of a server that is asked for its health
+NO_GROWTH_S = 60.0  # after a further server could not be started beside those that run
+
+
+@dataclass(order=True)
+class Waiter:
+    """A lease in the queue."""
+
+    number: int
+    place: asyncio.Future[Member] = field(compare=False)
+
+
+class Fleet:
+    """Gives out places on servers: `place`, then `opened`, `refused` or `failed`, at last `give_back`."""
+
+    def __init__(self, source: ServerSource, config: OpenEnvConfig) -> None:
+        self.source = source
+        self.config = config
+        self.members: list[Member] = []
+        self.num_restarts = 0  # servers started in place of a dead one
+        self._runtime: str | None = None
+        self._max_servers = default_max_servers(config, config.runtime)
+        self._waiting: list[Waiter] = []
+        self._num_starting = 0
+        self._num_dead = 0  # not replaced yet
+        self._num_failures = 0  # servers that did not start or died, since an episode got through
+        self._last_words = ""
+        self._no_growth_until_s = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def place(self, number: int) -> Member:
+        """A place on a server, in the order of the numbers. ServerStartFailed if there is no server to be had."""
+        if self._closed:
+            raise OpenEnvError("the server pool is closed")
+        waiter = Waiter(number, asyncio.get_running_loop().create_future())
+        bisect.insort(self._waiting, waiter)
+        self._dispatch()
+        try:
+            return await waiter.place
+        except asyncio.CancelledError:
+            if not waiter.place.cancelled() and waiter.place.exception() is None:
+                member = waiter.place.result()
+                member.num_opening -= 1
+                self._vacate(member)
+            self._waiting = [other for other in self._waiting if other is not waiter]
+            raise
+
+    def opened(self, member: Member) -> None:
+        member.opened()
+        self._dispatch()
+
+    def refused(self, member: Member, full: CapacityReached) -> None:
+        member.refused(full.max_sessions, asyncio.get_running_loop().time())
+        self._dispatch()
+
+    def not_opened(self, member: Member, *, doubt: bool) -> None:
+        """The session could not be opened, for another reason than a full server; or nobody wants it any more."""
+        member.num_opening -= 1
+        if doubt:
+            self.doubt(member)
+        self._vacate(member)
+
+    def give_back(self, member: Member, *, got_through: bool) -> None:
+        """A session has ended."""
+        if got_through:
+            member.num_lost_in_a_row = 0
+            self._num_failures = 0
+        self._vacate(member)
+
+    def doubt(self, member: Member) -> None:
+        """A session on it was lost: see whether the server is alive before anybody is sent there."""
+        member.num_lost_in_a_row += 1
+        if not member.doubted and member in self.members and not self._closed:
+            member.doubted = True
+            self._spawn(self._examine(member))
+
+    def stop(self) -> list[Server]:
+        """No more places. Gives the servers, for the caller to stop; who waits is told."""
+        self._closed = True
+        servers = [member.server for member in self.members]
+        self.members = []
+        for task in self._tasks:
+            if not task.get_loop().is_closed():
+                task.cancel()
+        self._refuse_all("the server pool is closed")
+        return servers
+
+    async def ended(self) -> None:
+        """After `stop`: starts that were under way have cleaned up."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def describe(self) -> str:
+        """What the servers are doing, for a message."""
+        servers = ", ".join(f"{member.num_open} of {member.capacity} sessions open" for member in self.members)
+        return f"{len(self.members)} of at most {self._max_servers} servers run ({servers}), {len(self._waiting)} wait"
+
+    # Who goes where
+
+    def _vacate(self, member: Member) -> None:
+        member.num_open -= 1
+        member.refused_until_s = 0.0  # a slot has come free: worth an attempt
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Send the first in the queue to servers with places, and start servers for those who find none."""
+        if self._closed:
+            return
+        now_s = asyncio.get_running_loop().time()
+        while self._waiting:
+            free = [member for member in self.members if member.has_place(now_s)]
+            if not free:
+                break
+            waiter = self._waiting.pop(0)
+            if not waiter.place.done():
+                member = min(free, key=lambda member: member.num_open / member.capacity)
+                member.num_open += 1
+                member.num_opening += 1
+                waiter.place.set_result(member)
+        for _ in range(self._num_missing(now_s)):
+            self._num_starting += 1
+            self._spawn(self._start())
+        if self._waiting:
+            self._look_again(now_s)
+
+    def _num_missing(self, now_s: float) -> int:
+        """Servers to start for those who wait."""
+        per_server = min((member.capacity for member in self.members), default=self.config.max_sessions)
+        places = sum(member.num_places(now_s) for member in self.members) + self._num_starting * per_server
+        allowed = self._max_servers if self._runtime else 1
+        if self.members and now_s < self._no_growth_until_s:
+            return 0
+        wanted = math.ceil(max(0, len(self._waiting) - places) / per_server)
+        at_once = os.cpu_count() or 1  # more would only make each other late
+        return max(0, min(wanted, allowed - len(self.members) - self._num_starting, at_once - self._num_starting))
+
+    def _look_again(self, now_s: float) -> None:
+        pauses = [m.refused_until_s for m in self.members if m.refused_until_s > now_s]
+        if pauses:
+            asyncio.get_running_loop().call_at(min(pauses), self._dispatch)
+
+    # Starts and ends of servers
+
+    async def _start(self) -> None:
+        try:
+            if self._num_failures >= MAX_FAILURES:
+                raise ServerStartFailed(
+                    f"given up, {MAX_FAILURES} servers in a row failed before an episode got through{self._last_words}"
+                )
+            runtime = await self._chosen_runtime()
+            patience_s = self.config.startup_timeout_s if self._runtime else 0.0
+            server = await start_server(self.source, runtime, self.config, patience_s=patience_s)
+        except OpenEnvError as failed:
+            self._num_starting -= 1
+            self._start_failed(failed)
+            return
+        except BaseException:
+            self._num_starting -= 1
+            raise
+        self._num_starting -= 1
+        if self._runtime is None:
+            self._runtime = runtime
+            self._max_servers = 1 if runtime == "url" else default_max_servers(self.config, runtime)
+            announce(self.source, runtime, server)
+        if self._num_dead:
+            self._num_dead -= 1
+            self.num_restarts += 1
+        self.members.append(Member(server, self._capacity()))
+        self._dispatch()
+
+    async def _chosen_runtime(self) -> str:
+        if self._runtime is not None:
+            return self._runtime
+        runtime = await choose_runtime(self.source, self.config)
+        await reap_orphans(containers=runtime == "docker")
+        return runtime
+
+    def _capacity(self) -> int:
+        """Of a new server: as large as the others have turned out to be."""
+        return min((member.capacity for member in self.members), default=self.config.max_sessions)
+
+    def _start_failed(self, failed: OpenEnvError) -> None:
+        self._num_failures += 1
+        if self._num_failures <= MAX_FAILURES:
+            self._last_words = f"; the last one: {failed}"
+        if self.members:  # the others go on, and take those who wait in turn
+            logger.warning(f"{self.source.name}: no further server, {failed}")
+            self._no_growth_until_s = asyncio.get_running_loop().time() + NO_GROWTH_S
+        else:
+            self._refuse_all(str(failed))
+
+    def _refuse_all(self, reason: str) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.place.done() and not waiter.place.get_loop().is_closed():
+                waiter.place.set_exception(ServerStartFailed(reason))
+
+    async def _examine(self, member: Member) -> None:
+        """A doubted server: back among the others if it is well, else replaced."""
+        server = member.server
+        running = await asyncio.to_thread(lambda: server.is_running)
+        healthy = running and await is_healthy(server.url, min(LONGEST_SILENCE_S, self.config.step_timeout_s))
+        if healthy and not member.is_hopeless:
+            member.doubted = False
+        else:
+            what = "is silent" if not healthy else f"lost {member.num_lost_in_a_row} sessions in a row"
+            await self._replace(member, what if running else "has ended")
+        self._dispatch()
+
+    async def _replace(self, member: Member, why: str) -> None:
+        self.members.remove(member)
+        self._num_dead += 1
+        self._num_failures += 1
+        self._last_words = await asyncio.to_thread(member.server.last_words)
+        logger.warning(f"{self.source.name}: the server at {member.server.url} {why}; it is replaced{self._last_words}")
+        await asyncio.to_thread(member.server.stop)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

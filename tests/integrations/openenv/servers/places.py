@@ -1,0 +1,264 @@
+"""The places where an attack is let loose: no wall, bubblewrap alone, a confined worker, one behind both, Docker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from integrations.openenv.hosting.containers import Limits
+from integrations.openenv.servers.nursery import MAX_ANSWER_BYTES, Interpreter, Nursery, Worker
+from tests.integrations.openenv.servers import attacks
+
+WAIT_S = 60.0  # the machine may be busy
+BASE_IMAGES = ("python-standin:3.11-slim", "python:3.11-slim")
+VICTIM = """
+import ctypes, os, sys
+held = os.environ["TOKEN_OF_THE_TRAINER"].encode() + b"/" * 64
+print(os.getpid(), ctypes.cast(ctypes.c_char_p(held), ctypes.c_void_p).value, flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What there is to attack on this machine: all of it holds the secret."""
+
+    secret: str
+    secret_file: Path
+    outside_file: Path
+    port: int
+    socket_name: str
+    marker: str
+    victim: subprocess.Popen[bytes]
+    victim_address: int
+
+    def given(self, pid: int, address: int, descriptors: Sequence[int]) -> dict[str, Any]:
+        return {
+            "secret_file": str(self.secret_file),
+            "outside_file": str(self.outside_file),
+            "own_folder": str(self.secret_file.parent),
+            "port": self.port,
+            "socket_name": self.socket_name,
+            "marker": self.marker,
+            "host_pid": self.victim.pid,
+            "host_parent": os.getpid(),
+            "pid": pid,
+            "address": address,
+            "descriptors": list(descriptors),
+        }
+
+    def survivors(self) -> list[psutil.Process]:
+        """Processes of the attack that live."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                comm = Path(f"/proc/{process.pid}/comm")
+                with contextlib.suppress(OSError):
+                    if comm.read_text().strip() == self.marker and process.status() != "zombie":
+                        found.append(process)
+        return found
+
+
+@contextlib.contextmanager
+def scene() -> Generator[Scene]:
+    """Set it up, and kill what an attack left of itself."""
+    secret, marker = uuid.uuid4().hex, uuid.uuid4().hex[:12]
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as tcp:
+        os.chmod(folder, 0o777)  # only a wall keeps anybody out
+        secret_file = Path(folder, "secret")
+        secret_file.write_text(secret)
+        abstract = socket.socket(socket.AF_UNIX)
+        abstract.bind("\0" + marker)
+        abstract.listen()
+        for listening in (tcp, abstract):
+            threading.Thread(target=_tell, args=(listening, secret), daemon=True).start()
+        victim = subprocess.Popen(
+            [sys.executable, "-c", VICTIM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={"TOKEN_OF_THE_TRAINER": secret},
+        )
+        assert victim.stdout is not None
+        address = int(victim.stdout.readline().split()[1])
+        here = Scene(
+            secret, secret_file, Path(folder, "outside"), tcp.getsockname()[1], marker, marker, victim, address
+        )
+        try:
+            yield here
+        finally:
+            victim.kill()
+            victim.communicate()
+            abstract.shutdown(socket.SHUT_RDWR)
+            abstract.close()
+            tcp.shutdown(socket.SHUT_RDWR)
+            for process in here.survivors():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def _tell(listening: socket.socket, secret: str) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(secret.encode())
+
+
+class Place(Protocol):
+    """Somewhere to run one attack."""
+
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        """The loot, or the error; empty if nothing came back in time."""
+        ...
+
+    def victim_lives(self, here: Scene) -> bool: ...
+
+    def close(self) -> None:
+        """End it as its owner would."""
+        ...
+
+
+class Workers:
+    """A worker of a nursery, with a sibling to attack."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
+        self._open: list[Worker] = []
+
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        attacker, self._sibling = self._nursery.worker(""), self._nursery.worker(here.secret)
+        self._open += [attacker, self._sibling]
+        sibling = self._sibling.ask({}, WAIT_S)
+        given = here.given(sibling["pid"], sibling["address"], range(3, 64))
+        return attacker.ask({"code": attacks.BEGIN + code, "given": given}, wait_s) or ""
+
+    def victim_lives(self, here: Scene) -> bool:
+        return self._sibling.ask({}, WAIT_S) is not None and here.victim.poll() is None
+
+    def close(self) -> None:
+        for worker in self._open:
+            worker.close()
+
+
+class Process:
+    """A process of its own session, whose group is killed in the end; what it says is read to the end."""
+
+    def __init__(self, interpreter: Interpreter, max_bytes: int) -> None:
+        self._interpreter = interpreter
+        self._max_bytes = max_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        self._process = subprocess.Popen(
+            [*self._interpreter.command, "-c", _script(code, here)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=dict(self._interpreter.environment),
+            start_new_session=True,
+        )
+        return last_line(self._process, self._max_bytes, wait_s)
+
+    def victim_lives(self, here: Scene) -> bool:
+        time.sleep(0.1)
+        return here.victim.poll() is None
+
+    def close(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        _wait_for(self._process)
+
+
+class DockerContainer:
+    """A container with the pool's limits, smaller, which is removed when its time is up."""
+
+    def __init__(self, image: str) -> None:
+        self._image = image
+        self._name = f"attack-{uuid.uuid4().hex[:12]}"
+
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        wall = (*Limits(memory_gb=0.25).flags(), "--network=none", "--user=65534:65534")
+        script = (self._image, "python3", "-c", _script(code, here))
+        options = (f"--name={self._name}", "--pull=never", "--log-driver=none", *wall, "--pids-limit=64")
+        subprocess.run(["docker", "create", *options, *script], check=True, capture_output=True, timeout=WAIT_S)
+        self._client = subprocess.Popen(
+            ["docker", "start", "--attach", self._name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        loot = last_line(self._client, MAX_ANSWER_BYTES, wait_s)
+        if not loot:
+            self._remove()  # what the pool does when an answer is too late or too long
+        return loot
+
+    def victim_lives(self, here: Scene) -> bool:
+        return here.victim.poll() is None
+
+    def close(self) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        self._client.kill()  # first: Docker does not remove a container whose output nobody takes
+        _wait_for(self._client)
+        subprocess.run(["docker", "rm", "--force", "--volumes", self._name], capture_output=True, timeout=WAIT_S)
+
+
+def base_image() -> str | None:
+    """An image with a Python in the Docker that answers, if any."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        for image in BASE_IMAGES:
+            if subprocess.run(["docker", "image", "inspect", image], capture_output=True, timeout=10).returncode == 0:
+                return image
+    return None
+
+
+def last_line(process: subprocess.Popen[bytes], max_bytes: int, wait_s: float) -> str:
+    """Of what it writes within the time; empty if that is more than max_bytes, or it does not end a line."""
+    assert process.stdout is not None
+    end, received, tail = time.monotonic() + wait_s, 0, b""
+    while select.select([process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+        some = os.read(process.stdout.fileno(), 1 << 20)
+        received += len(some)
+        tail = (tail + some)[-200_000:]
+        if received > max_bytes or not some:
+            break
+        if tail.endswith(b"\nend\n"):
+            return tail.decode(errors="replace").splitlines()[-2]
+    return ""
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> None:
+    """Without reading on: an orphan may hold the other end of its output."""
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait()
+
+
+def _script(code: str, here: Scene) -> str:
+    given = here.given(here.victim.pid, here.victim_address, [1])
+    return f"""
+names = {{"given": {given!r}}}
+try:
+    exec({attacks.BEGIN + code!r}, names)
+    loot = names["loot"]
+except (OSError, MemoryError, RuntimeError) as error:
+    loot = type(error).__name__ + ": " + str(error)
+print(repr(loot) + "\\nend", flush=True)
+"""
