@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from skyrl_train.learner.attention import Attention
 
@@ -50,10 +50,12 @@ def _block_forward(
             family["attention"] = attention
         return type(block).forward(block, hidden_states, *args, position_embeddings=position_embeddings, **family)
     row = hidden_states[0]
-    row = _attend(block.self_attn, _normed(row, block.input_layernorm), position_embeddings, attention).add_(row)
+    row = row + _attend(block.self_attn, _normed(row, block.input_layernorm), position_embeddings, attention)
     mlp, normed = block.mlp, _normed(row, block.post_attention_layernorm)
-    gated = _Gated.apply(mlp.gate_proj(normed), mlp.up_proj(normed))
-    return mlp.down_proj(gated).add_(row)[None]
+    gate, up, down = mlp.gate_proj(normed), mlp.up_proj(normed), mlp.down_proj
+    if type(down) is nn.Linear:
+        return (row + _GatedDown.apply(gate, up, down.weight, down.bias))[None]
+    return (row + down(_Gated.apply(gate, up)))[None]
 
 
 def _attend(module: Any, row: Tensor, position_embeddings: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
@@ -86,22 +88,20 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(wide, scale).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        [of_y] = grads
-        of_y = of_y.contiguous()
-        size, wide = weight.numel(), weight.float()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(size).add_(ctx.eps).rsqrt_()
+        x, weight, scale = ctx.saved_tensors
+        of_y = grads[0].contiguous()
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            of_y, x, weight.shape, torch.zeros_like(scale), scale, wide, None, [True, True, False]
+            of_y, x, weight.shape, torch.zeros_like(scale), scale, weight.float(), None, [True, True, False]
         )
-        through_mean = (of_y @ weight)[..., None] * scale / size
+        through_mean = (of_y @ weight)[..., None] * scale / weight.numel()
         return of_x.add_(through_mean.to(of_x.dtype)), of_weight.to(weight.dtype), None
 
 
@@ -143,3 +143,24 @@ class _Gated(torch.autograd.Function):
         [of_out] = grads
         of_gate = torch.ops.aten.silu_backward(of_out * up, gate)
         return of_gate, F.silu(gate).mul_(of_out)
+
+
+class _GatedDown(torch.autograd.Function):
+    """The same and the product behind it, which needs it again in backward: there it costs little to compute."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(F.silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        [of_out] = grads
+        of_gated = of_out @ weight
+        of_gate = torch.ops.aten.silu_backward(of_gated * up, gate)
+        opened = F.silu(gate)
+        of_up = of_gated.mul_(opened)
+        of_weight = of_out.t() @ opened.mul_(up) if ctx.needs_input_grad[2] else None
+        return of_gate, of_up, of_weight, of_out.sum(0) if ctx.has_bias else None

@@ -115,19 +115,23 @@ def _grouped_causal_backward(
     summed = torch.float32 if size > QUERIES_AT_ONCE else key.dtype
     of_key, of_value = (torch.zeros_like(t, dtype=summed) for t in (key, value))
     at_once = max(SCORES_AT_ONCE // (repeats * min(size, QUERIES_AT_ONCE) * key.shape[1]), 1)
+    nothing = query.new_zeros(())
     for first in range(0, size, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, size)
         start = 0 if window is None else max(before + first - window + 1, 0)  # the first key that is seen
-        is_seen = _is_seen(before + first, last - first, start, before + last - start, window, query.device)
+        unlike = before + first if window is None else start  # the first that is not seen by all
+        is_seen = _is_seen(before + first, last - first, unlike, before + last - unlike, window, query.device)
         mask = torch.zeros(is_seen.shape, dtype=query.dtype).masked_fill_(~is_seen, -torch.inf).repeat(repeats, 1)
         for entry in range(0, entries, at_once):
             here, seen = slice(entry, entry + at_once), (slice(entry, entry + at_once), slice(start, before + last))
             rows, of_rows = (t[here, :, first:last].flatten(1, 2) for t in (query, of_out))  # [e, R*l, D]
             keys, values = key[seen], value[seen]
-            p = torch.softmax(torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale), -1)
+            scores = torch.baddbmm(nothing, rows, keys.transpose(1, 2), beta=0, alpha=scale)
+            scores[:, :, unlike - start :] += mask
+            p = torch.softmax(scores, -1)
             of_value[seen] += (p.transpose(1, 2) @ of_rows).to(summed)
             of_p = of_rows @ values.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(scale)
+            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
             of_key[seen] += (of_scores.transpose(1, 2) @ rows).to(summed)
             of_query[here, :, first:last] = (of_scores @ keys).unflatten(1, (repeats, -1))
-    return of_query, of_key, of_value
+    return of_query.mul_(scale), of_key.mul_(scale), of_value
