@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def loss_and_gradient(module: nn.Module, **call: Any) -> tuple[torch.Tensor, dic
 def test_values_and_gradients_are_those_of_transformers(family, config):
     plain = with_random_vectors(tiny_module(family, **config))
     ours = wrap_module(with_random_vectors(tiny_module(family, **config))).module
-    assert all("forward" in vars(block) for block in ours.base_model.layers)
+    assert all("forward" in vars(block) for block in cast(Any, ours.base_model).layers)
     plain.set_attn_implementation("eager")
     logits, gradient = loss_and_gradient(ours, attention=PackedAttention(torch.tensor([0, 40])))
     expected, expected_gradient = loss_and_gradient(plain)
