@@ -1,6 +1,6 @@
 """Seconds from the start of training to 0.95 of the reward on echo_env: run_openenv.sh's recipe and TRL.
 
-uv run python -m tests.benchmarks.learn [--seed 1] [--trl-dtype float32]
+uv run python -m tests.benchmarks.learn [--seed 1] [--trl-dtype float32] [--trl-rows 8]
 
 The same tasks, 4 prompts x 8 samples of at most 24 tokens a step, learning rate 1e-5, no evaluation, no checkpoint.
 Learned is the first step whose 32 samples earn 0.95 on average. Each round has a seed of its own.
@@ -17,17 +17,17 @@ from typing import Any
 from skyrl_train.pretrained import resolve_model
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.run_openenv import command, variables
-from tests.benchmarks.side_by_side import TRL, Worker, arguments, project
+from tests.benchmarks.side_by_side import TRL, Worker, add_trl_arguments, arguments, project, trl_settings
 
 
 def main() -> None:
     parser = arguments(__doc__ or "", seed=1)
     parser.add_argument("--reward", type=float, default=0.95)
-    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
+    add_trl_arguments(parser)
     chosen = parser.parse_args()
     settings = {
         "model": str(resolve_model(chosen.model)),
-        "dtype": chosen.trl_dtype,
+        **trl_settings(chosen),
         "num_prompts": 4,
         "samples": 8,
         "tokens": 24,
@@ -47,7 +47,7 @@ def main() -> None:
             "steps": medians(results, lambda row: len(row["rewards"])),
             "seconds_per_step": medians(results, lambda row: row["seconds"] / len(row["rewards"])),
             "seconds": {side: [round(row["seconds"], 1) for row in rows] for side, rows in results.items()},
-            "trl_dtype": chosen.trl_dtype,
+            "trl": trl_settings(chosen),
         },
     ).print(chosen.json)
 

@@ -143,3 +143,13 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     return parser
+
+
+def add_trl_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two settings that decide how fast TRL is. The defaults are the fastest on two cores with AMX."""
+    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
+    parser.add_argument("--trl-rows", type=int, default=32, help="samples in one pass of TRL")
+
+
+def trl_settings(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": chosen.trl_dtype, "rows": chosen.trl_rows}

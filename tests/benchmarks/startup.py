@@ -51,13 +51,13 @@ def main() -> None:
 
 
 def one_round(folder: Path, model: str, *, with_peers: bool) -> dict[str, Stages]:
-    settings = {"model": model, "folder": str(folder), "num_prompts": 4, "samples": 8, "dtype": "bfloat16"}
+    trl = {"folder": str(folder), "num_prompts": 4, "samples": 8, "rows": 32, "dtype": "bfloat16"}
     ours = command(f"trainer.policy.model.path={model}")
     environment = variables("ours_startup", folder, os.environ["PATH"])
     taken = {side: stages_of(ours, {}, environment) for side in ("ours_first", "ours")}
     if with_peers:
-        taken["transformers"] = stages_of(project("transformers_startup"), settings)
-        taken["trl"] = stages_of(project("trl_startup", [TRL]), settings)
+        taken["transformers"] = stages_of(project("transformers_startup"), {"model": model})
+        taken["trl"] = stages_of(project("trl_startup", [TRL]), trl | {"model": model})
     return taken
 
 

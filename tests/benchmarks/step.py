@@ -1,6 +1,6 @@
 """Seconds of a whole GRPO step, generation, rewards and update: ours and TRL's on the same work.
 
-uv run python -m tests.benchmarks.step [--prompt-tokens 256] [--trl-dtype float32]
+uv run python -m tests.benchmarks.step [--prompt-tokens 256] [--trl-dtype float32] [--trl-rows 8]
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from pathlib import Path
 from skyrl_train.pretrained import resolve_model
 from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, medians
-from tests.benchmarks.side_by_side import TRL, Worker, arguments, project, timed_in_turn
+from tests.benchmarks.side_by_side import (
+    TRL,
+    Worker,
+    add_trl_arguments,
+    arguments,
+    project,
+    timed_in_turn,
+    trl_settings,
+)
 from tests.benchmarks.update import settings_of, useful_tokens
 
 PARTS = ("generate", "fwd_logprobs_values_reward", "policy_train", "sync_weights")
@@ -19,7 +27,7 @@ PARTS = ("generate", "fwd_logprobs_values_reward", "policy_train", "sync_weights
 
 def main() -> None:
     parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=2048)
-    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
+    add_trl_arguments(parser)
     chosen = parser.parse_args()
     model = resolve_model(chosen.model)
     ceiling = Ceiling(model, chosen.token_budget)
@@ -27,7 +35,7 @@ def main() -> None:
         settings = settings_of(chosen, model, Path(folder))
         workers = [Worker("ours", project("ours_step"), settings)]
         if not chosen.no_peers:
-            workers.append(Worker("trl", project("trl_step", [TRL]), {**settings, "dtype": chosen.trl_dtype}))
+            workers.append(Worker("trl", project("trl_step", [TRL]), settings | trl_settings(chosen)))
         results = timed_in_turn(workers, chosen.rounds, ceiling.measure)
     seconds = medians(results, lambda row: row["seconds"])
     rows = chosen.num_prompts * chosen.samples
@@ -45,7 +53,7 @@ def main() -> None:
         facts={
             "generation_s": medians(results, lambda row: row["generate"]),
             "ours_s": {part: medians(results, lambda row, part=part: row.get(part, 0.0))["ours"] for part in PARTS},
-            "trl_dtype": chosen.trl_dtype,
+            "trl": trl_settings(chosen),
         },
     ).print(chosen.json)
 

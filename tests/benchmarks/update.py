@@ -1,6 +1,6 @@
 """Tokens per second of an update on the same samples: ours and TRL's; or how ours grows with the batch.
 
-uv run python -m tests.benchmarks.update [--prompt-tokens 256] [--trl-dtype float32]
+uv run python -m tests.benchmarks.update [--prompt-tokens 256] [--trl-dtype float32] [--trl-rows 8]
 uv run python -m tests.benchmarks.update --check-linear
 
 Useful tokens count: each prompt of a group once, and every response. The ceiling is the machine's bf16 product rate at
@@ -19,14 +19,22 @@ from typing import Any
 from skyrl_train.pretrained import resolve_model
 from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, machine, medians
-from tests.benchmarks.side_by_side import TRL, Worker, arguments, project, timed_in_turn
+from tests.benchmarks.side_by_side import (
+    TRL,
+    Worker,
+    add_trl_arguments,
+    arguments,
+    project,
+    timed_in_turn,
+    trl_settings,
+)
 
 GIB = 1 << 30
 
 
 def main() -> None:
     parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=2048)
-    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
+    add_trl_arguments(parser)
     parser.add_argument("--check-linear", action="store_true", help="ours alone, with 1, 2 and 4 times the prompts")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +47,7 @@ def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
     settings = settings_of(chosen, model, folder)
     workers = [Worker("ours", project("ours_update"), settings)]
     if not chosen.no_peers:
-        workers.append(Worker("trl", project("trl_update", [TRL]), {**settings, "dtype": chosen.trl_dtype}))
+        workers.append(Worker("trl", project("trl_update", [TRL]), settings | trl_settings(chosen)))
     results = timed_in_turn(workers, chosen.rounds, ceiling.measure)
     num_tokens = useful_tokens(settings)
     rates = medians(results, lambda row: num_tokens / row["seconds"])
@@ -59,7 +67,7 @@ def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
             "product_rate_of_own_shapes_gflops": ceiling.own_product_rate / 1e9,
             "share_of_own_shapes": ours / own_products,
             "cores": medians(results, lambda row: row["cores"]),
-            "trl_dtype": chosen.trl_dtype,
+            "trl": trl_settings(chosen),
         },
     ).print(chosen.json)
 

@@ -19,7 +19,7 @@ Reward = Callable[..., list[float]]
 def make_trainer(
     settings: dict[str, Any], rows: Rows, reward: Reward, kind: type[GRPOTrainer], *, exact_length: bool = True
 ) -> GRPOTrainer:
-    """All prompts of a step and their samples in one batch, one optimizer step. `dtype` is that of the weights.
+    """All prompts of a step and their samples, `rows` of them at a time, one optimizer step. `dtype`: of the weights.
 
     In bfloat16 the optimizer's moments are bfloat16, too, and small updates of large weights are lost; float32 computes
     in bfloat16 through autocast, but samples in float32.
@@ -32,7 +32,8 @@ def make_trainer(
         use_cpu=not torch.cuda.is_available(),
         bf16=True,
         model_init_kwargs={"dtype": settings["dtype"]},
-        per_device_train_batch_size=settings["num_prompts"] * settings["samples"],
+        per_device_train_batch_size=settings["rows"],
+        gradient_accumulation_steps=settings["num_prompts"] * settings["samples"] // settings["rows"],
         num_generations=settings["samples"],
         max_completion_length=tokens,
         generation_kwargs={"min_new_tokens": tokens} if exact_length else None,
