@@ -43,18 +43,19 @@ def tiny_policy(
 
     `config` overrides the family's configuration, e.g. `vocab_size=16` or `num_hidden_layers=3`.
     """
-    module = _tiny_module(family, seed, config).to(compute_dtype)
+    module = tiny_module(family, seed=seed, **config).to(compute_dtype)
     return wrap_module(module, gradient_checkpointing=gradient_checkpointing)
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **config: Any) -> Path:
     """The same model and tokenizer as a Hugging Face folder, as a user would name it in the configuration."""
-    _tiny_module(family, seed, config).save_pretrained(folder)
+    tiny_module(family, seed=seed, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def _tiny_module(family: str, seed: int, overrides: dict[str, Any]) -> Any:
+def tiny_module(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """The module alone, as transformers makes it."""
     eos = VOCAB_SIZE - 1
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from skyrl_train.batch.shared_prefix import shared_runs
+from skyrl_train.batch.shared_prefix import shared_segments
 from skyrl_train.types import Batch, Sample
 
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
@@ -86,20 +87,24 @@ def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None)
     if max_tokens < 1 or (max_samples is not None and max_samples < 1):
         raise ValueError(f"max_tokens={max_tokens} and max_samples={max_samples} must be at least 1")
     lengths = batch.lengths.tolist()
+    own = [0] * batch.num_samples  # tokens that no earlier sample has
+    for segment in shared_segments(batch):
+        own[segment.first] += segment.end - segment.begin
+    begins = [
+        sample for sample in range(batch.num_samples) if own[sample] == lengths[sample]
+    ]  # shares with none before
     cuts: list[list[int]] = [[]]
     num_tokens = 0
-    for run in shared_runs(batch):
-        rests = [length - run.num_shared for length in lengths[run.start : run.stop]]
-        whole = run.num_shared + sum(rests)
-        is_too_much = num_tokens + whole > max_tokens or len(cuts[-1]) + len(rests) > (max_samples or math.inf)
+    for start, stop in pairwise([*begins, batch.num_samples]):
+        whole, count = sum(own[start:stop]), stop - start
+        is_too_much = num_tokens + whole > max_tokens or len(cuts[-1]) + count > (max_samples or math.inf)
         opens = is_too_much and whole <= max_tokens  # it fits, but not here
-        prefix = run.num_shared  # not yet counted in this cut
-        for sample, rest in enumerate(rests, run.start):
-            is_full = num_tokens + prefix + rest > max_tokens or len(cuts[-1]) == max_samples
+        for sample in range(start, stop):
+            is_full = num_tokens + own[sample] > max_tokens or len(cuts[-1]) == max_samples
             if cuts[-1] and (opens or is_full):
                 cuts.append([])
-                num_tokens, prefix = 0, run.num_shared
+                num_tokens = 0
+            num_tokens += own[sample] if cuts[-1] else lengths[sample]
             cuts[-1].append(sample)
-            num_tokens += prefix + rest
-            opens, prefix = False, 0
+            opens = False
     return [batch.select(cut) for cut in cuts]

@@ -1,14 +1,18 @@
-"""The samples of a group begin with the same prompt: find what they share, so that a forward pass computes it once.
+"""Samples of a group begin alike: find what they share, so that a forward pass computes it once.
 
-samples    1 2 3 5 6 | 1 2 3 7 8 9        two samples that begin with 1 2 3
-segments   1 2 3 | 5 6 | 7 8 9            what they share, and the rest of each
-before     -1      0     0                each rest follows segment 0
-row        0 1 2 3 4 | 0 1 2 5 6 7        where each token of the batch stands in the segments
+samples    1 2 3 5 6 | 1 2 3 7 8 9 | 1 2 3 7 8 4      all begin with 1 2 3, the last two with 1 2 3 7 8
+segments   1 2 3 | 5 6 | 7 8 | 9 | 4                  a tree: what is shared, and what follows it
+before     -1      0     0     2   2                  the segment that each one continues
+row        0 1 2 3 4 | 0 1 2 5 6 7 | 0 1 2 5 6 8      where each token of the batch stands in the segments
+
+The samples of one prompt share the prompt. Where a turn's history was edited, each turn is a sample, and those of one
+trajectory share the turns before the edit as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,86 +23,77 @@ MIN_SHARED_TOKENS = 16  # below that, one more call of the attention costs more 
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring samples [start, stop) of one group that all begin with the same `num_shared` tokens."""
+class Segment:
+    """Tokens [begin, end) of each of the neighbouring samples [first, stop), which are equal up to `end`."""
 
-    start: int
+    first: int
     stop: int
-    num_shared: int  # 0 for a single sample
+    begin: int
+    end: int
+    before: int  # the segment that ends where this one begins, -1 at the beginning
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A batch with every shared prefix stored once: U tokens in N segments, segment n is [offsets[n], offsets[n+1])."""
+    """A batch with everything shared stored once: U tokens in N segments, segment n is [offsets[n], offsets[n+1])."""
 
     input_ids: Tensor  # [U] int64
     position_ids: Tensor  # [U] int64: position in the sample
     offsets: Tensor  # [N+1] int64
-    before: (
-        Tensor  # [N] int64: the segment that a segment continues, which itself continues none; -1: it begins samples
-    )
+    before: Tensor  # [N] int64: the segment that a segment continues, always an earlier one; -1: it begins samples
     row: Tensor  # [T] int64: where each token of the batch stands in `input_ids`
 
 
-def shared_runs(batch: Batch) -> list[Run]:
-    """All samples, in order. A sample joins the run before it where that saves more tokens than it loses.
+def shared_segments(batch: Batch) -> list[Segment]:
+    """Every token of every sample once. A segment stands after the one that it continues, and samples in order.
 
-    k samples that share n tokens save (k - 1) * n. One level only: no prefix has a prefix of its own.
+    Only neighbours share, and only where it spares a sample at least `MIN_SHARED_TOKENS`.
     """
-    bounds, groups = batch.offsets.tolist(), batch.group_index.tolist()
-    ids = batch.input_ids.cpu()
-    runs: list[Run] = []
-    for sample, group in enumerate(groups):
-        last = runs[-1] if runs else None
-        if last is not None and groups[last.start] == group:
-            size = last.stop - last.start
-            first = ids[bounds[last.start] : bounds[last.start] + last.num_shared if size > 1 else bounds[last.stop]]
-            num_shared = _num_common(first, ids[bounds[sample] : bounds[sample + 1]])
-            if num_shared >= MIN_SHARED_TOKENS and size * num_shared > (size - 1) * last.num_shared:
-                runs[-1] = Run(last.start, sample + 1, num_shared)
-                continue
-        runs.append(Run(sample, sample + 1, 0))
-    return runs
+    lengths, common = batch.lengths.tolist(), _common_with_previous(batch)
+    found: list[Segment] = []
+    to_do = [(0, batch.num_samples, 0, -1)]  # samples that are equal up to a depth, where a segment ends
+    while to_do:
+        first, stop, depth, before = to_do.pop()
+        end = min(common[first + 1 : stop], default=lengths[first])
+        if stop - first == 1:
+            if end > depth:
+                found.append(Segment(first, stop, depth, end, before))
+            continue
+        if end - depth >= MIN_SHARED_TOKENS:
+            found.append(Segment(first, stop, depth, end, before))
+            depth, before = end, len(found) - 1
+        parts = [i for i in range(first + 1, stop) if common[i] - depth < MIN_SHARED_TOKENS]
+        to_do += [(start, end, depth, before) for start, end in pairwise([first, *parts, stop])][::-1]
+    return found
 
 
-def _num_common(first: Tensor, second: Tensor) -> int:
-    """How many tokens two rows begin with together."""
-    size = min(len(first), len(second))
-    differs = torch.nonzero(first[:size] != second[:size])
-    return int(differs[0]) if len(differs) else size
+def _common_with_previous(batch: Batch) -> list[int]:
+    """[S]: how many tokens a sample begins with as the one before it does; 0 for the first of its group."""
+    bounds, groups, ids = batch.offsets.tolist(), batch.group_index.tolist(), batch.input_ids.cpu()
+    common = [0] * batch.num_samples
+    for sample in range(1, batch.num_samples):
+        if groups[sample - 1] == groups[sample]:
+            start, middle, stop = bounds[sample - 1 : sample + 2]
+            size = min(middle - start, stop - middle)
+            differs = torch.nonzero(ids[start : start + size] != ids[middle : middle + size])
+            common[sample] = int(differs[0]) if len(differs) else size
+    return common
 
 
 def share_prefixes(batch: Batch) -> Segments:
-    """Each run's shared tokens once, then the rest of each of its samples, if it has one."""
-    bounds = batch.offsets.tolist()
-    source: list[Tensor] = []  # which token of the batch stands here
-    row: list[Tensor] = []
-    lengths: list[int] = []
-    before: list[int] = []
-    num_rows = 0
-
-    def store(start: int, stop: int, continues: int) -> Tensor:
-        """Tokens [start, stop) of the batch become the next segment -> their rows."""
-        nonlocal num_rows
-        rows = torch.arange(num_rows, num_rows + stop - start)
-        if stop > start:
-            source.append(torch.arange(start, stop))
-            lengths.append(stop - start)
-            before.append(continues)
-            num_rows += stop - start
-        return rows
-
-    for run in shared_runs(batch):
-        shared = store(bounds[run.start], bounds[run.start] + run.num_shared, -1)
-        prefix = len(lengths) - 1 if run.num_shared else -1
-        for sample in range(run.start, run.stop):
-            row += [shared, store(bounds[sample] + run.num_shared, bounds[sample + 1], prefix)]
-    device = batch.input_ids.device
-    tokens = torch.cat(source).to(device)
+    """What a forward pass computes, and where it puts each token of the batch."""
+    bounds, device = batch.offsets.tolist(), batch.input_ids.device
+    found = shared_segments(batch)
+    edges = torch.tensor([0, *(segment.end - segment.begin for segment in found)]).cumsum(0)
+    source = torch.cat([torch.arange(s.begin, s.end) + bounds[s.first] for s in found]).to(device)
+    row = torch.empty(batch.num_tokens, dtype=torch.long)
+    for segment, start, stop in zip(found, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        for sample in range(segment.first, segment.stop):
+            row[bounds[sample] + segment.begin : bounds[sample] + segment.end] = torch.arange(start, stop)
     return Segments(
-        input_ids=batch.input_ids[tokens],
-        position_ids=batch.position_ids[tokens],
-        offsets=torch.tensor([0, *lengths], device=device).cumsum(0),
-        before=torch.tensor(before, device=device),
-        row=torch.cat(row).to(device),
+        input_ids=batch.input_ids[source],
+        position_ids=batch.position_ids[source],
+        offsets=edges.to(device),
+        before=torch.tensor([segment.before for segment in found], device=device),
+        row=row.to(device),
     )

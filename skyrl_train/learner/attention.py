@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from skyrl_train.learner.causal import causal_attention
 
 ATTENTION_NAME = "skyrl"  # as transformers knows it; it has no mask function there, so models build no mask
 
@@ -72,11 +73,12 @@ def _attention_forward(
 class PackedAttention:
     """Causal attention inside each sequence of a packed row. Exact, differentiable, without state: safe to recompute.
 
-    `offsets` [N+1]: segment n is [offsets[n], offsets[n+1]). `before` [N]: the segment that it continues and sees
-    whole, -1 if it begins a sequence; one level deep. Without `before`, every segment is a sequence of its own.
+    `offsets` [N+1]: segment n is [offsets[n], offsets[n+1]). `before` [N]: the segment that it continues, -1 if it
+    begins a sequence; it sees that one whole, and what that one continues, and so on. Without `before`, every segment
+    is a sequence of its own.
 
-    Segments whose lengths are close are padded on the right to one length and attend together (the padding is never
-    seen: it comes after every real token).
+    Segments that continue the same one and whose lengths are close are padded on the right to one length and attend
+    together (the padding is never seen: it comes after every real token).
     """
 
     def __init__(self, offsets: Tensor, before: Tensor | None = None) -> None:
@@ -89,8 +91,11 @@ class PackedAttention:
             size = _padded_length(length) if prefix < 0 else _padded_rest(length)
             together.setdefault((prefix, size), []).append(segment)
         prefixes = sorted({prefix for prefix in continued if prefix >= 0})
+        chains: dict[int, list[int]] = {-1: []}  # all that stands before, as places in `prefixes`
+        for number, prefix in enumerate(prefixes):  # what a prefix continues is a prefix before it
+            chains[prefix] = [*chains[continued[prefix]], number]
         gather, place = [], torch.empty(self._num_tokens, dtype=torch.long)
-        self._buckets: list[tuple[int, int, int | None]] = []  # (segments, padded length, which prefix)
+        self._buckets: list[tuple[int, int, list[int]]] = []  # (segments, padded length, which prefixes)
         start = 0
         for (prefix, _), segments in together.items():
             size = max(bounds[s + 1] - bounds[s] for s in segments)
@@ -99,7 +104,7 @@ class PackedAttention:
                 gather.append(torch.arange(bounds[s], bounds[s] + size).clamp_(max=bounds[s + 1] - 1))
                 place[bounds[s] : bounds[s + 1]] = torch.arange(start, start + length)
                 start += size
-            self._buckets.append((len(segments), size, prefixes.index(prefix) if prefix >= 0 else None))
+            self._buckets.append((len(segments), size, chains[prefix]))
         self._sizes = [segments * size for segments, size, _ in self._buckets]
         edges = [0, *(edge for prefix in prefixes for edge in bounds[prefix : prefix + 2]), self._num_tokens]
         self._around_prefixes = [stop - start for start, stop in pairwise(edges)]  # every second piece is a prefix
@@ -117,14 +122,10 @@ class PackedAttention:
             query, key, value = (_Rearrange.apply(tensor, self._rows, self._place) for tensor in (query, key, value))
         parts = []
         split = (tensor.split(self._sizes) for tensor in (query, key, value))
-        for (segments, size, prefix), *bucket in zip(self._buckets, *split, strict=True):
+        for (segments, size, chain), *bucket in zip(self._buckets, *split, strict=True):
             queries, keys, values = (tensor.unflatten(0, (segments, size)) for tensor in bucket)
-            if prefix is not None:
-                keys, values = (
-                    torch.cat([of_prefixes[prefix].expand(segments, -1, -1, -1), own], 1)
-                    for of_prefixes, own in zip(seen, (keys, values), strict=True)
-                )
-            parts.append(_causal(queries, keys, values, scale=scale, window=window).flatten(0, 1))
+            before = [of_prefixes[i] for of_prefixes in seen for i in chain]
+            parts.append(causal_attention(queries, keys, values, before, scale=scale, window=window).flatten(0, 1))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out if self._in_order else out.index_select(0, self._place)
 
@@ -138,29 +139,6 @@ def _padded_length(length: int) -> int:
 def _padded_rest(length: int) -> int:
     """The same for segments that continue a prefix. Only those of one prefix can attend together, so: powers of two."""
     return 1 << max(5, (length - 1).bit_length())
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """query [S, L, heads, D], key and value [S, P + L, kv_heads, D] -> [S, L, heads, D]; query i stands at P + i.
-
-    The query heads that share a key head become the heads of one batch entry, so keys are repeated by a view only;
-    under a mask they become rows of one head, which repeats nothing and makes larger products.
-    """
-    samples, size, heads, _ = query.shape
-    num_keys, groups = key.shape[1:3]
-    repeats = heads // groups
-    grouped = query.unflatten(2, (groups, repeats)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [S*G, R, L, D]
-    key, value = (t.transpose(1, 2).flatten(0, 1).unsqueeze(1) for t in (key, value))  # [S*G, 1, P + L, D]
-    if num_keys == size and (window is None or window >= size):
-        key, value = (t.expand(-1, repeats, -1, -1) for t in (key, value))
-        out = F.scaled_dot_product_attention(grouped, key, value, is_causal=True, scale=scale)
-    else:
-        position = torch.arange(num_keys, device=query.device)
-        distance = position[num_keys - size :, None] - position
-        mask = ((distance >= 0) & (distance < (window or num_keys))).repeat(repeats, 1)
-        stacked = grouped.flatten(1, 2).unsqueeze(1)  # [S*G, 1, R*L, D]
-        out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale).reshape(grouped.shape)
-    return out.unflatten(0, (samples, groups)).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 class _Rearrange(torch.autograd.Function):

@@ -6,7 +6,7 @@ step. So only the trained tokens go through it, a chunk at a time, and backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from skyrl_train.learner.attention import PackedAttention
 from skyrl_train.learner.model import Policy
 from skyrl_train.types import Batch
 
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+BYTES_PER_CHUNK = 2**28  # of logits; forward leaves the last chunk for backward
+NUMBERS_IN_CACHE = 2**20  # float32 numbers that a processor's core keeps close: a softmax walks over them several times
 
 
 def batch_logprobs(
@@ -35,7 +36,7 @@ def batch_logprobs(
     predicts = segments.row[tokens - 1]  # what stands before a token predicts it; several samples may share it
     head = policy.module.get_output_embeddings()
     logprobs, entropies = chunked_logprobs(
-        hidden.float()[predicts].to(hidden.dtype),  # so that backward sums in float32
+        hidden.float().index_select(0, predicts).to(hidden.dtype),  # so that backward sums in float32
         batch.input_ids[tokens],
         policy.logits,
         [] if head is None else [parameter for parameter in head.parameters() if parameter.requires_grad],
@@ -54,7 +55,7 @@ def chunked_logprobs(
     *,
     temperature: float,
     with_entropy: bool = False,
-    logits_per_chunk: int = LOGITS_PER_CHUNK,
+    logits_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden], targets [N] -> log p(target) and entropy under softmax(head(hidden) / temperature), [N] fp32.
 
@@ -72,46 +73,78 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head: Callable[[Tensor], Tensor],
         temperature: float,
         with_entropy: bool,
-        logits_per_chunk: int,
+        logits_per_chunk: int | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         vocabulary = head(hidden[:1]).shape[-1] if len(hidden) else 1
-        ctx.chunk = max(logits_per_chunk // vocabulary, 1)
-        ctx.head, ctx.temperature, ctx.parameters = head, temperature, parameters
+        ctx.chunk = max((logits_per_chunk or BYTES_PER_CHUNK // hidden.itemsize) // vocabulary, 1)
+        ctx.head, ctx.temperature, ctx.parameters, ctx.last = head, temperature, parameters, None
         ctx.set_materialize_grads(False)
-        logprobs, entropies = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+        logprobs, normalizers, entropies = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            log_p = torch.log_softmax(head(hidden[part]).float() / temperature, dim=-1)
-            logprobs[part] = log_p.gather(1, targets[part, None])[:, 0]
-            if with_entropy:
-                entropies[part] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, targets, entropies)
+            ctx.last = None  # frees the chunk before
+            ctx.last = _through_head(head, hidden[part])
+            for here, scaled, p in _in_cache(ctx.last[1].detach(), temperature):
+                here = slice(start + here.start, start + here.stop)
+                torch.softmax(scaled, 1, out=p)
+                normalizers[here] = scaled.amax(1) - p.amax(1).log()
+                scaled -= normalizers[here, None]
+                logprobs[here] = scaled.gather(1, targets[here, None])[:, 0]
+                if with_entropy:
+                    entropies[here] = -torch.linalg.vecdot(p, scaled)
+        ctx.save_for_backward(hidden, targets, normalizers, entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, targets, entropies = ctx.saved_tensors
-        of_logprobs, of_entropies = grads
+        hidden, targets, normalizers, entropies = ctx.saved_tensors
+        of_logprobs, of_entropies = (None if grad is None else grad[:, None] / ctx.temperature for grad in grads)
         of_hidden = torch.zeros_like(hidden)
-        of_parameters = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in ctx.parameters]
-        for start in range(0, len(hidden), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            with torch.enable_grad():
-                leaf = hidden[part].detach().requires_grad_()
-                logits = ctx.head(leaf)
-            log_p = torch.log_softmax(logits.detach().float() / ctx.temperature, dim=-1)
-            p = log_p.exp()
-            of_logits = torch.zeros_like(p)
-            if of_entropies is not None:  # dH / dz = -p (log p + H)
-                of_logits -= of_entropies[part, None] * p * (log_p + entropies[part, None])
-            if of_logprobs is not None:  # d log p(target) / dz = [target] - p
-                of_logits -= of_logprobs[part, None] * p
-                of_logits.scatter_add_(1, targets[part, None], of_logprobs[part, None])
-            of_logits = (of_logits / ctx.temperature).to(logits.dtype)
+        of_parameters = [torch.zeros_like(parameter) for parameter in ctx.parameters if not len(hidden)]
+        for start in reversed(range(0, len(hidden), ctx.chunk)):
+            leaf, logits = ctx.last or _through_head(ctx.head, hidden[start : start + ctx.chunk])
+            ctx.last = None
+            of_logits = logits.detach()  # in place: nobody needs the values any more, or autograd objects
+            for here, scaled, p in _in_cache(of_logits, ctx.temperature):
+                rows = slice(start + here.start, start + here.stop)
+                log_p = scaled.sub_(normalizers[rows, None])
+                torch.exp(log_p, out=p)
+                pull = 0.0 if of_logprobs is None else of_logprobs[rows]  # d log p(target) / dz = [target] - p
+                if of_entropies is not None:  # dH / dz = -p (log p + H)
+                    pull = log_p.add_(entropies[rows, None]).mul_(of_entropies[rows]).add_(pull)
+                p.mul_(pull).neg_()
+                if of_logprobs is not None:
+                    p.scatter_add_(1, targets[rows, None], of_logprobs[rows])
+                of_logits[here] = p
             of_leaf, *of_head = torch.autograd.grad(logits, [leaf, *ctx.parameters], of_logits)
-            of_hidden[part] = of_leaf
-            for total, of_chunk in zip(of_parameters, of_head, strict=True):
-                total += of_chunk
+            of_hidden[start : start + ctx.chunk] = of_leaf
+            if len(hidden) > ctx.chunk:
+                of_head = [of_chunk.float() for of_chunk in of_head]  # summed in float32
+            of_parameters = (
+                [a.add_(b) for a, b in zip(of_parameters, of_head, strict=True)] if of_parameters else of_head
+            )
         cast = [total.to(parameter.dtype) for total, parameter in zip(of_parameters, ctx.parameters, strict=True)]
         return of_hidden, None, None, None, None, None, *cast
+
+
+def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `hidden` [n, hidden] that is a leaf, and its logits [n, vocab]."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        return leaf, head(leaf)
+
+
+def _in_cache(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, logits[rows] / temperature in float32, room for as many numbers): on a processor so few rows that the
+    softmax walks over them in its cache. Both tensors are used again for the next rows."""
+    count, vocabulary = logits.shape
+    step = min(max(NUMBERS_IN_CACHE // vocabulary, 1), count) if logits.device.type == "cpu" else count
+    room = torch.empty(2, step, vocabulary, device=logits.device)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        scaled, spare = room[:, : rows.stop - start]
+        scaled.copy_(logits[rows])
+        if temperature != 1:
+            scaled /= temperature
+        yield rows, scaled, spare

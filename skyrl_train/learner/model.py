@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
+from skyrl_train.learner.blocks import quicken_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +121,7 @@ def wrap_module(module: PreTrainedModel, *, gradient_checkpointing: bool = False
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             setattr(part, "attention_dropout", 0.0)  # noqa: B010 (a plain attribute of a family's attention module)
+    quicken_blocks(module)
     module.eval()
     if gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -63,7 +63,7 @@ class MasterOptimizer:
         learning_rate = self.learning_rate
         is_finite = bool(norm.isfinite())
         if is_finite:
-            if self._max_grad_norm > 0:
+            if 0 < self._max_grad_norm < norm:
                 torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self._max_grad_norm, norm)
             self._adamw.step()
             self._schedule.step()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer  # ty: ignore[unresolved-import]
+from trl import GRPOConfig, GRPOTrainer  # ty: ignore[import-not-found]
 
 from tests.benchmarks.workers.turns import Turns
 

@@ -94,3 +94,20 @@ def test_a_batch_without_trained_tokens_has_logprobs_zero():
     batch.loss_mask[:] = False
     logprobs, entropies = batch_logprobs(tiny_policy(), batch, temperature=1.0, with_entropy=True)
     assert logprobs.abs().sum() == entropies.abs().sum() == 0
+
+
+def test_the_softmax_is_the_same_in_slices_of_a_few_rows(monkeypatch):
+    torch.manual_seed(0)
+    head, targets = nn.Linear(5, 7), torch.randint(7, (11,))
+    hidden = torch.randn(11, 5, requires_grad=True)
+
+    def outcome() -> list[torch.Tensor]:
+        both = chunked_logprobs(
+            hidden, targets, head, list(head.parameters()), temperature=0.7, with_entropy=True, logits_per_chunk=70
+        )
+        return [*both, *torch.autograd.grad(both[0].sum() + 2 * both[1].sum(), [hidden, *head.parameters()])]
+
+    whole = outcome()
+    monkeypatch.setattr("skyrl_train.learner.logprobs.NUMBERS_IN_CACHE", 3 * 7)
+    for sliced, expected in zip(outcome(), whole, strict=True):
+        assert_close(sliced, expected)

@@ -54,12 +54,14 @@ def pull_on(batch: Batch) -> Tensor:
     return torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_batch_of_these_tests_shares_at_one_place_and_not_at_the_others():
+def test_the_batch_of_these_tests_shares_prompts_and_histories_two_deep():
     batch = shared_batch()
     segments = share_prefixes(batch)
-    # (5 - 1) * 40 of the prompt, 47 of the two samples of one trajectory, 17 of the other two; one sample has no rest
-    assert batch.num_tokens - len(segments.input_ids) == 160 + 47 + 17
-    assert len(segments.before) == 1 + 4 + 1 + 2 + 1 + 2 + 1 + 3
+    # (5 - 1) * 40 of the prompt; 3 * 17 of the other prompt, and 30 more of the two samples of one trajectory
+    assert batch.num_tokens - len(segments.input_ids) == 160 + 51 + 30
+    assert len(segments.before) == 1 + 4 + 1 + (1 + 2) + 2 + 1 + 3  # one sample has no rest
+    two_deep = segments.before[segments.before[segments.before >= 0]] >= 0
+    assert two_deep.sum() == 2
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
