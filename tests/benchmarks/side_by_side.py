@@ -146,9 +146,10 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
 
 
 def add_trl_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two settings that decide how fast TRL is. The defaults are the fastest on two cores with AMX."""
+    """The two settings that decide how fast TRL is. Of those tried the defaults were the fastest on two cores with AMX:
+    an update of 32 samples took 11 s, and with all of them in one pass 27 s."""
     parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
-    parser.add_argument("--trl-rows", type=int, default=32, help="samples in one pass of TRL")
+    parser.add_argument("--trl-rows", type=int, default=8, help="samples in one pass of TRL")
 
 
 def trl_settings(chosen: argparse.Namespace) -> dict[str, Any]:
