@@ -78,8 +78,8 @@ def test_gradient_checkpointing_recomputes_the_layers_in_backward():
     for checkpointing in (False, True):
         policy = tiny_policy(gradient_checkpointing=checkpointing)
         seen = calls.setdefault(checkpointing, [])
-        norm = policy.module.get_submodule("model.layers.0.input_layernorm")
-        norm.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        product = policy.module.get_submodule("model.layers.0.self_attn.q_proj")
+        product.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         packed_logits(policy, LENGTHS)[2].sum().backward()
     assert len(calls[False]) == 1
     assert len(calls[True]) == 2
