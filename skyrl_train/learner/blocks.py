@@ -135,14 +135,14 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         [of_out] = grads
         of_gate = torch.ops.aten.silu_backward(of_out * up, gate)
-        return of_gate, F.silu(gate).mul_(of_out)
+        return of_gate, F.silu(gate) * of_out
 
 
 class _GatedDown(torch.autograd.Function):
@@ -152,7 +152,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.silu(gate).mul_(up), weight, bias)
+        return F.linear(F.silu(gate) * up, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -161,6 +161,5 @@ class _GatedDown(torch.autograd.Function):
         of_gated = of_out @ weight
         of_gate = torch.ops.aten.silu_backward(of_gated * up, gate)
         opened = F.silu(gate)
-        of_up = of_gated.mul_(opened)
-        of_weight = of_out.t() @ opened.mul_(up) if ctx.needs_input_grad[2] else None
-        return of_gate, of_up, of_weight, of_out.sum(0) if ctx.has_bias else None
+        of_weight = of_out.t() @ (opened * up) if ctx.needs_input_grad[2] else None
+        return of_gate, opened * of_gated, of_weight, of_out.sum(0) if ctx.has_bias else None
