@@ -22,15 +22,20 @@ if TYPE_CHECKING:
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
 
 
+def has_known_blocks(config: Any) -> bool:
+    """Whether this model's blocks are those that are written here, and in the engine's decoder."""
+    return config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu"
+
+
 def quicken_blocks(module: PreTrainedModel) -> None:
     """Let a model's blocks compute as below, on a processor and whenever they are handed one of our attention objects.
 
     Modules, parameters and their names stay, so an adapter in place of a linear layer is used as well. Models of other
     families are left alone.
     """
-    config, base = module.config, cast(Any, module.base_model)
-    if config.model_type not in FAMILIES or config.hidden_act != "silu":
+    if not has_known_blocks(module.config):
         return
+    base = cast(Any, module.base_model)
     for block in base.layers:
         block.forward = MethodType(_block_forward, block)
     base.norm.forward = MethodType(_norm_forward, base.norm)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.blocks import has_known_blocks
 from skyrl_train.learner.lora import effective_weight
 from skyrl_train.learner.model import Policy
 
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
 PACKED_FOR_ROWS = 32  # the number of rows the layout is chosen for; others work as well
 
 
@@ -42,9 +42,8 @@ class ForwardPass(Protocol):
 
 def forward_pass(policy: Policy) -> ForwardPass:
     """The fastest one that computes what the policy computes: a `Decoder`, or the policy itself."""
-    config: Any = policy.config
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not packs or config.model_type not in FAMILIES or getattr(config, "hidden_act", "silu") != "silu":
+    if not packs or not has_known_blocks(policy.config):
         return policy
     kernels = kernels_for(policy)
     for used in [kernels, None] if kernels is not None else [None]:

@@ -144,7 +144,7 @@ class TorchEngine:
     async def close(self) -> None:
         """Stop after the current step. Requests in flight fail with `EngineStopped`."""
         self._stop("the engine was closed before this request was finished")
-        await asyncio.wrap_future(compute.submit(self._end_if_idle))
+        await asyncio.wrap_future(compute.submit(self._end, None))  # after the last turn
 
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped is not None:
@@ -262,10 +262,6 @@ class TorchEngine:
             waiters += command if isinstance(command, list) else [command] if isinstance(command, NewWeights) else []
         self._in_flight, self._finished, self._commands = {}, [], deque()
         self._fail(waiters)
-
-    def _end_if_idle(self) -> None:
-        """After the last turn, which has ended the engine unless none was under way when it was stopped."""
-        self._end(None)
 
 
 def _device_memory(device: torch.device) -> int:
