@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.halves import block_of_halves, is_plain
+from skyrl_train.learner.kernels import kernels_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +57,8 @@ def _block_forward(
             family["attention"] = attention
         return type(block).forward(block, hidden_states, *args, position_embeddings=position_embeddings, **family)
     row = hidden_states[0]
+    if kernels_for(row.dtype) is not None and is_plain(block):
+        return block_of_halves(block, row, position_embeddings, attention)[None]
     row = row + _attend(block.self_attn, _normed(row, block.input_layernorm), position_embeddings, attention)
     mlp, normed = block.mlp, _normed(row, block.post_attention_layernorm)
     gate, up, down = mlp.gate_proj(normed), mlp.up_proj(normed), mlp.down_proj

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from skyrl_train.learner.weight_gradients import sum_gradient_with
+
 if TYPE_CHECKING:
     from skyrl_train.config import OptimizerConfig
 
@@ -42,6 +44,7 @@ class MasterOptimizer:
             else:
                 self.masters[name] = parameter.detach().float()
                 parameter.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
+                sum_gradient_with(parameter, self.masters[name])
         beta1, beta2 = config.adam_betas
         self._adamw = torch.optim.AdamW(
             self.masters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True
