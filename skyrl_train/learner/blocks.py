@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.halves import block_of_halves, is_plain
 from skyrl_train.learner.kernels import kernels_for
+from skyrl_train.learner.weight_gradients import Embedded, GradientSum, Product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,10 @@ def quicken_blocks(module: PreTrainedModel) -> None:
     for block in base.layers:
         block.forward = MethodType(_block_forward, block)
     base.norm.forward = MethodType(_norm_forward, base.norm)
+    embedding, head = cast(Any, module.get_input_embeddings()), cast(Any, module.get_output_embeddings())
+    embedding.forward = MethodType(_embedding_forward, embedding)
+    if type(head) is nn.Linear:
+        head.forward = MethodType(_head_forward, head)
 
 
 def _block_forward(
@@ -83,6 +88,19 @@ def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.device.type != "cpu":
         return type(norm).forward(norm, hidden_states)
     return _normed(hidden_states, norm)
+
+
+def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    if hidden.device.type != "cpu" or hidden.ndim != 2:
+        return F.linear(hidden, head.weight, head.bias)
+    return Product.apply(hidden, head.weight, head.bias)
+
+
+def _embedding_forward(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
+    place = GradientSum.of(embedding.weight)
+    if place is None or input_ids.device.type != "cpu" or not torch.is_grad_enabled():
+        return nn.Embedding.forward(embedding, input_ids)
+    return Embedded.apply(input_ids, embedding.weight, embedding.padding_idx, place)
 
 
 def _normed(row: Tensor, norm: Any) -> Tensor:

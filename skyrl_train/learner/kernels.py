@@ -122,9 +122,40 @@ class Kernels:
         self._library.swiglu_backward(*pointers, gate.numel())
         return of_gate, of_up
 
-    def can_sum(self, gradient: Tensor) -> bool:
+    def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See softmax.statistics."""
+        targets = targets.contiguous()
+        logprobs, normalizers, entropies = (torch.empty(len(logits)) for _ in range(3))
+        out = (tensor.data_ptr() for tensor in (normalizers, logprobs, entropies))
+        self._library.logprobs(logits.data_ptr(), targets.data_ptr(), temperature, *out, *logits.shape)
+        return logprobs, normalizers, entropies
+
+    def logprobs_backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        normalizers: Tensor,
+        entropies: Tensor,
+        of_logprobs: Tensor,
+        of_entropies: Tensor | None,
+    ) -> None:
+        """See softmax.into_gradient."""
+        targets = targets.contiguous()
+        self._library.logprobs_backward(
+            logits.data_ptr(),
+            targets.data_ptr(),
+            temperature,
+            normalizers.data_ptr(),
+            entropies.data_ptr(),
+            of_logprobs.data_ptr(),
+            None if of_entropies is None else of_entropies.data_ptr(),
+            *logits.shape,
+        )
+
+    def can_sum(self, shape: torch.Size) -> bool:
         """Whether `add_weight_gradient` is written for such a matrix, and for this processor."""
-        return self.has_tiles and gradient.ndim == 2 and not any(size % SIDE for size in gradient.shape)
+        return self.has_tiles and len(shape) == 2 and not any(size % SIDE for size in shape)
 
     def add_weight_gradient(self, of_y: Tensor, x: Tensor, gradient: Tensor, *, is_new: bool) -> None:
         """gradient [width, depth] (float) += of_y [rows, width]^T x [rows, depth]; is_new: = instead of +=."""

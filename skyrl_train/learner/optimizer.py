@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from skyrl_train.learner.weight_gradients import sum_gradient_with
+from skyrl_train.learner.weight_gradients import GradientSum
 
 if TYPE_CHECKING:
     from skyrl_train.config import OptimizerConfig
@@ -43,8 +43,7 @@ class MasterOptimizer:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = parameter.detach().float()
-                parameter.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
-                sum_gradient_with(parameter, self.masters[name])
+                GradientSum(parameter, self.masters[name])
         beta1, beta2 = config.adam_betas
         self._adamw = torch.optim.AdamW(
             self.masters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True
@@ -103,16 +102,3 @@ class MasterOptimizer:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-
-def _add_to(master: Tensor) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        if gradient is None:
-            return
-        if master.grad is None:
-            master.grad = gradient.float()
-        else:
-            master.grad += gradient
-
-    return add
