@@ -34,8 +34,27 @@ _OF_TILES = {
     "ask_for_tiles": [],
     "room_for": [_LONG] * 3,
     "weight_gradient": [_POINTER] * 3 + [_INT] + [_LONG] * 3 + [_POINTER],
+    "attend": [_POINTER] * 6,
+    "attend_backward": [_POINTER] * 2 + [_LONG] + [_POINTER] * 9,
 }
-_RESULTS = {"norm_backward": _INT, "square_sum": ctypes.c_double, "ask_for_tiles": _INT, "room_for": _LONG}
+_RESULTS = {
+    "attend": _INT,
+    "attend_backward": _INT,
+    "norm_backward": _INT,
+    "square_sum": ctypes.c_double, "ask_for_tiles": _INT, "room_for": _LONG,
+}
+
+
+class AttentionShape(ctypes.Structure):
+    """`shape` of attention.h."""
+
+    _fields_ = (
+        ("bounds", _POINTER),
+        ("before", _POINTER),
+        *((name, _LONG) for name in ("segments", "heads", "kv_heads", "size")),
+        ("scale", _FLOAT),
+        ("window", _LONG),
+    )
 
 
 @cache
@@ -54,7 +73,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._library = library
+        self.library = library
         self._declare(_ARGUMENTS)
         self.has_tiles = hasattr(library, "ask_for_tiles")
         if self.has_tiles:
@@ -64,14 +83,14 @@ class Kernels:
 
     def _declare(self, arguments: dict[str, list[Any]]) -> None:
         for name, types in arguments.items():
-            function = getattr(self._library, name)
+            function = getattr(self.library, name)
             function.argtypes, function.restype = types, _RESULTS.get(name)
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNorm over the last dimension."""
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         pointers = x.data_ptr(), None, weight.data_ptr()
-        self._library.norm(*pointers, epsilon, None, y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
+        self.library.norm(*pointers, epsilon, None, y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
         return y
 
     def add_and_norm(self, x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +98,7 @@ class Kernels:
         total, y = torch.empty_like(x), torch.empty_like(x)
         pointers = x.data_ptr(), more.data_ptr(), weight.data_ptr()
         out = total.data_ptr(), y.data_ptr()
-        self._library.norm(*pointers, epsilon, *out, x.numel() // x.shape[-1], x.shape[-1])
+        self.library.norm(*pointers, epsilon, *out, x.numel() // x.shape[-1], x.shape[-1])
         return total, y
 
     def norm_backward(
@@ -88,7 +107,7 @@ class Kernels:
         """(gradient of x, plus `more`; gradient of the weight, float)."""
         of_y = of_y.contiguous()
         of_x, of_weight = torch.empty_like(of_y), torch.zeros(weight.shape)
-        failed = self._library.norm_backward(
+        failed = self.library.norm_backward(
             of_y.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
@@ -107,19 +126,19 @@ class Kernels:
         """x [T, heads, D]; cosine, sine [T, D]. `back`: by the opposite angles, the way of the gradient."""
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         pointers = x.data_ptr(), y.data_ptr(), cosine.data_ptr(), sine.data_ptr()
-        self._library.rotate(*pointers, -1.0 if back else 1.0, *x.shape)
+        self.library.rotate(*pointers, -1.0 if back else 1.0, *x.shape)
         return y
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         y = torch.empty_like(gate)
-        self._library.swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+        self.library.swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         return y
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, of_y: Tensor) -> tuple[Tensor, Tensor]:
         """(gradient of gate, gradient of up); `of_y` becomes y."""
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         pointers = (tensor.data_ptr() for tensor in (gate, up, of_y, of_gate, of_up))
-        self._library.swiglu_backward(*pointers, gate.numel())
+        self.library.swiglu_backward(*pointers, gate.numel())
         return of_gate, of_up
 
     def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +146,7 @@ class Kernels:
         targets = targets.contiguous()
         logprobs, normalizers, entropies = (torch.empty(len(logits)) for _ in range(3))
         out = (tensor.data_ptr() for tensor in (normalizers, logprobs, entropies))
-        self._library.logprobs(logits.data_ptr(), targets.data_ptr(), temperature, *out, *logits.shape)
+        self.library.logprobs(logits.data_ptr(), targets.data_ptr(), temperature, *out, *logits.shape)
         return logprobs, normalizers, entropies
 
     def logprobs_backward(
@@ -142,7 +161,7 @@ class Kernels:
     ) -> None:
         """See softmax.into_gradient."""
         targets = targets.contiguous()
-        self._library.logprobs_backward(
+        self.library.logprobs_backward(
             logits.data_ptr(),
             targets.data_ptr(),
             temperature,
@@ -161,8 +180,8 @@ class Kernels:
         """gradient [width, depth] (float) += of_y [rows, width]^T x [rows, depth]; is_new: = instead of +=."""
         width, depth = gradient.shape
         of_y, x = of_y.contiguous(), x.contiguous()
-        wanted = self._library.room_for(len(x), width, depth)
+        wanted = self.library.room_for(len(x), width, depth)
         if len(self._room) < wanted:
             self._room = torch.empty(wanted, dtype=self.dtype)
         pointers = of_y.data_ptr(), x.data_ptr(), gradient.data_ptr()
-        self._library.weight_gradient(*pointers, is_new, len(x), width, depth, self._room.data_ptr())
+        self.library.weight_gradient(*pointers, is_new, len(x), width, depth, self._room.data_ptr())

@@ -187,4 +187,5 @@ void adamw(float *weight, float *mean, float *square, const float *gradient, num
 
 #if defined(BFLOAT16) && defined(__AMX_BF16__)
 #include "products.h"
+#include "attention.h"
 #endif
