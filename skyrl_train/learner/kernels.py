@@ -28,7 +28,7 @@ _ARGUMENTS = {
     "logprobs": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "logprobs_backward": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 4 + [_LONG, _INT],
     "square_sum": [_POINTER, _LONG],
-    "adamw": [_POINTER] * 5 + [_FLOAT] * 7 + [_LONG],
+    "adamw": [_POINTER] * 5 + [_FLOAT] * 8 + [_LONG],
 }
 _OF_TILES = {
     "ask_for_tiles": [],
@@ -170,6 +170,36 @@ class Kernels:
             of_logprobs.data_ptr(),
             None if of_entropies is None else of_entropies.data_ptr(),
             *logits.shape,
+        )
+
+    def square_sum(self, x: Tensor) -> float:
+        """Of a float tensor."""
+        x = x.contiguous()
+        return self.library.square_sum(x.data_ptr(), x.numel())
+
+    def adamw(
+        self, master: Tensor, parameter: Tensor | None, state: dict[str, Tensor], group: dict[str, Any], clip: float
+    ) -> None:
+        """One step of torch's AdamW with these settings of its group, on clip * gradient, and into the parameter."""
+        assert master.grad is not None
+        beta1, beta2 = group["betas"]
+        step = float(state["step"])
+        gradient = master.grad.contiguous()
+        self.library.adamw(
+            master.data_ptr(),
+            state["exp_avg"].data_ptr(),
+            state["exp_avg_sq"].data_ptr(),
+            gradient.data_ptr(),
+            None if parameter is None else parameter.data_ptr(),
+            clip,
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            1 / (1 - beta1**step),
+            1 / (1 - beta2**step),
+            master.numel(),
         )
 
     def can_sum(self, shape: torch.Size) -> bool:

@@ -171,17 +171,16 @@ double square_sum(const float *x, int64_t count) {
   return total;
 }
 
-/* AdamW, Loshchilov and Hutter (2019), algorithm 2, on gradient * clip; the new weights also go to `rounded_weight`. */
-void adamw(float *weight, float *mean, float *square, const float *gradient, number *rounded_weight, float clip,
-           float rate, float beta1, float beta2, float epsilon, float decay, float step, int64_t count) {
-  float first = 1.0f / (1.0f - powf(beta1, step)), second = 1.0f / (1.0f - powf(beta2, step));
+/* AdamW, Loshchilov and Hutter (2019), algorithm 2, on clip * gradient; first and second are 1 / (1 - beta^step).
+ * The new weights also go to `weight_rounded`, if given. */
+void adamw(float *weight, float *mean, float *square, const float *gradient, number *weight_rounded, float clip,
+           float rate, float beta1, float beta2, float epsilon, float decay, float first, float second, int64_t count) {
 #pragma omp parallel for simd schedule(static)
   for (int64_t i = 0; i < count; i++) {
-    float g = gradient[i] * clip, m = beta1 * mean[i] + (1.0f - beta1) * g;
-    float v = beta2 * square[i] + (1.0f - beta2) * g * g;
-    float w = weight[i] * (1.0f - rate * decay) - rate * m * first / (sqrtf(v * second) + epsilon);
+    float g = gradient[i] * clip, m = beta1 * mean[i] + (1.0f - beta1) * g, v = beta2 * square[i] + (1.0f - beta2) * g * g;
+    float w = weight[i] * (1.0f - rate * decay) - rate * first * m / (sqrtf(v * second) + epsilon);
     mean[i] = m, square[i] = v, weight[i] = w;
-    if (rounded_weight) rounded_weight[i] = rounded(w);
+    if (weight_rounded) weight_rounded[i] = rounded(w);
   }
 }
 
