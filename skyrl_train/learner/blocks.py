@@ -30,6 +30,11 @@ def has_known_blocks(config: Any) -> bool:
     return config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu"
 
 
+def has_quick_head(module: PreTrainedModel) -> bool:
+    """Whether the output head is ours, which takes `out`."""
+    return "forward" in vars(cast(Any, module.get_output_embeddings()))
+
+
 def quicken_blocks(module: PreTrainedModel) -> None:
     """Let a model's blocks compute as below, on a processor and whenever they are handed one of our attention objects.
 
@@ -90,10 +95,10 @@ def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     return _normed(hidden_states, norm)
 
 
-def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _head_forward(head: nn.Linear, hidden: Tensor, out: Tensor | None = None) -> Tensor:
     if hidden.device.type != "cpu" or hidden.ndim != 2:
         return F.linear(hidden, head.weight, head.bias)
-    return Product.apply(hidden, head.weight, head.bias)
+    return Product.apply(hidden, head.weight, head.bias, out)
 
 
 def _embedding_forward(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
@@ -115,6 +120,10 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        if (kernels := kernels_for(x.dtype)) is not None:
+            ctx.save_for_backward(x.contiguous(), weight)
+            return kernels.norm(x, weight, eps)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
@@ -123,8 +132,12 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
+        x, weight, *scales = ctx.saved_tensors
         of_y = grads[0].contiguous()
+        if (kernels := kernels_for(x.dtype)) is not None:
+            of_x, of_weight = kernels.norm_backward(of_y, x, weight, ctx.eps)
+            return of_x, of_weight.to(weight.dtype), None
+        [scale] = scales
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
             of_y, x, weight.shape, torch.zeros_like(scale), scale, weight.float(), None, [True, True, False]
         )
@@ -139,6 +152,8 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, heads, D]; cos, sin [T, 1, D]"""
         ctx.save_for_backward(cos, sin)
+        if (kernels := kernels_for(x.dtype)) is not None:
+            return kernels.rotated(x, cos.contiguous(), sin.contiguous())
         half = x.shape[-1] // 2
         out = x * cos
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -149,6 +164,8 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         [of_out] = grads
+        if (kernels := kernels_for(of_out.dtype)) is not None:
+            return kernels.rotated(of_out, cos.contiguous(), sin.contiguous(), back=True), None, None
         half = of_out.shape[-1] // 2
         of_x = of_out * cos
         of_x[..., :half].addcmul_(of_out[..., half:], sin[..., half:])
@@ -162,12 +179,15 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        kernels = kernels_for(gate.dtype)
+        return F.silu(gate) * up if kernels is None else kernels.swiglu(gate.contiguous(), up.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         [of_out] = grads
+        if (kernels := kernels_for(gate.dtype)) is not None:
+            return kernels.swiglu_backward(gate.contiguous(), up.contiguous(), of_out.clone())
         of_gate = torch.ops.aten.silu_backward(of_out * up, gate)
         return of_gate, F.silu(gate) * of_out
 

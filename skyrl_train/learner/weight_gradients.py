@@ -66,20 +66,23 @@ class WeightGradient:
 
 
 class Product(torch.autograd.Function):
-    """x [T, in] -> x W^T + b [T, out]"""
+    """x [T, in] -> x W^T + b [T, out], written into `out` if given."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = WeightGradient.of(weight)
-        return F.linear(x, weight, bias)
+        if out is None:
+            return F.linear(x, weight, bias)
+        torch.mm(x, weight.t(), out=out)
+        return out.detach() if bias is None else out.detach().add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs, [of_y] = ctx.needs_input_grad, grads
         of_weight = ctx.gradient.add(of_y, x) if needs[1] else None
-        return of_y @ weight if needs[0] else None, of_weight, of_y.sum(0) if needs[2] else None
+        return of_y @ weight if needs[0] else None, of_weight, of_y.sum(0) if needs[2] else None, None
 
 
 class Embedded(torch.autograd.Function):
