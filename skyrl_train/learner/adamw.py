@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.kernels import Kernels, kernels_for
-
-
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
-    """The 2-norm of all of them together."""
-    kernels = kernels_for(torch.float32)
-    if kernels is None or any(gradient.device.type != "cpu" for gradient in gradients):
-        return float(torch.nn.utils.get_total_norm(gradients))
-    return math.sqrt(math.fsum(kernels.square_sum(gradient) for gradient in gradients))
 
 
 class AdamW(torch.optim.AdamW):
@@ -30,7 +22,7 @@ class AdamW(torch.optim.AdamW):
         self.clip = 1.0  # a factor of all gradients
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # ty: ignore[incompatible-method-override]
         """Without the kernels of this machine, torch's own passes."""
         if self._kernels is None:
             if self.clip != 1:
@@ -50,6 +42,13 @@ class AdamW(torch.optim.AdamW):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             state["step"] += 1
             self._kernels.adamw(master, None if parameter is master else parameter, state, group, self.clip)
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients together."""
+        gradients = [master.grad for master, _ in self._pairs if master.grad is not None]
+        if self._kernels is None:
+            return float(torch.nn.utils.get_total_norm(gradients))
+        return math.sqrt(math.fsum(map(self._kernels.square_sum, gradients)))
 
     @torch.no_grad()
     def copy_into_parameters(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ _RESULTS = {
     "attend": _INT,
     "attend_backward": _INT,
     "norm_backward": _INT,
-    "square_sum": ctypes.c_double, "ask_for_tiles": _INT, "room_for": _LONG,
+    "square_sum": ctypes.c_double,
+    "ask_for_tiles": _INT,
+    "room_for": _LONG,
 }
 
 
@@ -57,9 +60,22 @@ class AttentionShape(ctypes.Structure):
     )
 
 
-@cache
+_compiling = Lock()
+
+
 def kernels_for(dtype: torch.dtype) -> Kernels | None:
     """None: this type is another, or this machine has no C compiler."""
+    with _compiling:  # whoever comes second waits for the first
+        return _compiled(dtype)
+
+
+def compile_beside(dtype: torch.dtype) -> None:
+    """Begin the second that it takes while something else is loaded."""
+    Thread(target=kernels_for, args=(dtype,), name="compile kernels", daemon=True).start()
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> Kernels | None:
     if dtype not in (torch.bfloat16, torch.float32):
         return None
     try:

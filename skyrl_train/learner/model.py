@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skyrl_train.learner.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
 from skyrl_train.learner.blocks import has_quick_head, quicken_blocks
+from skyrl_train.learner.kernels import compile_beside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +101,8 @@ def load_policy(
 
     With bfloat16 the learner keeps its own float32 master weights, so learner and engine compute with the same numbers.
     """
+    if torch.device(device).type == "cpu":
+        compile_beside(compute_dtype)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 

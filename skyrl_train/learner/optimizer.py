@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from skyrl_train.learner.adamw import AdamW, gradient_norm
+from skyrl_train.learner.adamw import AdamW
 from skyrl_train.learner.weight_gradients import GradientSum
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class MasterOptimizer:
 
     def step(self) -> Step:
         """Use the gradients that backward has left, and drop them."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm, learning_rate = gradient_norm(gradients), self.learning_rate
+        norm, learning_rate = self._adamw.gradient_norm(), self.learning_rate
         is_finite = math.isfinite(norm)
         if is_finite:
             self._adamw.clip = self._max_grad_norm / norm if 0 < self._max_grad_norm < norm else 1.0

@@ -158,16 +158,24 @@ void logprobs_backward(number *logits, const int64_t *targets, float temperature
   }
 }
 
+#define PARTS 64 /* whose sums are added in order: always the same number, however many threads there are */
+
 double square_sum(const float *x, int64_t count) {
-  double total = 0;
-#pragma omp parallel for reduction(+ : total) schedule(static)
-  for (int64_t start = 0; start < count; start += 4096) {
-    int64_t stop = start + 4096 < count ? start + 4096 : count;
-    float sum = 0;
+  double sums[PARTS], total = 0;
+  int64_t size = (count + PARTS - 1) / PARTS;
+#pragma omp parallel for schedule(static)
+  for (int part = 0; part < PARTS; part++) {
+    int64_t stop = (part + 1) * size < count ? (part + 1) * size : count;
+    sums[part] = 0;
+    for (int64_t start = part * size; start < stop; start += 4096) {
+      int64_t end = start + 4096 < stop ? start + 4096 : stop;
+      float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < stop; i++) sum += x[i] * x[i];
-    total += sum;
+      for (int64_t i = start; i < end; i++) sum += x[i] * x[i];
+      sums[part] += sum;
+    }
   }
+  for (int part = 0; part < PARTS; part++) total += sums[part];
   return total;
 }
 

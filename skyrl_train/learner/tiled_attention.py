@@ -16,7 +16,7 @@ NO_WINDOW = 2**62
 
 @dataclass(frozen=True)
 class Segments:
-    """Segment n is tokens [bounds[n], bounds[n+1]) and continues segment before[n], -1 if none (int64, on the processor).
+    """Segment n is tokens [bounds[n], bounds[n+1]) and continues segment before[n], -1 if none (int64).
 
     A tree of segments begins with one that continues none.
     """
@@ -74,9 +74,7 @@ class TiledAttention(torch.autograd.Function):
         of_inputs = [torch.empty_like(tensor) for tensor in (query, key, value)]
         shape = ctx.segments.shape(query, key, ctx.scale, ctx.window)
         pointers = (tensor.data_ptr() for tensor in (query, key, value, out, of_out, normalizers, *of_inputs))
-        _checked(
-            _library(query).attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers)
-        )
+        _checked(_library(query).attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers))
         return *of_inputs, None, None, None
 
 

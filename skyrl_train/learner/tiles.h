@@ -1,3 +1,4 @@
+#pragma once
 /* Matrix products of bfloat16 on Intel's AMX tiles: 16 rows of 64 bytes (Intel, Architecture Instruction Set Extensions,
  * chapter 3).
  *
@@ -5,7 +6,6 @@
  * memory; B's lie in pairs, B[2r][c] beside B[2r + 1][c] in row r of its tile. So one operand of a product is packed first,
  * 32 x 32 numbers = 2 tiles at a time.
  */
-#pragma once
 #include <immintrin.h>
 
 #include <sys/syscall.h>

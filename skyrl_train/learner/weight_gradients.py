@@ -13,7 +13,7 @@ from skyrl_train.learner.kernels import kernels_for
 
 
 class GradientSum:
-    """The float32 gradient of a weight of another type, in `grad` of its float32 master. """
+    """The float32 gradient of a weight of another type, in `grad` of its float32 master."""
 
     def __init__(self, parameter: nn.Parameter, master: Tensor) -> None:
         self._master, self._room = master, torch.empty(0)
@@ -56,7 +56,7 @@ class WeightGradient:
         return cls(None, None) if weight is None else cls(GradientSum.of(weight), weight.shape)
 
     def add(self, of_y: Tensor, x: Tensor) -> Tensor | None:
-        """The gradient of y = x W^T, of_y [T, out], x [T, in] -> what autograd is to add to W's: None if that is done."""
+        """From y = x W^T, of_y [T, out] and x [T, in] -> what autograd is to add to W's: None if that is done."""
         kernels = kernels_for(of_y.dtype)
         if self.sum is None or self.shape is None or kernels is None or not kernels.can_sum(self.shape):
             return of_y.t() @ x
@@ -86,7 +86,7 @@ class Product(torch.autograd.Function):
 
 
 class Embedded(torch.autograd.Function):
-    """ids [..., T] -> rows of the embedding. Its gradient is added to few rows of the sum, instead of being one as large."""
+    """ids [..., T] -> rows of the embedding. Backward adds to that many rows of the sum and makes none as large."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, place: GradientSum) -> Tensor:
