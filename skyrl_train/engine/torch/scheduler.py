@@ -193,14 +193,15 @@ class Scheduler:
         ready = [sequence for sequence in self._slots if sequence.source is None]
         singles = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed == 1]
         longs = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed > 1]
-        plan = [(sequence, _next_token(sequence)) for sequence in singles]
+        plan = [(sequence, _chunk(sequence, 1)) for sequence in singles]
         budget = max(self._budget - len(plan), 2)  # always some progress; a chunk of one would be a decoding row
         for sequence in longs:
             count = min(len(sequence.tokens) - sequence.computed, budget)
             if count < 2:
                 break
-            plan.append((sequence, Chunk(sequence.slot, sequence.computed, count)))
+            plan.append((sequence, _chunk(sequence, count)))
             budget -= count
+        plan.sort(key=lambda pair: pair[1].count)  # the shortest first, as the attention wants them; stable
         self._cache.reserve(len(self._slots), max(len(sequence.tokens) for sequence in self._slots))
         return plan
 
@@ -284,10 +285,11 @@ class Scheduler:
                     other.shared = min(other.shared, heir.shared)
 
 
-def _next_token(sequence: Sequence) -> Chunk:
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    """Its next `count` tokens."""
     if sequence.twin is None:
-        return Chunk(sequence.slot, sequence.computed, 1)
-    return Chunk(sequence.slot, sequence.computed, 1, sequence.twin.slot, sequence.shared)
+        return Chunk(sequence.slot, sequence.computed, count)
+    return Chunk(sequence.slot, sequence.computed, count, sequence.twin.slot, sequence.shared)
 
 
 def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
