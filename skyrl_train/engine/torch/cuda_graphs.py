@@ -9,12 +9,16 @@ decode compute along and write where nobody reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
 from skyrl_train.learner.attention import Attention
@@ -189,24 +193,50 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, compute: Compute) -> Compute:
-        with torch.cuda.device(self._device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(current):  # also after a failure
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream), NothingFromTheHost():
                 compute()  # loads what libraries load at their first call, which no recording may
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                hidden = compute()
+            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    hidden = compute()
+            except RuntimeError:
+                with suppress(RuntimeError):  # torch leaves its allocator recording if the end fails as well
+                    torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+                raise
 
         def replay() -> Tensor:
             graph.replay()
             return hidden
 
         return replay
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """RuntimeError at an operation that needs the host in mid-pass: a number for a branch, a size, a copy.
+
+    Recording would fail there, and torch recovers from that only in part. So the pass is tried under this first.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        masked = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
+        sized = torch.Tag.dynamic_output_shape in func.tags and (masked or "index" not in str(func))
+        if torch.Tag.data_dependent_output in func.tags or sized:
+            raise RuntimeError(f"the model asks the host in {func}")
+        out = func(*args, **(kwargs or {}))
+        used = [*given, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))]
+        on_host = [tensor for tensor in used if tensor.device.type == "cpu"]
+        copied = any(tensor.dim() for tensor in on_host) or "copy" in str(func)  # else one number, as an argument
+        if on_host and len(on_host) < len(used) and copied:
+            raise RuntimeError(f"the model asks the host in {func}")
+        return out
 
 
 def _of_slots(hidden: Tensor, slots: Tensor) -> Tensor:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from skyrl_train.engine.torch import scheduler
-from skyrl_train.engine.torch.cuda_graphs import Bucket, Compute, DecodingStep, GraphedPolicy
+from skyrl_train.engine.torch.cuda_graphs import Bucket, Compute, DecodingStep, GraphedPolicy, NothingFromTheHost
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.learner.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
@@ -145,33 +143,42 @@ def test_rows_and_spans_are_rounded_up_to_few_numbers_within_the_cache() -> None
     assert all(least <= span for least, span in enumerate(spans, start=1))
 
 
-class AsksTheHost(TorchDispatchMode):
-    """Notes each operation that moves numbers between the host and the device (here: `meta`, which has none)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        if any(tensor.device.type == "cpu" for tensor in tensors):
-            self.found.append(str(func))
-        return out
-
-
-@pytest.mark.parametrize(("family", "config"), FAMILIES[:-1])  # GPT-2 looks for padding, but not while recording
 @torch.inference_mode()
-def test_a_step_asks_the_host_for_nothing_so_that_it_can_be_recorded(family: str, config: dict) -> None:
-    """On `meta` there are no numbers: whatever needs one, as a branch or a copy would, raises or is noted."""
-    policy = tiny_policy(family, **config)
+def step_on_meta(policy: Policy) -> DecodingStep:
+    """Where tensors have no numbers: nothing can depend on one."""
     policy = Policy(policy.module.to("meta"))
     cache = KVCache(policy, max_slots=8, max_length=512, max_bytes=2**30)
     cache.reserve(8, 512)
-    step = DecodingStep(policy, cache, Bucket(8, 256))
-    with AsksTheHost() as mode:
-        assert step.compute().shape == (8, policy.config.hidden_size)
-    assert mode.found == []
+    return DecodingStep(policy, cache, Bucket(8, 256))
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES[:-1])  # GPT-2 looks for padding
+@torch.inference_mode()
+def test_a_step_needs_nothing_from_the_host_so_that_it_can_be_recorded(family: str, config: dict) -> None:
+    step = step_on_meta(tiny_policy(family, **config))
+    with NothingFromTheHost():
+        assert step.compute().shape == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("asks", "operation"),
+    [
+        (lambda x: bool(x.sum() > 0), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x[torch.ones(2, device=x.device, dtype=torch.bool)], "index"),
+        (lambda x: torch.tensor([1.0]).to(x.device), "_to_copy"),
+        (lambda x: torch.tensor(1.0).to(x.device), "_to_copy"),
+        (lambda x: x[torch.tensor([1, 0])], "index"),
+    ],
+)
+def test_what_asks_the_host_is_found_before_it_is_recorded(asks: Callable[[Tensor], Any], operation: str) -> None:
+    x = torch.zeros(2, 3, device="meta")
+    with NothingFromTheHost():
+        x[torch.zeros(2, device="meta", dtype=torch.long)].add(1).index_copy_(0, x[0].long()[:2], x)
+        x.add_(torch.tensor(1.0)).masked_fill_(x > 0, 1.0)
+    with pytest.raises(RuntimeError, match=f"asks the host in .*{operation}"), NothingFromTheHost():
+        asks(x)
 
 
 async def test_an_engine_samples_the_same_through_static_steps(make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
