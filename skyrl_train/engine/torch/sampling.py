@@ -23,7 +23,9 @@ def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> t
     without filters are drawn by them.
     """
     if logits.device.type == "cuda":
-        return sample_batched(logits, rows)
+        if not torch.are_deterministic_algorithms_enabled():
+            return sample_batched(logits, rows)
+        logits = logits.cpu()  # torch has no running sums on a GPU that are the same twice
     if kernels is not None and all(row.is_plain for row in rows):
         uniforms = [uniform(row.params.seed, row.position) for row in rows]
         banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]

@@ -31,7 +31,7 @@ CUTS: list[dict[str, Any]] = [
 
 def test_all_rows_at_once_are_cut_as_one_by_one():
     logits = 3 * torch.randn(len(CUTS), 1000, generator=torch.Generator().manual_seed(3))
-    rows = [row(seed, position=7, tokens=(1, 2, 3, 3, 500), **cut) for seed, cut in enumerate(CUTS)]
+    rows = [row(seed, position=7, tokens=(*range(20), 3, 500), **cut) for seed, cut in enumerate(CUTS)]
     temperatures = torch.tensor([r.params.temperature or 1.0 for r in rows])[:, None]
     together = cut_weights(logits / temperatures, rows)
     for r, ours, scores in zip(rows, together, logits, strict=True):
