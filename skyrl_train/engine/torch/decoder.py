@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
-from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.layers import AllLayers, Layer
 from skyrl_train.engine.torch.linears import laid_out
 from skyrl_train.learner.attention import Attention
@@ -128,18 +128,23 @@ def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 @torch.inference_mode()
 def _agrees(decoder: Decoder, policy: Policy) -> bool:
     """Whether both compute the same on random tokens, as far as the type's rounding allows."""
-    ours, theirs = (prompts_and_a_step(model, policy).float() for model in (decoder, policy))
+    ours, theirs = (prompts_and_steps(model, policy).float() for model in (decoder, policy))
     allowed = 1e-3 if policy.compute_dtype == torch.float32 else 0.1
     return bool((ours - theirs).norm() <= allowed * theirs.norm())
 
 
-def prompts_and_a_step(model: ForwardPass, policy: Policy) -> Tensor:
-    """Logits of two prompts of random tokens and of one decoding step behind them, [26, vocab]."""
-    cache = KVCache(policy, max_slots=2, max_length=32, max_bytes=2**30)
-    cache.reserve(2, 32)
-    ids = torch.randint(policy.config.vocab_size, (26,), generator=torch.Generator().manual_seed(1))
+def prompts_and_steps(model: ForwardPass, policy: Policy) -> Tensor:
+    """Logits of two short prompts of random tokens, of a decoding step behind them, and of one beside a long prompt.
+
+    [28 + the long prompt's, vocab]
+    """
+    long = SHORT + 2
+    cache = KVCache(policy, max_slots=3, max_length=long, max_bytes=2**30)
+    cache.reserve(3, long)
+    ids = torch.randint(policy.config.vocab_size, (28 + long,), generator=torch.Generator().manual_seed(1))
+    first, second = [Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]
     rows, done = [], 0
-    for chunks in ([Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]):
+    for chunks in (first, second, [Chunk(0, 16, 1), Chunk(1, 10, 1), Chunk(2, 0, long)]):
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(cache, chunks, policy.device)
         rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))

@@ -21,7 +21,7 @@ from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
 
 LENGTH_STEP = 128  # tokens
-SHORT = 32  # tokens; the kernels attend token by token up to here, a longer chunk through torch
+SHORT = 128
 
 
 class KVCache:

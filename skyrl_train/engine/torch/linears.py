@@ -18,7 +18,6 @@ from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.lora import effective_weight
 
 PACKED_FOR_ROWS = 32  # the number of rows the layout is chosen for; others work as well
-TILED_WIDTH = 32  # inputs and outputs of a tiled layer come in multiples of it
 
 
 class Linear(Protocol):
@@ -39,14 +38,15 @@ class Linear(Protocol):
 
 def laid_out(linears: Sequence[nn.Linear], kernels: Kernels | None, *, gated: bool = False) -> Linear:
     """In AMX tiles where the machine has them and the sizes fit, else as oneDNN likes it."""
-    if kernels is not None and kernels.has_tiles and fits_tiles(linears):
+    if kernels is not None and kernels.has_tiles and fits_tiles(linears, gated=gated):
         return TiledLinear(linears, kernels, gated=gated)
     return PackedGate(linears, kernels) if gated else PackedLinear(linears)
 
 
-def fits_tiles(linears: Sequence[nn.Linear]) -> bool:
-    sizes = [size for linear in linears for size in (linear.in_features, linear.out_features)]
-    return all(size % TILED_WIDTH == 0 for size in sizes)
+def fits_tiles(linears: Sequence[nn.Linear], *, gated: bool) -> bool:
+    outputs = [linear.out_features for linear in linears]
+    whole = all(size % 16 == 0 for size in outputs) if gated else sum(outputs) % 32 == 0
+    return whole and linears[0].in_features % 32 == 0
 
 
 class PackedLinear:
