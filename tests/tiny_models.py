@@ -37,13 +37,14 @@ def tiny_policy(
     seed: int = 0,
     compute_dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
     **config: Any,
 ) -> Policy:
     """A random model of this family: 2 layers, 4 query and 2 key heads of 8, 258 tokens, a context of 512.
 
     `config` overrides the family's configuration, e.g. `vocab_size=16` or `num_hidden_layers=3`.
     """
-    module = tiny_module(family, seed=seed, **config).to(compute_dtype)
+    module = tiny_module(family, seed=seed, **config).to(device, compute_dtype)
     return wrap_module(module, gradient_checkpointing=gradient_checkpointing)
 
 
