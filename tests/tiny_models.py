@@ -55,7 +55,7 @@ def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **con
     return folder
 
 
-def tiny_module(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """The module alone, as transformers makes it."""
     eos = VOCAB_SIZE - 1
     settings: dict[str, Any] = {
@@ -75,6 +75,6 @@ def tiny_module(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     config = AutoConfig.for_model(family, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     module.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
     return module
