@@ -141,7 +141,8 @@ def test_a_gpu_draws_the_tokens_that_the_processor_draws(device: torch.device) -
 def test_logits_that_are_not_finite_are_an_error_and_the_gpu_works_on(device: torch.device) -> None:
     bad = torch.zeros(2, 1000, device=device)
     bad[1, 3] = torch.nan
-    for params in ({}, {"top_p": 0.5}, {"temperature": 0}):
+    options: list[dict[str, Any]] = [{}, {"top_p": 0.5}, {"temperature": 0}]
+    for params in options:
         with pytest.raises(FloatingPointError, match="diverged"):
             sample(bad, [row(0, **params), row(1, **params)])
     assert sample(torch.zeros(1, 1000, device=device), [row()])[1] == pytest.approx([-6.9078], abs=1e-3)

@@ -84,7 +84,7 @@ def peak_bytes(learner: Learner, config: Any, num_prompts: int) -> int:
 
 
 def test_peak_memory_grows_with_the_token_budget_and_not_with_the_batch(device: torch.device) -> None:
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
     peaks: dict[tuple[int, int], int] = {}
     for budget in (1000, 4000):
         config = trainer_config(

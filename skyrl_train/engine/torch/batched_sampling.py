@@ -38,7 +38,8 @@ def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
     """
     _penalise(scores, rows)
     if banned := [(index, token) for index, row in enumerate(rows) for token in row.banned]:
-        scores.index_put_(tuple(_moved(banned, scores.device).t().long()), scores.new_tensor(-torch.inf))
+        index, token = _moved(banned, scores.device).t().long()
+        scores[index, token] = -torch.inf
     weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
     params = [row.params for row in rows]
     cut = [i for i, p in enumerate(params) if 0 < p.top_k < weights.shape[1] or p.top_p < 1]
