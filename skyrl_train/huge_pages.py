@@ -26,3 +26,20 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     room = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
     start = -room.data_ptr() % PAGE
     return room[start : start + num_bytes].view(dtype).view(shape)
+
+
+class Room:
+    """Many tensors one behind the other, each at a multiple of 64 bytes. Its memory lives as long as one of them."""
+
+    CHUNK = 32 * PAGE
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        padded = -(-num_bytes // 64) * 64
+        if padded > len(self._left):
+            self._left = zeros((max(padded, self.CHUNK),), torch.uint8)
+        taken, self._left = self._left[:num_bytes], self._left[padded:]
+        return taken.view(dtype).view(shape)

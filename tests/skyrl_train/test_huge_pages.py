@@ -30,3 +30,14 @@ def test_memory_is_given_back():
     for _ in range(20):
         huge_pages.zeros((huge_pages.SMALLEST,), torch.float32).fill_(1)
     assert resident() - before < 4 * huge_pages.SMALLEST / 4096 * 2
+
+
+def test_tensors_of_a_room_lie_side_by_side_and_share_nothing():
+    room = huge_pages.Room()
+    small, large = room.zeros((3, 5), torch.bfloat16), room.zeros((room.CHUNK // 2 + 1,), torch.int16)
+    last = room.zeros((2,), torch.float32)
+    for tensor in (small, large, last):
+        assert tensor.data_ptr() % 64 == 0
+        assert not tensor.any()
+        tensor.fill_(1)
+    assert [int(tensor.sum()) for tensor in (small, large, last)] == [15, room.CHUNK // 2 + 1, 2]

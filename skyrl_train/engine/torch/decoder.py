@@ -21,6 +21,7 @@ from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.layers import AllLayers, Layer
 from skyrl_train.engine.torch.linears import laid_out
+from skyrl_train.huge_pages import Room
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.blocks import has_known_blocks
 from skyrl_train.learner.model import Policy
@@ -70,8 +71,9 @@ class Decoder:
         base: Any = policy.module.base_model
         head: Any = policy.module.get_output_embeddings()
         with torch.inference_mode():
-            self._layers = [Layer.of(block, kernels) for block in base.layers]
-            self._head = laid_out([head], kernels)
+            room = Room()
+            self._layers = [Layer.of(block, kernels, room) for block in base.layers]
+            self._head = laid_out([head], kernels, room)
         self._all_layers = AllLayers.of(self._layers, kernels)
         self._embedding, self._rotary, self._norm = base.embed_tokens.weight, base.rotary_emb, Norm.of(base.norm)
         self.kernels = kernels

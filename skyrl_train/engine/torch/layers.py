@@ -11,6 +11,7 @@ from torch import Tensor
 from skyrl_train.engine.torch.c_structs import Cache, CLayer, RowTokens
 from skyrl_train.engine.torch.kernels import NO_WINDOW, Kernels, Norm
 from skyrl_train.engine.torch.linears import Linear, TiledLinear, laid_out
+from skyrl_train.huge_pages import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +29,19 @@ class Layer:
     down: Linear
 
     @classmethod
-    def of(cls, block: Any, kernels: Kernels | None) -> Layer:
+    def of(cls, block: Any, kernels: Kernels | None, room: Room) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
             attention_norm=Norm.of(block.input_layernorm),
-            query_key_value=laid_out([attention.q_proj, attention.k_proj, attention.v_proj], kernels),
+            query_key_value=laid_out([attention.q_proj, attention.k_proj, attention.v_proj], kernels, room),
             head_norms=(Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
             scale=attention.scaling,
             window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
-            output=laid_out([attention.o_proj], kernels),
+            output=laid_out([attention.o_proj], kernels, room),
             mlp_norm=Norm.of(block.post_attention_layernorm),
-            gate_up=laid_out([mlp.gate_proj, mlp.up_proj], kernels, gated=True),
-            down=laid_out([mlp.down_proj], kernels),
+            gate_up=laid_out([mlp.gate_proj, mlp.up_proj], kernels, room, gated=True),
+            down=laid_out([mlp.down_proj], kernels, room),
         )
 
     @property

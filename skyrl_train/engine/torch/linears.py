@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl_train import huge_pages
 from skyrl_train.engine.torch.c_structs import Product
 from skyrl_train.engine.torch.kernels import Kernels
+from skyrl_train.huge_pages import Room
 from skyrl_train.learner.lora import effective_weight
 
 PACKED_FOR_ROWS = 32  # the number of rows the layout is chosen for; others work as well
@@ -36,10 +36,10 @@ class Linear(Protocol):
         ...
 
 
-def laid_out(linears: Sequence[nn.Linear], kernels: Kernels | None, *, gated: bool = False) -> Linear:
-    """In AMX tiles where the machine has them and the sizes fit, else as oneDNN likes it."""
+def laid_out(linears: Sequence[nn.Linear], kernels: Kernels | None, room: Room, *, gated: bool = False) -> Linear:
+    """In AMX tiles where the machine has them and the sizes fit, in `room`; else as oneDNN likes it."""
     if kernels is not None and kernels.has_tiles and fits_tiles(linears, gated=gated):
-        return TiledLinear(linears, kernels, gated=gated)
+        return TiledLinear(linears, kernels, room, gated=gated)
     return PackedGate(linears, kernels) if gated else PackedLinear(linears)
 
 
@@ -86,10 +86,10 @@ class PackedGate(PackedLinear):
 class TiledLinear:
     """In AMX tiles, see products.h. Twice as fast as oneDNN for few rows."""
 
-    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels, *, gated: bool = False) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels, room: Room, *, gated: bool = False) -> None:
         self._linears, self._kernels, self._gated = linears, kernels, gated
         inputs, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)
-        self._weight = huge_pages.zeros((outputs * inputs,), torch.bfloat16)
+        self._weight = room.zeros((outputs * inputs,), torch.bfloat16)
         self._bias = torch.zeros(outputs, dtype=torch.bfloat16) if _biases(linears) else None
         bias = None if self._bias is None else self._bias.data_ptr()
         self.product = Product(self._weight.data_ptr(), bias, None, inputs, outputs, gated)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
 from skyrl_train.engine.torch.linears import Linear, PackedGate, PackedLinear, TiledLinear, laid_out
+from skyrl_train.huge_pages import Room
 
 ROWS = (1, 15, 16, 17, 32, 33, 300)  # less, as much and more than a tile, than two, than stay in the cache
 
@@ -50,7 +51,7 @@ def assert_rounded(ours: Tensor, expected: Tensor) -> None:
 @torch.inference_mode()
 def test_layers_that_share_their_input_are_one_product(kernels, rows):
     linears = [layer(96, 64), layer(96, 16, seed=1), layer(96, 16, bias=True, seed=2)]
-    tiled, x = laid_out(linears, kernels), numbers(rows, 96)
+    tiled, x = laid_out(linears, kernels, Room()), numbers(rows, 96)
     assert isinstance(tiled, TiledLinear)
     assert_rounded(tiled(x), exact(linears, x))
 
@@ -59,7 +60,7 @@ def test_layers_that_share_their_input_are_one_product(kernels, rows):
 @torch.inference_mode()
 def test_a_residual_is_added_before_rounding(kernels, rows):
     linears = [layer(64, 32, bias=True)]
-    tiled, x, residual = laid_out(linears, kernels), numbers(rows, 64), numbers(rows, 32, seed=3)
+    tiled, x, residual = laid_out(linears, kernels, Room()), numbers(rows, 64), numbers(rows, 32, seed=3)
     assert_rounded(tiled.added_to(residual, x), exact(linears, x) + residual.double())
 
 
@@ -69,7 +70,7 @@ def test_a_residual_is_added_before_rounding(kernels, rows):
 @torch.inference_mode()
 def test_a_gate_lets_its_own_columns_pass(kernels, rows, bias, tiles):
     linears = [layer(32, 48, bias=bias), layer(32, 48, bias=bias, seed=1)]
-    gated = TiledLinear(linears, kernels, gated=True) if tiles else PackedGate(linears, None)
+    gated = TiledLinear(linears, kernels, Room(), gated=True) if tiles else PackedGate(linears, None)
     x = numbers(rows, 32)
     gate, up = (exact([of], x).bfloat16().double() for of in linears)  # each is rounded, as in the model
     assert_close(gated(x).double(), F.silu(gate) * up, rtol=2**-6, atol=2**-6)
@@ -78,7 +79,7 @@ def test_a_gate_lets_its_own_columns_pass(kernels, rows, bias, tiles):
 @torch.inference_mode()
 def test_new_weights_count_once_it_has_read_them(kernels):
     linears, x = [layer(32, 32, bias=True)], numbers(3, 32)
-    tiled = laid_out(linears, kernels)
+    tiled = laid_out(linears, kernels, Room())
     before = tiled(x)
     linears[0].weight.neg_()
     linears[0].bias.neg_()
@@ -89,12 +90,12 @@ def test_new_weights_count_once_it_has_read_them(kernels):
 
 @torch.inference_mode()
 def test_not_a_number_stays_not_a_number(kernels):
-    tiled = laid_out([layer(32, 32)], kernels)
+    tiled = laid_out([layer(32, 32)], kernels, Room())
     assert tiled(torch.full((2, 32), torch.nan).bfloat16()).isnan().all()
 
 
 @pytest.mark.parametrize("sizes", [(40, 32), (32, 40)])
 def test_other_sizes_are_left_to_onednn(kernels, sizes):
-    packed: Linear = laid_out([layer(*sizes)], kernels)
+    packed: Linear = laid_out([layer(*sizes)], kernels, Room())
     assert isinstance(packed, PackedLinear)
-    assert isinstance(laid_out([layer(32, 32)], None), PackedLinear)
+    assert isinstance(laid_out([layer(32, 32)], None, Room()), PackedLinear)
