@@ -30,6 +30,7 @@ def arguments(folder: Path, run: str, data: str) -> list[str]:
         "trainer.train_batch_size=2",
         "trainer.policy_mini_batch_size=2",
         "trainer.algorithm.use_kl_loss=false",
+        "trainer.algorithm.use_entropy_loss=true",  # a gradient even where nothing is rewarded
         "trainer.policy.optimizer_config.lr=1e-3",
         "trainer.eval_interval=-1",
         "trainer.eval_before_train=false",
