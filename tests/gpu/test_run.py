@@ -57,7 +57,6 @@ def test_two_steps_on_echo_env(device: torch.device, tmp_path: Path, bf16: bool)
     for line in lines:
         assert line["policy/grad_norm"] > 0
         assert line["policy/rollout_train_logprobs_abs_diff_mean"] < (0.1 if bf16 else 1e-3)
-    assert any(device.type in path.read_text() for path in (tmp_path / "run").glob("*.json"))
 
 
 def test_deterministic_runs_end_with_the_same_bits(device: torch.device, tmp_path: Path) -> None:
