@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor
 
+from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.layers import AllLayers, Layer
@@ -38,8 +39,10 @@ class ForwardPass(Protocol):
         ...
 
 
-def forward_pass(policy: Policy) -> ForwardPass:
+def forward_pass(policy: Policy, *, cuda_graphs: bool = True) -> ForwardPass:
     """The fastest one that computes what the policy computes: a `Decoder`, or the policy itself."""
+    if policy.device.type == "cuda":
+        return GraphedPolicy(policy, CudaGraphs(policy.device) if cuda_graphs else None)
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not packs or not has_known_blocks(policy.config):
         return policy

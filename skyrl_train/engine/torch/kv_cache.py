@@ -132,7 +132,15 @@ class CachedAttention:
             self._first, self._last = self._singles[0].slot, self._singles[-1].slot + 1
             self._span = max(chunk.stop for chunk in self._singles)
             self._dense = self._last - self._first == len(self._singles)
-            self._offsets = torch.tensor([chunk.slot - self._first for chunk in self._singles], device=device)
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        return torch.tensor([chunk.slot - self._first for chunk in self._singles], device=self._device)
+
+    @property
+    def decoding_slots(self) -> Tensor | None:
+        """[T] on the host, ascending; None if a chunk has more than one token."""
+        return None if self._long else self._slots
 
     @cached_property
     def is_short(self) -> bool:
