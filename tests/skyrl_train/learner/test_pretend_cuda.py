@@ -1,6 +1,11 @@
-"""The learner's forward pass as on CUDA, on a processor that pretends to be a GPU. Gradients: tests/gpu."""
+"""The learner as on CUDA, on a processor that pretends to be a GPU."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +28,12 @@ def test_logprobs_are_the_processors(family: str, batch_name: str) -> None:
         policy = tiny_policy(family, device="cuda")
         assert policy.device.type == "cuda"
         assert_close(logprobs_of(policy, batch, temperature=1.3, budget=budget), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_updates_are_the_processors() -> None:
+    command = [sys.executable, "-m", "tests.skyrl_train.learner.on_pretended_device"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[3])
+    assert said.returncode == 0, said.stderr[-3000:]
+    distances = json.loads(said.stdout.splitlines()[-1])
+    assert len(distances) == 6
+    assert max(distances.values()) < 1e-2  # Adam's first step is a sign, which rounding decides where there is nothing
