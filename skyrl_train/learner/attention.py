@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.causal import causal_attention
+from skyrl_train.learner.tiled_attention import Segments, TiledAttention, can_attend
 
 ATTENTION_NAME = "skyrl"  # as transformers knows it; it has no mask function there, so models build no mask
 
@@ -85,6 +86,7 @@ class PackedAttention:
         device, bounds = offsets.device, offsets.tolist()
         continued = [-1] * (len(bounds) - 1) if before is None else before.tolist()
         self._num_tokens = bounds[-1]
+        self._segments = Segments(torch.tensor(bounds), torch.tensor(continued))
         together: dict[tuple[int, int], list[int]] = {}
         for segment, prefix in enumerate(continued):
             length = bounds[segment + 1] - bounds[segment]
@@ -117,6 +119,8 @@ class PackedAttention:
     ) -> Tensor:
         if query.shape[0] != self._num_tokens:
             raise ValueError(f"{query.shape[0]} tokens, but the offsets of PackedAttention end at {self._num_tokens}")
+        if can_attend(query):
+            return TiledAttention.apply(query, key, value, self._segments, scale, window)
         seen = [tensor.split(self._around_prefixes)[1::2] for tensor in (key, value)]
         if not self._in_order:
             query, key, value = (_Rearrange.apply(tensor, self._rows, self._place) for tensor in (query, key, value))

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.halves import block_of_halves, is_plain
+from skyrl_train.learner.kernels import kernels_for
+from skyrl_train.learner.weight_gradients import Embedded, GradientSum, Product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +28,11 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # config.model_type
 def has_known_blocks(config: Any) -> bool:
     """Whether this model's blocks are those that are written here, and in the engine's decoder."""
     return config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu"
+
+
+def has_quick_head(module: PreTrainedModel) -> bool:
+    """Whether the output head is ours, which takes `out`."""
+    return "forward" in vars(cast(Any, module.get_output_embeddings()))
 
 
 def quicken_blocks(module: PreTrainedModel) -> None:
@@ -39,6 +47,10 @@ def quicken_blocks(module: PreTrainedModel) -> None:
     for block in base.layers:
         block.forward = MethodType(_block_forward, block)
     base.norm.forward = MethodType(_norm_forward, base.norm)
+    embedding, head = cast(Any, module.get_input_embeddings()), cast(Any, module.get_output_embeddings())
+    embedding.forward = MethodType(_embedding_forward, embedding)
+    if type(head) is nn.Linear:
+        head.forward = MethodType(_head_forward, head)
 
 
 def _block_forward(
@@ -55,6 +67,8 @@ def _block_forward(
             family["attention"] = attention
         return type(block).forward(block, hidden_states, *args, position_embeddings=position_embeddings, **family)
     row = hidden_states[0]
+    if kernels_for(row.dtype) is not None and is_plain(block):
+        return block_of_halves(block, row, position_embeddings, attention)[None]
     row = row + _attend(block.self_attn, _normed(row, block.input_layernorm), position_embeddings, attention)
     mlp, normed = block.mlp, _normed(row, block.post_attention_layernorm)
     gate, up, down = mlp.gate_proj(normed), mlp.up_proj(normed), mlp.down_proj
@@ -81,6 +95,19 @@ def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     return _normed(hidden_states, norm)
 
 
+def _head_forward(head: nn.Linear, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    if hidden.device.type != "cpu" or hidden.ndim != 2:
+        return F.linear(hidden, head.weight, head.bias)
+    return Product.apply(hidden, head.weight, head.bias, out)
+
+
+def _embedding_forward(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
+    place = GradientSum.of(embedding.weight)
+    if place is None or input_ids.device.type != "cpu" or not torch.is_grad_enabled():
+        return nn.Embedding.forward(embedding, input_ids)
+    return Embedded.apply(input_ids, embedding.weight, embedding.padding_idx, place)
+
+
 def _normed(row: Tensor, norm: Any) -> Tensor:
     return _Normed.apply(row, norm.weight, norm.variance_epsilon)
 
@@ -93,6 +120,10 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        if (kernels := kernels_for(x.dtype)) is not None:
+            ctx.save_for_backward(x.contiguous(), weight)
+            return kernels.norm(x, weight, eps)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
@@ -101,8 +132,12 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
+        x, weight, *scales = ctx.saved_tensors
         of_y = grads[0].contiguous()
+        if (kernels := kernels_for(x.dtype)) is not None:
+            of_x, of_weight = kernels.norm_backward(of_y, x, weight, ctx.eps)
+            return of_x, of_weight.to(weight.dtype), None
+        [scale] = scales
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
             of_y, x, weight.shape, torch.zeros_like(scale), scale, weight.float(), None, [True, True, False]
         )
@@ -117,6 +152,8 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, heads, D]; cos, sin [T, 1, D]"""
         ctx.save_for_backward(cos, sin)
+        if (kernels := kernels_for(x.dtype)) is not None:
+            return kernels.rotated(x, cos.contiguous(), sin.contiguous())
         half = x.shape[-1] // 2
         out = x * cos
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -127,6 +164,8 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         [of_out] = grads
+        if (kernels := kernels_for(of_out.dtype)) is not None:
+            return kernels.rotated(of_out, cos.contiguous(), sin.contiguous(), back=True), None, None
         half = of_out.shape[-1] // 2
         of_x = of_out * cos
         of_x[..., :half].addcmul_(of_out[..., half:], sin[..., half:])
@@ -140,12 +179,15 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        kernels = kernels_for(gate.dtype)
+        return F.silu(gate) * up if kernels is None else kernels.swiglu(gate.contiguous(), up.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         [of_out] = grads
+        if (kernels := kernels_for(gate.dtype)) is not None:
+            return kernels.swiglu_backward(gate.contiguous(), up.contiguous(), of_out.clone())
         of_gate = torch.ops.aten.silu_backward(of_out * up, gate)
         return of_gate, F.silu(gate) * of_out
 

@@ -6,7 +6,8 @@ step. So only the trained tokens go through it, a chunk at a time, and backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from skyrl_train.batch.shared_prefix import share_prefixes
 from skyrl_train.learner.attention import PackedAttention
 from skyrl_train.learner.model import Policy
+from skyrl_train.learner.softmax import into_gradient, statistics
 from skyrl_train.types import Batch
 
 BYTES_PER_CHUNK = 2**28  # of logits; forward leaves the last chunk for backward
-NUMBERS_IN_CACHE = 2**20  # float32 numbers that a processor's core keeps close: a softmax walks over them several times
 
 
 def batch_logprobs(
@@ -42,6 +43,7 @@ def batch_logprobs(
         [] if head is None else [parameter for parameter in head.parameters() if parameter.requires_grad],
         temperature=temperature,
         with_entropy=with_entropy,
+        keeps_room=policy.writes_logits_into_room,
     )
     zeros = logprobs.new_zeros(batch.num_tokens)
     return zeros.index_put((tokens,), logprobs), zeros.index_put((tokens,), entropies)
@@ -50,101 +52,110 @@ def batch_logprobs(
 def chunked_logprobs(
     hidden: Tensor,
     targets: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: Callable[..., Tensor],
     head_parameters: list[nn.Parameter],
     *,
     temperature: float,
     with_entropy: bool = False,
     logits_per_chunk: int | None = None,
+    keeps_room: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden], targets [N] -> log p(target) and entropy under softmax(head(hidden) / temperature), [N] fp32.
 
     Both have gradients to `hidden` and to the `head_parameters`, the parameters that `head` uses.
+    `keeps_room`: head takes `out`, where to write the logits, and that memory is kept for the next logits.
     """
-    return _ChunkedLogprobs.apply(hidden, targets, head, temperature, with_entropy, logits_per_chunk, *head_parameters)
+    settings = _Settings(head, temperature, with_entropy, logits_per_chunk, keeps_room, torch.is_grad_enabled())
+    return _ChunkedLogprobs.apply(hidden, targets, settings, *head_parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    head: Callable[..., Tensor]
+    temperature: float
+    with_entropy: bool
+    logits_per_chunk: int | None
+    keeps_room: bool
+    has_backward: bool
+
+
+_rooms: list[Tensor] = []  # memory of logits that are done: new memory of that size costs as much as the softmax
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: Callable[[Tensor], Tensor],
-        temperature: float,
-        with_entropy: bool,
-        logits_per_chunk: int | None,
-        *parameters: Tensor,
+        ctx: Any, hidden: Tensor, targets: Tensor, settings: _Settings, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        vocabulary = head(hidden[:1]).shape[-1] if len(hidden) else 1
-        ctx.chunk = max((logits_per_chunk or BYTES_PER_CHUNK // hidden.itemsize) // vocabulary, 1)
-        ctx.head, ctx.temperature, ctx.parameters, ctx.last = head, temperature, parameters, None
+        vocabulary = settings.head(hidden[:1]).shape[-1] if len(hidden) else 1
+        ctx.chunk = max((settings.logits_per_chunk or BYTES_PER_CHUNK // hidden.itemsize) // vocabulary, 1)
+        ctx.settings, ctx.parameters, ctx.last, ctx.room = settings, parameters, None, None
+        if settings.keeps_room:
+            ctx.room = _room(min(len(hidden), ctx.chunk), vocabulary, hidden.dtype)
         ctx.set_materialize_grads(False)
         logprobs, normalizers, entropies = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             ctx.last = None  # frees the chunk before
-            ctx.last = _through_head(head, hidden[part])
-            for here, scaled, p in _in_cache(ctx.last[1].detach(), temperature):
-                here = slice(start + here.start, start + here.stop)
-                torch.softmax(scaled, 1, out=p)
-                normalizers[here] = scaled.amax(1) - p.amax(1).log()
-                scaled -= normalizers[here, None]
-                logprobs[here] = scaled.gather(1, targets[here, None])[:, 0]
-                if with_entropy:
-                    entropies[here] = -torch.linalg.vecdot(p, scaled)
+            ctx.last = _through_head(settings.head, hidden[part], ctx.room)
+            found = statistics(ctx.last[1].detach(), targets[part], settings.temperature)
+            for all_rows, rows in zip((logprobs, normalizers, entropies), found, strict=True):
+                all_rows[part] = rows
         ctx.save_for_backward(hidden, targets, normalizers, entropies)
-        return logprobs, entropies
+        if not settings.has_backward:
+            _give_back(ctx)
+        return logprobs, entropies if settings.with_entropy else torch.zeros_like(entropies)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, normalizers, entropies = ctx.saved_tensors
-        of_logprobs, of_entropies = (None if grad is None else grad[:, None] / ctx.temperature for grad in grads)
+        of_logprobs, of_entropies = grads
+        temperature = ctx.settings.temperature
         of_hidden = torch.zeros_like(hidden)
         of_parameters = [torch.zeros_like(parameter) for parameter in ctx.parameters if not len(hidden)]
         for start in reversed(range(0, len(hidden), ctx.chunk)):
-            leaf, logits = ctx.last or _through_head(ctx.head, hidden[start : start + ctx.chunk])
+            part = slice(start, start + ctx.chunk)
+            leaf, logits = ctx.last or _through_head(ctx.settings.head, hidden[part], ctx.room)
             ctx.last = None
             of_logits = logits.detach()  # in place: nobody needs the values any more, or autograd objects
-            for here, scaled, p in _in_cache(of_logits, ctx.temperature):
-                rows = slice(start + here.start, start + here.stop)
-                log_p = scaled.sub_(normalizers[rows, None])
-                torch.exp(log_p, out=p)
-                pull = 0.0 if of_logprobs is None else of_logprobs[rows]  # d log p(target) / dz = [target] - p
-                if of_entropies is not None:  # dH / dz = -p (log p + H)
-                    pull = log_p.add_(entropies[rows, None]).mul_(of_entropies[rows]).add_(pull)
-                p.mul_(pull).neg_()
-                if of_logprobs is not None:
-                    p.scatter_add_(1, targets[rows, None], of_logprobs[rows])
-                of_logits[here] = p
-            of_leaf, *of_head = torch.autograd.grad(logits, [leaf, *ctx.parameters], of_logits)
-            of_hidden[start : start + ctx.chunk] = of_leaf
-            if len(hidden) > ctx.chunk:
-                of_head = [of_chunk.float() for of_chunk in of_head]  # summed in float32
-            of_parameters = (
-                [a.add_(b) for a, b in zip(of_parameters, of_head, strict=True)] if of_parameters else of_head
-            )
-        cast = [total.to(parameter.dtype) for total, parameter in zip(of_parameters, ctx.parameters, strict=True)]
-        return of_hidden, None, None, None, None, None, *cast
+            pulls = (None if grad is None else grad[part].contiguous() for grad in (of_logprobs, of_entropies))
+            into_gradient(of_logits, targets[part], temperature, normalizers[part], entropies[part], *pulls)
+            inputs = [leaf, *ctx.parameters]
+            of_leaf, *of_head = torch.autograd.grad(logits, inputs, of_logits, allow_unused=True)
+            of_hidden[part] = of_leaf
+            if len(hidden) > ctx.chunk:  # summed in float32
+                of_head = [None if of_chunk is None else of_chunk.float() for of_chunk in of_head]
+            of_parameters = list(map(_sum, of_parameters, of_head)) if of_parameters else of_head
+        _give_back(ctx)
+        cast = [
+            None if total is None else total.to(parameter.dtype)  # None: the head has summed it where it is kept
+            for total, parameter in zip(of_parameters, ctx.parameters, strict=True)
+        ]
+        return of_hidden, None, None, *cast
 
 
-def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return None if total is None or more is None else total.add_(more)
+
+
+def _through_head(head: Callable[..., Tensor], hidden: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
     """A copy of `hidden` [n, hidden] that is a leaf, and its logits [n, vocab]."""
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        return leaf, head(leaf)
+        return leaf, head(leaf) if room is None else head(leaf, out=room[: len(hidden)])
 
 
-def _in_cache(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, logits[rows] / temperature in float32, room for as many numbers): on a processor so few rows that the
-    softmax walks over them in its cache. Both tensors are used again for the next rows."""
-    count, vocabulary = logits.shape
-    step = min(max(NUMBERS_IN_CACHE // vocabulary, 1), count) if logits.device.type == "cpu" else count
-    room = torch.empty(2, step, vocabulary, device=logits.device)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        scaled, spare = room[:, : rows.stop - start]
-        scaled.copy_(logits[rows])
-        if temperature != 1:
-            scaled /= temperature
-        yield rows, scaled, spare
+def _room(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """[rows, vocabulary] that nobody else writes to until it is given back."""
+    while _rooms:
+        room = _rooms.pop()
+        if room.dtype == dtype and room.shape[1] == vocabulary and len(room) >= rows:
+            return room
+    return torch.empty((rows, vocabulary), dtype=dtype)
+
+
+def _give_back(ctx: Any) -> None:
+    ctx.last = None
+    if ctx.room is not None:
+        _rooms.append(ctx.room)
+        ctx.room = None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
-from skyrl_train.learner.blocks import quicken_blocks
+from skyrl_train.learner.blocks import has_quick_head, quicken_blocks
+from skyrl_train.learner.kernels import compile_beside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,10 +44,13 @@ class Policy:
         out = base(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attention=attention)
         return out.last_hidden_state[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [*, hidden] -> [*, vocab]: the head, with the scaling or soft cap that the family puts behind it."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [*, hidden] -> [*, vocab]: the head, with the scaling or soft cap that the family puts behind it.
+
+        `out`: where to write them, for policies that can.
+        """
         head = cast(nn.Module, self.module.get_output_embeddings())
-        logits = head(hidden)
+        logits = head(hidden) if out is None else head(hidden, out=out)
         config = self.config
         if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
             logits = logits / scaling
@@ -55,6 +59,11 @@ class Policy:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def writes_logits_into_room(self) -> bool:
+        """Whether `logits` takes `out`."""
+        return self.device.type == "cpu" and has_quick_head(self.module)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -92,6 +101,8 @@ def load_policy(
 
     With bfloat16 the learner keeps its own float32 master weights, so learner and engine compute with the same numbers.
     """
+    if torch.device(device).type == "cpu":
+        compile_beside(compute_dtype)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
+
+from skyrl_train.learner.adamw import AdamW
+from skyrl_train.learner.weight_gradients import GradientSum
 
 if TYPE_CHECKING:
     from skyrl_train.config import OptimizerConfig
@@ -41,11 +45,10 @@ class MasterOptimizer:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = parameter.detach().float()
-                parameter.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
+                GradientSum(parameter, self.masters[name])
         beta1, beta2 = config.adam_betas
-        self._adamw = torch.optim.AdamW(
-            self.masters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True
-        )
+        pairs = [(self.masters[name], parameter) for name, parameter in self.parameters.items()]
+        self._adamw = AdamW(pairs, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
         self._schedule = get_scheduler(config.scheduler, self._adamw, config.num_warmup_steps, num_training_steps)
         self._max_grad_norm = config.max_grad_norm
 
@@ -58,18 +61,14 @@ class MasterOptimizer:
 
     def step(self) -> Step:
         """Use the gradients that backward has left, and drop them."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        learning_rate = self.learning_rate
-        is_finite = bool(norm.isfinite())
+        norm, learning_rate = self._adamw.gradient_norm(), self.learning_rate
+        is_finite = math.isfinite(norm)
         if is_finite:
-            if 0 < self._max_grad_norm < norm:
-                torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self._max_grad_norm, norm)
+            self._adamw.clip = self._max_grad_norm / norm if 0 < self._max_grad_norm < norm else 1.0
             self._adamw.step()
             self._schedule.step()
-            self._copy_into_parameters()
         self.zero_grad()
-        return Step(float(norm), learning_rate, was_skipped=not is_finite)
+        return Step(norm, learning_rate, was_skipped=not is_finite)
 
     def state_dict(self) -> dict[str, Any]:
         """Masters, moments and schedule. The tensors are the live ones: save or copy them before the next step."""
@@ -92,24 +91,4 @@ class MasterOptimizer:
             master.copy_(masters[name])
         self._adamw.load_state_dict(state["adamw"])
         self._schedule.load_state_dict(state["schedule"])
-        self._copy_into_parameters()
-
-    @torch.no_grad()
-    def _copy_into_parameters(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-
-
-def _add_to(master: Tensor) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        if gradient is None:
-            return
-        if master.grad is None:
-            master.grad = gradient.float()
-        else:
-            master.grad += gradient
-
-    return add
+        self._adamw.copy_into_parameters()

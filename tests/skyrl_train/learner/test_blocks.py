@@ -47,6 +47,11 @@ def test_values_and_gradients_are_those_of_transformers(family, config):
         assert relative_difference({name: gradient[name]}, {name: theirs}) < 1e-4, name
 
 
+@pytest.mark.parametrize(("family", "config"), MODELS)
+def test_without_a_compiler_they_are_too(family, config, no_compiler):
+    test_values_and_gradients_are_those_of_transformers(family, config)
+
+
 def with_random_vectors(module: Any) -> Any:
     """Norms and biases start as ones and zeros, where a mistake could hide."""
     generator = torch.Generator().manual_seed(5)

@@ -121,3 +121,22 @@ def test_a_checkpoint_of_another_model_is_refused():
     other = MasterOptimizer([("bias", nn.Parameter(tensor([1.0])))], OptimizerConfig(), 10)
     with pytest.raises(ValueError, match="bias"):
         other.load_state_dict(state)
+
+
+def test_the_step_of_the_kernels_is_torchs(monkeypatch):
+    """Ten steps with clipping, warm-up and decay, of a bfloat16 weight."""
+    weights = []
+    for one_pass in (True, False):
+        weight = nn.Parameter(torch.linspace(-1, 1, 100).bfloat16())
+        optimizer = optimizer_of(weight, lr=0.01, weight_decay=0.1, max_grad_norm=0.5, num_warmup_steps=3)
+        if not one_pass:
+            monkeypatch.setattr(optimizer._adamw, "_kernels", None)
+        for i in range(10):
+            pull(weight, torch.sin(torch.arange(100.0) + i))
+            optimizer.step()
+        weights.append((optimizer.masters["weight"], optimizer.state_dict()["adamw"]["state"][0]))
+        assert torch.equal(weight.detach(), optimizer.masters["weight"].bfloat16())
+    (ours, our_state), (theirs, their_state) = weights
+    assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert_close(our_state[name], their_state[name], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,151 @@
+"""A whole block in two autograd functions, before and behind its attention, for linear layers as they are.
+
+Each keeps for its backward what products made, and computes again what costs one pass over memory: the norms and the
+gated activations. Between its products it calls the kernels. The gradient of a weight goes where it is summed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.kernels import Kernels, kernels_for
+from skyrl_train.learner.weight_gradients import WeightGradient
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+def is_plain(block: Any) -> bool:
+    """Whether nothing but the block's own code wants to see what its parts compute."""
+    attention, mlp = block.self_attn, block.mlp
+    linear = [getattr(attention, name) for name in LINEAR[0]] + [getattr(mlp, name) for name in LINEAR[1]]
+    return all(type(part) is nn.Linear for part in linear) and not any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in (*linear, attention, mlp, block.input_layernorm, block.post_attention_layernorm)
+    )
+
+
+def block_of_halves(
+    block: Any, row: Tensor, position_embeddings: tuple[Tensor, Tensor], attention: Attention
+) -> Tensor:
+    """row [T, hidden] -> the same after the block."""
+    module, mlp, normed = block.self_attn, block.mlp, block.input_layernorm
+    turn = tuple(part[0].contiguous() for part in position_embeddings)
+    head_norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else (None, None)
+    query, key, value = _BeforeAttention.apply(
+        row,
+        *turn,
+        (module.head_dim, normed.variance_epsilon),
+        normed.weight,
+        *head_norms,
+        *_parameters(module.q_proj, module.k_proj, module.v_proj),
+    )
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    out = attention.attend(module.layer_idx, query, key, value, scale=module.scaling, window=window).flatten(1)
+    normed = block.post_attention_layernorm
+    parameters = _parameters(module.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return _BehindAttention.apply(row, out, normed.variance_epsilon, normed.weight, *parameters)
+
+
+def _parameters(*layers: nn.Linear) -> list[Tensor | None]:
+    """Their weights, then their biases."""
+    return [layer.weight for layer in layers] + [layer.bias for layer in layers]
+
+
+class _BeforeAttention(torch.autograd.Function):
+    """Norm, three products, norms of the heads where the family has them, rotary positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        settings: tuple[int, float],
+        norm: Tensor,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        kernels, (head_dim, epsilon) = _kernels(row), settings
+        weights, biases = [weight for weight in parameters[:3] if weight is not None], parameters[3:]
+        normed = kernels.norm(row, norm, epsilon)
+        raw = [F.linear(normed, w, b).unflatten(1, (-1, head_dim)) for w, b in zip(weights, biases, strict=True)]
+        query, key, value = raw
+        if query_norm is not None and key_norm is not None:
+            query, key = kernels.norm(query, query_norm, epsilon), kernels.norm(key, key_norm, epsilon)
+        kept = raw[:2] if query_norm is not None else []
+        ctx.save_for_backward(row, cosine, sine, norm, query_norm, key_norm, *weights, *kept)
+        ctx.epsilon, ctx.gradients = epsilon, [WeightGradient.of(weight) for weight in weights]
+        return kernels.rotated(query, cosine, sine), kernels.rotated(key, cosine, sine), value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        row, cosine, sine, norm, query_norm, key_norm, *weights = ctx.saved_tensors
+        kernels, epsilon = _kernels(row), ctx.epsilon
+        weights, raw = weights[:3], weights[3:]
+        of_query, of_key = (kernels.rotated(grad, cosine, sine, back=True) for grad in grads[:2])
+        of_head_norms: list[Tensor | None] = [None, None]
+        if raw:
+            of_query, of_head_norms[0] = kernels.norm_backward(of_query, raw[0], query_norm, epsilon)
+            of_key, of_head_norms[1] = kernels.norm_backward(of_key, raw[1], key_norm, epsilon)
+        of_raw = [grad.flatten(1) for grad in (of_query, of_key, grads[2])]
+        of_normed = of_raw[0] @ weights[0]
+        for grad, weight in zip(of_raw[1:], weights[1:], strict=True):
+            of_normed.addmm_(grad, weight)
+        of_row, of_norm = kernels.norm_backward(of_normed, row, norm, epsilon)
+        normed = kernels.norm(row, norm, epsilon)
+        needs = ctx.needs_input_grad[7:]
+        of_weights = [
+            place.add(grad, normed) if needed else None
+            for place, grad, needed in zip(ctx.gradients, of_raw, needs[:3], strict=True)
+        ]
+        of_biases = [grad.sum(0) if needed else None for grad, needed in zip(of_raw, needs[3:], strict=True)]
+        of_norms = [of_norm, *of_head_norms]
+        cast = [None if grad is None else grad.to(row.dtype) for grad in of_norms]
+        return of_row, None, None, None, *cast, *of_weights, *of_biases
+
+
+class _BehindAttention(torch.autograd.Function):
+    """The output product added to the row, norm, and the gated products, added again."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, out: Tensor, epsilon: float, norm: Tensor, *parameters: Tensor | None) -> Tensor:
+        kernels = _kernels(row)
+        [w_out, w_gate, w_up, w_down], [b_out, b_gate, b_up, b_down] = parameters[:4], parameters[4:]
+        assert w_out is not None and w_gate is not None  # a linear layer has a weight
+        assert w_up is not None and w_down is not None
+        middle, normed = kernels.add_and_norm(row, F.linear(out, w_out, b_out), norm, epsilon)
+        gate, up = F.linear(normed, w_gate, b_gate), F.linear(normed, w_up, b_up)
+        ctx.save_for_backward(middle, out, gate, up, norm, w_out, w_gate, w_up, w_down)
+        ctx.epsilon, ctx.gradients = epsilon, [WeightGradient.of(weight) for weight in parameters[:4]]
+        added = torch.addmm(middle, kernels.swiglu(gate, up), w_down.t())
+        return added if b_down is None else added.add_(b_down)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        middle, out, gate, up, norm, w_out, w_gate, w_up, w_down = ctx.saved_tensors
+        kernels, of_added = _kernels(middle), grads[0].contiguous()
+        gated = of_added @ w_down  # its gradient, in whose place it comes itself
+        of_gate, of_up = kernels.swiglu_backward(gate, up, gated)
+        of_normed = (of_gate @ w_gate).addmm_(of_up, w_up)
+        normed = kernels.norm(middle, norm, ctx.epsilon)
+        of_row, of_norm = kernels.norm_backward(of_normed, middle, norm, ctx.epsilon, of_added)
+        needs = ctx.needs_input_grad[4:]
+        products = [(of_row, out), (of_gate, normed), (of_up, normed), (of_added, gated)]
+        of_weights = [
+            place.add(*product) if needed else None
+            for place, product, needed in zip(ctx.gradients, products, needs[:4], strict=True)
+        ]
+        of_biases = [of.sum(0) if needed else None for (of, _), needed in zip(products, needs[4:], strict=True)]
+        return of_row, of_row @ w_out, None, of_norm.to(norm.dtype), *of_weights, *of_biases
+
+
+def _kernels(row: Tensor) -> Kernels:
+    kernels = kernels_for(row.dtype)
+    assert kernels is not None  # else the block would not have come here
+    return kernels
