@@ -69,10 +69,10 @@ class _BeforeAttention(torch.autograd.Function):
         norm: Tensor,
         query_norm: Tensor | None,
         key_norm: Tensor | None,
-        *parameters: Tensor | None,
+        *parameters: Any,  # weights, then biases or None
     ) -> tuple[Tensor, ...]:
         kernels, (head_dim, epsilon) = _kernels(row), settings
-        weights, biases = [weight for weight in parameters[:3] if weight is not None], parameters[3:]
+        weights, biases = parameters[:3], parameters[3:]
         normed = kernels.norm(row, norm, epsilon)
         raw = [F.linear(normed, w, b).unflatten(1, (-1, head_dim)) for w, b in zip(weights, biases, strict=True)]
         query, key, value = raw
@@ -114,11 +114,9 @@ class _BehindAttention(torch.autograd.Function):
     """The output product added to the row, norm, and the gated products, added again."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, out: Tensor, epsilon: float, norm: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, row: Tensor, out: Tensor, epsilon: float, norm: Tensor, *parameters: Any) -> Tensor:
         kernels = _kernels(row)
         [w_out, w_gate, w_up, w_down], [b_out, b_gate, b_up, b_down] = parameters[:4], parameters[4:]
-        assert w_out is not None and w_gate is not None  # a linear layer has a weight
-        assert w_up is not None and w_down is not None
         middle, normed = kernels.add_and_norm(row, F.linear(out, w_out, b_out), norm, epsilon)
         gate, up = F.linear(normed, w_gate, b_gate), F.linear(normed, w_up, b_up)
         ctx.save_for_backward(middle, out, gate, up, norm, w_out, w_gate, w_up, w_down)

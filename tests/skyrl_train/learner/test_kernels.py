@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,10 @@ from skyrl_train.learner.kernels import Kernels, kernels_for
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.float32) is None, reason="there is no C compiler")
 
-EXACT = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
+EXACT: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
+}
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Attention on AMX tiles is as close to the exact one as torch's in bfloat16: trees of segments, windows, head sizes."""
+"""Attention on AMX tiles is as close to the exact one as torch's in bfloat16: trees of segments, windows, sizes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.skyrl_train.learner.conftest import without_compiler
 from tests.skyrl_train.learner.test_learner import relative_difference
 from tests.tiny_models import tiny_policy
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 288,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -75,7 +75,7 @@ def test_a_second_pass_adds_to_the_first():
 
 def test_padding_gets_no_gradient_through_the_embedding():
     policy = tiny_policy(compute_dtype=torch.bfloat16, tie_word_embeddings=False, pad_token_id=7)
-    embedding = policy.module.get_input_embeddings()
+    embedding: Any = policy.module.get_input_embeddings()
     master = MasterOptimizer([("weight", embedding.weight)], OptimizerConfig(), 10).masters["weight"]
     embedding(torch.tensor([[7, 8, 8]])).float().sum().backward()
     assert master.grad is not None
