@@ -5,7 +5,8 @@
  * tile has 16 rows of 16 pairs: row r, pair j holds inputs 2r and 2r + 1 of column j.
  */
 #pragma once
-#include "numbers.h"
+#include "amx.h"
+#include "elementwise.h"
 
 #define COLUMNS 32     /* of a panel */
 #define STEP 32        /* inputs */
@@ -17,28 +18,17 @@ typedef struct {
   int gated; /* a panel is 16 columns of a gate and 16 of what it lets pass; half as many come out */
 } product;
 
-#if defined(BFLOAT16) && defined(__AMX_BF16__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef AMX
 
 #define AHEAD 2048 /* bytes of weights between the asking and the reading */
 
-/* Ask Linux for the tiles (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): 0 if this process may use them. */
-int prepare_products(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
-
 /* Tiles 0 to 3 are sums, 4 and 5 rows (of the first 16, of the others), 6 and 7 weights. */
-static void shape_tiles(int rows) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1};
+static void take_tiles_for(int rows) {
+  tile_shapes shapes = full_tiles();
   int first = rows < 16 ? rows : 16, others = rows > 16 ? rows - 16 : 1;
-  for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = 64, shape.rows[tile] = 16;
-  shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)first;
-  shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)others;
-  _tile_loadconfig(&shape);
+  shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = (uint8_t)first;
+  shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = (uint8_t)others;
+  take_tiles(&shapes);
 }
 
 /* sums [32, 32] = rows (at most 32) of x times a panel, which is in memory still or in a cache already */
@@ -101,7 +91,7 @@ static void multiply_all(const product *p, const number *x, number *out, int row
     const number *weights = p->weights + (int64_t)panel * COLUMNS * p->inputs;
     for (int row = end - ROWS_AT_ONCE; row < end && row < rows; row += 32) {
       int count = rows - row < 32 ? rows - row : 32;
-      if (count != shaped) shape_tiles(shaped = count);
+      if (count != shaped) take_tiles_for(shaped = count);
       multiply(x + (int64_t)row * p->inputs, count, p->inputs, weights, row == end - ROWS_AT_ONCE, sums);
       for (int i = 0; i < count; i++) finish_row(p, sums + i * COLUMNS, panel * COLUMNS, row + i, out);
     }
@@ -109,6 +99,5 @@ static void multiply_all(const product *p, const number *x, number *out, int row
   _tile_release();
 }
 #else
-int prepare_products(void) { return -1; }
 static void multiply_all(const product *p, const number *x, number *out, int rows) { (void)p, (void)x, (void)out, (void)rows; }
 #endif
