@@ -18,6 +18,7 @@ from pathlib import Path
 
 FREE_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")  # a NaN stays one
 FLAGS = ("-O3", "-march=native", *FREE_ORDER, "-fopenmp", "-fPIC")
+HEADERS = Path(__file__).with_name("c")  # of all sources
 COMPILE_TIMEOUT_S = 60
 
 
@@ -38,7 +39,7 @@ def compiled_library(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="skyrl-c-") as folder:
         unit, library = f"{folder}/unit.o", f"{folder}/library.so"
         try:
-            _run([*compiler.split(), *FLAGS, *wide, *definitions, "-c", str(source), "-o", unit])
+            _run([*compiler.split(), *FLAGS, *wide, *definitions, f"-I{HEADERS}", "-c", str(source), "-o", unit])
             _run([*compiler.split(), "-shared", unit, "-lm", "-o", library])
             return ctypes.CDLL(library)
         except (OSError, subprocess.SubprocessError) as error:

@@ -50,7 +50,7 @@ class Checkpoints:
                 _refuse_objects(value, name)
                 target = unfinished / f"{name}.pt"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(value, target)
+                _write(value, target)
         write_whole(self.folder / LATEST, str(step).encode())
         self._remove_old()
         return path
@@ -144,6 +144,17 @@ def _refuse_objects(value: Any, where: str) -> None:
             _refuse_objects(item, f"{where}[{i}]")
     else:
         raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; only tensors and plain data can be saved")
+
+
+def _write(value: Any, path: Path) -> None:
+    """Without checksums, which torch.load does not look at and which take longer than the writing."""
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
 
 
 def _read(path: Path, checkpoint: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,6 +118,40 @@ class FlakyEnv(CountdownEnv):
                 raise KeyError("a bug in the environment")
             time.sleep(0.5)
         return super().init(prompt)
+
+
+class FewSessionsEnv(CountdownEnv):
+    """Counts down on one of `free` sessions that all instances share; each call takes a random while."""
+
+    free = 2
+
+    def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
+        super().__init__(env_config, extras)
+        self.asking = self.has_session = False
+
+    @property
+    def waits_for_others(self) -> bool:
+        return self.asking and FewSessionsEnv.free == 0
+
+    async def init_async(self, prompt: Any) -> Any:
+        await asyncio.sleep(0.01 * random.random())
+        self.asking = True
+        while FewSessionsEnv.free == 0:  # noqa: ASYNC110 (an Event would belong to one test's loop)
+            await asyncio.sleep(0.001)
+        FewSessionsEnv.free -= 1
+        self.asking, self.has_session = False, True
+        await asyncio.sleep(0.01 * random.random())
+        return self.init(prompt)
+
+    async def step_async(self, action: str) -> BaseTextEnvStepOutput:
+        await asyncio.sleep(0.01 * random.random())
+        return self.step(action)
+
+    async def close_async(self) -> None:
+        await asyncio.sleep(0.01 * random.random())
+        FewSessionsEnv.free += self.has_session
+        self.has_session = False
+        self.close()
 
 
 class EvenEnv(BaseTextEnv):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
+from tests.benchmarks import gpu
 from tests.benchmarks.comparison import Comparison
 from tests.benchmarks.run_openenv import variables
 from tests.benchmarks.update import useful_tokens
@@ -78,6 +81,30 @@ def test_a_ratio_above_one_is_ours_ahead_in_rates_and_in_times():
     seconds = Comparison("", "s", ours=2.0, peers={"trl": 5.0}, ceiling=1.0, is_time=True)
     assert (rate.ratios, rate.share) == ({"trl": 3.0}, 0.5)
     assert (seconds.ratios, seconds.share) == ({"trl": 2.5}, 0.5)
+
+
+def test_the_gpu_benchmark_reports_rates_and_shares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = "gpu --json --device cpu --shape tiny --requests 1 9 --tokens 4 --prompt-tokens 40 --update-prompts 2"
+    monkeypatch.setattr("sys.argv", [*words.split(), "--rounds", "1"])
+    gpu.main()
+    [line] = capsys.readouterr().out.splitlines()
+    outcome = json.loads(line)
+    assert (outcome["device"], outcome["unit"]) == ("cpu", "tokens/s")
+    assert outcome["ours"] == outcome["tokens_per_second"]["9"] > 0
+    assert 0 < outcome["share_of_ceiling_at"]["1"] < 1
+    assert 0 < outcome["update"]["share_of_product_rate"] < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_the_gpu_benchmark_refuses_a_machine_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no CUDA GPU on this machine; --device cpu --shape tiny" in capsys.readouterr().err
 
 
 def test_trls_reward_is_echo_envs():

@@ -37,13 +37,14 @@ def tiny_policy(
     seed: int = 0,
     compute_dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
     **config: Any,
 ) -> Policy:
     """A random model of this family: 2 layers, 4 query and 2 key heads of 8, 258 tokens, a context of 512.
 
     `config` overrides the family's configuration, e.g. `vocab_size=16` or `num_hidden_layers=3`.
     """
-    module = tiny_module(family, seed=seed, **config).to(compute_dtype)
+    module = tiny_module(family, seed=seed, **config).to(device, compute_dtype)
     return wrap_module(module, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -54,7 +55,7 @@ def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **con
     return folder
 
 
-def tiny_module(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """The module alone, as transformers makes it."""
     eos = VOCAB_SIZE - 1
     settings: dict[str, Any] = {
@@ -74,6 +75,6 @@ def tiny_module(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     config = AutoConfig.for_model(family, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     module.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
     return module

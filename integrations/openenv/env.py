@@ -19,6 +19,7 @@ from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from skyrl_gym.core import EnvFailure
@@ -54,6 +55,7 @@ class OpenEnv(BaseTextEnv):
         self.last: StepResult | None = None
         self._done = False
         self._lease: Lease | None = None
+        self._asked: ServerSource | None = None  # while it is asked for a lease
         fewest = self.entry.fewest_turns(self.options)
         if self.max_turns < fewest:
             raise ValueError(
@@ -67,15 +69,25 @@ class OpenEnv(BaseTextEnv):
         reset_kwargs = self.entry.reset_kwargs(self.options)
         if self.seed is not None:
             reset_kwargs["seed"] = int(self.seed)
-        source = self.entry.source(self.options)
         try:
-            self._lease = await shared_pool(self.config).lease(source, **reset_kwargs)
+            self._lease = await self._leased(self.entry.source(self.options), reset_kwargs)
             await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         return with_observation(prompt, text), {"env_name": self.env_name}
+
+    @property
+    def waits_for_others(self) -> bool:
+        return self._asked is not None and shared_pool(self.config).is_full(self._asked)
+
+    async def _leased(self, source: ServerSource, reset_kwargs: dict[str, Any]) -> Lease:
+        self._asked = source
+        try:
+            return await shared_pool(self.config).lease(source, **reset_kwargs)
+        finally:
+            self._asked = None
 
     async def step_async(self, action: str) -> BaseTextEnvStepOutput:
         if self._lease is None:

@@ -59,6 +59,14 @@ class BaseTextEnv(Env[ConversationType, str]):
         self.tool_groups: list[ToolGroup] = []
         self.tool_to_toolgroup: dict[str, str] = {}
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether `init` waits for a session and gets one only when another episode has ended.
+
+        With `trainer.deterministic` the other episodes wait for this one's `init` unless it says so.
+        """
+        return False
+
     def init(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:  # ty: ignore[incompatible-method-override]
         """The first messages for the model (the prompt, as a copy) and a dict of facts about the episode."""
         return [dict(message) for message in prompt], {}

@@ -193,7 +193,7 @@ int attend(const shape *s, const number *query, const number *key, const number 
   {
     room r;
     char *memory = aligned_alloc(64, lay_out(&r, NULL, keys, s->size));
-    if (memory) lay_out(&r, memory, keys, s->size), take_tiles();
+    if (memory) lay_out(&r, memory, keys, s->size), take_all_tiles();
     else {
 #pragma omp atomic write
       failed = -1;
@@ -316,7 +316,7 @@ int attend_backward(const shape *s, const int64_t *roots, int64_t trees, const n
   {
     room r;
     char *memory = aligned_alloc(64, lay_out(&r, NULL, keys, s->size));
-    if (memory) lay_out(&r, memory, keys, s->size), take_tiles();
+    if (memory) lay_out(&r, memory, keys, s->size), take_all_tiles();
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < trees * s->kv_heads; task++) {
       int64_t first = roots[task / s->kv_heads], stop = roots[task / s->kv_heads + 1], head = task % s->kv_heads;

@@ -91,7 +91,7 @@ class Kernels:
         self.dtype = dtype
         self.library = library
         self._declare(_ARGUMENTS)
-        self.has_tiles = hasattr(library, "ask_for_tiles")
+        self.has_tiles = hasattr(library, "weight_gradient")
         if self.has_tiles:
             self._declare(_OF_TILES)
             self.has_tiles = library.ask_for_tiles() == 0

@@ -1,6 +1,7 @@
 /* What an update does between its matrix products, each operation in one pass over memory: norms, rotary positions,
  * SwiGLU, logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
  */
+#include "amx.h"
 #include "numbers.h"
 
 /* 1 / rms(x) */
@@ -83,11 +84,6 @@ void rotate(const number *x, number *y, const number *cosine, const number *sine
       }
     }
   }
-}
-
-static inline float sigmoid(float x) {
-  float e = exponential(-fabsf(x));
-  return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
 /* y = silu(gate) * up; Shazeer (2020), eq. 5 */
@@ -192,7 +188,7 @@ void adamw(float *weight, float *mean, float *square, const float *gradient, num
   }
 }
 
-#if defined(BFLOAT16) && defined(__AMX_BF16__)
+#ifdef AMX
 #include "products.h"
 #include "attention.h"
 #endif

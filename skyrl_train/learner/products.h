@@ -5,9 +5,6 @@
 #define LEFT_AT_ONCE 8192    /* packed blocks of of_y */
 #define RIGHT_AT_ONCE 512    /* packed blocks of x: 1 MiB, which a core keeps close */
 
-/* Linux keeps the tiles' registers for a process that has asked once. Returns 0 if it does. */
-int ask_for_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
-
 /* Numbers of `room` that weight_gradient wants. */
 int64_t room_for(int64_t rows, int64_t width, int64_t depth) {
   int64_t steps = blocks(rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE), panels = width / SIDE;
@@ -28,7 +25,7 @@ void weight_gradient(const number *of_y, const number *x, float *gradient, int i
       int64_t count = panels - group < at_once ? panels - group : at_once, spans = (columns + span - 1) / span;
 #pragma omp parallel
       {
-        take_tiles();
+        take_all_tiles();
 #pragma omp for
         for (int64_t s = 0; s < steps; s++) {
           int64_t row = first + s * SIDE, exist = here - s * SIDE;

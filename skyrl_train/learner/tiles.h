@@ -1,30 +1,19 @@
 #pragma once
-/* Matrix products of bfloat16 on Intel's AMX tiles: 16 rows of 64 bytes (Intel, Architecture Instruction Set Extensions,
- * chapter 3).
+/* Matrix products of bfloat16 in AMX tiles.
  *
  * A tile product adds to C[16][16] (float) the sum over 32 numbers of A[16][32] * B[32][16]. A's rows lie as they are in
  * memory; B's lie in pairs, B[2r][c] beside B[2r + 1][c] in row r of its tile. So one operand of a product is packed first,
  * 32 x 32 numbers = 2 tiles at a time.
  */
-#include <immintrin.h>
-
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "amx.h"
 
 #define SIDE 32                  /* of a block: what is packed, and what is computed at once */
 #define TILE (16 * SIDE)         /* numbers in a tile */
 #define BLOCK (2 * TILE)
 
-/* All eight tiles with 16 rows of 64 bytes, in this thread, until _tile_release. */
-static inline void take_tiles(void) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-  __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc 12 does not see that all of it is read */
-  _tile_loadconfig(&shape);
+static inline void take_all_tiles(void) {
+  tile_shapes shapes = full_tiles();
+  take_tiles(&shapes);
 }
 
 /* 16 x 16 words of 32 bits. */

@@ -16,6 +16,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import EnvCalls, Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory
@@ -41,42 +42,6 @@ class Round:
 
 class EveryEpisodeFailed(RuntimeError):
     """No episode of a round survived its retries: something is wrong with the environment itself."""
-
-
-class Lockstep:
-    """A barrier at which all live episodes meet before each turn, so that timing cannot change what is batched.
-
-    Used with `trainer.deterministic=true`. Episodes that end leave, so the others never wait for them.
-    """
-
-    def __init__(self, num_episodes: int) -> None:
-        self._live = num_episodes
-        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
-
-    async def arrive(self, episode_id: str) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((episode_id, future))
-        self._release()
-        await future
-
-    def leave(self) -> None:
-        self._live -= 1
-        self._release()
-
-    def _release(self) -> None:
-        if len(self._waiting) < self._live:
-            return
-        released, self._waiting = sorted(self._waiting, key=lambda waiting: waiting[0]), []
-        for (
-            _,
-            future,
-        ) in released:  # not at once: the last to arrive is not waiting yet, and would run ahead of its turn
-            asyncio.get_running_loop().call_soon(_wake, future)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class Collector:
@@ -142,7 +107,7 @@ class Collector:
             self._playing.pop(task.id, None)
             self._last_end = time.monotonic()
             if lockstep is not None:
-                lockstep.leave()
+                lockstep.leave(task.id)
         if on_episode is not None:
             on_episode(trajectory)
         return trajectory
@@ -169,12 +134,8 @@ class Collector:
         )
 
     def _episode(self, task: EpisodeTask, lockstep: Lockstep | None, attempt: int) -> Episode:
-        async def before_turn() -> None:
-            if lockstep is not None:
-                await lockstep.arrive(task.id)
-
         env = EnvCalls(self._make_env, task, self.limits, self._executor)
-        return Episode(task, self.engine, self.template, self.limits, env, before_turn, attempt)
+        return Episode(task, self.engine, self.template, self.limits, env, lockstep, attempt)
 
     def _make_env(self, env_class: str, extras: dict[str, Any]) -> Any:
         return skyrl_gym.make(env_class, env_config=self._env_config(env_class), extras=extras)

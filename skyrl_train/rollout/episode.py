@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, Future
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
 from skyrl_train.rollout.chat import Chat, ChatTemplate
+from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import span
 from skyrl_train.types import EpisodeEnd, Message, Prompt, Trajectory, Turn
@@ -71,6 +73,10 @@ class EnvCalls:
         self._in_thread: Future[Any] | None = None  # the last call that was given to the executor
         self._step_timeout_s = limits.step_timeout_s
         self._seconds_left = limits.episode_timeout_s
+
+    @property
+    def waits_for_others(self) -> bool:
+        return self._env is not None and self._env.waits_for_others
 
     async def init(self, messages: list[Message]) -> list[Message]:
         env = await self._answer("constructor", self._threaded(self._constructed))
@@ -150,7 +156,7 @@ class Episode:
     template: ChatTemplate
     limits: EpisodeLimits
     env: EnvCalls
-    before_turn: Callable[[], Awaitable[None]]  # where deterministic rollouts keep in step
+    lockstep: Lockstep | None = None  # of deterministic rollouts
     attempt: int = 0
     waits_for: str = "its start"
     messages: list[Message] = field(default_factory=list)
@@ -161,7 +167,8 @@ class Episode:
         started = time.monotonic()
         try:
             self.waits_for = "the environment's init"
-            self.messages = await self.env.init(self.task.prompt.messages)
+            async with self._beginning():
+                self.messages = await self.env.init(self.task.prompt.messages)
             end = await self._turns(self.template.start(self.messages))
             self.waits_for = "the environment's metrics"
             metrics = await self.env.metrics()
@@ -186,13 +193,20 @@ class Episode:
     def _session_id(self) -> str:
         return f"{self.task.id}_{self.attempt}"
 
+    def _beginning(self) -> AbstractAsyncContextManager[None]:
+        if self.lockstep is None:
+            return nullcontext()
+        return self.lockstep.beginning(self.task.id, lambda: self.env.waits_for_others)
+
     async def _turns(self, chat: Chat) -> EpisodeEnd:
         while True:
             sampling = self._next_sampling(chat)
             if sampling is None:
                 await self._cut_short()
                 return EpisodeEnd.OUT_OF_TOKENS
-            await self.before_turn()
+            if self.lockstep is not None:
+                self.waits_for = "the other episodes"
+                await self.lockstep.arrive(self.task.id)
             self.waits_for = "the engine"
             with span("generate", turn=len(self.turns) + 1, prompt_tokens=len(chat.ids)):
                 completion = await self.engine.generate(Request(chat.ids, sampling, self._session_id))

@@ -11,6 +11,8 @@ from statistics import median
 
 import torch
 
+from skyrl_train import huge_pages
+
 
 class Ceiling:
     """Measured between the rounds of a benchmark; medians count."""
@@ -76,8 +78,10 @@ def product_shapes(model: Path) -> list[tuple[int, int]]:
 
 
 def read_rate(num_bytes: int = 1 << 28) -> float:
-    """Bytes per second that a sum over memory reads."""
-    numbers = torch.ones(num_bytes // 4, device="cuda" if torch.cuda.is_available() else "cpu")
+    """Bytes per second that a sum over memory reads, in large pages on a processor."""
+    shape = (num_bytes // 4,)
+    numbers = torch.ones(shape, device="cuda") if torch.cuda.is_available() else huge_pages.zeros(shape, torch.float32)
+    numbers.fill_(1)
     return num_bytes / _seconds(numbers.sum)
 
 

@@ -125,6 +125,12 @@ class Fleet:
         """After `stop`: starts that were under way have cleaned up."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def is_full(self) -> bool:
+        """Nothing comes free by itself: no server has a place, none is being started, examined or opened to anyone."""
+        coming = self._num_starting or self._num_missing(asyncio.get_running_loop().time())
+        return bool(self.members) and not coming and all(member.is_full for member in self.members)
+
     def describe(self) -> str:
         """What the servers are doing, for a message."""
         servers = ", ".join(f"{member.num_open} of {member.capacity} sessions open" for member in self.members)
@@ -134,7 +140,7 @@ class Fleet:
 
     def _vacate(self, member: Member) -> None:
         member.num_open -= 1
-        member.refused_until_s = 0.0  # a slot has come free: worth an attempt
+        member.pause_s = member.refused_until_s = 0.0  # a slot has come free: worth an attempt
         self._dispatch()
 
     def _dispatch(self) -> None:

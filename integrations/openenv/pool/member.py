@@ -38,6 +38,12 @@ class Member:
         return 0 if now_s < self.refused_until_s else max(0, self.capacity - self.num_open)
 
     @property
+    def is_full(self) -> bool:
+        """As many as we know it to take are open, or it has refused again and again since the last one ended."""
+        known = self.num_open >= self.capacity and not self.num_opening
+        return not self.doubted and (known or self.pause_s >= LONGEST_PAUSE_S)
+
+    @property
     def is_hopeless(self) -> bool:
         """It loses one session after the other, though it looks healthy: as many as are open on it now."""
         return self.num_lost_in_a_row >= max(MIN_LOST, self.num_open)

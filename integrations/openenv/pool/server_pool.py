@@ -70,6 +70,10 @@ class ServerPool:
         fleet.opened(member)
         return Lease(fleet, member, session, self.config, on_end=self._forget)
 
+    def is_full(self, source: ServerSource) -> bool:
+        """Whether a lease that waits gets a session only when another one is released."""
+        return source in self._fleets and self._fleets[source].is_full
+
     def _forget(self, lease: Lease) -> None:
         self._leases.pop(lease, None)
 

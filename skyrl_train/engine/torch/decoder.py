@@ -8,24 +8,23 @@ The price is a second copy of the weights, laid out anew after each update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
+from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
-from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.layers import AllLayers, Layer
+from skyrl_train.engine.torch.linears import laid_out
+from skyrl_train.huge_pages import Room
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.blocks import has_known_blocks
-from skyrl_train.learner.lora import effective_weight
 from skyrl_train.learner.model import Policy
-
-PACKED_FOR_ROWS = 32  # the number of rows the layout is chosen for; others work as well
 
 
 class ForwardPass(Protocol):
@@ -40,8 +39,10 @@ class ForwardPass(Protocol):
         ...
 
 
-def forward_pass(policy: Policy) -> ForwardPass:
+def forward_pass(policy: Policy, *, cuda_graphs: bool = True) -> ForwardPass:
     """The fastest one that computes what the policy computes: a `Decoder`, or the policy itself."""
+    if policy.device.type == "cuda":
+        return GraphedPolicy(policy, CudaGraphs(policy.device) if cuda_graphs else None)
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not packs or not has_known_blocks(policy.config):
         return policy
@@ -63,63 +64,6 @@ def kernels_for(policy: Policy) -> Kernels | None:
         return None
 
 
-class PackedLinear:
-    """x @ cat(weights).T + cat(biases), for weights that share their input."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._linears = linears
-        self._weight = self._bias = torch.empty(0)
-        self.pack()
-
-    def pack(self) -> None:
-        """Read the weights again."""
-        weight = torch.cat([effective_weight(linear) for linear in self._linears])
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-
-    def added_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self._bias, "add")
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One transformer block as transformers built it: its norms, and its products packed."""
-
-    attention_norm: Norm
-    query_key_value: PackedLinear
-    head_norms: tuple[Norm, Norm] | None  # of queries and keys
-    scale: float
-    window: int | None
-    output: PackedLinear
-    mlp_norm: Norm
-    gate_up: PackedLinear
-    down: PackedLinear
-
-    @classmethod
-    def of(cls, block: Any) -> Layer:
-        attention, mlp = block.self_attn, block.mlp
-        normed = hasattr(attention, "q_norm")
-        return cls(
-            attention_norm=Norm.of(block.input_layernorm),
-            query_key_value=PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
-            head_norms=(Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
-            scale=attention.scaling,
-            window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
-            output=PackedLinear([attention.o_proj]),
-            mlp_norm=Norm.of(block.post_attention_layernorm),
-            gate_up=PackedLinear([mlp.gate_proj, mlp.up_proj]),
-            down=PackedLinear([mlp.down_proj]),
-        )
-
-    @property
-    def products(self) -> tuple[PackedLinear, ...]:
-        return self.query_key_value, self.output, self.gate_up, self.down
-
-
 class Decoder:
     """A `ForwardPass` over a policy's weights. Call `weights_changed` when they have."""
 
@@ -127,8 +71,10 @@ class Decoder:
         base: Any = policy.module.base_model
         head: Any = policy.module.get_output_embeddings()
         with torch.inference_mode():
-            self._layers = [Layer.of(block) for block in base.layers]
-            self._head = PackedLinear([head])
+            room = Room()
+            self._layers = [Layer.of(block, kernels, room) for block in base.layers]
+            self._head = laid_out([head], kernels, room)
+        self._all_layers = AllLayers.of(self._layers, kernels)
         self._embedding, self._rotary, self._norm = base.embed_tokens.weight, base.rotary_emb, Norm.of(base.norm)
         self.kernels = kernels
         self._head_dim = int(base.layers[0].self_attn.head_dim)
@@ -143,11 +89,13 @@ class Decoder:
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
         row = F.embedding(input_ids, self._embedding)
         cosine, sine = (part[0] for part in self._rotary(row[None], position_ids[None]))
+        if self._all_layers is not None and isinstance(attention, CachedAttention) and attention.is_short:
+            self._all_layers(row, cosine, sine, attention.cache.struct, attention.row_tokens, attention.places)
+            return self._normed(row, self._norm)
         for index, layer in enumerate(self._layers):
             heads = layer.query_key_value(self._normed(row, layer.attention_norm)).unflatten(-1, (-1, self._head_dim))
             row = layer.output.added_to(row, self._attend(index, layer, heads, cosine, sine, attention).flatten(1))
-            gate_up = layer.gate_up(self._normed(row, layer.mlp_norm))
-            row = layer.down.added_to(row, self._swiglu(gate_up))
+            row = layer.down.added_to(row, layer.gate_up(self._normed(row, layer.mlp_norm)))
         return self._normed(row, self._norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -172,12 +120,6 @@ class Decoder:
             return self.kernels.rms_norm(row.contiguous(), norm)
         return F.rms_norm(row, norm.weight.shape, norm.weight, norm.epsilon)
 
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
-        if self.kernels is not None:
-            return self.kernels.swiglu(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
 
 def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = sine.chunk(2, dim=-1)
@@ -188,18 +130,23 @@ def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 @torch.inference_mode()
 def _agrees(decoder: Decoder, policy: Policy) -> bool:
     """Whether both compute the same on random tokens, as far as the type's rounding allows."""
-    ours, theirs = (prompts_and_a_step(model, policy).float() for model in (decoder, policy))
+    ours, theirs = (prompts_and_steps(model, policy).float() for model in (decoder, policy))
     allowed = 1e-3 if policy.compute_dtype == torch.float32 else 0.1
     return bool((ours - theirs).norm() <= allowed * theirs.norm())
 
 
-def prompts_and_a_step(model: ForwardPass, policy: Policy) -> Tensor:
-    """Logits of two prompts of random tokens and of one decoding step behind them, [26, vocab]."""
-    cache = KVCache(policy, max_slots=2, max_length=32, max_bytes=2**30)
-    cache.reserve(2, 32)
-    ids = torch.randint(policy.config.vocab_size, (26,), generator=torch.Generator().manual_seed(1))
+def prompts_and_steps(model: ForwardPass, policy: Policy) -> Tensor:
+    """Logits of two short prompts of random tokens, of a decoding step behind them, and of one beside a long prompt.
+
+    [28 + the long prompt's, vocab]
+    """
+    long = SHORT + 2
+    cache = KVCache(policy, max_slots=3, max_length=long, max_bytes=2**30)
+    cache.reserve(3, long)
+    ids = torch.randint(policy.config.vocab_size, (28 + long,), generator=torch.Generator().manual_seed(1))
+    first, second = [Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]
     rows, done = [], 0
-    for chunks in ([Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]):
+    for chunks in (first, second, [Chunk(0, 16, 1), Chunk(1, 10, 1), Chunk(2, 0, long)]):
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(cache, chunks, policy.device)
         rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))

@@ -101,6 +101,7 @@ class TorchEngine:
             max_model_len=self.max_model_len,
             kv_cache_bytes=kv_cache_bytes or _device_memory(policy.device) // 4,
             session_cache_bytes=0 if deterministic else session_cache_bytes,
+            cuda_graphs=not deterministic,  # a replayed step's last bits depend on how far the cache has grown
         )
         self._tick: list[Pending] = []  # generate() calls of this tick of the event loop
         self._commands: deque[Command] = deque()

@@ -7,6 +7,7 @@ in computing, and attention reads the cache once per operation; here they are fi
 from __future__ import annotations
 
 import ctypes
+from ctypes import Array, byref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skyrl_train.c_library import NoCompiler, compiled_library
+from skyrl_train.engine.torch.c_structs import Cache, CLayer, Product, RowTokens
 
 SOURCE = Path(__file__).with_name("decode.c")
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
@@ -23,9 +25,13 @@ _ARGUMENTS = {
     "swiglu": [_POINTER] * 2 + [_INT, _INT],
     "rotate_and_store": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "draw": [_POINTER] * 4 + [_INT, _POINTER, _POINTER, _INT, _INT],
-    "attend": [_POINTER] * 7 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
+    "attend": [_POINTER] * 4 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
+    "linear": [_POINTER] * 3 + [_INT],
+    "decode": [_POINTER, _INT] + [_POINTER] * 10 + [_INT],
+    "ask_for_tiles": [],
 }
-_NO_WINDOW = 2**31 - 1
+_RETURN_INT = {"draw", "ask_for_tiles"}
+NO_WINDOW = 2**31 - 1
 
 
 class NoKernels(RuntimeError):
@@ -75,6 +81,7 @@ class Kernels:
             self._library = _loaded(shape)
         except NoCompiler as error:
             raise NoKernels(str(error)) from error
+        self.has_tiles = self._library.ask_for_tiles() == 0  # of AMX
 
     def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
         """row [..., width], normed over its last dimension."""
@@ -126,36 +133,55 @@ class Kernels:
         heads: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        twins: Tensor,
-        shared: Tensor,
+        tokens: RowTokens,
         *,
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """One new token of N sequences, in the first N rows of `heads`, over its slot's tokens up to its position.
-
-        slots, positions, twins, shared [N] (int64) -> [N, heads, D]. The first `shared` tokens are read from slot
-        `twin`, which holds the same, and from memory only once when sequences that have one twin are neighbours.
-        """
-        out = heads.new_empty((slots.shape[0], self._shape.heads, self._shape.head_dim))
+        """The first N rows of `heads`, N tokens, over their slots' tokens up to their own -> [N, heads, D]."""
+        out = heads.new_empty((len(tokens), self._shape.heads, self._shape.head_dim))
         self._library.attend(
             heads.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            slots.data_ptr(),
-            positions.data_ptr(),
-            twins.data_ptr(),
-            shared.data_ptr(),
+            byref(tokens.struct),
             keys.stride(0),
             keys.stride(1),
             scale,
-            _NO_WINDOW if window is None else window,
+            NO_WINDOW if window is None else window,
             out.data_ptr(),
-            slots.shape[0],
+            len(tokens),
         )
         return out
+
+    def linear(self, product: Product, rows: Tensor, out: Tensor, *, residual: Tensor | None = None) -> None:
+        """out [T, outputs] = (residual [T, outputs] +) rows [T, inputs] times the product's weights. Needs tiles."""
+        own = Product.from_buffer_copy(product)
+        own.residual = residual.data_ptr() if residual is not None else None
+        self._library.linear(byref(own), rows.data_ptr(), out.data_ptr(), len(rows))
+
+    def decode(
+        self,
+        layers: Array[CLayer],
+        cache: Cache,
+        tokens: RowTokens,
+        places: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        row: Tensor,
+        widest: int,
+    ) -> None:
+        """All layers, in place: row [T, hidden], each row one of `tokens`. Needs tiles.
+
+        cosine, sine [T, D]; places [T] as in `rotate_and_store`; widest: the largest intermediate size.
+        """
+        shape, num_rows = self._shape, len(row)
+        heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        rooms = [
+            row.new_empty((num_rows, size)) for size in (row.shape[1], heads, shape.heads * shape.head_dim, widest)
+        ]
+        inputs = (of.data_ptr() for of in (places, cosine, sine, row, *rooms))
+        self._library.decode(layers, len(layers), byref(cache), byref(tokens.struct), *inputs, num_rows)
 
     def draw(
         self, logits: Tensor, temperatures: list[float], uniforms: list[float], banned: list[tuple[int, int]]
@@ -191,5 +217,5 @@ def _loaded(shape: Shape) -> ctypes.CDLL:
     library = compiled_library(SOURCE, shape.definitions)
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, _INT if name == "draw" else None
+        function.argtypes, function.restype = arguments, _INT if name in _RETURN_INT else None
     return library

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl_train import huge_pages
+from skyrl_train.engine.torch.c_structs import Cache, RowTokens
 from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
 
 LENGTH_STEP = 128  # tokens
+SHORT = 128
 
 
 class KVCache:
@@ -28,9 +32,8 @@ class KVCache:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._max_slots, self._max_length = max_slots, max_length
-        self._store = torch.zeros(  # zeros, not empty: a masked position still multiplies its value by 0
-            (config.num_hidden_layers, 2, 0, heads, 0, head_dim), dtype=policy.compute_dtype, device=policy.device
-        )
+        shape = (config.num_hidden_layers, 2, 0, heads, 0, head_dim)
+        self._store = torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device)
         self.max_tokens = max_bytes // self.bytes_per_token  # slots times length
 
     @property
@@ -56,10 +59,16 @@ class KVCache:
         ample_length = old_length if length <= old_length else min(max(length, 2 * old_length), self._max_length)
         if ample_slots * ample_length <= self.max_tokens:
             slots, length = ample_slots, max(length, ample_length)
-        grown = self._store.new_zeros((layers, two, slots, heads, length, dim))
+        grown = self._zeros((layers, two, slots, heads, length, dim))
         old = self._store[:, :, :slots, :, :length]
         grown[:, :, : old.shape[2], :, : old.shape[4]] = old
         self._store = grown
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Not empty: a masked position still multiplies its value by 0."""
+        if self._store.device.type == "cpu":
+            return huge_pages.zeros(shape, self._store.dtype)
+        return self._store.new_zeros(shape)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of slot `source` become those of slot `target`."""
@@ -75,6 +84,11 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [slots, kv_heads, length, D]."""
         return self._store[index, 0], self._store[index, 1]
+
+    @property
+    def struct(self) -> Cache:
+        strides = self._store.stride()
+        return Cache(self._store.data_ptr(), *(strides[axis] for axis in (1, 0, 2, 3)))
 
 
 class Rotate(Protocol):
@@ -101,11 +115,12 @@ class Chunk:
 class CachedAttention:
     """Attention of one forward pass: chunks end to end in the row, first those of one token by ascending slot.
 
-    Chunks of one token (decoding) attend all at once; a longer chunk (prefill) attends alone.
+    Chunks of one token (decoding) attend all at once; a longer chunk (prefill) attends alone. The kernels take all
+    tokens of the first chunks at once, as long as those are short.
     """
 
     def __init__(self, cache: KVCache, chunks: list[Chunk], device: torch.device) -> None:
-        self._cache, self._device = cache, device
+        self.cache, self._chunks, self._device = cache, chunks, device
         self._singles = [chunk for chunk in chunks if chunk.count == 1]
         self._long = chunks[len(self._singles) :]
         if any(chunk.count == 1 for chunk in self._long):
@@ -113,58 +128,84 @@ class CachedAttention:
         self._slots = torch.tensor([chunk.slot for chunk in chunks for _ in range(chunk.count)])
         self._positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self._twins = torch.tensor([chunk.twin for chunk in self._singles])
-        self._shared = torch.tensor([chunk.shared for chunk in self._singles])
         if self._singles:
             self._first, self._last = self._singles[0].slot, self._singles[-1].slot + 1
             self._span = max(chunk.stop for chunk in self._singles)
             self._dense = self._last - self._first == len(self._singles)
-            self._offsets = torch.tensor([chunk.slot - self._first for chunk in self._singles], device=device)
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        return torch.tensor([chunk.slot - self._first for chunk in self._singles], device=self._device)
+
+    @property
+    def decoding_slots(self) -> Tensor | None:
+        """[T] on the host, ascending; None if a chunk has more than one token."""
+        return None if self._long else self._slots
+
+    @cached_property
+    def is_short(self) -> bool:
+        """Whether every row is one of `row_tokens`."""
+        return len(self._short) == len(self._chunks)
+
+    @cached_property
+    def _short(self) -> list[Chunk]:
+        """The first chunks, as long as they are short."""
+        return list(takewhile(lambda chunk: chunk.count <= SHORT, self._chunks))
+
+    @cached_property
+    def row_tokens(self) -> RowTokens:
+        """Those of the short chunks."""
+        num_rows = sum(chunk.count for chunk in self._short)
+        shared = [(chunk.twin, chunk.shared) for chunk in self._short for _ in range(chunk.count)]
+        twins, lengths = torch.tensor(shared, dtype=torch.int64).view(-1, 2).t().contiguous()
+        return RowTokens(self._slots[:num_rows], self._positions[:num_rows], twins, lengths)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        cached = self._cache.layer(layer)
+        cached = self.cache.layer(layer)
         for store, new in zip(cached, (key, value), strict=True):
             store.view(-1, store.shape[-1]).index_copy_(0, self._rows, new.reshape(-1, store.shape[-1]))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [T, kv_heads, heads per key head, D]
         parts = []
         if self._singles:
             parts.append(self._attend_singles(grouped[: len(self._singles)], *cached, scale, window).flatten(1, 2))
-        return _joined(parts + self._attend_chunks(grouped, key, value, cached, scale, window))
+        start = len(self._singles)
+        return _joined(parts + self._attend_chunks(self._long, start, grouped, key, value, cached, scale, window))
 
     def attend_with(
         self, kernels: Kernels, layer: int, heads: Tensor, rotate: Rotate, *, scale: float, window: int | None
     ) -> Tensor:
         """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]. `rotate` does so in place and stores keys and values."""
-        keys, values = self._cache.layer(layer)
-        rotate(keys, values, self._places)
-        num_singles, num_values, parts = len(self._singles), keys.shape[1], []
-        if num_singles:
-            slots, positions = self._slots[:num_singles], self._positions[:num_singles]
-            tokens = slots, positions, self._twins, self._shared
-            parts.append(kernels.attend(heads, keys, values, *tokens, scale=scale, window=window))
-        if self._long:
+        keys, values = self.cache.layer(layer)
+        rotate(keys, values, self.places)
+        num_values, parts = keys.shape[1], []
+        if num_rows := len(self.row_tokens):
+            parts.append(kernels.attend(heads, keys, values, self.row_tokens, scale=scale, window=window))
+        if not self.is_short:
             query, key, value = heads.split([heads.shape[1] - 2 * num_values, num_values, num_values], dim=1)
             grouped = query.unflatten(1, (num_values, -1))
-            parts += self._attend_chunks(grouped, key, value, (keys, values), scale, window)
+            longs = self._chunks[len(self._short) :]
+            parts += self._attend_chunks(longs, num_rows, grouped, key, value, (keys, values), scale, window)
         return _joined(parts)
 
     @cached_property
     def _rows(self) -> Tensor:
         """Where each new key goes in the flat [slots * kv_heads * length, D]."""
-        heads = self._cache.layer(0)[0].shape[1]
+        heads = self.cache.layer(0)[0].shape[1]
         slots, positions = self._slots[:, None], self._positions[:, None]
-        return ((slots * heads + torch.arange(heads)) * self._cache.length + positions).flatten().to(self._device)
+        return ((slots * heads + torch.arange(heads)) * self.cache.length + positions).flatten().to(self._device)
 
     @cached_property
-    def _places(self) -> Tensor:
+    def places(self) -> Tensor:
         """Where each new key of the first head begins, counted in numbers."""
-        keys = self._cache.layer(0)[0]
+        keys = self.cache.layer(0)[0]
         return self._slots * keys.stride(0) + self._positions * keys.stride(2)
 
     def _attend_chunks(
         self,
+        chunks: list[Chunk],
+        start: int,
         grouped: Tensor,
         key: Tensor,
         value: Tensor,
@@ -172,8 +213,9 @@ class CachedAttention:
         scale: float,
         window: int | None,
     ) -> list[Tensor]:
-        parts, start = [], len(self._singles)
-        for chunk in self._long:
+        """`start`: the first one's first row."""
+        parts = []
+        for chunk in chunks:
             own = (tensor[start : start + chunk.count] for tensor in (grouped, key, value))
             parts.append(self._attend_chunk(chunk, *own, cached, scale, window).flatten(1, 2))
             start += chunk.count
@@ -233,7 +275,7 @@ class CachedAttention:
     def _visible(self, query: Tensor, num_keys: int, window: int | None) -> Tensor:
         distance = query[:, None] - torch.arange(num_keys, device=self._device)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        return torch.zeros(hidden.shape, dtype=self._cache.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, dtype=self.cache.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from skyrl_train.engine.base import Completion, Request, StopReason
+from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.sampling import Row, sample
@@ -68,10 +69,11 @@ class Scheduler:
         max_model_len: int,
         kv_cache_bytes: int,
         session_cache_bytes: int,
+        cuda_graphs: bool,
     ) -> None:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
-        self._model = forward_pass(policy)
+        self._model = forward_pass(policy, cuda_graphs=cuda_graphs)
         self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_sequence_ids(policy, tokenizer)
@@ -117,7 +119,7 @@ class Scheduler:
         A response that was begun under an older version keeps that version: it says how old its oldest token may be.
         """
         self._policy_version = policy_version
-        if isinstance(self._model, Decoder):
+        if isinstance(self._model, Decoder | GraphedPolicy):
             self._model.weights_changed()
         self._sessions.clear()
         for sequence in self._slots:
@@ -193,24 +195,24 @@ class Scheduler:
         ready = [sequence for sequence in self._slots if sequence.source is None]
         singles = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed == 1]
         longs = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed > 1]
-        plan = [(sequence, _next_token(sequence)) for sequence in singles]
+        plan = [(sequence, _chunk(sequence, 1)) for sequence in singles]
         budget = max(self._budget - len(plan), 2)  # always some progress; a chunk of one would be a decoding row
         for sequence in longs:
             count = min(len(sequence.tokens) - sequence.computed, budget)
             if count < 2:
                 break
-            plan.append((sequence, Chunk(sequence.slot, sequence.computed, count)))
+            plan.append((sequence, _chunk(sequence, count)))
             budget -= count
+        plan.sort(key=lambda pair: pair[1].count)  # the shortest first, as the attention wants them; stable
         self._cache.reserve(len(self._slots), max(len(sequence.tokens) for sequence in self._slots))
         return plan
 
     def _forward(self, plan: list[tuple[Sequence, Chunk]]) -> Tensor:
         """Hidden states of the row of all chunks, [T, hidden]."""
-        device = self._device
         ids = torch.tensor([token for seq, chunk in plan for token in seq.tokens[chunk.start : chunk.stop]])
         positions = torch.tensor([position for _, chunk in plan for position in range(chunk.start, chunk.stop)])
-        attention = CachedAttention(self._cache, [chunk for _, chunk in plan], device)
-        hidden = self._model.hidden_states(ids.to(device), positions.to(device), attention)
+        attention = CachedAttention(self._cache, [chunk for _, chunk in plan], self._device)
+        hidden = self._model.hidden_states(ids, positions, attention)
         computed = 0
         for sequence, chunk in plan:
             computed += max(0, min(chunk.stop, len(sequence.request.prompt_ids)) - chunk.start)
@@ -284,10 +286,11 @@ class Scheduler:
                     other.shared = min(other.shared, heir.shared)
 
 
-def _next_token(sequence: Sequence) -> Chunk:
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    """Its next `count` tokens."""
     if sequence.twin is None:
-        return Chunk(sequence.slot, sequence.computed, 1)
-    return Chunk(sequence.slot, sequence.computed, 1, sequence.twin.slot, sequence.shared)
+        return Chunk(sequence.slot, sequence.computed, count)
+    return Chunk(sequence.slot, sequence.computed, count, sequence.twin.slot, sequence.shared)
 
 
 def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch.decoder import Decoder, ForwardPass, forward_pass, kernels_for, prompts_and_a_step
+from skyrl_train.engine.torch.decoder import Decoder, ForwardPass, forward_pass, kernels_for, prompts_and_steps
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
 from skyrl_train.learner.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
@@ -23,7 +23,12 @@ FAMILIES = [
 
 @torch.inference_mode()
 def logits_of(model: ForwardPass, policy: Policy) -> torch.Tensor:
-    return prompts_and_a_step(model, policy)
+    return prompts_and_steps(model, policy)
+
+
+def has_tiles() -> bool:
+    kernels = kernels_for(tiny_policy(compute_dtype=torch.bfloat16))
+    return kernels is not None and kernels.has_tiles
 
 
 def decoders_of(policy: Policy) -> tuple[Decoder, Decoder]:
@@ -42,13 +47,31 @@ def test_the_decoder_computes_what_the_policy_computes(family: str, config: dict
     assert_close(logits_of(decoder, policy), logits_of(policy, policy), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_policy_is(family: str) -> None:
-    exact_policy, policy = tiny_policy(family), tiny_policy(family, compute_dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("qwen3", {}),
+        ("qwen2", {"vocab_size": 288}),  # its head fits tiles
+        ("mistral", {"sliding_window": 7}),
+        ("llama", {"intermediate_size": 72}),  # fits none
+    ],
+)
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_policy_is(family: str, config: dict) -> None:
+    exact_policy, policy = tiny_policy(family, **config), tiny_policy(family, compute_dtype=torch.bfloat16, **config)
     exact = logits_of(exact_policy, exact_policy)
     theirs = (logits_of(policy, policy).float() - exact).norm()
     for decoder in decoders_of(policy):
         assert (logits_of(decoder, policy).float() - exact).norm() < 1.5 * theirs
+
+
+@pytest.mark.skipif(not has_tiles(), reason="no AMX, or no C compiler")
+def test_with_tiles_all_layers_of_short_chunks_are_one_call(monkeypatch) -> None:
+    policy, sizes = tiny_policy(compute_dtype=torch.bfloat16), []
+    decode = Kernels.decode
+    monkeypatch.setattr(Kernels, "decode", lambda self, *given: sizes.append(len(given[6])) or decode(self, *given))
+    logits_of(Decoder(policy, kernels_for(policy)), policy)
+    assert sizes == [15 + 9, 2]  # and not the step beside a long prompt
 
 
 @torch.no_grad()

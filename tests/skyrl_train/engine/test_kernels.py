@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from skyrl_train.engine.torch.c_structs import RowTokens
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 
 HEADS, KV_HEADS, DIM, SLOTS, LENGTH = 6, 2, 16, 3, 300
@@ -93,9 +94,9 @@ def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtyp
     keys, values = (numbers(SLOTS, KV_HEADS, LENGTH, DIM, dtype=dtype, seed=seed) for seed in (1, 2))
     slots, positions = torch.tensor([2, 0, 1]), torch.tensor([0, 63, 299])  # less, as much and more than one block
     twins = torch.tensor([0, 1, 2])  # they hold other tokens here, to see what is read from where
-    tokens = slots, positions, twins, torch.tensor(shared)
-    out = kernels.attend(heads, keys, values, *tokens, scale=0.3, window=window)
-    for row, (slot, position, twin, length) in enumerate(zip(*tokens, strict=True)):
+    tokens = RowTokens(slots, positions, twins, torch.tensor(shared))
+    out = kernels.attend(heads, keys, values, tokens, scale=0.3, window=window)
+    for row, (slot, position, twin, length) in enumerate(zip(slots, positions, twins, shared, strict=True)):
         seen = slice(0 if window is None else max(0, int(position) + 1 - window), int(position) + 1)
         key, value = (torch.cat((of[twin, :, :length], of[slot, :, length:]), 1)[:, seen] for of in (keys, values))
         query = heads[row, :HEADS].double().view(KV_HEADS, -1, DIM)

@@ -10,16 +10,18 @@ import torch
 
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import sampling
+from skyrl_train.engine.torch.batched_sampling import sample_batched
+from skyrl_train.engine.torch.draws import Row, uniform
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
-from skyrl_train.engine.torch.sampling import Row, uniform
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000
 
 
-@pytest.fixture(autouse=True, params=["kernels", "torch"])
-def kernels(request, monkeypatch) -> None:
-    """Every test draws with the compiled kernels and without."""
+@pytest.fixture(autouse=True, params=["kernels", "torch", "batched"])
+def way(request, monkeypatch) -> None:
+    """Every test draws with the compiled kernels, without, and as on a GPU."""
+    monkeypatch.setitem(globals(), "BATCHED", request.param == "batched")
     compiled = None
     if request.param == "kernels":
         try:
@@ -30,9 +32,12 @@ def kernels(request, monkeypatch) -> None:
 
 
 KERNELS: Kernels | None = None
+BATCHED = False
 
 
 def sample(logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
+    if BATCHED:
+        return sample_batched(logits.contiguous(), rows)
     return sampling.sample(logits.contiguous(), rows, KERNELS)
 
 

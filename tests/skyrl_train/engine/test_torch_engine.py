@@ -22,10 +22,11 @@ FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_w
 
 def learner_logprobs(policy: Policy, prompt_ids: list[int], response_ids: list[int], temperature: float) -> list[float]:
     """As the learner computes them: one packed forward, shifted by one."""
-    ids = torch.tensor(prompt_ids + response_ids)
+    ids = torch.tensor(prompt_ids + response_ids, device=policy.device)
     with torch.no_grad():
-        attention = PackedAttention(torch.tensor([0, len(ids)]))
-        logits = policy.logits(policy.hidden_states(ids, torch.arange(len(ids)), attention)).float()
+        attention = PackedAttention(torch.tensor([0, len(ids)], device=policy.device))
+        positions = torch.arange(len(ids), device=policy.device)
+        logits = policy.logits(policy.hidden_states(ids, positions, attention)).float()
     logprobs = (logits / temperature).log_softmax(-1)[:-1].gather(1, ids[1:, None]).squeeze(1)
     return logprobs[len(prompt_ids) - 1 :].tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -11,10 +12,10 @@ from skyrl_gym.envs import register
 from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Lockstep, Round
+from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
 from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.types import EpisodeEnd, Prompt
-from tests.fakes import CountdownEnv, FlakyEnv, ScriptedEngine
+from tests.fakes import CountdownEnv, FewSessionsEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
 LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
@@ -30,11 +31,13 @@ def tokenizer():
 def _environments():
     register("countdown", CountdownEnv)
     register("flaky", FlakyEnv)
+    register("few_sessions", FewSessionsEnv)
     FlakyEnv.attempts.clear()
     CountdownEnv.live = 0
     yield
     skyrl_gym.envs.deregister("countdown")
     skyrl_gym.envs.deregister("flaky")
+    skyrl_gym.envs.deregister("few_sessions")
     assert CountdownEnv.live == 0, "an environment was not closed"
 
 
@@ -170,25 +173,18 @@ def test_results_keep_the_order_of_the_prompts(tokenizer):
     assert [t.repetition for group in groups for t in group.trajectories] == [0, 1] * 3
 
 
-def test_lockstep_lets_nobody_start_a_turn_before_all_have_arrived():
-    log: list[str] = []
-
-    async def episode(name: str, turns: int, lockstep: Lockstep) -> None:
-        for turn in range(turns):
-            await asyncio.sleep(0.001 * len(name))
-            await lockstep.arrive(name)
-            log.append(f"{turn}{name}")
-        lockstep.leave()
-
-    async def main() -> None:
-        lockstep = Lockstep(3)
-        await asyncio.gather(episode("ccc", 2, lockstep), episode("bb", 3, lockstep), episode("a", 1, lockstep))
-
-    asyncio.run(main())
-    assert log == ["0a", "0bb", "0ccc", "1bb", "1ccc", "2bb"]
-
-
 def test_deterministic_rollouts_submit_each_round_in_one_order(tokenizer):
     _, engine = play(countdown_prompts(3, 3, 3), CountsDown(tokenizer), tokenizer, n=2, deterministic=True)
     sessions = [request.session_id for request in engine.requests]
     assert sessions == ["0_0_0", "0_1_0", "1_0_0", "1_1_0", "2_0_0", "2_1_0"] * 3
+
+
+def test_deterministic_rollouts_go_on_with_fewer_sessions_than_episodes(tokenizer):
+    # Two sessions. 0 and 2 take 3 turns; 1 and 3 begin with a wrong "2", then count down from 1 and 2: 2 and 3 turns.
+    together = ["01", "01", "02", "23", "23", "3"]
+    prompts = [replace(prompt, env_class="few_sessions") for prompt in countdown_prompts(3, 1, 3, 2)]
+    for _ in range(5):
+        _, engine = play(prompts, CountsDown(tokenizer), tokenizer, deterministic=True)
+        sessions = [request.session_id.split("_")[0] for request in engine.requests]
+        assert sessions == list("".join(together))
+        assert FewSessionsEnv.free == 2

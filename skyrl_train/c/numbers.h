@@ -1,4 +1,8 @@
-/* The numbers of the model: bfloat16 with -DBFLOAT16, else float. Read as float, computed as float, rounded once. */
+/* The type that the kernels of engine and learner read and write, and two functions on float.
+ *
+ * -DBFLOAT16 or nothing for float. Numbers are read as float, computed as float and rounded once, when they are written.
+ */
+#pragma once
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -40,4 +44,9 @@ static inline float exponential(float x) {
   float scale;
   memcpy(&scale, &power, 4);
   return x < -87.0f ? 0.0f : sum * scale;
+}
+
+static inline float sigmoid(float x) {
+  float e = exponential(-fabsf(x));
+  return (x < 0 ? e : 1.0f) / (1.0f + e);
 }

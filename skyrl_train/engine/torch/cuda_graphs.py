@@ -1,0 +1,250 @@
+"""The policy on a GPU, its decoding steps replayed from CUDA graphs.
+
+A decoding step launches about a thousand small kernels, and starting them from Python takes longer than they do. So a
+step is recorded once, over buffers that stay where they are, and replayed as a whole. Numbers of rows and attended
+lengths are rounded up to few values, each with a graph of its own. Row r is slot r of the cache; rows that do not
+decode compute along and write where nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from loguru import logger
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
+from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.model import Policy
+
+LEAST_ROWS, LEAST_SPAN = 8, 256  # steps between the rounded numbers
+
+Compute = Callable[[], Tensor]
+Record = Callable[[Compute], Compute]  # what computes -> what does the same again on what the buffers hold then
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The first `rows` slots, attending to their first `span` tokens at most."""
+
+    rows: int
+    span: int
+
+    @classmethod
+    def around(cls, rows: int, span: int, cache: KVCache) -> Bucket:
+        num_slots = cache.layer(0)[0].shape[0]
+        least_rows = 1 << (rows - 1).bit_length() if rows < LEAST_ROWS else _rounded(rows, LEAST_ROWS)
+        return cls(min(least_rows, num_slots), min(_rounded(span, LEAST_SPAN), cache.length))
+
+
+def _rounded(number: int, step: int) -> int:
+    """Up to a multiple of `step`, or of an eighth of the next power of two: few numbers, each at most 1/4 too large."""
+    step = max(step, (1 << (number - 1).bit_length()) // 8)
+    return -(-number // step) * step
+
+
+class StaticAttention:
+    """What `CachedAttention` computes for slots 0, 1, 2, ... with one new token each, without asking the host anything.
+
+    positions, places: [rows], of the new token: what it attends as, and where its key and value go.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, places: Tensor, span: int) -> None:
+        self._cache, self._positions, self._span = cache, positions, span
+        rows, (_, heads, length, _) = len(positions), cache.layer(0)[0].shape
+        first = torch.arange(rows * heads, device=positions.device).view(rows, heads) * length
+        self._places = (first + places[:, None]).flatten()  # in the flat [slots * kv_heads * length, D]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        stores = self._cache.layer(layer)
+        for store, new in zip(stores, (key, value), strict=True):
+            store.view(-1, store.shape[-1]).index_copy_(0, self._places, new.reshape(-1, store.shape[-1]))
+        keys, values = (store[: len(query), :, : self._span] for store in stores)
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, heads per key head, D]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
+        return out.flatten(1, 2)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[rows, 1, 1, span]: 0 where the new token sees a key, else -inf."""
+        if window not in self._masks:
+            distance = self._positions[:, None] - torch.arange(self._span, device=self._positions.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            nothing = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=hidden.device)
+            self._masks[window] = nothing.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self._masks[window]
+
+
+class DecodingStep:
+    """One decoding step of a bucket over buffers that stay where they are: `fill` them, then `compute`."""
+
+    def __init__(self, policy: Policy, cache: KVCache, bucket: Bucket) -> None:
+        self._policy, self._cache, self._bucket = policy, cache, bucket
+        on_cuda = policy.device.type == "cuda"
+        self._host = torch.zeros((3, bucket.rows), dtype=torch.int64, pin_memory=on_cuda)
+        self._inputs = torch.zeros_like(self._host, device=policy.device)  # ids, positions, places
+
+    def fill(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> None:
+        """All on the host, [decoding rows]. The step before is over: its tokens have been read.
+
+        A slot that does not decode attends to its first key. Its new one goes to the end of the slot, where a sequence
+        that still has a token to compute has nothing yet.
+        """
+        self._host[:2] = 0
+        self._host[2] = self._cache.length - 1
+        self._host[:, slots] = torch.stack((input_ids, position_ids, position_ids))
+        self._inputs.copy_(self._host, non_blocking=True)
+
+    def compute(self) -> Tensor:
+        """[rows, hidden]"""
+        ids, positions, places = self._inputs
+        attention = StaticAttention(self._cache, positions, places, self._bucket.span)
+        return self._policy.hidden_states(ids, positions, attention)
+
+
+class GraphedPolicy:
+    """A `ForwardPass` that takes its ids and positions from the host. Without `record` every pass goes the plain way.
+
+    Each bucket's first replay is compared with the plain pass, which it must be. Should recording fail, or a replay
+    differ, this says why and goes the plain way from then on.
+    """
+
+    def __init__(self, policy: Policy, record: Record | None) -> None:
+        self._policy, self._record = policy, record
+        self._recorded: dict[Bucket, tuple[DecodingStep, Compute]] = {}
+        self._cache_at: tuple[int, ...] = ()  # where the cache and the weights lay when the steps were recorded
+        self._weights_at = self._weights_now()
+
+    @property
+    def num_recorded(self) -> int:
+        """Buckets that are replayed."""
+        return len(self._recorded)
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
+        slots = attention.decoding_slots if isinstance(attention, CachedAttention) else None
+        if self._record is None or slots is None or not isinstance(attention, CachedAttention):
+            return self._plainly(input_ids, position_ids, attention)
+        self._forget_if_moved(attention.cache)
+        rows = int(slots[-1]) + 1
+        bucket = Bucket.around(rows, int(position_ids.max()) + 1, attention.cache)
+        if bucket not in self._recorded:
+            hidden = self._plainly(input_ids, position_ids, attention)
+            step = DecodingStep(self._policy, attention.cache, bucket)
+            step.fill(input_ids, position_ids, slots)
+            self._try(step, bucket, slots, hidden)
+            return hidden
+        step, replay = self._recorded[bucket]
+        step.fill(input_ids, position_ids, slots)
+        return _of_slots(replay(), slots)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._policy.logits(hidden)
+
+    def weights_changed(self) -> None:
+        """Graphs read the weights where they lie, so a change in place needs nothing."""
+        if self._weights_at != (now := self._weights_now()):
+            self._recorded.clear()
+            self._weights_at = now
+
+    def _plainly(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
+        device = self._policy.device
+        return self._policy.hidden_states(input_ids.to(device), position_ids.to(device), attention)
+
+    def _try(self, step: DecodingStep, bucket: Bucket, slots: Tensor, expected: Tensor) -> None:
+        assert self._record is not None
+        try:
+            replay = self._record(step.compute)
+            distance = _distance(_of_slots(replay(), slots), expected)
+        except RuntimeError as error:
+            self._give_up(f"recording a step of {bucket.rows} rows failed: {error}")
+            return
+        allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
+        if distance <= allowed:
+            self._recorded[bucket] = step, replay
+        else:
+            self._give_up(f"a replayed step of {bucket.rows} rows is {distance:.1e} away from the plain one (relative)")
+
+    def _give_up(self, why: str) -> None:
+        logger.warning(f"sampling without CUDA graphs, which is slower: {why}")
+        self._record = None
+        self._recorded.clear()
+
+    def _forget_if_moved(self, cache: KVCache) -> None:
+        keys, _ = cache.layer(0)
+        if self._cache_at != (now := (keys.data_ptr(), *keys.shape)):
+            self._recorded.clear()
+            self._cache_at = now
+
+    def _weights_now(self) -> tuple[int, ...]:
+        return tuple(weight.data_ptr() for weight in self._policy.module.parameters())
+
+
+class CudaGraphs:
+    """Records on a GPU. The graphs share their memory for what lies between; only one is replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def __call__(self, compute: Compute) -> Compute:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(current):  # also after a failure
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream), NothingFromTheHost():
+                compute()  # loads what libraries load at their first call, which no recording may
+            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    hidden = compute()
+            except RuntimeError:
+                with suppress(RuntimeError):  # torch leaves its allocator recording if the end fails as well
+                    torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+                raise
+
+        def replay() -> Tensor:
+            graph.replay()
+            return hidden
+
+        return replay
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """RuntimeError at an operation that needs the host in mid-pass: a number for a branch, a size, a copy.
+
+    Recording would fail there, and torch recovers from that only in part. So the pass is tried under this first.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        masked = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
+        sized = torch.Tag.dynamic_output_shape in func.tags and (masked or "index" not in str(func))
+        if torch.Tag.data_dependent_output in func.tags or sized:
+            raise RuntimeError(f"the model asks the host in {func}")
+        out = func(*args, **(kwargs or {}))
+        used = [*given, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))]
+        on_host = [tensor for tensor in used if tensor.device.type == "cpu"]
+        copied = any(tensor.dim() for tensor in on_host) or "copy" in str(func)  # else one number, as an argument
+        if on_host and len(on_host) < len(used) and copied:
+            raise RuntimeError(f"the model asks the host in {func}")
+        return out
+
+
+def _of_slots(hidden: Tensor, slots: Tensor) -> Tensor:
+    """The rows of these slots, which ascend."""
+    dense = int(slots[-1]) + 1 == len(slots)
+    return hidden[: len(slots)] if dense else hidden[slots.to(hidden.device)]
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative; not a number if ours has some that are none."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())

@@ -1,0 +1,70 @@
+"""What every way of sampling shares: whose token is drawn, with which random number, and the draw itself.
+
+A token's randomness is a function of (seed, position) alone, so what else the engine is doing does not change it. The
+token is the inverse of the cumulative distribution at that number, which costs one pass over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skyrl_train.engine.base import SamplingParams
+
+BLOCK = 256  # tokens whose probabilities are summed before the search: the search then looks at V / 256 + 256 numbers
+MASK64 = (1 << 64) - 1
+NOT_FINITE = "the policy's logits are not finite: its weights have diverged"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence that needs its next token."""
+
+    params: SamplingParams
+    position: int  # of the token in its sequence
+    tokens: Sequence[int]  # prompt and response so far: what the repetition penalty looks at
+    banned: tuple[int, ...] = ()  # the end-of-sequence tokens while the response is shorter than min_tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but a temperature and banned tokens decides."""
+        params = self.params
+        filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        return not filters and params.repetition_penalty == 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 32 random bits, from (seed, position) alone: SplitMix64 (Steele et al., 2014), twice."""
+    state = _mix((seed & MASK64) + 0x9E3779B97F4A7C15)
+    return (_mix(state + 0x9E3779B97F4A7C15 * (position + 1)) >> 32) / 2**32
+
+
+def _mix(value: int) -> int:
+    value &= MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
+    return value ^ (value >> 31)
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative weight exceeds uniform * total; never a token of weight 0.
+
+    weights [rows, vocab], uniforms [rows]. Searched in two steps, block then token, with float64 sums over the few
+    numbers that matter. Weights that are not finite give some token of the vocabulary: the caller looks for them.
+    """
+    num_rows, vocab = weights.shape
+    padded = -(-vocab // BLOCK) * BLOCK
+    if padded != vocab:
+        weights = torch.nn.functional.pad(weights, (0, padded - vocab))
+    blocks = weights.view(num_rows, -1, BLOCK)
+    ends = blocks.sum(-1).double().cumsum(-1)
+    target = uniforms[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[1] - 1)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    # The block's float32 sum and this float64 one differ in the last bits: stay below the block's own end.
+    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-32))
+    return (block * BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(1).clamp_max(vocab - 1)

@@ -1,0 +1,77 @@
+"""Episodes in step with each other, so that timing cannot change what the engine computes together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+
+LOOK_AGAIN_S = 0.02
+
+
+class Lockstep:
+    """Episodes begin one after another, and all that have begun meet before each turn. For `trainer.deterministic`.
+
+    Where there are fewer sessions than episodes, the one that is beginning waits until another ends. Then the turn is
+    taken without it and those behind it: who plays follows from the order of the episodes and from who has ended.
+    """
+
+    def __init__(self, num_episodes: int) -> None:
+        self._num_live = num_episodes
+        self._begun: set[str] = set()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        self._door = asyncio.Lock()  # first come, first served
+        self._is_held_up: Callable[[], bool] = _never
+
+    @asynccontextmanager
+    async def beginning(self, episode_id: str, is_held_up: Callable[[], bool]) -> AsyncGenerator[None]:
+        """Around an episode's start, also a retry's. `is_held_up`: it goes on only when another episode has ended."""
+        self._begun.discard(episode_id)
+        async with self._door:
+            self._is_held_up = is_held_up
+            looking = asyncio.create_task(self._look())
+            try:
+                yield
+            finally:
+                looking.cancel()
+                self._is_held_up = _never
+            self._begun.add(episode_id)
+
+    async def arrive(self, episode_id: str) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((episode_id, future))
+        self._release()
+        await future
+
+    def leave(self, episode_id: str) -> None:
+        """The episode has ended, and its session as well."""
+        self._num_live -= 1
+        self._begun.discard(episode_id)
+        self._release()
+
+    async def _look(self) -> None:
+        """An episode may be held up at any moment of its start."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            self._release()
+
+    def _release(self) -> None:
+        if len(self._waiting) < len(self._begun):
+            return
+        if len(self._begun) < self._num_live and not self._is_held_up():
+            return
+        released, self._waiting = sorted(self._waiting, key=lambda waiting: waiting[0]), []
+        for (
+            _,
+            future,
+        ) in released:  # not at once: the last to arrive is not waiting yet, and would run ahead of its turn
+            asyncio.get_running_loop().call_soon(_wake, future)
+
+
+def _never() -> bool:
+    return False
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
