@@ -66,7 +66,7 @@ def test_rotation_turns_pairs_of_halves_and_back(kernels):
     c, s = cosine[:, None, :4].double(), sine[:, None, :4].double()
     expected = torch.cat([left * c - right * s, right * c + left * s], -1)
     assert_close(turned.double(), expected, **EXACT[kernels.dtype])
-    assert_close(kernels.rotated(turned, cosine, sine, back=True), x, rtol=1e-2, atol=0.03)
+    assert_close(kernels.rotated(turned, cosine, sine, back=True), x, rtol=EXACT[kernels.dtype]["rtol"], atol=0.03)
 
 
 def test_gated_activation_and_its_gradients(kernels):
