@@ -19,7 +19,7 @@ class Ceiling:
 
     def __init__(self, model: Path, rows: int) -> None:
         """rows: tokens that a layer's products see at once, for `own_product_rate`."""
-        self.num_parameters = num_parameters(model)
+        self.num_parameters, self._attention_width = num_parameters(model), attention_width(model)
         self._shapes, self._rows = product_shapes(model), rows
         self._products: list[float] = []
         self._own_products: list[float] = []
@@ -45,10 +45,15 @@ class Ceiling:
         size = self.num_parameters
         return rows / max(2 * size / median(self._reads), 2 * size * rows / self.product_rate)
 
-    @property
-    def update_tokens_per_second(self) -> float:
-        """Forward and backward are 6 operations per parameter and token; attention comes free here."""
-        return self.product_rate / (6 * self.num_parameters)
+    def update_operations(self, num_tokens: int, num_seen: int) -> float:
+        """Of forward and backward: 6 per parameter and token; 12 per layer and number of its query heads for each token
+        that a token sees (Chowdhery et al., 2022, appendix B; here causal).
+        """
+        return 6 * self.num_parameters * num_tokens + 12 * self._attention_width * num_seen
+
+    def update_seconds(self, num_tokens: int, num_seen: int) -> float:
+        """At the rate of one large product."""
+        return self.update_operations(num_tokens, num_seen) / self.product_rate
 
 
 def product_rate(rows: int = 2048, width: int = 2048) -> float:
@@ -88,6 +93,11 @@ def read_rate(num_bytes: int = 1 << 28) -> float:
 def num_parameters(model: Path) -> int:
     """Those that a token is multiplied by: all, with tied embeddings counted once, as the head."""
     return sum(math.prod(shape) for _, shape in tensor_shapes(model))
+
+
+def attention_width(model: Path) -> int:
+    """Numbers of all query heads of all layers."""
+    return sum(shape[0] for name, shape in tensor_shapes(model) if name.endswith("q_proj.weight"))
 
 
 def tensor_shapes(model: Path) -> list[tuple[str, list[int]]]:

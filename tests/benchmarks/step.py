@@ -20,7 +20,7 @@ from tests.benchmarks.side_by_side import (
     timed_in_turn,
     trl_settings,
 )
-from tests.benchmarks.update import settings_of, useful_tokens
+from tests.benchmarks.update import seen_tokens, settings_of, useful_tokens
 
 PARTS = ("generate", "fwd_logprobs_values_reward", "policy_train", "sync_weights")
 
@@ -40,7 +40,7 @@ def main() -> None:
     seconds = medians(results, lambda row: row["seconds"])
     rows = chosen.num_prompts * chosen.samples
     sampled_s = rows * chosen.tokens / ceiling.decode_tokens_per_second(rows)
-    trained_s = useful_tokens(settings) / ceiling.update_tokens_per_second
+    trained_s = ceiling.update_seconds(useful_tokens(settings), seen_tokens(settings))
     ours = seconds.pop("ours")
     Comparison(
         what=f"GRPO step, {chosen.num_prompts} prompts of {chosen.prompt_tokens} tokens x {chosen.samples} samples x "

@@ -3,8 +3,8 @@
 uv run python -m tests.benchmarks.update [--prompt-tokens 256] [--trl-dtype float32] [--trl-rows 8]
 uv run python -m tests.benchmarks.update --check-linear
 
-Useful tokens count: each prompt of a group once, and every response. The ceiling is the machine's bf16 product rate at
-6 operations per parameter and token.
+Useful tokens count: each prompt of a group once, and every response. The ceiling is the machine's bf16 product rate,
+the operations are those that these tokens need.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
     if not chosen.no_peers:
         workers.append(Worker("trl", project("trl_update", [TRL]), settings | trl_settings(chosen)))
     results = timed_in_turn(workers, chosen.rounds, ceiling.measure)
-    num_tokens = useful_tokens(settings)
+    num_tokens, num_seen = useful_tokens(settings), seen_tokens(settings)
     rates = medians(results, lambda row: num_tokens / row["seconds"])
     ours = rates.pop("ours")
-    own_products = ceiling.own_product_rate / (6 * ceiling.num_parameters)
+    achieved = ceiling.update_operations(num_tokens, num_seen) * ours / num_tokens
     Comparison(
         what=f"update, {chosen.num_prompts} prompts of {chosen.prompt_tokens} tokens x {chosen.samples} samples x "
         f"{chosen.tokens} tokens",
         unit="useful tokens/s",
         ours=ours,
         peers=rates,
-        ceiling=ceiling.update_tokens_per_second,
+        ceiling=num_tokens / ceiling.update_seconds(num_tokens, num_seen),
         facts={
             "seconds": medians(results, lambda row: row["seconds"]),
             "grad_norm": {name: rows[0]["grad_norm"] for name, rows in results.items()},
             "product_rate_gflops": ceiling.product_rate / 1e9,
             "product_rate_of_own_shapes_gflops": ceiling.own_product_rate / 1e9,
-            "share_of_own_shapes": ours / own_products,
+            "share_of_own_shapes": achieved / ceiling.own_product_rate,
             "cores": medians(results, lambda row: row["cores"]),
             "trl": trl_settings(chosen),
         },
@@ -109,6 +109,13 @@ def settings_of(chosen: argparse.Namespace, model: Path, folder: Path) -> dict[s
 
 def useful_tokens(settings: dict[str, Any]) -> int:
     return settings["num_prompts"] * (settings["prompt_tokens"] + settings["samples"] * settings["tokens"])
+
+
+def seen_tokens(settings: dict[str, Any]) -> int:
+    """The sum over useful tokens of how many each of them sees, itself among them."""
+    prompt, tokens = settings["prompt_tokens"], settings["tokens"]
+    of_samples = settings["samples"] * (tokens * prompt + tokens * (tokens + 1) // 2)
+    return settings["num_prompts"] * (prompt * (prompt + 1) // 2 + of_samples)
 
 
 if __name__ == "__main__":
