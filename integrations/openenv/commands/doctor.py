@@ -68,7 +68,7 @@ def machine_lines() -> Iterator[Line]:
     yield Line("GPU", f"{gpus}", gpus > 0, "" if gpus else "none is needed for small models; NUM_GPUS=0 is the default")
     yield _bf16_line(on_gpu=gpus > 0)
     compiler = c_compiler()
-    advice = "" if compiler else "apt install gcc: on a processor sampling and updates are nearly twice as fast with a C compiler"
+    advice = "" if compiler else "apt install gcc: with a C compiler sampling and updates are nearly twice as fast"
     yield Line("C compiler", compiler or "none", compiler is not None, advice)
     yield _model_line()
     free_gb = shutil.disk_usage(Path.home()).free / GB
