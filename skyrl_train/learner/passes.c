@@ -2,17 +2,9 @@
  * SwiGLU, logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
  */
 #include "amx.h"
-#include "numbers.h"
+#include "norm_and_gate.h"
 
-/* 1 / rms(x) */
-static inline float scale_of(const number *x, float epsilon, int width) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < width; i++) sum += read_(x[i]) * read_(x[i]);
-  return 1.0f / sqrtf(sum / width + epsilon);
-}
-
-/* y = x / rms(x) * weight; Zhang and Sennrich (2019), eq. 4. With `more`, x + more is written to `sum` and normed. */
+/* y = x / rms(x) * weight. With `more`, x + more is written to `sum` and normed. */
 void norm(const number *x, const number *more, const number *weight, float epsilon, number *sum, number *y, int64_t rows,
           int width) {
 #pragma omp parallel for schedule(static)
@@ -24,9 +16,7 @@ void norm(const number *x, const number *more, const number *weight, float epsil
       for (int i = 0; i < width; i++) to[i] = rounded(read_(from[i]) + read_(more[row * width + i]));
       from = to;
     }
-    float scale = scale_of(from, epsilon, width);
-#pragma omp simd
-    for (int i = 0; i < width; i++) y[row * width + i] = rounded(read_(from[i]) * scale * read_(weight[i]));
+    normed(from, weight, epsilon, width, y + row * width);
   }
 }
 
@@ -86,10 +76,10 @@ void rotate(const number *x, number *y, const number *cosine, const number *sine
   }
 }
 
-/* y = silu(gate) * up; Shazeer (2020), eq. 5 */
+/* y = silu(gate) * up */
 void swiglu(const number *gate, const number *up, number *y, int64_t count) {
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < count; i++) y[i] = rounded(read_(gate[i]) * sigmoid(read_(gate[i])) * read_(up[i]));
+  for (int64_t i = 0; i < count; i++) y[i] = gated(gate[i], up[i]);
 }
 
 /* Its gradients, and y once more, in place of the gradient of y. */

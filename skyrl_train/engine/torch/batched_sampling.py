@@ -7,23 +7,22 @@ sorted, equal weights by token.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from skyrl_train.engine.torch.draws import NOT_FINITE, Row, inverse_cdf, uniform
+from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, moved
 
 SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 
 def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     """What `sample` does; it calls this for logits on a GPU."""
-    temperatures = _moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
+    temperatures = moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
     scores = logits.float() / temperatures
     normalizers = scores.logsumexp(-1)
     weights = cut_weights(scores, rows)
-    tokens = _chosen(weights, rows)
+    tokens = chosen(weights, rows)
     logprobs = (logits.gather(1, tokens[:, None]).float() / temperatures).squeeze(1) - normalizers
     drawn, values, finite = torch.stack([part.double() for part in (tokens, logprobs, normalizers)]).tolist()
     if not all(map(math.isfinite, finite)):
@@ -38,7 +37,7 @@ def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
     """
     _penalise(scores, rows)
     if banned := [(index, token) for index, row in enumerate(rows) for token in row.banned]:
-        index, token = _moved(banned, scores.device).t().long()
+        index, token = moved(banned, scores.device).t().long()
         scores[index, token] = -torch.inf
     weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
     params = [row.params for row in rows]
@@ -46,10 +45,10 @@ def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
     for start in range(0, len(cut), SORTED_AT_ONCE):
         here = cut[start : start + SORTED_AT_ONCE]
         top_k = [params[i].top_k if params[i].top_k > 0 else weights.shape[1] for i in here]
-        index, most, enough = _moved([here, top_k, [params[i].top_p for i in here]], weights.device)
+        index, most, enough = moved([here, top_k, [params[i].top_p for i in here]], weights.device)
         weights[index.long()] = _top(weights[index.long()], most[:, None], enough[:, None])
     if any(p.min_p > 0 for p in params):
-        least = _moved([p.min_p for p in params], weights.device).float()[:, None] * weights.amax(-1, keepdim=True)
+        least = moved([p.min_p for p in params], weights.device).float()[:, None] * weights.amax(-1, keepdim=True)
         weights.masked_fill_(weights < least, 0)
     return weights
 
@@ -63,7 +62,7 @@ def _penalise(scores: Tensor, rows: list[Row]) -> None:
         for token in set(row.tokens)
     ]
     if seen:
-        index, token, penalty = _moved(seen, scores.device).t()
+        index, token, penalty = moved(seen, scores.device).t()
         places = index.long(), token.long()
         values, by = scores[places], penalty.float()
         scores.index_put_(places, torch.where(values > 0, values / by, values * by))
@@ -77,20 +76,3 @@ def _top(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     before = torch.nn.functional.pad(held[:, :-1], (1, 0))  # by the heavier ones
     ordered.masked_fill_((before >= top_p * held[:, -1:]) & (top_p < 1), 0)
     return torch.zeros_like(weights).scatter_(1, tokens, ordered)
-
-
-def _chosen(weights: Tensor, rows: list[Row]) -> Tensor:
-    """The token of each row: the likeliest at temperature 0, else a draw in proportion to `weights`."""
-    greedy = [row.params.temperature == 0 for row in rows]
-    if all(greedy):
-        return weights.argmax(-1)
-    uniforms = [uniform(row.params.seed, row.position) for row in rows]
-    is_greedy, numbers = _moved([greedy, uniforms], weights.device)
-    drawn = inverse_cdf(weights, numbers)
-    return torch.where(is_greedy > 0, weights.argmax(-1), drawn) if any(greedy) else drawn
-
-
-def _moved(numbers: Sequence[object], device: torch.device) -> Tensor:
-    """float64 on the device, without waiting for it."""
-    tensor = torch.tensor(numbers, dtype=torch.float64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

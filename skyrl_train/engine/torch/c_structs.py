@@ -10,7 +10,7 @@ from torch import Tensor
 
 class Product(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("weights", "bias", "residual")),
+        *((name, c_void_p) for name in ("weights", "bias")),
         *((name, c_int) for name in ("inputs", "outputs", "gated")),
     )
 

@@ -34,9 +34,9 @@ void attend(const number *heads, const number *keys, const number *values, const
   attend_rows(heads, keys, values, at, slot_stride, head_stride, scale, window, out, rows);
 }
 
-void linear(const product *p, const number *x, number *out, int rows) {
+void linear(const product *p, const number *x, const number *residual, number *out, int rows) {
 #pragma omp parallel
-  multiply_all(p, x, out, rows);
+  multiply_all(p, x, residual, out, rows);
 }
 
 typedef struct {
@@ -61,15 +61,13 @@ void decode(const layer *layers, int num_layers, const cache *kv, const tokens *
   for (const layer *l = layers; l < layers + num_layers; l++) {
     int hidden = l->output.outputs;
     number *keys = kv->keys + (l - layers) * kv->layer, *values = keys + kv->values;
-    product output = l->output, down = l->down;
-    output.residual = down.residual = row;
     norm_rows(row, l->attention_norm, normed, l->attention_epsilon, rows, hidden);
-    multiply_all(&l->query_key_value, normed, heads, rows);
+    multiply_all(&l->query_key_value, normed, NULL, heads, rows);
     rotate_rows(heads, cosine, sine, l->query_norm, l->key_norm, l->head_epsilon, keys, values, places, kv->head, rows);
     attend_rows(heads, keys, values, at, kv->slot, kv->head, l->scale, l->window, attended, rows);
-    multiply_all(&output, attended, row, rows);
+    multiply_all(&l->output, attended, row, row, rows);
     norm_rows(row, l->mlp_norm, normed, l->mlp_epsilon, rows, hidden);
-    multiply_all(&l->gate_up, normed, gated, rows);
-    multiply_all(&down, gated, row, rows);
+    multiply_all(&l->gate_up, normed, NULL, gated, rows);
+    multiply_all(&l->down, gated, row, row, rows);
   }
 }

@@ -68,3 +68,20 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     # The block's float32 sum and this float64 one differ in the last bits: stay below the block's own end.
     rest = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-32))
     return (block * BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(1).clamp_max(vocab - 1)
+
+
+def chosen(weights: Tensor, rows: list[Row]) -> Tensor:
+    """The token of each row: the likeliest at temperature 0, else a draw in proportion to `weights`."""
+    greedy = [row.params.temperature == 0 for row in rows]
+    if all(greedy):
+        return weights.argmax(-1)
+    uniforms = [uniform(row.params.seed, row.position) for row in rows]
+    is_greedy, numbers = moved([greedy, uniforms], weights.device)
+    drawn = inverse_cdf(weights, numbers)
+    return torch.where(is_greedy > 0, weights.argmax(-1), drawn) if any(greedy) else drawn
+
+
+def moved(numbers: Sequence[object], device: torch.device) -> Tensor:
+    """float64 on the device, without waiting for it."""
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

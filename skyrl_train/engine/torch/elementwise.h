@@ -1,16 +1,6 @@
 /* Norms, gates and rotary positions, row by row. */
 #pragma once
-#include "numbers.h"
-
-/* y = x / rms(x) * weight; Zhang and Sennrich (2019), eq. 4 */
-static inline void normed(const number *x, const number *weight, float epsilon, int width, number *y) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < width; i++) sum += read_(x[i]) * read_(x[i]);
-  float scale = 1.0f / sqrtf(sum / width + epsilon);
-#pragma omp simd
-  for (int i = 0; i < width; i++) y[i] = rounded(read_(x[i]) * scale * read_(weight[i]));
-}
+#include "norm_and_gate.h"
 
 /* y [rows, width], by the team */
 static void norm_rows(const number *x, const number *weight, number *y, float epsilon, int rows, int width) {
@@ -18,9 +8,6 @@ static void norm_rows(const number *x, const number *weight, number *y, float ep
   for (int row = 0; row < rows; row++)
     normed(x + (int64_t)row * width, weight, epsilon, width, y + (int64_t)row * width);
 }
-
-/* silu(gate) * up; Shazeer (2020), eq. 5 */
-static inline number gated(number gate, number up) { return rounded(read_(gate) * sigmoid(read_(gate)) * read_(up)); }
 
 /* x [rows, 2 width]: gate, up -> y [rows, width], by the team */
 static void gate_rows(const number *x, number *y, int rows, int width) {

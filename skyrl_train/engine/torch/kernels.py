@@ -27,7 +27,7 @@ _ARGUMENTS = {
     "rotate_and_store": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "draw": [_POINTER] * 4 + [_INT, _POINTER, _POINTER, _INT, _INT],
     "attend": [_POINTER] * 4 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
-    "linear": [_POINTER] * 3 + [_INT],
+    "linear": [_POINTER] * 4 + [_INT],
     "decode": [_POINTER, _INT] + [_POINTER] * 10 + [_INT],
     "ask_for_tiles": [],
 }
@@ -157,9 +157,8 @@ class Kernels:
 
     def linear(self, product: Product, rows: Tensor, out: Tensor, *, residual: Tensor | None = None) -> None:
         """out [T, outputs] = (residual [T, outputs] +) rows [T, inputs] times the product's weights. Needs tiles."""
-        own = Product.from_buffer_copy(product)
-        own.residual = residual.data_ptr() if residual is not None else None
-        self._library.linear(byref(own), rows.data_ptr(), out.data_ptr(), len(rows))
+        added = None if residual is None else residual.data_ptr()
+        self._library.linear(byref(product), rows.data_ptr(), added, out.data_ptr(), len(rows))
 
     def decode(
         self,

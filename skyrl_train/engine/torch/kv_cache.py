@@ -21,7 +21,7 @@ from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
 
 LENGTH_STEP = 128  # tokens
-SHORT = 128
+SHORT = 128  # tokens; the kernels attend to a chunk token by token up to here, to a longer one through torch
 
 
 class KVCache:

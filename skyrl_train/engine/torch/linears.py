@@ -92,7 +92,7 @@ class TiledLinear:
         self._weight = room.zeros((outputs * inputs,), torch.bfloat16)
         self._bias = torch.zeros(outputs, dtype=torch.bfloat16) if _biases(linears) else None
         bias = None if self._bias is None else self._bias.data_ptr()
-        self.product = Product(self._weight.data_ptr(), bias, None, inputs, outputs, gated)
+        self.product = Product(self._weight.data_ptr(), bias, inputs, outputs, gated)
         self.pack()
 
     def pack(self) -> None:

@@ -13,8 +13,8 @@
 #define ROWS_AT_ONCE 256 /* that stay in the second cache while the weights pass by */
 
 typedef struct {
-  const number *weights, *bias, *residual; /* bias [outputs] and residual [rows, outputs]: or NULL */
-  int inputs, outputs;                     /* multiples of 32 */
+  const number *weights, *bias; /* bias [outputs] or NULL */
+  int inputs, outputs;          /* multiples of 32 */
   int gated; /* a panel is 16 columns of a gate and 16 of what it lets pass; half as many come out */
 } product;
 
@@ -60,7 +60,8 @@ static inline void multiply(const number *x, int rows, int inputs, const number 
   }
 }
 
-static inline void finish_row(const product *p, const float *sums, int column, int64_t row, number *out) {
+static inline void finish_row(const product *p, const float *sums, const number *residual, int column, int64_t row,
+                              number *out) {
   float y[COLUMNS];
 #pragma omp simd
   for (int i = 0; i < COLUMNS; i++) y[i] = p->bias ? sums[i] + read_(p->bias[column + i]) : sums[i];
@@ -70,9 +71,9 @@ static inline void finish_row(const product *p, const float *sums, int column, i
     for (int i = 0; i < 16; i++) out[i] = gated(rounded(y[i]), rounded(y[i + 16]));
     return;
   }
-  const number *residual = p->residual + row * p->outputs + column;
   out += row * p->outputs + column;
-  if (p->residual) {
+  if (residual) {
+    residual += row * p->outputs + column;
 #pragma omp simd
     for (int i = 0; i < COLUMNS; i++) out[i] = rounded(y[i] + read_(residual[i]));
   } else {
@@ -81,8 +82,9 @@ static inline void finish_row(const product *p, const float *sums, int column, i
   }
 }
 
-/* out [rows, outputs] = x [rows, inputs] times the weights, by all threads of the team. */
-static void multiply_all(const product *p, const number *x, number *out, int rows) {
+/* out [rows, outputs] = x [rows, inputs] times the weights, plus the residual [rows, outputs] unless it is NULL, by all
+ * threads of the team. The residual may be `out`. */
+static void multiply_all(const product *p, const number *x, const number *residual, number *out, int rows) {
   int panels = p->outputs / COLUMNS, blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, shaped = 0;
   float sums[32 * COLUMNS] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
@@ -93,11 +95,13 @@ static void multiply_all(const product *p, const number *x, number *out, int row
       int count = rows - row < 32 ? rows - row : 32;
       if (count != shaped) take_tiles_for(shaped = count);
       multiply(x + (int64_t)row * p->inputs, count, p->inputs, weights, row == end - ROWS_AT_ONCE, sums);
-      for (int i = 0; i < count; i++) finish_row(p, sums + i * COLUMNS, panel * COLUMNS, row + i, out);
+      for (int i = 0; i < count; i++) finish_row(p, sums + i * COLUMNS, residual, panel * COLUMNS, row + i, out);
     }
   }
   _tile_release();
 }
 #else
-static void multiply_all(const product *p, const number *x, number *out, int rows) { (void)p, (void)x, (void)out, (void)rows; }
+static void multiply_all(const product *p, const number *x, const number *residual, number *out, int rows) {
+  (void)p, (void)x, (void)residual, (void)out, (void)rows;
+}
 #endif

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skyrl_train.engine.torch.batched_sampling import sample_batched
-from skyrl_train.engine.torch.draws import NOT_FINITE, Row, inverse_cdf, uniform
+from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniform
 from skyrl_train.engine.torch.kernels import Kernels
 
 
@@ -46,21 +46,9 @@ def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> t
     drowned = _ban(weights, rows)
     for index, row in enumerate(rows):
         _cut(weights[index], logits[index], row, anew=row.params.repetition_penalty != 1 or index in drowned)
-    tokens = _choose(weights, rows)[:, None]
+    tokens = chosen(weights, rows)[:, None]
     logprobs = logits.gather(1, tokens).float() / temperatures - top - total.log()
     return tokens.squeeze(1).tolist(), logprobs.squeeze(1).tolist()
-
-
-def _choose(weights: Tensor, rows: list[Row]) -> Tensor:
-    """The token of each row: the likeliest at temperature 0, else a draw in proportion to `weights` [rows, vocab]."""
-    greedy = [row.params.temperature == 0 for row in rows]
-    if all(greedy):
-        return weights.argmax(-1)
-    uniforms = [uniform(row.params.seed, row.position) for row in rows]
-    drawn = inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=weights.device))
-    if any(greedy):
-        drawn = torch.where(torch.tensor(greedy, device=weights.device), weights.argmax(-1), drawn)
-    return drawn
 
 
 def _ban(weights: Tensor, rows: list[Row]) -> set[int]:
