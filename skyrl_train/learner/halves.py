@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skyrl_train.learner import products
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.kernels import Kernels, kernels_for
+from skyrl_train.learner.products import gated_outputs, gradient_of_input, gradient_through_gate, outputs, rows_of
 from skyrl_train.learner.weight_gradients import WeightGradient
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -73,8 +74,8 @@ class _BeforeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         kernels, (head_dim, epsilon) = _kernels(row), settings
         weights, biases = parameters[:3], parameters[3:]
-        normed = kernels.norm(row, norm, epsilon)
-        raw = [F.linear(normed, w, b).unflatten(1, (-1, head_dim)) for w, b in zip(weights, biases, strict=True)]
+        normed = products.norm(row, norm, epsilon, weights)
+        raw = [y.unflatten(1, (-1, head_dim)) for y in outputs(normed, len(row), weights, biases)]
         query, key, value = raw
         if query_norm is not None and key_norm is not None:
             query, key = kernels.norm(query, query_norm, epsilon), kernels.norm(key, key_norm, epsilon)
@@ -94,16 +95,11 @@ class _BeforeAttention(torch.autograd.Function):
             of_query, of_head_norms[0] = kernels.norm_backward(of_query, raw[0], query_norm, epsilon)
             of_key, of_head_norms[1] = kernels.norm_backward(of_key, raw[1], key_norm, epsilon)
         of_raw = [grad.flatten(1) for grad in (of_query, of_key, grads[2])]
-        of_normed = of_raw[0] @ weights[0]
-        for grad, weight in zip(of_raw[1:], weights[1:], strict=True):
-            of_normed.addmm_(grad, weight)
+        of_normed = gradient_of_input(of_raw, len(row), weights)
         of_row, of_norm = kernels.norm_backward(of_normed, row, norm, epsilon)
-        normed = kernels.norm(row, norm, epsilon)
+        normed = products.norm(row, norm, epsilon, weights)
         needs = ctx.needs_input_grad[7:]
-        of_weights = [
-            place.add(grad, normed) if needed else None
-            for place, grad, needed in zip(ctx.gradients, of_raw, needs[:3], strict=True)
-        ]
+        of_weights = WeightGradient.add(ctx.gradients, of_raw, normed, len(row), needs[:3])
         of_biases = [grad.sum(0) if needed else None for grad, needed in zip(of_raw, needs[3:], strict=True)]
         of_norms = [of_norm, *of_head_norms]
         cast = [None if grad is None else grad.to(row.dtype) for grad in of_norms]
@@ -115,32 +111,35 @@ class _BehindAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, out: Tensor, epsilon: float, norm: Tensor, *parameters: Any) -> Tensor:
-        kernels = _kernels(row)
+        num_tokens = len(row)
         [w_out, w_gate, w_up, w_down], [b_out, b_gate, b_up, b_down] = parameters[:4], parameters[4:]
-        middle, normed = kernels.add_and_norm(row, F.linear(out, w_out, b_out), norm, epsilon)
-        gate, up = F.linear(normed, w_gate, b_gate), F.linear(normed, w_up, b_up)
+        [middle] = outputs(out, num_tokens, [w_out], [b_out], residual=row)
+        normed = products.norm(middle, norm, epsilon, [w_gate, w_up])
+        gate, up, gated = gated_outputs(normed, num_tokens, [w_gate, w_up], [b_gate, b_up])
         ctx.save_for_backward(middle, out, gate, up, norm, w_out, w_gate, w_up, w_down)
         ctx.epsilon, ctx.gradients = epsilon, [WeightGradient.of(weight) for weight in parameters[:4]]
-        added = torch.addmm(middle, kernels.swiglu(gate, up), w_down.t())
-        return added if b_down is None else added.add_(b_down)
+        return outputs(gated, num_tokens, [w_down], [b_down], residual=middle)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         middle, out, gate, up, norm, w_out, w_gate, w_up, w_down = ctx.saved_tensors
-        kernels, of_added = _kernels(middle), grads[0].contiguous()
-        gated = of_added @ w_down  # its gradient, in whose place it comes itself
-        of_gate, of_up = kernels.swiglu_backward(gate, up, gated)
-        of_normed = (of_gate @ w_gate).addmm_(of_up, w_up)
-        normed = kernels.norm(middle, norm, ctx.epsilon)
-        of_row, of_norm = kernels.norm_backward(of_normed, middle, norm, ctx.epsilon, of_added)
+        of_added, num_tokens = grads[0].contiguous(), len(middle)
+        of_gate, of_up, gated = gradient_through_gate(of_added, w_down, gate, up)
+        of_normed = gradient_of_input([of_gate, of_up], num_tokens, [w_gate, w_up])
+        normed = products.norm(middle, norm, ctx.epsilon, [w_gate, w_up])
+        of_row, of_norm = _kernels(middle).norm_backward(of_normed, middle, norm, ctx.epsilon, of_added)
         needs = ctx.needs_input_grad[4:]
-        products = [(of_row, out), (of_gate, normed), (of_up, normed), (of_added, gated)]
+        places, of_ys = ctx.gradients, (of_row, of_gate, of_up, of_added)
         of_weights = [
-            place.add(*product) if needed else None
-            for place, product, needed in zip(ctx.gradients, products, needs[:4], strict=True)
+            *WeightGradient.add(places[:1], of_ys[:1], out, num_tokens, needs[:1]),
+            *WeightGradient.add(places[1:3], of_ys[1:3], normed, num_tokens, needs[1:3]),
+            *WeightGradient.add(places[3:], of_ys[3:], gated, num_tokens, needs[3:4]),
         ]
-        of_biases = [of.sum(0) if needed else None for (of, _), needed in zip(products, needs[4:], strict=True)]
-        return of_row, of_row @ w_out, None, of_norm.to(norm.dtype), *of_weights, *of_biases
+        of_biases = [
+            rows_of(of_y, num_tokens).sum(0) if needed else None for of_y, needed in zip(of_ys, needs[4:], strict=True)
+        ]
+        of_out = gradient_of_input([of_row], num_tokens, [w_out])
+        return of_row, of_out, None, of_norm.to(norm.dtype), *of_weights, *of_biases
 
 
 def _kernels(row: Tensor) -> Kernels:

@@ -18,7 +18,7 @@ from torch import Tensor
 from skyrl_train.c_library import NoCompiler, compiled_library
 
 SOURCE = Path(__file__).with_name("passes.c")
-SIDE = 32  # of the blocks that AMX multiplies
+SIDE = 32  # of the blocks that AMX multiplies; as in tiles.h
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _ARGUMENTS = {
     "norm": [_POINTER] * 3 + [_FLOAT] + [_POINTER] * 2 + [_LONG, _INT],
@@ -33,8 +33,11 @@ _ARGUMENTS = {
 }
 _OF_TILES = {
     "ask_for_tiles": [],
-    "room_for": [_LONG] * 3,
-    "weight_gradient": [_POINTER] * 3 + [_INT] + [_LONG] * 3 + [_POINTER],
+    "room_for": [_LONG] * 2,
+    "outputs": [_POINTER, _LONG] + [_POINTER] * 3 + [_LONG, _POINTER],
+    "gradient_of_input": [_POINTER, _LONG] + [_POINTER] * 2 + [_LONG, _POINTER],
+    "gradients_of_weights": [_POINTER, _LONG, _POINTER, _LONG, _POINTER],
+    "norm_into_blocks": [_POINTER] * 2 + [_FLOAT, _POINTER, _LONG],
     "attend": [_POINTER] * 6,
     "attend_backward": [_POINTER] * 2 + [_LONG] + [_POINTER] * 9,
 }
@@ -58,6 +61,30 @@ class AttentionShape(ctypes.Structure):
         ("scale", _FLOAT),
         ("window", _LONG),
     )
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` of products.h."""
+
+    _fields_ = (("at", _POINTER), ("width", _LONG), ("in_blocks", _LONG))
+
+
+class Layer(ctypes.Structure):
+    """`layer` of products.h."""
+
+    _fields_ = (
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+        ("y", Matrix),
+        ("gradient", _POINTER),
+        ("is_new", _LONG),
+    )
+
+
+class Gate(ctypes.Structure):
+    """`gate` of products.h."""
+
+    _fields_ = tuple((name, Matrix) for name in ("gate", "up", "of_gate", "of_up", "gated"))
 
 
 _compiling = Lock()
@@ -91,11 +118,18 @@ class Kernels:
         self.dtype = dtype
         self.library = library
         self._declare(_ARGUMENTS)
-        self.has_tiles = hasattr(library, "weight_gradient")
+        self.has_tiles = hasattr(library, "room_for")
         if self.has_tiles:
             self._declare(_OF_TILES)
             self.has_tiles = library.ask_for_tiles() == 0
         self._room = torch.empty(0, dtype=dtype)
+
+    def room(self, tokens: int, inputs: int) -> Tensor:
+        """What the products of so many tokens want, of layers with so many inputs; kept for the next ones."""
+        wanted = self.library.room_for(tokens, inputs)
+        if len(self._room) < wanted:
+            self._room = torch.empty(wanted, dtype=self.dtype)
+        return self._room
 
     def _declare(self, arguments: dict[str, list[Any]]) -> None:
         for name, types in arguments.items():
@@ -217,17 +251,3 @@ class Kernels:
             1 / (1 - beta2**step),
             master.numel(),
         )
-
-    def can_sum(self, shape: torch.Size) -> bool:
-        """Whether `add_weight_gradient` is written for such a matrix, and for this processor."""
-        return self.has_tiles and len(shape) == 2 and not any(size % SIDE for size in shape)
-
-    def add_weight_gradient(self, of_y: Tensor, x: Tensor, gradient: Tensor, *, is_new: bool) -> None:
-        """gradient [width, depth] (float) += of_y [rows, width]^T x [rows, depth]; is_new: = instead of +=."""
-        width, depth = gradient.shape
-        of_y, x = of_y.contiguous(), x.contiguous()
-        wanted = self.library.room_for(len(x), width, depth)
-        if len(self._room) < wanted:
-            self._room = torch.empty(wanted, dtype=self.dtype)
-        pointers = of_y.data_ptr(), x.data_ptr(), gradient.data_ptr()
-        self.library.weight_gradient(*pointers, is_new, len(x), width, depth, self._room.data_ptr())

@@ -1,52 +1,382 @@
-/* The gradient of a linear layer's weight, summed in float where it is kept. */
+/* The matrix products of linear layers y = x W^T + b: their outputs, and the gradients of their inputs and weights.
+ *
+ * A thread has a rectangle of the result. It packs as much of one operand as its second cache holds, the near one, and
+ * lets the other, the far one, pass by in panels of 32 rows or columns. What follows a product is done with its sums
+ * while they are in the first cache.
+ */
+#include "norm_and_gate.h"
 #include "tiles.h"
 
-#define ROWS_AT_ONCE 2048    /* so often the sums are read and written */
-#define LEFT_AT_ONCE 8192    /* packed blocks of of_y */
-#define RIGHT_AT_ONCE 512    /* packed blocks of x: 1 MiB, which a core keeps close */
+#define NEAR 512          /* blocks of the near operand that are packed at once: 1 MiB */
+#define CLOSE 18          /* blocks of the far operand that are multiplied at once: 36 KiB, the first cache holds them */
+#define STEPS 128         /* longer sums are taken in parts */
+#define STEPS_OF_WEIGHTS 64 /* blocks of tokens in the sums of weights' gradients, which are added in memory */
 
-/* Numbers of `room` that weight_gradient wants. */
-int64_t room_for(int64_t rows, int64_t width, int64_t depth) {
-  int64_t steps = blocks(rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE), panels = width / SIDE;
-  int64_t at_once = LEFT_AT_ONCE / steps < panels ? LEFT_AT_ONCE / steps : panels;
-  return (at_once + depth / SIDE) * steps * BLOCK;
+typedef struct { /* [rows, width], width a multiple of 32: row by row, or in blocks of 32 x 32, the last rows filled up */
+  number *at;
+  int64_t width, in_blocks;
+} matrix;
+
+typedef struct { /* one of the layers that share an input, or the gradient of one */
+  const number *weight, *bias; /* [outputs, inputs], [outputs] or NULL */
+  matrix y;                    /* [tokens, outputs], or its gradient */
+  float *gradient;             /* of the weight */
+  int64_t is_new;              /* its numbers mean nothing yet */
+} layer;
+
+typedef struct { /* gated = silu(gate) * up, and gradients, [tokens, width] each and in blocks */
+  matrix gate, up, of_gate, of_up, gated;
+} gate;
+
+typedef struct { /* 32 rows of an operand as tiles take them: 16 and 16 `below`, the next 32 numbers of all a `step` on */
+  const number *at;
+  int64_t stride, below, step;
+} panel;
+
+typedef struct product {
+  const layer *layers;
+  int64_t count, tokens, inputs, first_panel; /* of tokens */
+  matrix x, residual;         /* [tokens, inputs], or its gradient; [tokens, outputs] or nothing */
+  gate gate;
+  int64_t far, near, steps;   /* panels of 32 rows of either operand; blocks of 32 numbers in a sum */
+  int64_t together;           /* near panels whose sums `put` wants at once; `near` counts so many as one */
+  int near_is_left;
+  int steps_lie_close;        /* in the near operand's memory, rather than panels */
+  const number *packed_far;   /* all of it, or NULL */
+  panel (*far_rows)(const struct product *, int64_t panel, int64_t step); /* where they lie, if they can be taken there */
+  void (*pack_far)(const struct product *, int64_t panel, int64_t step, number *to);
+  void (*pack_near)(const struct product *, int64_t panel, int64_t step, number *to);
+  void (*put)(const struct product *, int64_t far, int64_t near, float *sums); /* [together][32][32] */
+} product;
+
+typedef struct { /* of one thread */
+  number *near, *far;
+  float *sums;
+} workspace;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline panel packed_panel(const number *at) { return (panel){at, SIDE, TILE, BLOCK}; }
+
+/* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks; B passes the first cache by and leaves A there. */
+static inline void multiply_right_passing(panel a, panel b, int64_t steps) {
+  for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
+    _tile_stream_loadd(6, b.at, 2 * b.stride);
+    _tile_loadd(4, a.at, 2 * a.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, b.at + b.below, 2 * b.stride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a.at + a.below, 2 * a.stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
 }
 
-/* gradient [width, depth] (+)= of_y [rows, width]^T x [rows, depth]; width and depth are multiples of 32.
- * is_new: the gradient's numbers mean nothing yet. */
-void weight_gradient(const number *of_y, const number *x, float *gradient, int is_new, int64_t rows, int64_t width,
-                     int64_t depth, number *room) {
-  int64_t panels = width / SIDE, columns = depth / SIDE;
-  for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
-    int64_t here = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE, steps = blocks(here);
-    int64_t at_once = LEFT_AT_ONCE / steps, span = RIGHT_AT_ONCE / steps;
-    number *right = room, *left = room + columns * steps * BLOCK;
-    for (int64_t group = 0; group < panels; group += at_once) {
-      int64_t count = panels - group < at_once ? panels - group : at_once, spans = (columns + span - 1) / span;
-#pragma omp parallel
-      {
-        take_all_tiles();
-#pragma omp for
-        for (int64_t s = 0; s < steps; s++) {
-          int64_t row = first + s * SIDE, exist = here - s * SIDE;
-          for (int64_t i = 0; i < count; i++)
-            pack_transposed(of_y + row * width + (group + i) * SIDE, width, exist, left + (i * steps + s) * BLOCK);
-          for (int64_t column = 0; !group && column < columns; column++)
-            pack_rows(x + row * depth + column * SIDE, depth, exist, right + (column * steps + s) * BLOCK);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < spans * count; task++) {
-          int64_t i = task % count, begin = task / count * span, end = begin + span < columns ? begin + span : columns;
-          for (int64_t column = begin; column < end; column++) {
-            float *c = gradient + (group + i) * SIDE * depth + column * SIDE;
-            if (is_new && !first) clear_block();
-            else load_block(c, depth);
-            multiply(left + i * steps * BLOCK, SIDE, TILE, BLOCK, right + column * steps * BLOCK, steps);
-            store_block(c, depth);
-          }
-        }
-        _tile_release();
-      }
+/* The same; A passes. */
+static inline void multiply_left_passing(panel a, panel b, int64_t steps) {
+  for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
+    _tile_stream_loadd(4, a.at, 2 * a.stride);
+    _tile_loadd(6, b.at, 2 * b.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b.at + b.below, 2 * b.stride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stream_loadd(5, a.at + a.below, 2 * a.stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+/* Numbers of a workspace in which the sums of so many far panels wait for the rest of their steps. */
+static int64_t numbers_of_workspace(int64_t waiting) {
+  return (NEAR + CLOSE + 2 * (waiting + 1) * (NEAR / CLOSE + 1)) * BLOCK;
+}
+
+/* Numbers of `room` that the products of so many tokens want, of layers with so many inputs. */
+int64_t room_for(int64_t tokens, int64_t inputs) {
+  int64_t packed = least(blocks(tokens), STEPS_OF_WEIGHTS) * (inputs / SIDE) * BLOCK;
+  return packed + omp_get_max_threads() * numbers_of_workspace(blocks(tokens));
+}
+
+static void pack_group(const product *p, int64_t first, int64_t count, int64_t step, int64_t steps, number *to) {
+  int64_t outer = p->steps_lie_close ? count : steps, inner = p->steps_lie_close ? steps : count;
+  for (int64_t i = 0; i < outer; i++)
+    for (int64_t j = 0; j < inner; j++) {
+      int64_t n = p->steps_lie_close ? i : j, s = p->steps_lie_close ? j : i;
+      p->pack_near(p, first + n, step + s, to + (n * steps + s) * BLOCK);
+    }
+}
+
+/* Steps [from, stop) of a far panel, packed if they must be. */
+static panel far_panel(const product *p, int64_t far, int64_t from, int64_t stop, number *room) {
+  if (p->packed_far) return packed_panel(p->packed_far + (far * p->steps + from) * BLOCK);
+  panel rows = p->far_rows(p, far, from);
+  if (rows.at && p->far_rows(p, far, stop - 1).at == rows.at + (stop - 1 - from) * rows.step) return rows;
+  for (int64_t s = from; s < stop; s++) p->pack_far(p, far, s, room + (s - from) * BLOCK);
+  return packed_panel(room);
+}
+
+/* The products of one far panel and `count` near ones over steps [step, step + steps), for which `packed` is packed. */
+static void multiply_panel(const product *p, const workspace *w, int64_t far, int64_t first, int64_t count, int64_t step,
+                           int64_t steps, float *sums) {
+  int64_t parts = (steps + CLOSE - 1) / CLOSE, is_whole = steps == p->steps && parts == 1;
+  for (int64_t part = 0; part < parts; part++) {
+    int64_t from = steps * part / parts, stop = steps * (part + 1) / parts;
+    panel passing, held = far_panel(p, far, step + from, step + stop, w->far);
+    for (int64_t n = 0; n < count * p->together; n++) {
+      float *block = sums + (is_whole ? n % p->together : n) * BLOCK;
+      passing = packed_panel(w->near + (n * steps + from) * BLOCK);
+      if (step + from) load_block(block, SIDE);
+      else clear_block();
+      if (p->near_is_left) multiply_left_passing(passing, held, stop - from);
+      else multiply_right_passing(held, passing, stop - from);
+      store_block(block, SIDE);
+      if (step + stop == p->steps && n % p->together == p->together - 1)
+        p->put(p, far, first + n / p->together, block - (p->together - 1) * BLOCK);
     }
   }
+}
+
+/* Far panels [far, far_end) and near ones [near, near_end). */
+static void multiply_range(const product *p, const workspace *w, int64_t far, int64_t far_end, int64_t near, int64_t near_end) {
+  int64_t width = (near_end - near) * p->together, depth = p->steps;
+  if (depth > STEPS) depth = NEAR / width > CLOSE ? NEAR / width : CLOSE;
+  int64_t group = NEAR / depth / p->together, groups = (near_end - near + group - 1) / group;
+  for (int64_t g = 0; g < groups; g++) {
+    int64_t first = near + (near_end - near) * g / groups, count = near + (near_end - near) * (g + 1) / groups - first;
+    for (int64_t step = 0; step < p->steps; step += depth) {
+      int64_t steps = least(depth, p->steps - step), kept = depth < p->steps ? count * p->together * BLOCK : 0;
+      pack_group(p, first * p->together, count * p->together, step, steps, w->near);
+      for (int64_t f = far; f < far_end; f++) multiply_panel(p, w, f, first, count, step, steps, w->sums + (f - far) * kept);
+    }
+  }
+}
+
+/* Into how many parts so many threads divide the near panels; the far ones into threads / parts. What a block's product,
+ * and its way to the first cache, cost in cycles decides. */
+static int64_t parts_of_near(const product *p, int threads) {
+  int64_t best = 0, least_cycles = INT64_MAX;
+  for (int64_t parts = 1; parts <= threads; parts++) {
+    if (threads % parts) continue;
+    int64_t near = (p->near + parts - 1) / parts * p->together, far = (p->far * parts + threads - 1) / threads;
+    int64_t cycles = 64 * near * far + 200 * near + 100 * far;
+    if (cycles < least_cycles) best = parts, least_cycles = cycles;
+  }
+  return best;
+}
+
+static void multiply_all(const product *p, number *room) {
+#pragma omp parallel
+  {
+    int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    int64_t columns = parts_of_near(p, threads), rows = threads / columns, row = me / columns, column = me % columns;
+    number *own = room + me * numbers_of_workspace(p->steps > STEPS ? p->far : 0);
+    workspace w = {own, own + NEAR * BLOCK, (float *)(own + (NEAR + CLOSE) * BLOCK)};
+    take_all_tiles();
+    multiply_range(p, &w, p->far * row / rows, p->far * (row + 1) / rows, p->near * column / columns,
+                   p->near * (column + 1) / columns);
+    _tile_release();
+  }
+}
+
+/* The layer that a panel of all outputs belongs to; *panel becomes that of the layer. */
+static inline const layer *layer_of(const product *p, int64_t *panel) {
+  const layer *of = p->layers;
+  while (*panel >= of->y.width / SIDE) *panel -= of++->y.width / SIDE;
+  return of;
+}
+
+static inline int rows_of(const product *p, int64_t panel) { return (int)least(SIDE, p->tokens - panel * SIDE); }
+
+/* Numbers between the rows of a block. */
+static inline int64_t stride_of(const matrix *m) { return m->in_blocks ? SIDE : m->width; }
+
+static inline number *block_at(const matrix *m, int64_t panel, int64_t step) {
+  return m->at + (m->in_blocks ? (panel * (m->width / SIDE) + step) * BLOCK : panel * SIDE * m->width + step * SIDE);
+}
+
+/* Where tiles can take a panel; rows at multiples of a page would all want the same places of the first cache. */
+static panel panel_at(const product *p, const matrix *m, int64_t panel_of_tokens, int64_t step) {
+  const number *at = block_at(m, panel_of_tokens, step);
+  if (m->in_blocks) return packed_panel(at);
+  int can = rows_of(p, panel_of_tokens) == SIDE && m->width % 2048;
+  return (panel){can ? at : NULL, m->width, 16 * m->width, SIDE};
+}
+
+static void copy_block(const product *p, const matrix *m, int64_t panel, int64_t step, number *to) {
+  const number *from = block_at(m, panel, step);
+  int rows = m->in_blocks ? SIDE : rows_of(p, panel);
+  for (int i = 0; i < SIDE; i++)
+    _mm512_storeu_si512(to + i * SIDE, i < rows ? _mm512_loadu_si512(from + i * stride_of(m)) : _mm512_setzero_si512());
+}
+
+static panel rows_of_x(const product *p, int64_t panel, int64_t step) { return panel_at(p, &p->x, panel, step); }
+
+static void copy_x(const product *p, int64_t panel, int64_t step, number *to) { copy_block(p, &p->x, panel, step, to); }
+
+static panel rows_of_y(const product *p, int64_t panel, int64_t step) {
+  const layer *l = layer_of(p, &step);
+  return panel_at(p, &l->y, panel, step);
+}
+
+static void copy_y(const product *p, int64_t panel, int64_t step, number *to) {
+  const layer *l = layer_of(p, &step);
+  copy_block(p, &l->y, panel, step, to);
+}
+
+static void turn_y(const product *p, int64_t panel, int64_t step, number *to) {
+  const layer *l = layer_of(p, &panel);
+  int rows = l->y.in_blocks ? SIDE : rows_of(p, step);
+  pack_transposed(block_at(&l->y, p->first_panel + step, panel), stride_of(&l->y), rows, to);
+}
+
+static void pack_weight(const product *p, int64_t panel, int64_t step, number *to) {
+  const layer *l = layer_of(p, &panel);
+  pack_columns(l->weight + panel * SIDE * p->inputs + step * SIDE, p->inputs, SIDE, to);
+}
+
+static void pack_weights_by_turns(const product *p, int64_t panel, int64_t step, number *to) {
+  pack_columns(p->layers[panel % 2].weight + panel / 2 * SIDE * p->inputs + step * SIDE, p->inputs, SIDE, to);
+}
+
+static void turn_weight(const product *p, int64_t panel, int64_t step, number *to) {
+  const layer *l = layer_of(p, &step);
+  pack_rows(l->weight + step * SIDE * p->inputs + panel * SIDE, p->inputs, SIDE, to);
+}
+
+static inline void round_row(const float *from, number *to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+}
+
+/* A block of sums, plus the bias and the residual's rows unless they are NULL, into its place. */
+static inline void put_block(const product *p, int64_t far, float *sums, const number *bias, const number *residual,
+                             const matrix *to, int64_t column) {
+  number *at = block_at(to, far, column);
+  int rows = to->in_blocks ? SIDE : rows_of(p, far);
+  for (int i = 0; i < rows; i++, sums += SIDE) {
+    for (int j = 0; bias && j < SIDE; j++) sums[j] += read_(bias[j]);
+    for (int j = 0; residual && j < SIDE; j++) sums[j] += read_(residual[i * p->residual.width + j]);
+    round_row(sums, at + i * stride_of(to));
+  }
+}
+
+static inline const number *bias_at(const layer *l, int64_t column) { return l->bias ? l->bias + column * SIDE : NULL; }
+
+static void put_outputs(const product *p, int64_t far, int64_t near, float *sums) {
+  const layer *l = layer_of(p, &near);
+  put_block(p, far, sums, bias_at(l, near), p->residual.at ? block_at(&p->residual, far, near) : NULL, &l->y, near);
+}
+
+static void put_gated(const product *p, int64_t far, int64_t near, float *sums) {
+  const layer *l = p->layers;
+  for (int k = 0; k < 2; k++) put_block(p, far, sums + k * BLOCK, bias_at(l + k, near), NULL, &l[k].y, near);
+  const number *gate = block_at(&l[0].y, far, near), *up = block_at(&l[1].y, far, near);
+  number *to = block_at(&p->gate.gated, far, near);
+  for (int i = 0; i < BLOCK; i += SIDE) {
+#pragma omp simd
+    for (int j = 0; j < SIDE; j++) { /* from what is kept, so that backward finds the same */
+      float g = read_(gate[i + j]);
+      sums[j] = g * sigmoid(g) * read_(up[i + j]);
+    }
+    round_row(sums, to + i);
+  }
+}
+
+static void put_inputs(const product *p, int64_t far, int64_t near, float *sums) {
+  put_block(p, far, sums, NULL, NULL, &p->x, near);
+}
+
+static void put_through_gate(const product *p, int64_t far, int64_t near, float *sums) {
+  const gate *m = &p->gate;
+  const number *gate = block_at(&m->gate, far, near), *up = block_at(&m->up, far, near);
+  number *of_gate = block_at(&m->of_gate, far, near), *of_up = block_at(&m->of_up, far, near);
+  number *gated = block_at(&m->gated, far, near);
+  for (int i = 0; i < BLOCK; i += SIDE) {
+    float to_gate[SIDE], to_up[SIDE], y[SIDE];
+#pragma omp simd
+    for (int j = 0; j < SIDE; j++) {
+      float g = read_(gate[i + j]), u = read_(up[i + j]), s = sigmoid(g), of = sums[i + j];
+      to_gate[j] = of * u * s * (1.0f + g * (1.0f - s));
+      to_up[j] = of * g * s;
+      y[j] = g * s * u;
+    }
+    round_row(to_gate, of_gate + i), round_row(to_up, of_up + i), round_row(y, gated + i);
+  }
+}
+
+static void put_gradient(const product *p, int64_t far, int64_t near, float *sums) {
+  const layer *l = layer_of(p, &near);
+  int is_new = l->is_new && !p->first_panel;
+  for (int i = 0; i < SIDE; i++) {
+    float *to = l->gradient + (near * SIDE + i) * p->inputs + far * SIDE;
+#pragma omp simd
+    for (int j = 0; j < SIDE; j++) to[j] = is_new ? sums[i * SIDE + j] : to[j] + sums[i * SIDE + j];
+  }
+}
+
+static int64_t panels_of_outputs(const layer *layers, int64_t count) {
+  int64_t panels = 0;
+  for (int64_t i = 0; i < count; i++) panels += layers[i].y.width / SIDE;
+  return panels;
+}
+
+/* Each layer's y, plus the residual if there is one, row by row. With `gated`, of two layers also silu(the first's y) *
+ * the other's, all in blocks. */
+void outputs(const layer *layers, int64_t count, const matrix *x, const matrix *residual, const matrix *gated,
+             int64_t tokens, number *room) {
+  product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = x->width, .x = *x, .far = blocks(tokens),
+               .near = panels_of_outputs(layers, count), .steps = x->width / SIDE, .together = 1, .steps_lie_close = 1,
+               .far_rows = rows_of_x, .pack_far = copy_x, .pack_near = pack_weight, .put = put_outputs};
+  if (residual) p.residual = *residual;
+  if (gated) {
+    p.gate.gated = *gated, p.near /= 2, p.together = 2;
+    p.pack_near = pack_weights_by_turns, p.put = put_gated;
+  }
+  multiply_all(&p, room);
+}
+
+/* The gradient of the shared input. With a gate, whose output it was: the gradients of what went in, and that once more;
+ * then only the width of of_x is read. */
+void gradient_of_input(const layer *layers, int64_t count, const matrix *of_x, const gate *through, int64_t tokens,
+                       number *room) {
+  product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = of_x->width, .x = *of_x,
+               .far = blocks(tokens), .near = of_x->width / SIDE, .steps = panels_of_outputs(layers, count),
+               .together = 1, .far_rows = rows_of_y, .pack_far = copy_y, .pack_near = turn_weight, .put = put_inputs};
+  if (through) p.gate = *through, p.put = put_through_gate;
+  multiply_all(&p, room);
+}
+
+/* Each layer's gradient (+)= of_y^T x */
+void gradients_of_weights(const layer *layers, int64_t count, const matrix *x, int64_t tokens, number *room) {
+  int64_t panels = x->width / SIDE, all = blocks(tokens);
+  for (int64_t first = 0; first < all; first += STEPS_OF_WEIGHTS) {
+    int64_t steps = least(STEPS_OF_WEIGHTS, all - first);
+    product p = {.layers = layers, .count = count, .tokens = tokens - first * SIDE, .inputs = x->width,
+                 .first_panel = first, .far = panels, .near = panels_of_outputs(layers, count), .steps = steps,
+                 .together = 1, .near_is_left = 1, .packed_far = room, .pack_near = turn_y, .put = put_gradient};
+#pragma omp parallel for schedule(static)
+    for (int64_t s = 0; s < steps; s++)
+      for (int64_t panel = 0; panel < panels; panel++)
+        pack_rows(block_at(x, first + s, panel), stride_of(x), x->in_blocks ? SIDE : rows_of(&p, s),
+                  room + (panel * steps + s) * BLOCK);
+    multiply_all(&p, room + panels * steps * BLOCK);
+  }
+}
+
+/* RMSNorm of rows x, into blocks y. */
+void norm_into_blocks(const number *x, const number *weight, float epsilon, const matrix *y, int64_t rows) {
+  int64_t width = y->width;
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < blocks(rows); panel++)
+    for (int64_t i = 0; i < SIDE; i++) {
+      int64_t row = panel * SIDE + i;
+      const number *from = x + row * width;
+      float scale = row < rows ? scale_of(from, epsilon, (int)width) : 0.0f;
+      for (int64_t step = 0; step < width / SIDE; step++) {
+        float to[SIDE] = {0};
+#pragma omp simd
+        for (int64_t j = 0; j < SIDE; j++)
+          if (row < rows) to[j] = read_(from[step * SIDE + j]) * scale * read_(weight[step * SIDE + j]);
+        round_row(to, block_at(y, panel, step) + i * SIDE);
+      }
+    }
 }

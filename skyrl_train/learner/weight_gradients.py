@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl_train.learner.kernels import kernels_for
+from skyrl_train.learner.kernels import SIDE
+from skyrl_train.learner.products import (
+    add_weight_gradients,
+    gradient_of_input,
+    kernels_for_products,
+    outputs,
+    rows_of,
+)
 
 
 class GradientSum:
@@ -55,14 +63,29 @@ class WeightGradient:
         """As long as nobody owns a sum for this weight, autograd gets its gradient."""
         return cls(None, None) if weight is None else cls(GradientSum.of(weight), weight.shape)
 
-    def add(self, of_y: Tensor, x: Tensor) -> Tensor | None:
-        """From y = x W^T, of_y [T, out] and x [T, in] -> what autograd is to add to W's: None if that is done."""
-        kernels = kernels_for(of_y.dtype)
-        if self.sum is None or self.shape is None or kernels is None or not kernels.can_sum(self.shape):
-            return of_y.t() @ x
-        total, is_new = self.sum.begin()
-        kernels.add_weight_gradient(of_y, x, total, is_new=is_new)
-        return None
+    @staticmethod
+    def add(
+        places: Sequence[WeightGradient], of_ys: Sequence[Tensor], x: Tensor, num_tokens: int, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """From y = x W^T of layers that share x [T, in], of_y [T, out] -> what autograd is to add to each W's gradient.
+
+        None: nothing, because it is not needed or because it is summed already.
+        """
+        kernels = kernels_for_products(x, [])
+        for_autograd: list[Tensor | None] = []
+        summed: list[tuple[Tensor, GradientSum]] = []
+        for place, of_y, need in zip(places, of_ys, needed, strict=True):
+            if place.sum is None or place.shape is None or kernels is None or any(n % SIDE for n in place.shape):
+                pair = rows_of(of_y, num_tokens), rows_of(x, num_tokens)
+                for_autograd.append(pair[0].t() @ pair[1] if need else None)
+                continue
+            for_autograd.append(None)
+            if need:
+                summed.append((of_y, place.sum))
+        if summed and kernels is not None:
+            gradients = [total.begin() for _, total in summed]
+            add_weight_gradients(kernels, [of_y for of_y, _ in summed], x, num_tokens, gradients)
+        return for_autograd
 
 
 class Product(torch.autograd.Function):
@@ -72,17 +95,15 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = WeightGradient.of(weight)
-        if out is None:
-            return F.linear(x, weight, bias)
-        torch.mm(x, weight.t(), out=out)
-        return out.detach() if bias is None else out.detach().add_(bias)
+        return outputs(x, len(x), [weight], [bias], out=out)[0].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs, [of_y] = ctx.needs_input_grad, grads
-        of_weight = ctx.gradient.add(of_y, x) if needs[1] else None
-        return of_y @ weight if needs[0] else None, of_weight, of_y.sum(0) if needs[2] else None, None
+        [of_weight] = WeightGradient.add([ctx.gradient], [of_y], x, len(x), [needs[1]])
+        of_x = gradient_of_input([of_y], len(of_y), [weight]) if needs[0] else None
+        return of_x, of_weight, of_y.sum(0) if needs[2] else None, None
 
 
 class Embedded(torch.autograd.Function):
