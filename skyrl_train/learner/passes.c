@@ -2,6 +2,9 @@
  * SwiGLU, logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
  */
 #include "amx.h"
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
 #include "norm_and_gate.h"
 
 /* y = x / rms(x) * weight. With `more`, x + more is written to `sum` and normed. */
@@ -94,6 +97,11 @@ void swiglu_backward(const number *gate, const number *up, number *of_y_then_y, 
   }
 }
 
+#define AT_ONCE 256 /* numbers */
+static inline void ask(const number *x) {
+  for (int line = 0; line < (int)(AT_ONCE * sizeof(number)); line += 64) __builtin_prefetch((const char *)x + AHEAD + line, 1);
+}
+
 /* For each row of logits [rows, vocab] / temperature: log of the sum of exponentials, log p(target), entropy. */
 void logprobs(const number *logits, const int64_t *targets, float temperature, float *normalizers, float *logprobs,
               float *entropies, int64_t rows, int vocab) {
@@ -135,10 +143,14 @@ void logprobs_backward(number *logits, const int64_t *targets, float temperature
     float pull = of_logprobs[row] * inverse, of_entropy = of_entropies ? of_entropies[row] * inverse : 0.0f;
     int64_t target = targets[row];
     float z = read_(x[target]) * inverse - normalizer, p = exponential(z < 0 ? z : 0);
+    for (int start = 0; start < vocab; start += AT_ONCE) {
+      int stop = start + AT_ONCE < vocab ? start + AT_ONCE : vocab;
+      ask(x + start);
 #pragma omp simd
-    for (int i = 0; i < vocab; i++) {
-      float log_p = read_(x[i]) * inverse - normalizer;
-      x[i] = rounded(-exponential(log_p < 0 ? log_p : 0) * (pull + of_entropy * (log_p + entropy)));
+      for (int i = start; i < stop; i++) {
+        float log_p = read_(x[i]) * inverse - normalizer;
+        x[i] = rounded(-exponential(log_p < 0 ? log_p : 0) * (pull + of_entropy * (log_p + entropy)));
+      }
     }
     x[target] = rounded(pull - p * (pull + of_entropy * (z + entropy)));
   }

@@ -33,6 +33,19 @@ typedef struct { /* 32 rows of an operand as tiles take them: 16 and 16 `below`,
   int64_t stride, below, step;
 } panel;
 
+#define MOST 8
+typedef struct { /* blocks to be asked for: 32 lines of 64 bytes each; those to be written first */
+  const void *at[MOST];
+  int64_t stride[MOST]; /* bytes */
+  int64_t count, written;
+} request;
+
+typedef struct { /* where a block lies, and which of its rows exist */
+  const number *at;
+  int64_t stride;
+  int rows;
+} place;
+
 typedef struct product {
   const layer *layers;
   int64_t count, tokens, inputs, first_panel; /* of tokens */
@@ -45,7 +58,9 @@ typedef struct product {
   const number *packed_far;   /* all of it, or NULL */
   panel (*far_rows)(const struct product *, int64_t panel, int64_t step); /* where they lie, if they can be taken there */
   void (*pack_far)(const struct product *, int64_t panel, int64_t step, number *to);
-  void (*pack_near)(const struct product *, int64_t panel, int64_t step, number *to);
+  place (*near_at)(const struct product *, int64_t panel, int64_t step);
+  void (*pack_near)(const number *from, int64_t stride, int rows, number *to);
+  void (*ask)(const struct product *, int64_t far, int64_t near, request *); /* for what `put` will touch */
   void (*put)(const struct product *, int64_t far, int64_t near, float *sums); /* [together][32][32] */
 } product;
 
@@ -58,29 +73,42 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline panel packed_panel(const number *at) { return (panel){at, SIDE, TILE, BLOCK}; }
 
-/* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks; B passes the first cache by and leaves A there. */
-static inline void multiply_right_passing(panel a, panel b, int64_t steps) {
-  for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
-    _tile_stream_loadd(6, b.at, 2 * b.stride);
-    _tile_loadd(4, a.at, 2 * a.stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stream_loadd(7, b.at + b.below, 2 * b.stride);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a.at + a.below, 2 * a.stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+static inline void add_request(request *r, const void *at, int64_t stride, int is_written) {
+  r->at[r->count] = at, r->stride[r->count++] = stride;
+  if (is_written) r->written = r->count;
+}
+
+/* Lines [first, stop) of it. */
+static inline void ask_lines(const request *r, int64_t first, int64_t stop) {
+  if (stop > r->count * SIDE) stop = r->count * SIDE;
+  for (int64_t line = first; line < stop; line++) {
+    const char *at = (const char *)r->at[line / SIDE] + line % SIDE * r->stride[line / SIDE];
+    if (line / SIDE < r->written) __builtin_prefetch(at, 1);
+    else _mm_prefetch(at, _MM_HINT_T1);
   }
 }
 
-/* The same; A passes. */
-static inline void multiply_left_passing(panel a, panel b, int64_t steps) {
+/* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks; meanwhile lines are asked for. One operand passes the
+ * first cache by and leaves the other there. */
+static inline void multiply_passing(panel a, panel b, int64_t steps, int left_passes, const request *r) {
+  int64_t lines = (r->count * SIDE + steps - 1) / steps;
   for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
-    _tile_stream_loadd(4, a.at, 2 * a.stride);
-    _tile_loadd(6, b.at, 2 * b.stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b.at + b.below, 2 * b.stride);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_stream_loadd(5, a.at + a.below, 2 * a.stride);
+    ask_lines(r, s * lines, (s + 1) * lines);
+    if (left_passes) {
+      _tile_stream_loadd(4, a.at, 2 * a.stride);
+      _tile_loadd(6, b.at, 2 * b.stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b.at + b.below, 2 * b.stride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, a.at + a.below, 2 * a.stride);
+    } else {
+      _tile_stream_loadd(6, b.at, 2 * b.stride);
+      _tile_loadd(4, a.at, 2 * a.stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, b.at + b.below, 2 * b.stride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a.at + a.below, 2 * a.stride);
+    }
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -97,12 +125,18 @@ int64_t room_for(int64_t tokens, int64_t inputs) {
   return packed + omp_get_max_threads() * numbers_of_workspace(blocks(tokens));
 }
 
+/* Near panels [first, first + count), blocks [step, step + steps) of each, in the order in which they lie in memory. */
 static void pack_group(const product *p, int64_t first, int64_t count, int64_t step, int64_t steps, number *to) {
   int64_t outer = p->steps_lie_close ? count : steps, inner = p->steps_lie_close ? steps : count;
   for (int64_t i = 0; i < outer; i++)
     for (int64_t j = 0; j < inner; j++) {
       int64_t n = p->steps_lie_close ? i : j, s = p->steps_lie_close ? j : i;
-      p->pack_near(p, first + n, step + s, to + (n * steps + s) * BLOCK);
+      place from = p->near_at(p, first + n, step + s);
+      if (i + 1 < outer) {
+        place next = p->steps_lie_close ? p->near_at(p, first + n + 1, step + s) : p->near_at(p, first + n, step + s + 1);
+        for (int row = 0; row < SIDE; row++) _mm_prefetch((const char *)(next.at + row * next.stride), _MM_HINT_T1);
+      }
+      p->pack_near(from.at, from.stride, from.rows, to + (n * steps + s) * BLOCK);
     }
 }
 
@@ -117,21 +151,27 @@ static panel far_panel(const product *p, int64_t far, int64_t from, int64_t stop
 
 /* The products of one far panel and `count` near ones over steps [step, step + steps), for which `packed` is packed. */
 static void multiply_panel(const product *p, const workspace *w, int64_t far, int64_t first, int64_t count, int64_t step,
-                           int64_t steps, float *sums) {
+                           int64_t steps, int is_last, float *sums) {
   int64_t parts = (steps + CLOSE - 1) / CLOSE, is_whole = steps == p->steps && parts == 1;
   for (int64_t part = 0; part < parts; part++) {
     int64_t from = steps * part / parts, stop = steps * (part + 1) / parts;
-    panel passing, held = far_panel(p, far, step + from, step + stop, w->far);
-    for (int64_t n = 0; n < count * p->together; n++) {
+    panel passing, held = far_panel(p, far, step + from, step + stop, w->far), next = {0};
+    if (!is_last) next = p->packed_far ? packed_panel(held.at + p->steps * BLOCK) : p->far_rows(p, far + 1, step + from);
+    int64_t panels = count * p->together, length = stop - from;
+    for (int64_t n = 0; n < panels; n++) {
       float *block = sums + (is_whole ? n % p->together : n) * BLOCK;
+      int ends = step + stop == p->steps && n % p->together == p->together - 1;
+      request r = {.count = 0};
       passing = packed_panel(w->near + (n * steps + from) * BLOCK);
+      if (step + stop == p->steps && n % p->together == 0) p->ask(p, far, first + n / p->together, &r);
+      for (int64_t s = length * n / panels; next.at && r.count < MOST && s < length * (n + 1) / panels; s++)
+        add_request(&r, next.at + s * next.step, 2 * next.stride, 0);
       if (step + from) load_block(block, SIDE);
       else clear_block();
-      if (p->near_is_left) multiply_left_passing(passing, held, stop - from);
-      else multiply_right_passing(held, passing, stop - from);
+      if (p->near_is_left) multiply_passing(passing, held, length, 1, &r);
+      else multiply_passing(held, passing, length, 0, &r);
       store_block(block, SIDE);
-      if (step + stop == p->steps && n % p->together == p->together - 1)
-        p->put(p, far, first + n / p->together, block - (p->together - 1) * BLOCK);
+      if (ends) p->put(p, far, first + n / p->together, block - (p->together - 1) * BLOCK);
     }
   }
 }
@@ -146,7 +186,7 @@ static void multiply_range(const product *p, const workspace *w, int64_t far, in
     for (int64_t step = 0; step < p->steps; step += depth) {
       int64_t steps = least(depth, p->steps - step), kept = depth < p->steps ? count * p->together * BLOCK : 0;
       pack_group(p, first * p->together, count * p->together, step, steps, w->near);
-      for (int64_t f = far; f < far_end; f++) multiply_panel(p, w, f, first, count, step, steps, w->sums + (f - far) * kept);
+      for (int64_t f = far; f < far_end; f++) multiply_panel(p, w, f, first, count, step, steps, f + 1 == far_end, w->sums + (f - far) * kept);
     }
   }
 }
@@ -223,24 +263,23 @@ static void copy_y(const product *p, int64_t panel, int64_t step, number *to) {
   copy_block(p, &l->y, panel, step, to);
 }
 
-static void turn_y(const product *p, int64_t panel, int64_t step, number *to) {
+static place near_y(const product *p, int64_t panel, int64_t step) {
   const layer *l = layer_of(p, &panel);
-  int rows = l->y.in_blocks ? SIDE : rows_of(p, step);
-  pack_transposed(block_at(&l->y, p->first_panel + step, panel), stride_of(&l->y), rows, to);
+  return (place){block_at(&l->y, p->first_panel + step, panel), stride_of(&l->y), l->y.in_blocks ? SIDE : rows_of(p, step)};
 }
 
-static void pack_weight(const product *p, int64_t panel, int64_t step, number *to) {
+static place near_weight(const product *p, int64_t panel, int64_t step) {
   const layer *l = layer_of(p, &panel);
-  pack_columns(l->weight + panel * SIDE * p->inputs + step * SIDE, p->inputs, SIDE, to);
+  return (place){l->weight + panel * SIDE * p->inputs + step * SIDE, p->inputs, SIDE};
 }
 
-static void pack_weights_by_turns(const product *p, int64_t panel, int64_t step, number *to) {
-  pack_columns(p->layers[panel % 2].weight + panel / 2 * SIDE * p->inputs + step * SIDE, p->inputs, SIDE, to);
+static place near_weights_by_turns(const product *p, int64_t panel, int64_t step) {
+  return (place){p->layers[panel % 2].weight + panel / 2 * SIDE * p->inputs + step * SIDE, p->inputs, SIDE};
 }
 
-static void turn_weight(const product *p, int64_t panel, int64_t step, number *to) {
+static place near_weight_rows(const product *p, int64_t panel, int64_t step) {
   const layer *l = layer_of(p, &step);
-  pack_rows(l->weight + step * SIDE * p->inputs + panel * SIDE, p->inputs, SIDE, to);
+  return (place){l->weight + step * SIDE * p->inputs + panel * SIDE, p->inputs, SIDE};
 }
 
 static inline void round_row(const float *from, number *to) {
@@ -261,9 +300,25 @@ static inline void put_block(const product *p, int64_t far, float *sums, const n
 
 static inline const number *bias_at(const layer *l, int64_t column) { return l->bias ? l->bias + column * SIDE : NULL; }
 
+static inline void ask_block(request *r, const matrix *m, int64_t panel, int64_t column, int is_written) {
+  add_request(r, block_at(m, panel, column), 2 * stride_of(m), is_written);
+}
+
+static void ask_outputs(const product *p, int64_t far, int64_t near, request *r) {
+  const layer *l = layer_of(p, &near);
+  ask_block(r, &l->y, far, near, 1);
+  if (p->residual.at) ask_block(r, &p->residual, far, near, 0);
+}
+
 static void put_outputs(const product *p, int64_t far, int64_t near, float *sums) {
   const layer *l = layer_of(p, &near);
   put_block(p, far, sums, bias_at(l, near), p->residual.at ? block_at(&p->residual, far, near) : NULL, &l->y, near);
+}
+
+static void ask_gated(const product *p, int64_t far, int64_t near, request *r) {
+  ask_block(r, &p->layers[0].y, far, near, 1);
+  ask_block(r, &p->layers[1].y, far, near, 1);
+  ask_block(r, &p->gate.gated, far, near, 1);
 }
 
 static void put_gated(const product *p, int64_t far, int64_t near, float *sums) {
@@ -281,8 +336,19 @@ static void put_gated(const product *p, int64_t far, int64_t near, float *sums) 
   }
 }
 
+static void ask_inputs(const product *p, int64_t far, int64_t near, request *r) { ask_block(r, &p->x, far, near, 1); }
+
 static void put_inputs(const product *p, int64_t far, int64_t near, float *sums) {
   put_block(p, far, sums, NULL, NULL, &p->x, near);
+}
+
+static void ask_gate(const product *p, int64_t far, int64_t near, request *r) {
+  const gate *m = &p->gate;
+  ask_block(r, &m->of_gate, far, near, 1);
+  ask_block(r, &m->of_up, far, near, 1);
+  ask_block(r, &m->gated, far, near, 1);
+  ask_block(r, &m->gate, far, near, 0);
+  ask_block(r, &m->up, far, near, 0);
 }
 
 static void put_through_gate(const product *p, int64_t far, int64_t near, float *sums) {
@@ -301,6 +367,13 @@ static void put_through_gate(const product *p, int64_t far, int64_t near, float 
     }
     round_row(to_gate, of_gate + i), round_row(to_up, of_up + i), round_row(y, gated + i);
   }
+}
+
+static void ask_gradient(const product *p, int64_t far, int64_t near, request *r) {
+  const layer *l = layer_of(p, &near);
+  const float *to = l->gradient + near * SIDE * p->inputs + far * SIDE;
+  add_request(r, to, 4 * p->inputs, 1);
+  add_request(r, to + 16, 4 * p->inputs, 1);
 }
 
 static void put_gradient(const product *p, int64_t far, int64_t near, float *sums) {
@@ -325,11 +398,11 @@ void outputs(const layer *layers, int64_t count, const matrix *x, const matrix *
              int64_t tokens, number *room) {
   product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = x->width, .x = *x, .far = blocks(tokens),
                .near = panels_of_outputs(layers, count), .steps = x->width / SIDE, .together = 1, .steps_lie_close = 1,
-               .far_rows = rows_of_x, .pack_far = copy_x, .pack_near = pack_weight, .put = put_outputs};
+               .far_rows = rows_of_x, .pack_far = copy_x, .near_at = near_weight, .pack_near = pack_columns, .ask = ask_outputs, .put = put_outputs};
   if (residual) p.residual = *residual;
   if (gated) {
     p.gate.gated = *gated, p.near /= 2, p.together = 2;
-    p.pack_near = pack_weights_by_turns, p.put = put_gated;
+    p.near_at = near_weights_by_turns, p.ask = ask_gated, p.put = put_gated;
   }
   multiply_all(&p, room);
 }
@@ -340,8 +413,8 @@ void gradient_of_input(const layer *layers, int64_t count, const matrix *of_x, c
                        number *room) {
   product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = of_x->width, .x = *of_x,
                .far = blocks(tokens), .near = of_x->width / SIDE, .steps = panels_of_outputs(layers, count),
-               .together = 1, .far_rows = rows_of_y, .pack_far = copy_y, .pack_near = turn_weight, .put = put_inputs};
-  if (through) p.gate = *through, p.put = put_through_gate;
+               .together = 1, .far_rows = rows_of_y, .pack_far = copy_y, .near_at = near_weight_rows, .pack_near = pack_rows, .ask = ask_inputs, .put = put_inputs};
+  if (through) p.gate = *through, p.ask = ask_gate, p.put = put_through_gate;
   multiply_all(&p, room);
 }
 
@@ -352,7 +425,7 @@ void gradients_of_weights(const layer *layers, int64_t count, const matrix *x, i
     int64_t steps = least(STEPS_OF_WEIGHTS, all - first);
     product p = {.layers = layers, .count = count, .tokens = tokens - first * SIDE, .inputs = x->width,
                  .first_panel = first, .far = panels, .near = panels_of_outputs(layers, count), .steps = steps,
-                 .together = 1, .near_is_left = 1, .packed_far = room, .pack_near = turn_y, .put = put_gradient};
+                 .together = 1, .near_is_left = 1, .packed_far = room, .near_at = near_y, .pack_near = pack_transposed, .ask = ask_gradient, .put = put_gradient};
 #pragma omp parallel for schedule(static)
     for (int64_t s = 0; s < steps; s++)
       for (int64_t panel = 0; panel < panels; panel++)
