@@ -33,13 +33,6 @@ typedef struct { /* 32 rows of an operand as tiles take them: 16 and 16 `below`,
   int64_t stride, below, step;
 } panel;
 
-#define MOST 8
-typedef struct { /* blocks to be asked for: 32 lines of 64 bytes each; those to be written first */
-  const void *at[MOST];
-  int64_t stride[MOST]; /* bytes */
-  int64_t count, written;
-} request;
-
 typedef struct { /* where a block lies, and which of its rows exist */
   const number *at;
   int64_t stride;
@@ -60,7 +53,6 @@ typedef struct product {
   void (*pack_far)(const struct product *, int64_t panel, int64_t step, number *to);
   place (*near_at)(const struct product *, int64_t panel, int64_t step);
   void (*pack_near)(const number *from, int64_t stride, int rows, number *to);
-  void (*ask)(const struct product *, int64_t far, int64_t near, request *); /* for what `put` will touch */
   void (*put)(const struct product *, int64_t far, int64_t near, float *sums); /* [together][32][32] */
 } product;
 
@@ -73,27 +65,16 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline panel packed_panel(const number *at) { return (panel){at, SIDE, TILE, BLOCK}; }
 
-static inline void add_request(request *r, const void *at, int64_t stride, int is_written) {
-  r->at[r->count] = at, r->stride[r->count++] = stride;
-  if (is_written) r->written = r->count;
+/* For the second cache: 32 rows of 64 bytes. */
+static inline void ask_for(const number *at, int64_t stride) {
+  for (int row = 0; row < SIDE; row++) _mm_prefetch((const char *)(at + row * stride), _MM_HINT_T1);
 }
 
-/* Lines [first, stop) of it. */
-static inline void ask_lines(const request *r, int64_t first, int64_t stop) {
-  if (stop > r->count * SIDE) stop = r->count * SIDE;
-  for (int64_t line = first; line < stop; line++) {
-    const char *at = (const char *)r->at[line / SIDE] + line % SIDE * r->stride[line / SIDE];
-    if (line / SIDE < r->written) __builtin_prefetch(at, 1);
-    else _mm_prefetch(at, _MM_HINT_T1);
-  }
-}
-
-/* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks; meanwhile lines are asked for. One operand passes the
- * first cache by and leaves the other there. */
-static inline void multiply_passing(panel a, panel b, int64_t steps, int left_passes, const request *r) {
-  int64_t lines = (r->count * SIDE + steps - 1) / steps;
-  for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
-    ask_lines(r, s * lines, (s + 1) * lines);
+/* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks, while rows [row, stop) of a next panel are asked for.
+ * One operand passes the first cache by and leaves the other there. */
+static inline void multiply_passing(panel a, panel b, int64_t steps, int left_passes, panel next, int64_t row, int64_t stop) {
+  for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step, next.at += next.step) {
+    for (int64_t i = row; i < stop; i++) _mm_prefetch((const char *)(next.at + i * next.stride), _MM_HINT_T1);
     if (left_passes) {
       _tile_stream_loadd(4, a.at, 2 * a.stride);
       _tile_loadd(6, b.at, 2 * b.stride);
@@ -134,7 +115,7 @@ static void pack_group(const product *p, int64_t first, int64_t count, int64_t s
       place from = p->near_at(p, first + n, step + s);
       if (i + 1 < outer) {
         place next = p->steps_lie_close ? p->near_at(p, first + n + 1, step + s) : p->near_at(p, first + n, step + s + 1);
-        for (int row = 0; row < SIDE; row++) _mm_prefetch((const char *)(next.at + row * next.stride), _MM_HINT_T1);
+        ask_for(next.at, next.stride);
       }
       p->pack_near(from.at, from.stride, from.rows, to + (n * steps + s) * BLOCK);
     }
@@ -161,15 +142,12 @@ static void multiply_panel(const product *p, const workspace *w, int64_t far, in
     for (int64_t n = 0; n < panels; n++) {
       float *block = sums + (is_whole ? n % p->together : n) * BLOCK;
       int ends = step + stop == p->steps && n % p->together == p->together - 1;
-      request r = {.count = 0};
       passing = packed_panel(w->near + (n * steps + from) * BLOCK);
-      if (step + stop == p->steps && n % p->together == 0) p->ask(p, far, first + n / p->together, &r);
-      for (int64_t s = length * n / panels; next.at && r.count < MOST && s < length * (n + 1) / panels; s++)
-        add_request(&r, next.at + s * next.step, 2 * next.stride, 0);
+      int64_t row = next.at ? SIDE * n / panels : 0, end = next.at ? SIDE * (n + 1) / panels : 0;
       if (step + from) load_block(block, SIDE);
       else clear_block();
-      if (p->near_is_left) multiply_passing(passing, held, length, 1, &r);
-      else multiply_passing(held, passing, length, 0, &r);
+      if (p->near_is_left) multiply_passing(passing, held, length, 1, next, row, end);
+      else multiply_passing(held, passing, length, 0, next, row, end);
       store_block(block, SIDE);
       if (ends) p->put(p, far, first + n / p->together, block - (p->together - 1) * BLOCK);
     }
@@ -300,25 +278,31 @@ static inline void put_block(const product *p, int64_t far, float *sums, const n
 
 static inline const number *bias_at(const layer *l, int64_t column) { return l->bias ? l->bias + column * SIDE : NULL; }
 
-static inline void ask_block(request *r, const matrix *m, int64_t panel, int64_t column, int is_written) {
-  add_request(r, block_at(m, panel, column), 2 * stride_of(m), is_written);
-}
-
-static void ask_outputs(const product *p, int64_t far, int64_t near, request *r) {
-  const layer *l = layer_of(p, &near);
-  ask_block(r, &l->y, far, near, 1);
-  if (p->residual.at) ask_block(r, &p->residual, far, near, 0);
-}
-
 static void put_outputs(const product *p, int64_t far, int64_t near, float *sums) {
   const layer *l = layer_of(p, &near);
   put_block(p, far, sums, bias_at(l, near), p->residual.at ? block_at(&p->residual, far, near) : NULL, &l->y, near);
 }
 
-static void ask_gated(const product *p, int64_t far, int64_t near, request *r) {
-  ask_block(r, &p->layers[0].y, far, near, 1);
-  ask_block(r, &p->layers[1].y, far, near, 1);
-  ask_block(r, &p->gate.gated, far, near, 1);
+static inline __m512 sixteen(const number *from) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+static inline void round_two(__m512 first, __m512 second, number *to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* 1 / (1 + 2**t), t = -x log2 e, to 3e-6 of it: 2**t by whole powers and a Taylor series around the nearest. */
+static inline __m512 sigmoids(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+  __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f))); /* a NaN stays */
+  __m512 rest = _mm512_reduce_ps(t, 0), whole = _mm512_sub_ps(t, rest), e = _mm512_set1_ps(1.33335581e-3f);
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(9.61812911e-3f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(5.55041087e-2f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(2.40226507e-1f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(6.93147181e-1f));
+  e = _mm512_fmadd_ps(e, rest, one);
+  __m512 sum = _mm512_add_ps(one, _mm512_scalef_ps(e, whole)), inverse = _mm512_rcp14_ps(sum);
+  return _mm512_mul_ps(inverse, _mm512_fnmadd_ps(sum, inverse, two));
 }
 
 static void put_gated(const product *p, int64_t far, int64_t near, float *sums) {
@@ -327,28 +311,17 @@ static void put_gated(const product *p, int64_t far, int64_t near, float *sums) 
   const number *gate = block_at(&l[0].y, far, near), *up = block_at(&l[1].y, far, near);
   number *to = block_at(&p->gate.gated, far, near);
   for (int i = 0; i < BLOCK; i += SIDE) {
-#pragma omp simd
-    for (int j = 0; j < SIDE; j++) { /* from what is kept, so that backward finds the same */
-      float g = read_(gate[i + j]);
-      sums[j] = g * sigmoid(g) * read_(up[i + j]);
+    __m512 y[2];
+    for (int half = 0; half < 2; half++) { /* from what is kept, so that backward finds the same */
+      __m512 g = sixteen(gate + i + 16 * half), u = sixteen(up + i + 16 * half);
+      y[half] = _mm512_mul_ps(_mm512_mul_ps(g, sigmoids(g)), u);
     }
-    round_row(sums, to + i);
+    round_two(y[0], y[1], to + i);
   }
 }
 
-static void ask_inputs(const product *p, int64_t far, int64_t near, request *r) { ask_block(r, &p->x, far, near, 1); }
-
 static void put_inputs(const product *p, int64_t far, int64_t near, float *sums) {
   put_block(p, far, sums, NULL, NULL, &p->x, near);
-}
-
-static void ask_gate(const product *p, int64_t far, int64_t near, request *r) {
-  const gate *m = &p->gate;
-  ask_block(r, &m->of_gate, far, near, 1);
-  ask_block(r, &m->of_up, far, near, 1);
-  ask_block(r, &m->gated, far, near, 1);
-  ask_block(r, &m->gate, far, near, 0);
-  ask_block(r, &m->up, far, near, 0);
 }
 
 static void put_through_gate(const product *p, int64_t far, int64_t near, float *sums) {
@@ -357,23 +330,19 @@ static void put_through_gate(const product *p, int64_t far, int64_t near, float 
   number *of_gate = block_at(&m->of_gate, far, near), *of_up = block_at(&m->of_up, far, near);
   number *gated = block_at(&m->gated, far, near);
   for (int i = 0; i < BLOCK; i += SIDE) {
-    float to_gate[SIDE], to_up[SIDE], y[SIDE];
-#pragma omp simd
-    for (int j = 0; j < SIDE; j++) {
-      float g = read_(gate[i + j]), u = read_(up[i + j]), s = sigmoid(g), of = sums[i + j];
-      to_gate[j] = of * u * s * (1.0f + g * (1.0f - s));
-      to_up[j] = of * g * s;
-      y[j] = g * s * u;
+    __m512 to_gate[2], to_up[2], y[2];
+    for (int half = 0; half < 2; half++) {
+      __m512 g = sixteen(gate + i + 16 * half), u = sixteen(up + i + 16 * half), s = sigmoids(g);
+      __m512 of = _mm512_loadu_ps(sums + i + 16 * half), opened = _mm512_mul_ps(g, s);
+      __m512 slope = _mm512_fmadd_ps(g, _mm512_fnmadd_ps(s, s, s), s); /* s (1 + g (1 - s)) */
+      to_gate[half] = _mm512_mul_ps(_mm512_mul_ps(of, u), slope);
+      to_up[half] = _mm512_mul_ps(of, opened);
+      y[half] = _mm512_mul_ps(opened, u);
     }
-    round_row(to_gate, of_gate + i), round_row(to_up, of_up + i), round_row(y, gated + i);
+    round_two(to_gate[0], to_gate[1], of_gate + i);
+    round_two(to_up[0], to_up[1], of_up + i);
+    round_two(y[0], y[1], gated + i);
   }
-}
-
-static void ask_gradient(const product *p, int64_t far, int64_t near, request *r) {
-  const layer *l = layer_of(p, &near);
-  const float *to = l->gradient + near * SIDE * p->inputs + far * SIDE;
-  add_request(r, to, 4 * p->inputs, 1);
-  add_request(r, to + 16, 4 * p->inputs, 1);
 }
 
 static void put_gradient(const product *p, int64_t far, int64_t near, float *sums) {
@@ -398,11 +367,11 @@ void outputs(const layer *layers, int64_t count, const matrix *x, const matrix *
              int64_t tokens, number *room) {
   product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = x->width, .x = *x, .far = blocks(tokens),
                .near = panels_of_outputs(layers, count), .steps = x->width / SIDE, .together = 1, .steps_lie_close = 1,
-               .far_rows = rows_of_x, .pack_far = copy_x, .near_at = near_weight, .pack_near = pack_columns, .ask = ask_outputs, .put = put_outputs};
+               .far_rows = rows_of_x, .pack_far = copy_x, .near_at = near_weight, .pack_near = pack_columns, .put = put_outputs};
   if (residual) p.residual = *residual;
   if (gated) {
     p.gate.gated = *gated, p.near /= 2, p.together = 2;
-    p.near_at = near_weights_by_turns, p.ask = ask_gated, p.put = put_gated;
+    p.near_at = near_weights_by_turns, p.put = put_gated;
   }
   multiply_all(&p, room);
 }
@@ -413,8 +382,8 @@ void gradient_of_input(const layer *layers, int64_t count, const matrix *of_x, c
                        number *room) {
   product p = {.layers = layers, .count = count, .tokens = tokens, .inputs = of_x->width, .x = *of_x,
                .far = blocks(tokens), .near = of_x->width / SIDE, .steps = panels_of_outputs(layers, count),
-               .together = 1, .far_rows = rows_of_y, .pack_far = copy_y, .near_at = near_weight_rows, .pack_near = pack_rows, .ask = ask_inputs, .put = put_inputs};
-  if (through) p.gate = *through, p.ask = ask_gate, p.put = put_through_gate;
+               .together = 1, .far_rows = rows_of_y, .pack_far = copy_y, .near_at = near_weight_rows, .pack_near = pack_rows, .put = put_inputs};
+  if (through) p.gate = *through, p.put = put_through_gate;
   multiply_all(&p, room);
 }
 
@@ -425,7 +394,7 @@ void gradients_of_weights(const layer *layers, int64_t count, const matrix *x, i
     int64_t steps = least(STEPS_OF_WEIGHTS, all - first);
     product p = {.layers = layers, .count = count, .tokens = tokens - first * SIDE, .inputs = x->width,
                  .first_panel = first, .far = panels, .near = panels_of_outputs(layers, count), .steps = steps,
-                 .together = 1, .near_is_left = 1, .packed_far = room, .near_at = near_y, .pack_near = pack_transposed, .ask = ask_gradient, .put = put_gradient};
+                 .together = 1, .near_is_left = 1, .packed_far = room, .near_at = near_y, .pack_near = pack_transposed, .put = put_gradient};
 #pragma omp parallel for schedule(static)
     for (int64_t s = 0; s < steps; s++)
       for (int64_t panel = 0; panel < panels; panel++)
