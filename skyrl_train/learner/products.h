@@ -283,13 +283,15 @@ static void put_outputs(const product *p, int64_t far, int64_t near, float *sums
   put_block(p, far, sums, bias_at(l, near), p->residual.at ? block_at(&p->residual, far, near) : NULL, &l->y, near);
 }
 
-static inline __m512 sixteen(const number *from) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+static inline __m512 widened(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }
 
-static inline void round_two(__m512 first, __m512 second, number *to) {
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
+static inline __m512 sixteen(const number *from) { return widened(_mm256_loadu_si256((const __m256i *)from)); }
+
+static inline __m512i rounded_two(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+
+static inline void round_two(__m512 first, __m512 second, number *to) { _mm512_storeu_si512(to, rounded_two(first, second)); }
 
 /* 1 / (1 + 2**t), t = -x log2 e, to 3e-6 of it: 2**t by whole powers and a Taylor series around the nearest. */
 static inline __m512 sigmoids(__m512 x) {
@@ -305,15 +307,28 @@ static inline __m512 sigmoids(__m512 x) {
   return _mm512_mul_ps(inverse, _mm512_fnmadd_ps(sum, inverse, two));
 }
 
+/* 32 sums plus the bias, rounded; past the caches to where backward will read them. */
+static inline __m512i put_away(const float *sums, const number *bias, number *to) {
+  __m512 y[2];
+  for (int half = 0; half < 2; half++) {
+    y[half] = _mm512_loadu_ps(sums + 16 * half);
+    if (bias) y[half] = _mm512_add_ps(y[half], sixteen(bias + 16 * half));
+  }
+  __m512i numbers = rounded_two(y[0], y[1]);
+  _mm512_stream_si512((__m512i *)to, numbers);
+  return numbers;
+}
+
 static void put_gated(const product *p, int64_t far, int64_t near, float *sums) {
   const layer *l = p->layers;
-  for (int k = 0; k < 2; k++) put_block(p, far, sums + k * BLOCK, bias_at(l + k, near), NULL, &l[k].y, near);
-  const number *gate = block_at(&l[0].y, far, near), *up = block_at(&l[1].y, far, near);
-  number *to = block_at(&p->gate.gated, far, near);
+  number *to = block_at(&p->gate.gated, far, near), *of_gate = block_at(&l[0].y, far, near), *of_up = block_at(&l[1].y, far, near);
   for (int i = 0; i < BLOCK; i += SIDE) {
-    __m512 y[2];
-    for (int half = 0; half < 2; half++) { /* from what is kept, so that backward finds the same */
-      __m512 g = sixteen(gate + i + 16 * half), u = sixteen(up + i + 16 * half);
+    __m512i gate = put_away(sums + i, bias_at(l, near), of_gate + i);
+    __m512i up = put_away(sums + BLOCK + i, bias_at(l + 1, near), of_up + i);
+    __m512 y[2]; /* of the rounded numbers, so that backward finds the same */
+    for (int half = 0; half < 2; half++) {
+      __m512 g = widened(half ? _mm512_extracti64x4_epi64(gate, 1) : _mm512_castsi512_si256(gate));
+      __m512 u = widened(half ? _mm512_extracti64x4_epi64(up, 1) : _mm512_castsi512_si256(up));
       y[half] = _mm512_mul_ps(_mm512_mul_ps(g, sigmoids(g)), u);
     }
     round_two(y[0], y[1], to + i);
