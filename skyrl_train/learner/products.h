@@ -365,8 +365,11 @@ static void put_gradient(const product *p, int64_t far, int64_t near, float *sum
   int is_new = l->is_new && !p->first_panel;
   for (int i = 0; i < SIDE; i++) {
     float *to = l->gradient + (near * SIDE + i) * p->inputs + far * SIDE;
-#pragma omp simd
-    for (int j = 0; j < SIDE; j++) to[j] = is_new ? sums[i * SIDE + j] : to[j] + sums[i * SIDE + j];
+    for (int half = 0; half < SIDE; half += 16) {
+      __m512 sum = _mm512_loadu_ps(sums + i * SIDE + half);
+      if (is_new) _mm512_stream_ps(to + half, sum);
+      else _mm512_storeu_ps(to + half, _mm512_add_ps(_mm512_loadu_ps(to + half), sum));
+    }
   }
 }
 
