@@ -2,9 +2,6 @@
  * SwiGLU, logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
  */
 #include "amx.h"
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
 #include "norm_and_gate.h"
 
 /* y = x / rms(x) * weight. With `more`, x + more is written to `sum` and normed. */
@@ -97,11 +94,6 @@ void swiglu_backward(const number *gate, const number *up, number *of_y_then_y, 
   }
 }
 
-#define AT_ONCE 256 /* numbers */
-static inline void ask(const number *x) {
-  for (int line = 0; line < (int)(AT_ONCE * sizeof(number)); line += 64) __builtin_prefetch((const char *)x + AHEAD + line, 1);
-}
-
 /* For each row of logits [rows, vocab] / temperature: log of the sum of exponentials, log p(target), entropy. */
 void logprobs(const number *logits, const int64_t *targets, float temperature, float *normalizers, float *logprobs,
               float *entropies, int64_t rows, int vocab) {
@@ -130,6 +122,13 @@ void logprobs(const number *logits, const int64_t *targets, float temperature, f
   }
 }
 
+#define AT_ONCE 256 /* numbers, between each of which and the next so much is computed that a processor looks too little ahead */
+#define AHEAD 4096
+
+static inline void ask_for_writing(const number *x) {
+  for (int i = 0; i < AT_ONCE; i += 64 / (int)sizeof(number)) __builtin_prefetch(x + i, 1);
+}
+
 /* In place of the logits their gradient, from those of log p(target) and of the entropy H:
  * d log p(target) / dz = [target] - p,  dH / dz = -p (log p + H). */
 void logprobs_backward(number *logits, const int64_t *targets, float temperature, const float *normalizers,
@@ -145,7 +144,7 @@ void logprobs_backward(number *logits, const int64_t *targets, float temperature
     float z = read_(x[target]) * inverse - normalizer, p = exponential(z < 0 ? z : 0);
     for (int start = 0; start < vocab; start += AT_ONCE) {
       int stop = start + AT_ONCE < vocab ? start + AT_ONCE : vocab;
-      ask(x + start);
+      ask_for_writing(x + start + AHEAD);
 #pragma omp simd
       for (int i = start; i < stop; i++) {
         float log_p = read_(x[i]) * inverse - normalizer;

@@ -66,7 +66,7 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline panel packed_panel(const number *at) { return (panel){at, SIDE, TILE, BLOCK}; }
 
 /* For the second cache: 32 rows of 64 bytes. */
-static inline void ask_for(const number *at, int64_t stride) {
+static inline void ask_for_block(const number *at, int64_t stride) {
   for (int row = 0; row < SIDE; row++) _mm_prefetch((const char *)(at + row * stride), _MM_HINT_T1);
 }
 
@@ -115,7 +115,7 @@ static void pack_group(const product *p, int64_t first, int64_t count, int64_t s
       place from = p->near_at(p, first + n, step + s);
       if (i + 1 < outer) {
         place next = p->steps_lie_close ? p->near_at(p, first + n + 1, step + s) : p->near_at(p, first + n, step + s + 1);
-        ask_for(next.at, next.stride);
+        ask_for_block(next.at, next.stride);
       }
       p->pack_near(from.at, from.stride, from.rows, to + (n * steps + s) * BLOCK);
     }
