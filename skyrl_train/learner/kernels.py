@@ -64,13 +64,13 @@ class AttentionShape(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """`matrix` of products.h."""
+    """`matrix` of linear.h."""
 
     _fields_ = (("at", _POINTER), ("width", _LONG), ("in_blocks", _LONG))
 
 
 class Layer(ctypes.Structure):
-    """`layer` of products.h."""
+    """`layer` of linear.h."""
 
     _fields_ = (
         ("weight", _POINTER),
@@ -82,7 +82,7 @@ class Layer(ctypes.Structure):
 
 
 class Gate(ctypes.Structure):
-    """`gate` of products.h."""
+    """`gate` of linear.h."""
 
     _fields_ = tuple((name, Matrix) for name in ("gate", "up", "of_gate", "of_up", "gated"))
 

@@ -190,6 +190,6 @@ void adamw(float *weight, float *mean, float *square, const float *gradient, num
 }
 
 #ifdef AMX
-#include "products.h"
+#include "linear.h"
 #include "attention.h"
 #endif

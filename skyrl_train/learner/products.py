@@ -1,4 +1,4 @@
-"""The products of linear layers y = x W^T + b on a processor: in AMX tiles, see products.h, if they fit; else torch's.
+"""The products of linear layers y = x W^T + b on a processor: in AMX tiles, see linear.h, if they fit; else torch's.
 
 x is [T, inputs], y [T, outputs], of_y its gradient. Layers that share their input are computed together. What only
 products read and write lies in blocks, [panels of 32 tokens, width / 32, 32, 32], the last tokens filled up.

@@ -110,18 +110,3 @@ def test_logits_that_are_not_numbers_stay_so(kernels):
 
 def test_square_sum(kernels):
     assert kernels.square_sum(torch.full((100_003,), 2.0)) == 400_012.0
-
-
-@pytest.mark.parametrize("rows", [1, 32, 70, 2100])  # not all whole blocks; more than the tiles' rows at once
-def test_weight_gradients_are_summed_in_float(rows):
-    kernels = kernels_for(torch.bfloat16)
-    if kernels is None or not kernels.has_tiles:
-        pytest.skip("this processor has no AMX tiles")
-    of_y, x = tensors(torch.bfloat16, (rows, 96), (rows, 64))
-    expected = of_y.double().T @ x.double()
-    total = torch.full((96, 64), float("nan"))
-    kernels.add_weight_gradient(of_y, x, total, is_new=True)
-    assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
-    kernels.add_weight_gradient(of_y, x, total, is_new=False)
-    assert_close(total.double(), 2 * expected, rtol=1e-5, atol=1e-4)
-    assert not kernels.can_sum(torch.Size([96, 63]))

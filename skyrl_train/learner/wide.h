@@ -1,0 +1,27 @@
+/* Sixteen numbers at a time: bfloat16 in memory, float in registers. AMX comes with these instructions. */
+#pragma once
+#include "amx.h"
+
+static inline __m512 widened(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+static inline __m512 sixteen(const number *from) { return widened(_mm256_loadu_si256((const __m256i *)from)); }
+
+static inline __m512i rounded_two(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+
+static inline void round_two(__m512 first, __m512 second, number *to) { _mm512_storeu_si512(to, rounded_two(first, second)); }
+
+/* 1 / (1 + 2**t), t = -x log2 e, to 3e-6 of it: 2**t by whole powers and a Taylor series around the nearest. */
+static inline __m512 sigmoids(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+  __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f))); /* a NaN stays */
+  __m512 rest = _mm512_reduce_ps(t, 0), whole = _mm512_sub_ps(t, rest), e = _mm512_set1_ps(1.33335581e-3f);
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(9.61812911e-3f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(5.55041087e-2f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(2.40226507e-1f));
+  e = _mm512_fmadd_ps(e, rest, _mm512_set1_ps(6.93147181e-1f));
+  e = _mm512_fmadd_ps(e, rest, one);
+  __m512 sum = _mm512_add_ps(one, _mm512_scalef_ps(e, whole)), inverse = _mm512_rcp14_ps(sum);
+  return _mm512_mul_ps(inverse, _mm512_fnmadd_ps(sum, inverse, two));
+}
