@@ -95,6 +95,7 @@ def test_a_gate_between_products_there_and_back(rows, has_biases, kernels):
     biases = [normal(96), normal(96).flip(0)] if has_biases else [None, None]
     normed = products.norm(x, norm_weight, 1e-5, weights)
     assert normed.ndim == 4
+    assert not normed.transpose(1, 2).reshape(-1, 64)[rows:].any()  # behind the last row
     assert torch.equal(products.rows_of(normed, rows), kernels.norm(x, norm_weight, 1e-5))
     gate, up, gated = products.gated_outputs(normed, rows, weights, biases)
     rows_normed = products.rows_of(normed, rows).double()
