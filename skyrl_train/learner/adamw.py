@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.kernels import Kernels, kernels_for
+from skyrl_train.learner.rounding import round_into
 
 
 class AdamW(torch.optim.AdamW):
@@ -52,10 +53,10 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def copy_into_parameters(self) -> None:
-        """The masters as they are."""
+        """The masters as they are, see rounding.py."""
         for master, parameter in self._pairs:
             if parameter is not master:
-                parameter.copy_(master)
+                round_into(master, parameter)
 
 
 def _kernels_of(pairs: Sequence[tuple[Tensor, nn.Parameter]]) -> Kernels | None:

@@ -176,8 +176,20 @@ double square_sum(const float *x, int64_t count) {
   return total;
 }
 
+/* Number i of a tensor rounded up or down as learner/rounding.py says. */
+static inline number dithered(float x, uint32_t i) {
+#ifdef BFLOAT16
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return (number)((bits + ((i * 2654435761u + 0x80000000u) >> 16)) >> 16);
+#else
+  (void)i;
+  return x;
+#endif
+}
+
 /* AdamW, Loshchilov and Hutter (2019), algorithm 2, on clip * gradient; first and second are 1 / (1 - beta^step).
- * The new weights also go to `weight_rounded`, if given. */
+ * The new weights also go to `weight_rounded`, dithered, if given. */
 void adamw(float *weight, float *mean, float *square, const float *gradient, number *weight_rounded, float clip,
            float rate, float beta1, float beta2, float epsilon, float decay, float first, float second, int64_t count) {
 #pragma omp parallel for simd schedule(static)
@@ -185,7 +197,7 @@ void adamw(float *weight, float *mean, float *square, const float *gradient, num
     float g = gradient[i] * clip, m = beta1 * mean[i] + (1.0f - beta1) * g, v = beta2 * square[i] + (1.0f - beta2) * g * g;
     float w = weight[i] * (1.0f - rate * decay) - rate * first * m / (sqrtf(v * second) + epsilon);
     mean[i] = m, square[i] = v, weight[i] = w;
-    if (weight_rounded) weight_rounded[i] = rounded(w);
+    if (weight_rounded) weight_rounded[i] = dithered(w, (uint32_t)i);
   }
 }
 
