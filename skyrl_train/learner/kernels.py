@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "logprobs": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "logprobs_backward": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 4 + [_LONG, _INT],
     "square_sum": [_POINTER, _LONG],
+    "dither": [_POINTER] * 2 + [_LONG],
     "adamw": [_POINTER] * 5 + [_FLOAT] * 8 + [_LONG],
 }
 _OF_TILES = {
@@ -226,6 +227,10 @@ class Kernels:
         """Of a float tensor."""
         x = x.contiguous()
         return self.library.square_sum(x.data_ptr(), x.numel())
+
+    def dither(self, x: Tensor, y: Tensor) -> None:
+        """x float, into y, see rounding.py."""
+        self.library.dither(x.data_ptr(), y.data_ptr(), x.numel())
 
     def adamw(
         self, master: Tensor, parameter: Tensor | None, state: dict[str, Tensor], group: dict[str, Any], clip: float

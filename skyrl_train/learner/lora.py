@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl_train.learner.model import Policy
+from skyrl_train.learner.rounding import round_into
 
 if TYPE_CHECKING:
     from skyrl_train.config import LoraConfig
@@ -99,11 +100,13 @@ def adapters_of(module: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.no_grad()
 def effective_weight(linear: nn.Linear) -> Tensor:
-    """[out, in]: what the layer multiplies by, its adapter included, in the layer's type."""
+    """[out, in]: what the layer multiplies by, its adapter included, in the layer's type: see rounding.py."""
     if not isinstance(linear, LoraLinear):
         return linear.weight.detach()
     change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
-    return change.mul_(linear.scale).add_(linear.weight).to(linear.weight.dtype)
+    both = torch.empty_like(linear.weight)
+    round_into(change.mul_(linear.scale).add_(linear.weight), both)
+    return both
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:

@@ -188,6 +188,11 @@ static inline number dithered(float x, uint32_t i) {
 #endif
 }
 
+void dither(const float *x, number *y, int64_t count) {
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < count; i++) y[i] = dithered(x[i], (uint32_t)i);
+}
+
 /* AdamW, Loshchilov and Hutter (2019), algorithm 2, on clip * gradient; first and second are 1 / (1 - beta^step).
  * The new weights also go to `weight_rounded`, dithered, if given. */
 void adamw(float *weight, float *mean, float *square, const float *gradient, number *weight_rounded, float clip,

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skyrl_train.learner.kernels import kernels_for
+
 GOLDEN = 2654435761 - 2**32  # 2^32 over the golden ratio, as an int32: its multiples spread evenly (Knuth, 6.4)
 AT_ONCE = 2**24  # numbers, which bounds the memory
 
@@ -27,10 +29,18 @@ def round_into(masters: Tensor, weights: Tensor) -> None:
         return
     numbers = masters.detach().contiguous().view(-1)
     rounded = torch.empty(masters.shape, dtype=weights.dtype, device=masters.device)
+    kernels = kernels_for(weights.dtype) if masters.device.type == "cpu" else None
+    if kernels is not None:
+        kernels.dither(numbers, rounded)
+    else:
+        _dither(numbers, rounded.view(-1))
+    weights.copy_(rounded)
+
+
+def _dither(numbers: Tensor, rounded: Tensor) -> None:
     for start in range(0, len(numbers), AT_ONCE):
         bits = numbers[start : start + AT_ONCE].view(torch.int32)
         index = torch.arange(start, start + len(bits), device=bits.device).to(torch.int32)
         thresholds = (index.mul_(GOLDEN).add_(-(2**31)) >> 16) & 0xFFFF
         cut_off = ((bits + thresholds) & -0x10000).view(torch.float32)
-        rounded.view(-1)[start : start + AT_ONCE] = cut_off.to(weights.dtype)
-    weights.copy_(rounded)
+        rounded[start : start + AT_ONCE] = cut_off.to(rounded.dtype)

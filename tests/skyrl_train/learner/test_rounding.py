@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner import rounding
 from skyrl_train.learner.kernels import kernels_for
+from skyrl_train.learner.lora import LoraLinear, effective_weight
 from skyrl_train.learner.optimizer import MasterOptimizer
+from tests.skyrl_train.learner.conftest import without_compiler
 
 STEP = 2.0**-12  # of bfloat16's grid between 1/32 and 1/16
 
@@ -49,7 +51,7 @@ def test_a_weight_is_one_of_its_masters_two_neighbours_and_never_turns_back():
         before = weights
 
 
-def test_every_number_counts_from_the_first_of_its_tensor(monkeypatch):
+def test_every_number_counts_from_the_first_of_its_tensor(monkeypatch, no_compiler):
     masters = on_grid() * 1.001
     whole = rounded(masters)
     monkeypatch.setattr(rounding, "AT_ONCE", 999)
@@ -58,7 +60,7 @@ def test_every_number_counts_from_the_first_of_its_tensor(monkeypatch):
     assert torch.equal(rounded(masters.view(100, 100).T.contiguous().T).flatten(), whole)
 
 
-def test_the_kernel_rounds_alike():
+def test_the_kernels_round_as_torch_does_without_them():
     kernels = kernels_for(torch.bfloat16)
     if kernels is None:
         pytest.skip("there is no C compiler")
@@ -69,6 +71,16 @@ def test_the_kernel_rounds_alike():
     kernels.adamw(master, weights, state, group, 1.0)
     assert torch.equal(weights, rounded(master))
     assert not torch.equal(weights, master.bfloat16())
+    with without_compiler():
+        assert torch.equal(weights, rounded(master))
+
+
+def test_a_small_adapter_is_felt_in_the_weights_that_the_engine_reads():
+    layer = LoraLinear(nn.Linear(100, 100, bias=False).bfloat16(), rank=1, scale=1.0)
+    layer.lora_A.data.fill_(1e-3)
+    layer.lora_B.data.fill_(1e-2)
+    change = effective_weight(layer).float() - layer.weight.detach().float()
+    assert float(change.mean()) == pytest.approx(1e-5, rel=0.1)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
