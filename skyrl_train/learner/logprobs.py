@@ -44,6 +44,7 @@ def batch_logprobs(
         temperature=temperature,
         with_entropy=with_entropy,
         keeps_room=policy.writes_logits_into_room,
+        vocab_size=getattr(head, "out_features", None),
     )
     zeros = logprobs.new_zeros(batch.num_tokens)
     return zeros.index_put((tokens,), logprobs), zeros.index_put((tokens,), entropies)
@@ -59,13 +60,17 @@ def chunked_logprobs(
     with_entropy: bool = False,
     logits_per_chunk: int | None = None,
     keeps_room: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden], targets [N] -> log p(target) and entropy under softmax(head(hidden) / temperature), [N] fp32.
 
     Both have gradients to `hidden` and to the `head_parameters`, the parameters that `head` uses.
-    `keeps_room`: head takes `out`, where to write the logits, and that memory is kept for the next logits.
+    `keeps_room`: head takes `out`, where to write the logits, and that memory is kept for the next logits. Without
+    `vocab_size`, one token more goes through the head to see how many there are.
     """
-    settings = _Settings(head, temperature, with_entropy, logits_per_chunk, keeps_room, torch.is_grad_enabled())
+    settings = _Settings(
+        head, temperature, with_entropy, logits_per_chunk, keeps_room, vocab_size, torch.is_grad_enabled()
+    )
     return _ChunkedLogprobs.apply(hidden, targets, settings, *head_parameters)
 
 
@@ -76,6 +81,7 @@ class _Settings:
     with_entropy: bool
     logits_per_chunk: int | None
     keeps_room: bool
+    vocab_size: int | None
     has_backward: bool
 
 
@@ -87,7 +93,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, settings: _Settings, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        vocabulary = settings.head(hidden[:1]).shape[-1] if len(hidden) else 1
+        vocabulary = settings.vocab_size or (settings.head(hidden[:1]).shape[-1] if len(hidden) else 1)
         ctx.chunk = max((settings.logits_per_chunk or BYTES_PER_CHUNK // hidden.itemsize) // vocabulary, 1)
         ctx.settings, ctx.parameters, ctx.last, ctx.room = settings, parameters, None, None
         if settings.keeps_room:
