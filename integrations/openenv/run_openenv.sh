@@ -129,7 +129,7 @@ recipe=(
   trainer.max_ckpts_to_keep=1
 )
 if [[ "$DEVICE" == cpu ]]; then
-# With 135M weights a run holds 3.7 GiB at 2048 tokens a pass and at most 4.8 at 4096, which is about 7% faster.
+  # With 135M weights a run holds 3.7 GiB at 2048 tokens a pass and at most 4.8 at 4096, which is about 7% faster.
   memory_kb="$(awk '/^MemTotal:/ {print $2}' /proc/meminfo 2>/dev/null || true)"
   recipe+=(trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 ? 4096 : 2048)))
 fi
