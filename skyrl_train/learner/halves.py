@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyrl_train.learner import products
 from skyrl_train.learner.attention import Attention
-from skyrl_train.learner.kernels import Kernels, kernels_for
-from skyrl_train.learner.products import gated_outputs, gradient_of_input, gradient_through_gate, outputs, rows_of
+from skyrl_train.learner.kernels import kernels_of
+from skyrl_train.learner.products import (
+    gated_outputs,
+    gradient_of_input,
+    gradient_through_gate,
+    normed_for,
+    outputs,
+    rows_of,
+)
 from skyrl_train.learner.weight_gradients import WeightGradient
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -72,9 +78,9 @@ class _BeforeAttention(torch.autograd.Function):
         key_norm: Tensor | None,
         *parameters: Any,  # weights, then biases or None
     ) -> tuple[Tensor, ...]:
-        kernels, (head_dim, epsilon) = _kernels(row), settings
+        kernels, (head_dim, epsilon) = kernels_of(row), settings
         weights, biases = parameters[:3], parameters[3:]
-        normed = products.norm(row, norm, epsilon, weights)
+        normed = normed_for(row, norm, epsilon, weights)
         raw = [y.unflatten(1, (-1, head_dim)) for y in outputs(normed, len(row), weights, biases)]
         query, key, value = raw
         if query_norm is not None and key_norm is not None:
@@ -87,7 +93,7 @@ class _BeforeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         row, cosine, sine, norm, query_norm, key_norm, *weights = ctx.saved_tensors
-        kernels, epsilon = _kernels(row), ctx.epsilon
+        kernels, epsilon = kernels_of(row), ctx.epsilon
         weights, raw = weights[:3], weights[3:]
         of_query, of_key = (kernels.rotated(grad, cosine, sine, back=True) for grad in grads[:2])
         of_head_norms: list[Tensor | None] = [None, None]
@@ -97,7 +103,7 @@ class _BeforeAttention(torch.autograd.Function):
         of_raw = [grad.flatten(1) for grad in (of_query, of_key, grads[2])]
         of_normed = gradient_of_input(of_raw, len(row), weights)
         of_row, of_norm = kernels.norm_backward(of_normed, row, norm, epsilon)
-        normed = products.norm(row, norm, epsilon, weights)
+        normed = normed_for(row, norm, epsilon, weights)
         needs = ctx.needs_input_grad[7:]
         of_weights = WeightGradient.add(ctx.gradients, of_raw, normed, len(row), needs[:3])
         of_biases = [grad.sum(0) if needed else None for grad, needed in zip(of_raw, needs[3:], strict=True)]
@@ -114,7 +120,7 @@ class _BehindAttention(torch.autograd.Function):
         num_tokens = len(row)
         [w_out, w_gate, w_up, w_down], [b_out, b_gate, b_up, b_down] = parameters[:4], parameters[4:]
         [middle] = outputs(out, num_tokens, [w_out], [b_out], residual=row)
-        normed = products.norm(middle, norm, epsilon, [w_gate, w_up])
+        normed = normed_for(middle, norm, epsilon, [w_gate, w_up])
         gate, up, gated = gated_outputs(normed, num_tokens, [w_gate, w_up], [b_gate, b_up])
         ctx.save_for_backward(middle, out, gate, up, norm, w_out, w_gate, w_up, w_down)
         ctx.epsilon, ctx.gradients = epsilon, [WeightGradient.of(weight) for weight in parameters[:4]]
@@ -126,8 +132,8 @@ class _BehindAttention(torch.autograd.Function):
         of_added, num_tokens = grads[0].contiguous(), len(middle)
         of_gate, of_up, gated = gradient_through_gate(of_added, w_down, gate, up)
         of_normed = gradient_of_input([of_gate, of_up], num_tokens, [w_gate, w_up])
-        normed = products.norm(middle, norm, ctx.epsilon, [w_gate, w_up])
-        of_row, of_norm = _kernels(middle).norm_backward(of_normed, middle, norm, ctx.epsilon, of_added)
+        normed = normed_for(middle, norm, ctx.epsilon, [w_gate, w_up])
+        of_row, of_norm = kernels_of(middle).norm_backward(of_normed, middle, norm, ctx.epsilon, of_added)
         needs = ctx.needs_input_grad[4:]
         places, of_ys = ctx.gradients, (of_row, of_gate, of_up, of_added)
         of_weights = [
@@ -140,9 +146,3 @@ class _BehindAttention(torch.autograd.Function):
         ]
         of_out = gradient_of_input([of_row], num_tokens, [w_out])
         return of_row, of_out, None, of_norm.to(norm.dtype), *of_weights, *of_biases
-
-
-def _kernels(row: Tensor) -> Kernels:
-    kernels = kernels_for(row.dtype)
-    assert kernels is not None  # else the block would not have come here
-    return kernels

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("passes.c")
 SIDE = 32  # of the blocks that AMX multiplies; as in tiles.h
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
 _ARGUMENTS = {
-    "norm": [_POINTER] * 3 + [_FLOAT] + [_POINTER] * 2 + [_LONG, _INT],
+    "norm": [_POINTER] * 2 + [_FLOAT, _POINTER, _LONG, _INT],
     "norm_backward": [_POINTER] * 3 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "rotate": [_POINTER] * 4 + [_FLOAT, _LONG, _INT, _INT],
     "swiglu": [_POINTER] * 3 + [_LONG],
@@ -97,6 +97,13 @@ def kernels_for(dtype: torch.dtype) -> Kernels | None:
         return _compiled(dtype)
 
 
+def kernels_of(x: Tensor) -> Kernels:
+    """Where only those come who have looked whether there are any."""
+    kernels = kernels_for(x.dtype)
+    assert kernels is not None
+    return kernels
+
+
 def compile_beside(dtype: torch.dtype) -> None:
     """Begin the second that it takes while something else is loaded."""
     Thread(target=kernels_for, args=(dtype,), name="compile kernels", daemon=True).start()
@@ -140,17 +147,9 @@ class Kernels:
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNorm over the last dimension."""
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        pointers = x.data_ptr(), None, weight.data_ptr()
-        self.library.norm(*pointers, epsilon, None, y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
+        shape = x.numel() // x.shape[-1], x.shape[-1]
+        self.library.norm(x.data_ptr(), weight.data_ptr(), epsilon, y.data_ptr(), *shape)
         return y
-
-    def add_and_norm(self, x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """(x + more, its norm)"""
-        total, y = torch.empty_like(x), torch.empty_like(x)
-        pointers = x.data_ptr(), more.data_ptr(), weight.data_ptr()
-        out = total.data_ptr(), y.data_ptr()
-        self.library.norm(*pointers, epsilon, *out, x.numel() // x.shape[-1], x.shape[-1])
-        return total, y
 
     def norm_backward(
         self, of_y: Tensor, x: Tensor, weight: Tensor, epsilon: float, more: Tensor | None = None

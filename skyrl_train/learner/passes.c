@@ -4,20 +4,10 @@
 #include "amx.h"
 #include "norm_and_gate.h"
 
-/* y = x / rms(x) * weight. With `more`, x + more is written to `sum` and normed. */
-void norm(const number *x, const number *more, const number *weight, float epsilon, number *sum, number *y, int64_t rows,
-          int width) {
+/* y = x / rms(x) * weight */
+void norm(const number *x, const number *weight, float epsilon, number *y, int64_t rows, int width) {
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const number *from = x + row * width;
-    if (more) {
-      number *to = sum + row * width;
-#pragma omp simd
-      for (int i = 0; i < width; i++) to[i] = rounded(read_(from[i]) + read_(more[row * width + i]));
-      from = to;
-    }
-    normed(from, weight, epsilon, width, y + row * width);
-  }
+  for (int64_t row = 0; row < rows; row++) normed(x + row * width, weight, epsilon, width, y + row * width);
 }
 
 /* of_x = (weight of_y - x mean(weight of_y x) / rms^2) / rms, plus `more` if given; of_weight [width] += of_y x / rms.

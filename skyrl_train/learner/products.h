@@ -51,26 +51,23 @@ static inline void ask_for_block(const number *at, int64_t stride) {
   for (int row = 0; row < SIDE; row++) _mm_prefetch((const char *)(at + row * stride), _MM_HINT_T1);
 }
 
+#define LOAD(tile, at, stride, passes) \
+  do { \
+    if (passes) _tile_stream_loadd(tile, at, 2 * (stride)); \
+    else _tile_loadd(tile, at, 2 * (stride)); \
+  } while (0)
+
 /* Tiles 0 to 3, a 32 x 32 block of C, += A B over `steps` blocks, while rows [row, stop) of a next panel are asked for.
  * One operand passes the first cache by and leaves the other there. */
 static inline void multiply_passing(panel a, panel b, int64_t steps, int left_passes, panel next, int64_t row, int64_t stop) {
   for (int64_t s = 0; s < steps; s++, a.at += a.step, b.at += b.step, next.at += next.step) {
     for (int64_t i = row; i < stop; i++) _mm_prefetch((const char *)(next.at + i * next.stride), _MM_HINT_T1);
-    if (left_passes) {
-      _tile_stream_loadd(4, a.at, 2 * a.stride);
-      _tile_loadd(6, b.at, 2 * b.stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b.at + b.below, 2 * b.stride);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_stream_loadd(5, a.at + a.below, 2 * a.stride);
-    } else {
-      _tile_stream_loadd(6, b.at, 2 * b.stride);
-      _tile_loadd(4, a.at, 2 * a.stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stream_loadd(7, b.at + b.below, 2 * b.stride);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a.at + a.below, 2 * a.stride);
-    }
+    LOAD(4, a.at, a.stride, left_passes);
+    LOAD(6, b.at, b.stride, !left_passes);
+    _tile_dpbf16ps(0, 4, 6);
+    LOAD(7, b.at + b.below, b.stride, !left_passes);
+    _tile_dpbf16ps(1, 4, 7);
+    LOAD(5, a.at + a.below, a.stride, left_passes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

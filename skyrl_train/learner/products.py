@@ -14,26 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl_train.learner.kernels import SIDE, Gate, Kernels, Layer, Matrix, kernels_for
+from skyrl_train.learner.kernels import SIDE, Gate, Kernels, Layer, Matrix, kernels_for, kernels_of
 
 FEWEST_ROWS = 32  # for fewer, laying out the weights takes longer than their product
 
 
-def kernels_for_products(x: Tensor, weights: Sequence[Tensor]) -> Kernels | None:
-    """x [T, width] or in blocks. None: these products are torch's."""
-    if x.ndim == 2 and (x.device.type != "cpu" or len(x) < FEWEST_ROWS or x.shape[1] % SIDE):
+def kernels_with_tiles(x: Tensor) -> Kernels | None:
+    """Those that can read x, [T, width] or in blocks; None: there are none."""
+    if x.device.type != "cpu" or _width(x) % SIDE:
         return None
     kernels = kernels_for(x.dtype)
-    if kernels is None or not kernels.has_tiles:
+    return kernels if kernels is not None and kernels.has_tiles else None
+
+
+def kernels_for_products(x: Tensor, weights: Sequence[Tensor]) -> Kernels | None:
+    """x [T, width] or in blocks. None: these products are torch's."""
+    kernels = kernels_with_tiles(x)
+    if kernels is None or (x.ndim == 2 and len(x) < FEWEST_ROWS):
         return None
     fit = all(w.dtype == x.dtype and w.is_contiguous() and not any(size % SIDE for size in w.shape) for w in weights)
     return kernels if fit else None
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float, weights: Sequence[Tensor]) -> Tensor:
-    """RMSNorm of the input [T, width] of layers with these weights; in blocks if these are computed in tiles."""
+def normed_for(x: Tensor, weight: Tensor, epsilon: float, weights: Sequence[Tensor]) -> Tensor:
+    """RMSNorm of what goes into layers with these weights, [T, width]; in blocks if these are computed in tiles."""
     if (kernels := kernels_for_products(x, weights)) is None:
-        return _kernels(x).norm(x, weight, epsilon)
+        return kernels_of(x).norm(x, weight, epsilon)
     y = _blocks_like(x, x.shape[1])
     kernels.library.norm_into_blocks(x.contiguous().data_ptr(), weight.data_ptr(), epsilon, byref(_matrix(y)), len(x))
     return y
@@ -50,10 +56,13 @@ def outputs(
 ) -> list[Tensor]:
     """Each layer's y. Of one layer: plus `residual` [T, outputs], and written into `out` if given."""
     if (kernels := kernels_for_products(x, weights)) is None:
+        if out is not None:
+            torch.mm(x, weights[0].t(), out=out)
+            return [out if biases[0] is None else out.add_(biases[0])]
         ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         if residual is not None:
             ys[0] += residual
-        return ys if out is None else [out.copy_(ys[0])]
+        return ys
     ys = [x.new_empty((num_tokens, len(weight))) if out is None else out for weight in weights]
     _outputs(kernels, x, num_tokens, weights, biases, ys, residual, None)
     return ys
@@ -65,7 +74,7 @@ def gated_outputs(
     """The outputs of a gate and of what it lets pass, and silu(gate) * up; in blocks if the kernels compute them."""
     if (kernels := kernels_for_products(x, weights)) is None:
         gate, up = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        return gate, up, _kernels(x).swiglu(gate, up)
+        return gate, up, kernels_of(x).swiglu(gate, up)
     gate, up, gated = (_blocks_like(x, len(weights[0])) for _ in range(3))
     _outputs(kernels, x, num_tokens, weights, biases, [gate, up], None, gated)
     return gate, up, gated
@@ -89,11 +98,11 @@ def gradient_through_gate(of_y: Tensor, weight: Tensor, gate: Tensor, up: Tensor
     of_y = of_y.contiguous()
     if gate.ndim == 2:
         gated = of_y @ weight  # its gradient, in whose place it comes itself
-        of_gate, of_up = _kernels(of_y).swiglu_backward(gate, up, gated)
+        of_gate, of_up = kernels_of(of_y).swiglu_backward(gate, up, gated)
         return of_gate, of_up, gated
     of_gate, of_up, gated = (torch.empty_like(gate) for _ in range(3))
     through = Gate(*map(_matrix, (gate, up, of_gate, of_up, gated)))
-    _gradient_of_input(_kernels(of_y), [of_y], len(of_y), [weight], through.gated, through)
+    _gradient_of_input(kernels_of(of_y), [of_y], len(of_y), [weight], through.gated, through)
     return of_gate, of_up, gated
 
 
@@ -164,9 +173,3 @@ def _matrix(x: Tensor) -> Matrix:
 
 def _array(layers: list[Layer]) -> tuple[ctypes.Array[Layer], int]:
     return (Layer * len(layers))(*layers), len(layers)
-
-
-def _kernels(x: Tensor) -> Kernels:
-    kernels = kernels_for(x.dtype)
-    assert kernels is not None  # else the block would not have come here
-    return kernels

@@ -14,7 +14,7 @@ from skyrl_train.learner.kernels import SIDE
 from skyrl_train.learner.products import (
     add_weight_gradients,
     gradient_of_input,
-    kernels_for_products,
+    kernels_with_tiles,
     outputs,
     rows_of,
 )
@@ -71,7 +71,7 @@ class WeightGradient:
 
         None: nothing, because it is not needed or because it is summed already.
         """
-        kernels = kernels_for_products(x, [])
+        kernels = kernels_with_tiles(x)
         for_autograd: list[Tensor | None] = []
         summed: list[tuple[Tensor, GradientSum]] = []
         for place, of_y, need in zip(places, of_ys, needed, strict=True):
@@ -95,7 +95,8 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = WeightGradient.of(weight)
-        return outputs(x, len(x), [weight], [bias], out=out)[0].detach()
+        [y] = outputs(x, len(x), [weight], [bias], out=None if out is None else out.detach())
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

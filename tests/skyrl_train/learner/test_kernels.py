@@ -52,9 +52,6 @@ def test_norm_and_its_gradient(kernels):
     assert_close(ours_x.double(), of_x, **near)
     assert_close(ours_weight.double(), of_weight, rtol=1e-5, atol=1e-4)
     assert_close(kernels.norm_backward(pull, x, weight, 1e-3, more)[0].double(), of_x + more.double(), **near)
-    total, normed = kernels.add_and_norm(x, more, weight, 1e-3)
-    assert torch.equal(total, x + more)
-    assert torch.equal(normed, kernels.norm(total, weight, 1e-3))
 
 
 def test_rotation_turns_pairs_of_halves_and_back(kernels):

@@ -74,7 +74,7 @@ def test_gradient_of_a_shared_input(rows, outputs):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, *ROWS])
 def test_gradients_of_weights_are_summed_in_float(rows, kernels):
     x, of_ys = normal(rows, 64), [normal(rows, 96), normal(rows, 32)]
     expected = [of_y.double().T @ x.double() for of_y in of_ys]
@@ -93,7 +93,7 @@ def test_a_gate_between_products_there_and_back(rows, has_biases, kernels):
     x, norm_weight, of_y = normal(rows, 64), normal(64), normal(rows, 64)
     weights, down = [weight(96, 64), weight(96, 64).flip(0)], weight(64, 96)
     biases = [normal(96), normal(96).flip(0)] if has_biases else [None, None]
-    normed = products.norm(x, norm_weight, 1e-5, weights)
+    normed = products.normed_for(x, norm_weight, 1e-5, weights)
     assert normed.ndim == 4
     assert not normed.transpose(1, 2).reshape(-1, 64)[rows:].any()  # behind the last row
     assert torch.equal(products.rows_of(normed, rows), kernels.norm(x, norm_weight, 1e-5))
