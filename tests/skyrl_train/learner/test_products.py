@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner import products
 from skyrl_train.learner.kernels import Kernels, kernels_for
+from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.learner.weight_gradients import Product
 
 BF16 = torch.bfloat16
 NEAR: dict[str, Any] = {"rtol": 1e-2, "atol": 2e-2}  # one rounding of numbers around 1
@@ -85,6 +88,17 @@ def test_gradients_of_weights_are_summed_in_float(rows, kernels):
     products.add_weight_gradients(kernels, of_ys, x, rows, [(sums[0], False), (sums[1], True)])
     assert_close(sums[0].double(), 2 * expected[0], **EXACT)
     assert_close(sums[1].double(), expected[1], **EXACT)
+
+
+@pytest.mark.parametrize("rows", [1, *ROWS])
+def test_the_gradient_of_a_weight_with_a_master_is_never_rounded(rows):
+    layer = torch.nn.Parameter(weight(96, 64))
+    master = MasterOptimizer([("weight", layer)], OptimizerConfig(), 10).masters["weight"]
+    x, of_y = normal(rows, 64), normal(rows, 96)
+    Product.apply(x, layer, None, None).backward(of_y)
+    assert layer.grad is None
+    assert master.grad is not None
+    assert_close(master.grad.double(), of_y.double().T @ x.double(), **EXACT)
 
 
 @pytest.mark.parametrize("rows", ROWS)
