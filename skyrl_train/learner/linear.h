@@ -4,7 +4,7 @@
 #include "products.h"
 #include "wide.h"
 
-#define STEPS_OF_WEIGHTS 64 /* blocks of tokens in a sum of a weight's gradient; these are added up in memory */
+#define STEPS_OF_WEIGHTS 64 /* blocks of tokens at most in a sum of a weight's gradient; these are added up in memory */
 
 typedef struct { /* [rows, width], width a multiple of 32: row by row, or in blocks of 32 x 32, the last rows filled up */
   number *at;
@@ -180,9 +180,9 @@ static void put_through_gate(const void *of, int64_t far, int64_t near, float *s
       to_up[half] = _mm512_mul_ps(of, opened);
       y[half] = _mm512_mul_ps(opened, u);
     }
-    round_two(to_gate[0], to_gate[1], of_gate + i);
-    round_two(to_up[0], to_up[1], of_up + i);
-    round_two(y[0], y[1], gated + i);
+    round_two_away(to_gate[0], to_gate[1], of_gate + i);
+    round_two_away(to_up[0], to_up[1], of_up + i);
+    round_two_away(y[0], y[1], gated + i);
   }
 }
 
@@ -234,8 +234,9 @@ void gradient_of_input(const layer *layers, int64_t count, const matrix *of_x, c
 /* Each layer's gradient (+)= of_y^T x */
 void gradients_of_weights(const layer *layers, int64_t count, const matrix *x, int64_t tokens, number *room) {
   int64_t panels = x->width / SIDE, all = blocks(tokens);
-  for (int64_t first = 0; first < all; first += STEPS_OF_WEIGHTS) {
-    int64_t steps = least(STEPS_OF_WEIGHTS, all - first);
+  int64_t passes = (all + STEPS_OF_WEIGHTS - 1) / STEPS_OF_WEIGHTS;
+  for (int64_t pass = 0; pass < passes; pass++) {
+    int64_t first = all * pass / passes, steps = all * (pass + 1) / passes - first;
     operands of = {.layers = layers, .tokens = tokens - first * SIDE, .inputs = x->width, .first_panel = first};
     product p = {.far = panels, .near = panels_of_outputs(layers, count), .steps = steps, .together = 1,
                  .near_is_left = 1, .packed_far = room, .near_at = near_y, .pack_near = pack_transposed,

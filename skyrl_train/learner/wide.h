@@ -12,6 +12,11 @@ static inline __m512i rounded_two(__m512 first, __m512 second) { return (__m512i
 
 static inline void round_two(__m512 first, __m512 second, number *to) { _mm512_storeu_si512(to, rounded_two(first, second)); }
 
+/* Past the caches, which would fetch first what lies there. `to` at a multiple of 64 bytes. */
+static inline void round_two_away(__m512 first, __m512 second, number *to) {
+  _mm512_stream_si512((__m512i *)to, rounded_two(first, second));
+}
+
 /* 1 / (1 + 2**t), t = -x log2 e, to 3e-6 of it: 2**t by whole powers and a Taylor series around the nearest. */
 static inline __m512 sigmoids(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
