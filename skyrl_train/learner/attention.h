@@ -6,6 +6,7 @@
  * computes it again from the stored logarithm of its sum, as in Dao et al. (2022), algorithm 4.
  */
 #include "tiles.h"
+#include "wide.h"
 
 #define ROWS 256 /* queries times repeats, at once */
 
@@ -135,30 +136,40 @@ static void products_over_keys(const shape *s, const seen *all, int64_t head, in
     for (int64_t i = 0; i < count; i++) {
       int64_t token = all->first + (row + i) / repeats, of_token = head * repeats + (row + i) % repeats;
       number *to = out + (token * s->heads + of_token) * s->size + d * SIDE;
-#pragma omp simd
-      for (int j = 0; j < SIDE; j++) to[j] = rounded(c[i * SIDE + j] * factors[i]);
+      __m512 factor = _mm512_set1_ps(factors[i]);
+      round_two(_mm512_mul_ps(_mm512_loadu_ps(c + i * SIDE), factor), _mm512_mul_ps(_mm512_loadu_ps(c + i * SIDE + 16), factor), to);
     }
   }
+}
+
+/* Which of the keys [at, at + 16) lie in [start, stop) */
+static inline __mmask16 visible(int at, int start, int stop) {
+  const __m512i first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(at), first);
+  return _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(start)), keys, _mm512_set1_epi32(stop));
+}
+
+/* Sixteen weights exp(scale * score - normalizer), 0 of keys that are not visible; both factors times log2(e). */
+static inline __m512 weights_of(const float *scores, __mmask16 seen, __m512 scale, __m512 normalizer) {
+  return _mm512_maskz_mov_ps(seen, powers_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores), scale, normalizer)));
 }
 
 /* scores -> weights over the largest in [start, stop), and zeros in the rest of the whole blocks [from, to).
  * Returns the logarithm of the sum of exponentials. */
 static float softmax_row(const float *scores, float scale, int start, int stop, int from, int to, number *p, float *sum) {
-  float top = -INFINITY, total = 0;
-#pragma omp simd reduction(max : top)
-  for (int j = from; j < to; j++) {
-    float score = j >= start && j < stop ? scores[j] : -INFINITY;
-    top = score > top ? score : top;
+  __m512 tops = _mm512_set1_ps(-INFINITY), totals = _mm512_setzero_ps();
+  for (int j = from; j < to; j += 16)
+    tops = _mm512_mask_max_ps(tops, visible(j, start, stop), tops, _mm512_loadu_ps(scores + j));
+  float top = _mm512_reduce_max_ps(tops);
+  __m512 slope = _mm512_set1_ps(scale * LOG2_E), over = _mm512_set1_ps(top * scale * LOG2_E);
+  for (int j = from; j < to; j += SIDE) {
+    __m512 left = weights_of(scores + j, visible(j, start, stop), slope, over);
+    __m512 right = weights_of(scores + j + 16, visible(j + 16, start, stop), slope, over);
+    round_two(left, right, p + j);
+    totals = _mm512_add_ps(totals, _mm512_add_ps(left, right));
   }
-#pragma omp simd reduction(+ : total)
-  for (int j = from; j < to; j++) {
-    float x = (scores[j] - top) * scale, e = exponential(x < 0 ? x : 0);
-    e = j >= start && j < stop ? e : 0.0f;
-    p[j] = rounded(e);
-    total += e;
-  }
-  *sum = total;
-  return top * scale + logf(total);
+  *sum = _mm512_reduce_add_ps(totals);
+  return top * scale + logf(*sum);
 }
 
 static void forward_rows(const shape *s, room *r, int64_t head, int64_t row, const number *query, number *out,
@@ -211,24 +222,30 @@ int attend(const shape *s, const number *query, const number *key, const number 
   return failed;
 }
 
-/* p and dS of 32 rows, from scores and dP: dS = p (dP - sum(dO O)) scale. */
+/* p and dS of 32 rows, from scores and dP: dS = p (dP - sum(dO O)) scale. Zeros outside of key blocks [begin, end). */
 static void gradient_of_scores(const shape *s, room *r, int64_t row, int64_t b, int64_t here, int64_t begin, int64_t end,
                                const float *normalizers, const float *deltas) {
-  int64_t width = r->seen.key_blocks * SIDE;
+  int64_t width = r->seen.key_blocks * SIDE, from = begin * SIDE, to = end * SIDE;
+  __m512 scale = _mm512_set1_ps(s->scale), slope = _mm512_set1_ps(s->scale * LOG2_E);
   for (int64_t i = 0; i < SIDE; i++) {
-    number *p = r->p + (b + i) * width, *of_scores = r->of_scores + (b + i) * width;
-    int64_t start = 0, stop = 0;
-    if (i < here) bounds_of(s, &r->seen, row + b + i, &start, &stop);
-    memset(p, 0, width * sizeof(number)), memset(of_scores, 0, width * sizeof(number));
+    number *out[2] = {r->p + (b + i) * width, r->of_scores + (b + i) * width};
     const float *scores = r->scores + i * width, *of_p = r->of_p + i * width;
-    float normalizer = normalizers[i < here ? i : 0], delta = deltas[i < here ? i : 0];
-    int first = (int)start, last = (int)stop;
-#pragma omp simd
-    for (int j = (int)begin * SIDE; j < (int)end * SIDE; j++) {
-      float log_p = scores[j] * s->scale - normalizer, weight = exponential(log_p < 0 ? log_p : 0);
-      weight = j >= first && j < last ? weight : 0.0f;
-      p[j] = rounded(weight);
-      of_scores[j] = rounded(weight * (of_p[j] - delta) * s->scale);
+    int64_t start = 0, stop = 0, real = i < here ? i : 0;
+    if (i < here) bounds_of(s, &r->seen, row + b + i, &start, &stop);
+    __m512 normalizer = _mm512_set1_ps(normalizers[real] * LOG2_E), delta = _mm512_set1_ps(deltas[real]);
+    for (int which = 0; which < 2; which++) {
+      memset(out[which], 0, from * sizeof(number));
+      memset(out[which] + to, 0, (width - to) * sizeof(number));
+    }
+    for (int64_t j = from; j < to; j += SIDE) {
+      __m512 p[2], of_scores[2];
+      for (int half = 0; half < 2; half++) {
+        int64_t at = j + 16 * half;
+        p[half] = weights_of(scores + at, visible((int)at, (int)start, (int)stop), slope, normalizer);
+        of_scores[half] = _mm512_mul_ps(_mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_loadu_ps(of_p + at), delta)), scale);
+      }
+      round_two(p[0], p[1], out[0] + j);
+      round_two(of_scores[0], of_scores[1], out[1] + j);
     }
   }
 }

@@ -43,7 +43,7 @@ def block_of_halves(
     module, mlp, normed = block.self_attn, block.mlp, block.input_layernorm
     turn = tuple(part[0].contiguous() for part in position_embeddings)
     head_norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else (None, None)
-    query, key, value = _BeforeAttention.apply(
+    row, query, key, value = _BeforeAttention.apply(
         row,
         *turn,
         (module.head_dim, normed.variance_epsilon),
@@ -64,7 +64,10 @@ def _parameters(*layers: nn.Linear) -> list[Tensor | None]:
 
 
 class _BeforeAttention(torch.autograd.Function):
-    """Norm, three products, norms of the heads where the family has them, rotary positions."""
+    """Norm, three products, norms of the heads where the family has them, rotary positions.
+
+    The row comes out again, so that what others do with it is added to its gradient here, in the pass of the norm.
+    """
 
     @staticmethod
     def forward(
@@ -88,21 +91,21 @@ class _BeforeAttention(torch.autograd.Function):
         kept = raw[:2] if query_norm is not None else []
         ctx.save_for_backward(row, cosine, sine, norm, query_norm, key_norm, *weights, *kept)
         ctx.epsilon, ctx.gradients = epsilon, [WeightGradient.of(weight) for weight in weights]
-        return kernels.rotated(query, cosine, sine), kernels.rotated(key, cosine, sine), value
+        return row, kernels.rotated(query, cosine, sine), kernels.rotated(key, cosine, sine), value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         row, cosine, sine, norm, query_norm, key_norm, *weights = ctx.saved_tensors
         kernels, epsilon = kernels_of(row), ctx.epsilon
         weights, raw = weights[:3], weights[3:]
-        of_query, of_key = (kernels.rotated(grad, cosine, sine, back=True) for grad in grads[:2])
+        of_query, of_key = (kernels.rotated(grad, cosine, sine, back=True) for grad in grads[1:3])
         of_head_norms: list[Tensor | None] = [None, None]
         if raw:
             of_query, of_head_norms[0] = kernels.norm_backward(of_query, raw[0], query_norm, epsilon)
             of_key, of_head_norms[1] = kernels.norm_backward(of_key, raw[1], key_norm, epsilon)
-        of_raw = [grad.flatten(1) for grad in (of_query, of_key, grads[2])]
+        of_raw = [grad.flatten(1) for grad in (of_query, of_key, grads[3])]
         of_normed = gradient_of_input(of_raw, len(row), weights)
-        of_row, of_norm = kernels.norm_backward(of_normed, row, norm, epsilon)
+        of_row, of_norm = kernels.norm_backward(of_normed, row, norm, epsilon, grads[0].contiguous())
         normed = normed_for(row, norm, epsilon, weights)
         needs = ctx.needs_input_grad[7:]
         of_weights = WeightGradient.add(ctx.gradients, of_raw, normed, len(row), needs[:3])
