@@ -31,7 +31,8 @@ static void take_tiles_for(int rows) {
   take_tiles(&shapes);
 }
 
-/* sums [32, 32] = rows (at most 32) of x times a panel, which is in memory still or in a cache already */
+/* sums [32, 32] = rows (at most 32) of x times a panel, which is in memory still or in a cache already. It passes the
+ * first cache by and leaves x there. */
 static inline void multiply(const number *x, int rows, int inputs, const number *panel, int in_memory, float *sums) {
   const number *others = x + 16 * inputs;
   _tile_zero(0);
@@ -41,8 +42,8 @@ static inline void multiply(const number *x, int rows, int inputs, const number 
   for (int step = 0; step < inputs; step += STEP, panel += STEP * COLUMNS) {
     for (int line = 0; in_memory && line < STEP * COLUMNS * 2; line += 64)
       _mm_prefetch((const char *)panel + AHEAD + line, _MM_HINT_T1);
-    _tile_loadd(6, panel, 64);
-    _tile_loadd(7, panel + STEP * COLUMNS / 2, 64);
+    _tile_stream_loadd(6, panel, 64);
+    _tile_stream_loadd(7, panel + STEP * COLUMNS / 2, 64);
     _tile_loadd(4, x + step, inputs * sizeof(number));
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
