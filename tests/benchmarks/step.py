@@ -26,7 +26,7 @@ PARTS = ("generate", "fwd_logprobs_values_reward", "policy_train", "sync_weights
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=2048)
+    parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=4096)
     add_trl_arguments(parser)
     chosen = parser.parse_args()
     model = resolve_model(chosen.model)

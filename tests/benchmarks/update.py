@@ -33,7 +33,7 @@ GIB = 1 << 30
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=2048)
+    parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=64, prompt_tokens=50, token_budget=4096)
     add_trl_arguments(parser)
     parser.add_argument("--check-linear", action="store_true", help="ours alone, with 1, 2 and 4 times the prompts")
     chosen = parser.parse_args()

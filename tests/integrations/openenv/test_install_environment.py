@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ class NeedsEngine(CodingEntry):
     engine_module = "no_such_module"
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def installed(monkeypatch: pytest.MonkeyPatch, *words: str, keeps_bytecode: bool = True) -> int:
     """The exit code of the command line."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", not keeps_bytecode)
     monkeypatch.setattr(sys, "argv", ["install", *words])
     with pytest.raises(SystemExit) as ended:
         install_environment.main()
@@ -47,6 +49,22 @@ def test_without_docker_it_says_that_the_local_runtime_serves_and_checks_it(
     assert "the docker command is not installed" in printed
     assert "The local runtime will serve." in printed
     assert "echo_env: the good player earned 1 of 1" in printed
+
+
+def test_where_python_keeps_no_bytecode_the_packages_are_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "prefix", "/a/virtual/environment")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "module.py").write_text("x = 1\n")
+    (tmp_path / "package" / "no_python.py").write_text("{{ a template }\n")
+    assert installed(monkeypatch, "echo-env") == 0
+    assert not list(tmp_path.rglob("*.pyc"))
+    assert installed(monkeypatch, "echo-env", keeps_bytecode=False) == 0
+    assert [path.name.split(".")[0] for path in tmp_path.rglob("*.pyc")] == ["module"]
+    assert "compiled in" in capsys.readouterr().out
 
 
 def test_without_docker_nothing_can_be_built(

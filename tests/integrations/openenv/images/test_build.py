@@ -147,6 +147,7 @@ def test_the_command_line_builds_the_image_and_plays_in_it(
     base_image, tag = docker_or_skip(), f"skyrl-test/echo-env:command-line-{context_hash(catalog_entry('echo_env'))}"
     monkeypatch.setattr(type(catalog_entry("echo_env")), "local_image", tag)
     monkeypatch.setattr(sys, "argv", ["install", "--build", "--base_image", base_image, "echo-env"])
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     try:
         with pytest.raises(SystemExit) as ended:
             install_environment.main()
