@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from integrations.openenv.hosting.server_process import ServerProcess
+
+# A shell that starts pytest in the background lets it, and the runs that tests interrupt, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def started(module: str) -> Iterator[str]:
