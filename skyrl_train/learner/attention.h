@@ -136,8 +136,8 @@ static void products_over_keys(const shape *s, const seen *all, int64_t head, in
     for (int64_t i = 0; i < count; i++) {
       int64_t token = all->first + (row + i) / repeats, of_token = head * repeats + (row + i) % repeats;
       number *to = out + (token * s->heads + of_token) * s->size + d * SIDE;
-      __m512 factor = _mm512_set1_ps(factors[i]);
-      round_two(_mm512_mul_ps(_mm512_loadu_ps(c + i * SIDE), factor), _mm512_mul_ps(_mm512_loadu_ps(c + i * SIDE + 16), factor), to);
+      __m512 factor = _mm512_set1_ps(factors[i]), left = _mm512_loadu_ps(c + i * SIDE), right = _mm512_loadu_ps(c + i * SIDE + 16);
+      round_two(_mm512_mul_ps(left, factor), _mm512_mul_ps(right, factor), to);
     }
   }
 }

@@ -104,6 +104,14 @@ def kernels_of(x: Tensor) -> Kernels:
     return kernels
 
 
+def kernels_with_tiles(x: Tensor) -> Kernels | None:
+    """Those that can read x [..., width], or its blocks of 32 x 32, in tiles; None: there are none."""
+    if x.device.type != "cpu" or x.shape[-1] % SIDE:
+        return None
+    kernels = kernels_for(x.dtype)
+    return kernels if kernels is not None and kernels.has_tiles else None
+
+
 def compile_beside(dtype: torch.dtype) -> None:
     """Begin the second that it takes while something else is loaded."""
     Thread(target=kernels_for, args=(dtype,), name="compile kernels", daemon=True).start()

@@ -14,17 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl_train.learner.kernels import SIDE, Gate, Kernels, Layer, Matrix, kernels_for, kernels_of
+from skyrl_train.learner.kernels import SIDE, Gate, Kernels, Layer, Matrix, kernels_of, kernels_with_tiles
 
 FEWEST_ROWS = 32  # for fewer, laying out the weights takes longer than their product
-
-
-def kernels_with_tiles(x: Tensor) -> Kernels | None:
-    """Those that can read x, [T, width] or in blocks; None: there are none."""
-    if x.device.type != "cpu" or _width(x) % SIDE:
-        return None
-    kernels = kernels_for(x.dtype)
-    return kernels if kernels is not None and kernels.has_tiles else None
 
 
 def kernels_for_products(x: Tensor, weights: Sequence[Tensor]) -> Kernels | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrl_train.learner.kernels import SIDE, AttentionShape, kernels_for
+from skyrl_train.learner.kernels import AttentionShape, kernels_of, kernels_with_tiles
 
 NO_WINDOW = 2**62
 
@@ -45,10 +45,7 @@ class Segments:
 
 def can_attend(query: Tensor) -> bool:
     """query [T, heads, D]"""
-    if query.device.type != "cpu" or query.shape[-1] % SIDE:
-        return False
-    kernels = kernels_for(query.dtype)
-    return kernels is not None and kernels.has_tiles
+    return kernels_with_tiles(query) is not None
 
 
 class TiledAttention(torch.autograd.Function):
@@ -62,7 +59,7 @@ class TiledAttention(torch.autograd.Function):
         out, normalizers = torch.empty_like(query), torch.empty(query.shape[:2])
         shape = segments.shape(query, key, scale, window)
         pointers = (tensor.data_ptr() for tensor in (query, key, value, out, normalizers))
-        _checked(_library(query).attend(ctypes.byref(shape), *pointers))
+        _checked(kernels_of(query).library.attend(ctypes.byref(shape), *pointers))
         ctx.save_for_backward(query, key, value, out, normalizers)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
         return out
@@ -74,14 +71,10 @@ class TiledAttention(torch.autograd.Function):
         of_inputs = [torch.empty_like(tensor) for tensor in (query, key, value)]
         shape = ctx.segments.shape(query, key, ctx.scale, ctx.window)
         pointers = (tensor.data_ptr() for tensor in (query, key, value, out, of_out, normalizers, *of_inputs))
-        _checked(_library(query).attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers))
+        _checked(
+            kernels_of(query).library.attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers)
+        )
         return *of_inputs, None, None, None
-
-
-def _library(tensor: Tensor) -> Any:
-    kernels = kernels_for(tensor.dtype)
-    assert kernels is not None  # see can_attend
-    return kernels.library
 
 
 def _checked(failed: int) -> None:

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl_train.learner.kernels import SIDE
+from skyrl_train.learner.kernels import SIDE, kernels_with_tiles
 from skyrl_train.learner.products import (
     add_weight_gradients,
     gradient_of_input,
-    kernels_with_tiles,
     outputs,
     rows_of,
 )
