@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.kernels import Kernels, kernels_for
-from skyrl_train.learner.rounding import round_into
+from skyrl_train.learner.rounding import rounded
 
 
 class AdamW(torch.optim.AdamW):
@@ -56,7 +56,7 @@ class AdamW(torch.optim.AdamW):
         """The masters as they are, see rounding.py."""
         for master, parameter in self._pairs:
             if parameter is not master:
-                round_into(master, parameter)
+                parameter.copy_(rounded(master, parameter.dtype))
 
 
 def _kernels_of(pairs: Sequence[tuple[Tensor, nn.Parameter]]) -> Kernels | None:

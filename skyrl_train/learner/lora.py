@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl_train.learner.model import Policy
-from skyrl_train.learner.rounding import round_into
+from skyrl_train.learner.rounding import rounded
 
 if TYPE_CHECKING:
     from skyrl_train.config import LoraConfig
@@ -104,9 +104,7 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     if not isinstance(linear, LoraLinear):
         return linear.weight.detach()
     change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
-    both = torch.empty_like(linear.weight)
-    round_into(change.mul_(linear.scale).add_(linear.weight), both)
-    return both
+    return rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:

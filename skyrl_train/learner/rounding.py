@@ -21,26 +21,25 @@ GOLDEN = 2654435761 - 2**32  # 2^32 over the golden ratio, as an int32: its mult
 AT_ONCE = 2**24  # numbers, which bounds the memory
 
 
-def round_into(masters: Tensor, weights: Tensor) -> None:
-    """masters float32 -> weights. Number i of bfloat16 weights: the master plus u_i of a step, cut off, with
-    u_i = (i / golden ratio + 1/2) mod 1. Numbers of another type are rounded to the nearest."""
-    if weights.dtype != torch.bfloat16:
-        weights.copy_(masters)
-        return
+def rounded(masters: Tensor, dtype: torch.dtype) -> Tensor:
+    """masters float32 -> the same in another type. Number i in bfloat16: the master plus u_i of a step, cut off, with
+    u_i = (i / golden ratio + 1/2) mod 1. In another type each is rounded to the nearest."""
+    if dtype != torch.bfloat16:
+        return masters.to(dtype)
     numbers = masters.detach().contiguous().view(-1)
-    rounded = torch.empty(masters.shape, dtype=weights.dtype, device=masters.device)
-    kernels = kernels_for(weights.dtype) if masters.device.type == "cpu" else None
+    weights = torch.empty(masters.shape, dtype=dtype, device=masters.device)
+    kernels = kernels_for(dtype) if masters.device.type == "cpu" else None
     if kernels is not None:
-        kernels.dither(numbers, rounded)
+        kernels.dither(numbers, weights)
     else:
-        _dither(numbers, rounded.view(-1))
-    weights.copy_(rounded)
+        _dither(numbers, weights.view(-1))
+    return weights
 
 
-def _dither(numbers: Tensor, rounded: Tensor) -> None:
+def _dither(numbers: Tensor, weights: Tensor) -> None:
     for start in range(0, len(numbers), AT_ONCE):
         bits = numbers[start : start + AT_ONCE].view(torch.int32)
         index = torch.arange(start, start + len(bits), device=bits.device).to(torch.int32)
         thresholds = (index.mul_(GOLDEN).add_(-(2**31)) >> 16) & 0xFFFF
         cut_off = ((bits + thresholds) & -0x10000).view(torch.float32)
-        rounded[start : start + AT_ONCE] = cut_off.to(rounded.dtype)
+        weights[start : start + AT_ONCE] = cut_off.to(weights.dtype)

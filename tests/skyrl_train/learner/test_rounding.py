@@ -18,9 +18,7 @@ STEP = 2.0**-12  # of bfloat16's grid between 1/32 and 1/16
 
 
 def rounded(masters: Tensor) -> Tensor:
-    weights = torch.empty(masters.shape, dtype=torch.bfloat16)
-    rounding.round_into(masters, weights)
-    return weights
+    return rounding.rounded(masters, torch.bfloat16)
 
 
 def on_grid(count: int = 10_000) -> Tensor:
@@ -97,6 +95,6 @@ def test_the_first_update_moves_bfloat16_weights_on_average_by_the_learning_rate
 
 
 def test_other_types_are_rounded_to_the_nearest():
-    masters, weights = on_grid() * 1.001, torch.empty(10_000, dtype=torch.float16)
-    rounding.round_into(masters, weights)
+    masters = on_grid() * 1.001
+    weights = rounding.rounded(masters, torch.float16)
     assert torch.equal(weights, masters.half())
