@@ -7,6 +7,7 @@ by transformers.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from skyrl_train.learner.causal import causal_attention
 from skyrl_train.learner.tiled_attention import Segments, TiledAttention, can_attend
+from skyrl_train.ops.cuda import flash_attention, has_flash
+from skyrl_train.ops.ragged import Ragged, RepeatedRows
 
 ATTENTION_NAME = "skyrl"  # as transformers knows it; it has no mask function there, so models build no mask
 
@@ -78,13 +81,56 @@ class PackedAttention:
     begins a sequence; it sees that one whole, and what that one continues, and so on. Without `before`, every segment
     is a sequence of its own.
 
-    Segments that continue the same one and whose lengths are close are padded on the right to one length and attend
+    On a GPU all segments attend in one call, each to the keys of what it continues and its own, gathered. Elsewhere
+    segments that continue the same one and whose lengths are close are padded on the right to one length and attend
     together (the padding is never seen: it comes after every real token).
     """
 
-    def __init__(self, offsets: Tensor, before: Tensor | None = None) -> None:
-        device, bounds = offsets.device, offsets.tolist()
-        continued = [-1] * (len(bounds) - 1) if before is None else before.tolist()
+    def __init__(self, offsets: Tensor, before: Tensor | None = None, device: torch.device | None = None) -> None:
+        """device: of the tokens; by default that of `offsets`."""
+        self._device, self._bounds = device or offsets.device, offsets.tolist()
+        self._continued = [-1] * (len(self._bounds) - 1) if before is None else before.tolist()
+        self._num_tokens = self._bounds[-1]
+
+    @cached_property
+    def _buckets(self) -> _Buckets:
+        return _Buckets(self._bounds, self._continued, self._device)
+
+    @cached_property
+    def _gathered(self) -> tuple[Tensor | None, Ragged]:
+        return gathered_keys(self._bounds, self._continued, self._device)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        if query.shape[0] != self._num_tokens:
+            raise ValueError(f"{query.shape[0]} tokens, but the offsets of PackedAttention end at {self._num_tokens}")
+        if has_flash(query.device, query.dtype, query.shape[-1]):
+            rows, ragged = self._gathered
+            if rows is not None:
+                key, value = RepeatedRows.apply(key, rows), RepeatedRows.apply(value, rows)
+            return flash_attention(query, key, value, ragged, scale=scale, window=window)
+        return self._buckets.attend(query, key, value, scale, window)
+
+
+def gathered_keys(bounds: list[int], continued: list[int], device: torch.device) -> tuple[Tensor | None, Ragged]:
+    """(rows of the keys that the segments see, one segment after the other, and where each one's lie).
+
+    Of a segment that continues another, those of the other come first. Rows None: every segment sees its own keys only.
+    """
+    chains: list[Tensor] = []
+    for (start, stop), prefix in zip(pairwise(bounds), continued, strict=True):
+        own = torch.arange(start, stop)
+        chains.append(own if prefix < 0 else torch.cat([chains[prefix], own]))
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    rows = None if all(prefix < 0 for prefix in continued) else torch.cat(chains).to(device)
+    return rows, Ragged.of(lengths, [len(chain) for chain in chains], device)
+
+
+class _Buckets:
+    """`PackedAttention` without one kernel for all: segments of about one length attend together."""
+
+    def __init__(self, bounds: list[int], continued: list[int], device: torch.device) -> None:
         self._num_tokens = bounds[-1]
         self._segments = Segments(torch.tensor(bounds), torch.tensor(continued))
         together: dict[tuple[int, int], list[int]] = {}
@@ -114,11 +160,7 @@ class PackedAttention:
         self._in_order = torch.equal(rows, torch.arange(self._num_tokens))
         self._rows, self._place = rows.to(device), place.to(device)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        if query.shape[0] != self._num_tokens:
-            raise ValueError(f"{query.shape[0]} tokens, but the offsets of PackedAttention end at {self._num_tokens}")
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         if can_attend(query):
             return TiledAttention.apply(query, key, value, self._segments, scale, window)
         seen = [tensor.split(self._around_prefixes)[1::2] for tensor in (key, value)]

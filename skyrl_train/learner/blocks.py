@@ -18,6 +18,7 @@ from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.halves import block_of_halves, is_plain
 from skyrl_train.learner.kernels import kernels_for
 from skyrl_train.learner.weight_gradients import Embedded, GradientSum, Product
+from skyrl_train.ops import cuda
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ def has_quick_head(module: PreTrainedModel) -> bool:
 
 
 def quicken_blocks(module: PreTrainedModel) -> None:
-    """Let a model's blocks compute as below, on a processor and whenever they are handed one of our attention objects.
+    """Let a model's blocks compute as below whenever they are handed one of our attention objects.
 
     Modules, parameters and their names stay, so an adapter in place of a linear layer is used as well. Models of other
     families are left alone.
@@ -62,6 +63,8 @@ def _block_forward(
     **family: Any,
 ) -> Tensor:
     """hidden_states [1, T, hidden] -> the same after the block."""
+    if attention is not None and _is_fused(hidden_states):
+        return _fused_block(block, hidden_states[0], position_embeddings, attention)[None]
     if attention is None or hidden_states.device.type != "cpu":
         if attention is not None:
             family["attention"] = attention
@@ -77,19 +80,49 @@ def _block_forward(
     return (row + down(_Gated.apply(gate, up)))[None]
 
 
+def _is_fused(hidden: Tensor) -> bool:
+    return hidden.device.type == "cuda" and cuda.has_fused_blocks()
+
+
+def _fused_block(block: Any, row: Tensor, position_embeddings: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    """row [T, hidden] -> the same after the block, on a GPU."""
+    module, mlp = block.self_attn, block.mlp
+    normed = cuda.normed(row, block.input_layernorm)
+    query, key, value = _heads(module, normed)
+    if hasattr(module, "q_norm"):
+        query, key = cuda.normed(query, module.q_norm), cuda.normed(key, module.k_norm)
+    query, key = cuda.rotated(query, key, *position_embeddings)
+    attended = _attended(module, query, key, value, attention)
+    normed, row = cuda.added_and_normed(attended, row, block.post_attention_layernorm)
+    return row + mlp.down_proj(cuda.gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
 def _attend(module: Any, row: Tensor, position_embeddings: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-    heads = (-1, module.head_dim)
-    query, key, value = (p(row).unflatten(1, heads) for p in (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = _heads(module, row)
     if hasattr(module, "q_norm"):
         query, key = _normed(query, module.q_norm), _normed(key, module.k_norm)
     cos, sin = (part[0, :, None] for part in position_embeddings)
     query, key = _Turned.apply(query, cos, sin), _Turned.apply(key, cos, sin)
+    return _attended(module, query, key, value, attention)
+
+
+def _heads(module: Any, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """row [T, hidden] -> queries [T, heads, D], keys and values [T, kv_heads, D]."""
+    heads = (-1, module.head_dim)
+    query, key, value = (p(row).unflatten(1, heads) for p in (module.q_proj, module.k_proj, module.v_proj))
+    return query, key, value
+
+
+def _attended(module: Any, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+    """[T, hidden], behind the output projection."""
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     out = attention.attend(module.layer_idx, query, key, value, scale=module.scaling, window=window)
     return module.o_proj(out.flatten(1))
 
 
 def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
+    if _is_fused(hidden_states):
+        return cuda.normed(hidden_states, norm)
     if hidden_states.device.type != "cpu":
         return type(norm).forward(norm, hidden_states)
     return _normed(hidden_states, norm)

@@ -32,7 +32,7 @@ class Budget:
 def logprobs_of(policy: Policy, batch: Batch, *, temperature: float, budget: Budget) -> Tensor:
     """[T] on the batch's device, 0 wherever loss_mask is False."""
     parts = [
-        batch_logprobs(policy, micro.to(policy.device), temperature=temperature)[0].to(micro.input_ids.device)
+        batch_logprobs(policy, micro, temperature=temperature)[0].to(micro.input_ids.device)
         for micro in each_in_a_span("micro batch", budget.cut(batch), _size)
     ]
     return torch.cat(parts)
@@ -60,18 +60,19 @@ def accumulate_gradient(
     start = 0
     for micro in each_in_a_span("micro batch", budget.cut(mini_batch), _size):
         here = micro.to(policy.device)
-        logprobs, entropies = batch_logprobs(policy, here, temperature=temperature, with_entropy=True)
+        logprobs, entropies = batch_logprobs(policy, micro, temperature=temperature, with_entropy=True)
         rest, metrics = objective.regularization(here, logprobs, entropies)
         if pull is None:
             loss, more = objective.policy_loss(here, logprobs, generator)
             metrics |= more
-            policy_loss += float(loss.detach())
-            final_loss += float(loss.detach())
+            of_policy = loss.detach()
         else:
             loss = (pull[start : start + micro.num_tokens].to(logprobs.device) * logprobs).sum()
+            of_policy = torch.zeros(())
         with span("backward"):
             (loss + rest).backward()
-        final_loss += float(rest.detach())
+        policy_loss += float(of_policy)  # after backward was started: a GPU is waited for here
+        final_loss += float(of_policy) + float(rest.detach())
         means.add(metrics, int(micro.loss_mask.sum()))
         parts.append(logprobs.detach().to(micro.input_ids.device))
         start += micro.num_tokens

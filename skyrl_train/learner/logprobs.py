@@ -20,6 +20,7 @@ from skyrl_train.learner.softmax import into_gradient, statistics
 from skyrl_train.types import Batch
 
 BYTES_PER_CHUNK = 2**28  # of logits; forward leaves the last chunk for backward
+SHARE_OF_GPU = 1 / 24  # of a GPU's memory, likewise: each chunk adds the head's whole gradient, so few are faster
 
 
 def batch_logprobs(
@@ -27,18 +28,20 @@ def batch_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """One forward pass of the policy -> (logprobs, entropies), [T] float32, 0 wherever loss_mask is False.
 
-    A prefix that samples share is computed once. Entropies are 0 too without `with_entropy`. The batch must be on the
-    policy's device.
+    A prefix that samples share is computed once. Entropies are 0 too without `with_entropy`. The batch is on the host
+    or on the policy's device, where the results are; on the host it spares a GPU being asked for its numbers.
     """
-    segments = share_prefixes(batch)
-    attention = PackedAttention(segments.offsets, segments.before)
-    hidden = policy.hidden_states(segments.input_ids, segments.position_ids, attention)
+    segments, device = share_prefixes(batch), policy.device
+    attention = PackedAttention(segments.offsets, segments.before, device)
+    ids, positions = segments.input_ids.to(device), segments.position_ids.to(device)
+    hidden = policy.hidden_states(ids, positions, attention)
     tokens = torch.nonzero(batch.loss_mask).flatten()
-    predicts = segments.row[tokens - 1]  # what stands before a token predicts it; several samples may share it
+    predicts = segments.row[tokens - 1].to(device)  # what stands before a token predicts it; samples may share it
+    targets, tokens = batch.input_ids[tokens].to(device), tokens.to(device)
     head = policy.module.get_output_embeddings()
     logprobs, entropies = chunked_logprobs(
         hidden.float().index_select(0, predicts).to(hidden.dtype),  # so that backward sums in float32
-        batch.input_ids[tokens],
+        targets,
         policy.logits,
         [] if head is None else [parameter for parameter in head.parameters() if parameter.requires_grad],
         temperature=temperature,
@@ -94,7 +97,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, targets: Tensor, settings: _Settings, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         vocabulary = settings.vocab_size or (settings.head(hidden[:1]).shape[-1] if len(hidden) else 1)
-        ctx.chunk = max((settings.logits_per_chunk or BYTES_PER_CHUNK // hidden.itemsize) // vocabulary, 1)
+        ctx.chunk = max((settings.logits_per_chunk or _logits_per_chunk(hidden)) // vocabulary, 1)
         ctx.settings, ctx.parameters, ctx.last, ctx.room = settings, parameters, None, None
         if settings.keeps_room:
             ctx.room = _room(min(len(hidden), ctx.chunk), vocabulary, hidden.dtype)
@@ -138,6 +141,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for total, parameter in zip(of_parameters, ctx.parameters, strict=True)
         ]
         return of_hidden, None, None, *cast
+
+
+def _logits_per_chunk(hidden: Tensor) -> int:
+    num_bytes = BYTES_PER_CHUNK
+    if hidden.device.type == "cuda":
+        num_bytes = max(num_bytes, int(SHARE_OF_GPU * torch.cuda.get_device_properties(hidden.device).total_memory))
+    return num_bytes // hidden.itemsize
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:

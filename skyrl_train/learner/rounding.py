@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skyrl_train.learner.kernels import kernels_for
+from skyrl_train.ops.cuda import has_triton
 
 GOLDEN = 2654435761 - 2**32  # 2^32 over the golden ratio, as an int32: its multiples spread evenly (Knuth, 6.4)
 AT_ONCE = 2**24  # numbers, which bounds the memory
@@ -31,6 +32,10 @@ def rounded(masters: Tensor, dtype: torch.dtype) -> Tensor:
     kernels = kernels_for(dtype) if masters.device.type == "cpu" else None
     if kernels is not None:
         kernels.dither(numbers, weights)
+    elif masters.device.type == "cuda" and has_triton():
+        from skyrl_train.ops import cuda_kernels
+
+        cuda_kernels.dither(numbers, weights.view(-1))
     else:
         _dither(numbers, weights.view(-1))
     return weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skyrl_train.learner.kernels import Kernels, kernels_for
+from skyrl_train.ops.cuda import has_triton
 
 NUMBERS_IN_CACHE = 2**20  # float32 numbers that a processor's core keeps close: a softmax walks over them several times
 
@@ -17,6 +18,10 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
     exponentials, the entropy, each [n] float32."""
     if (kernels := _kernels(logits)) is not None:
         return kernels.logprobs(logits, targets, temperature)
+    if _has_gpu_kernels(logits):
+        from skyrl_train.ops import cuda_kernels
+
+        return cuda_kernels.statistics(logits, targets, temperature)
     logprobs, normalizers, entropies = (torch.empty(len(logits), device=logits.device) for _ in range(3))
     for here, scaled, p in _in_cache(logits, temperature):
         torch.softmax(scaled, 1, out=p)
@@ -44,6 +49,11 @@ def into_gradient(
         pull = torch.zeros_like(normalizers) if of_logprobs is None else of_logprobs
         kernels.logprobs_backward(logits, targets, temperature, normalizers, entropies, pull, of_entropies)
         return
+    if _has_gpu_kernels(logits):
+        from skyrl_train.ops import cuda_kernels
+
+        cuda_kernels.into_gradient(logits, targets, temperature, normalizers, entropies, of_logprobs, of_entropies)
+        return
     pulls = (None if grad is None else grad[:, None] / temperature for grad in (of_logprobs, of_entropies))
     of_logprobs, of_entropies = pulls
     for rows, scaled, p in _in_cache(logits, temperature):
@@ -60,6 +70,10 @@ def into_gradient(
 
 def _kernels(logits: Tensor) -> Kernels | None:
     return kernels_for(logits.dtype) if logits.device.type == "cpu" and logits.is_contiguous() else None
+
+
+def _has_gpu_kernels(logits: Tensor) -> bool:
+    return logits.device.type == "cuda" and has_triton() and logits.stride(1) == 1
 
 
 def _in_cache(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +52,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32_768,
         "initializer_range": 0.02,
     },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32_768,
+        "initializer_range": 0.02,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+        "initializer_range": 0.02,
+    },
     "tiny": {"max_position_embeddings": 4096},
 }
 
@@ -62,8 +87,9 @@ def main() -> None:
     size = sum(weight.numel() for weight in policy.module.parameters())
     on_gpu = device.type == "cuda"
     multiplied, read = (product_rate(8192, 8192), read_rate(GIB)) if on_gpu else (product_rate(), read_rate())
+    theirs = {n: transformers_tokens_per_second(policy, n, chosen) for n in chosen.requests} if chosen.peers else {}
     numbers = {n: tokens_per_second(policy, n, chosen) for n in chosen.requests}
-    updates = update(policy, chosen)
+    updates = update(policy, chosen) if chosen.update_prompts else {"tokens_per_second": 0.0}
     ceilings = {n: n / max(2 * size / read, 2 * size * n / multiplied) for n in numbers}
     most = max(numbers)
     Comparison(
@@ -71,13 +97,14 @@ def main() -> None:
         f"{chosen.prompt_tokens}; and updates",
         unit="tokens/s",
         ours=numbers[most],
-        peers={},
+        peers={"transformers": theirs[most]} if theirs else {},
         ceiling=ceilings[most],
         facts={
             "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
             "dtype": str(policy.compute_dtype).removeprefix("torch."),
             "parameters": size,
             "tokens_per_second": numbers,
+            "transformers_tokens_per_second": theirs,
             "share_of_ceiling_at": {n: rate / ceilings[n] for n, rate in numbers.items()},
             "product_rate_tflops": multiplied / 1e12,
             "read_rate_gb": read / 1e9,
@@ -94,7 +121,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128, help="of a response")
-    parser.add_argument("--update-prompts", type=int, default=16, help="groups of eight in an update")
+    parser.add_argument("--update-prompts", type=int, default=16, help="groups of eight in an update; 0: no update")
+    parser.add_argument("--peers", action="store_true", help="transformers' generate, too, with the same weights")
     parser.add_argument("--token-budget", type=int, default=8192, help="of one forward pass")
     parser.add_argument("--rounds", type=int, default=5, help="the median counts; one more comes before them")
     chosen = parser.parse_args()
@@ -135,6 +163,23 @@ def tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namesp
     with asyncio.Runner() as runner:
         seconds = timed(lambda: runner.run(rollout()), chosen.rounds, f"{num_requests} requests")
         runner.run(engine.close())
+    return num_requests * chosen.tokens / seconds
+
+
+def transformers_tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namespace) -> float:
+    """Of `generate` with PyTorch's attention, sampling at temperature 1, one batch of equal lengths."""
+    asked = prompts(tiny_tokenizer(), -(-num_requests // GROUP), chosen.prompt_tokens)
+    ids = torch.tensor([asked[i // GROUP] for i in range(num_requests)], device=policy.device)
+    module: Any = copy.deepcopy(policy.module)
+    for part in module.modules():
+        vars(part).pop("forward", None)  # transformers' own again
+    module.set_attn_implementation("sdpa")
+
+    def generate() -> None:
+        length = {"min_new_tokens": chosen.tokens, "max_new_tokens": chosen.tokens}
+        module.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **length)
+
+    seconds = compute.submit(timed, generate, chosen.rounds, f"transformers, {num_requests} requests").result()
     return num_requests * chosen.tokens / seconds
 
 

@@ -18,13 +18,17 @@ SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     """What `sample` does; it calls this for logits on a GPU."""
-    temperatures = moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
-    scores = logits.float() / temperatures
-    normalizers = scores.logsumexp(-1)
-    weights = cut_weights(scores, rows)
-    tokens = chosen(weights, rows)
-    logprobs = (logits.gather(1, tokens[:, None]).float() / temperatures).squeeze(1) - normalizers
-    drawn, values, finite = torch.stack([part.double() for part in (tokens, logprobs, normalizers)]).tolist()
+    scores = logits
+    if any(row.params.temperature not in (0, 1) for row in rows):
+        scores = logits / moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
+    probabilities = scores.softmax(-1, dtype=torch.float32)
+    is_plain = all(row.is_plain and not row.banned for row in rows)
+    tokens = chosen(probabilities if is_plain else cut_weights(scores.to(torch.float32, copy=True), rows), rows)
+    logprobs = probabilities.gather(1, tokens[:, None]).log().squeeze(1)
+    if not is_plain:  # a token that underflowed may be all that is left
+        logprobs = (scores.gather(1, tokens[:, None]).squeeze(1) - scores.float().logsumexp(-1)).float()
+    is_finite = probabilities.amax(-1)  # not a number if a logit is
+    drawn, values, finite = torch.stack([part.double() for part in (tokens, logprobs, is_finite)]).tolist()
     if not all(map(math.isfinite, finite)):
         raise FloatingPointError(NOT_FINITE)
     return [int(token) for token in drawn], values

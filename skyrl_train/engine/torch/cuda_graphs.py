@@ -1,15 +1,18 @@
 """The policy on a GPU, its decoding steps replayed from CUDA graphs.
 
 A decoding step launches about a thousand small kernels, and starting them from Python takes longer than they do. So a
-step is recorded once, over buffers that stay where they are, and replayed as a whole. Numbers of rows and attended
-lengths are rounded up to few values, each with a graph of its own. Row r is slot r of the cache; rows that do not
-decode compute along and write where nobody reads.
+step is recorded once, over buffers that stay where they are, and replayed as a whole. Numbers of rows are rounded up to
+few values, each with a graph of its own; so are attended lengths where there is no flash kernel, which reads them from
+the GPU's memory. Row r is slot r of the cache; rows that do not decode compute along and write where nobody reads.
+Prompts that are computed in the same step go the plain way, behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +26,11 @@ from torch.utils._pytree import tree_leaves
 from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.model import Policy
+from skyrl_train.ops.cuda import flash_attention
+from skyrl_train.ops.ragged import Ragged
 
 LEAST_ROWS, LEAST_SPAN = 8, 256  # steps between the rounded numbers
+MAX_FAILURES = 2  # of recording one bucket: the first may be for want of memory
 
 Compute = Callable[[], Tensor]
 Record = Callable[[Compute], Compute]  # what computes -> what does the same again on what the buffers hold then
@@ -32,16 +38,16 @@ Record = Callable[[Compute], Compute]  # what computes -> what does the same aga
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The first `rows` slots, attending to their first `span` tokens at most."""
+    """The first `rows` slots, attending to their first `span` tokens at most: all of them with the flash kernel."""
 
     rows: int
     span: int
 
     @classmethod
     def around(cls, rows: int, span: int, cache: KVCache) -> Bucket:
-        num_slots = cache.layer(0)[0].shape[0]
         least_rows = 1 << (rows - 1).bit_length() if rows < LEAST_ROWS else _rounded(rows, LEAST_ROWS)
-        return cls(min(least_rows, num_slots), min(_rounded(span, LEAST_SPAN), cache.length))
+        least_span = cache.length if cache.has_flash else min(_rounded(span, LEAST_SPAN), cache.length)
+        return cls(min(least_rows, cache.num_slots), least_span)
 
 
 def _rounded(number: int, step: int) -> int:
@@ -58,18 +64,19 @@ class StaticAttention:
 
     def __init__(self, cache: KVCache, positions: Tensor, places: Tensor, span: int) -> None:
         self._cache, self._positions, self._span = cache, positions, span
-        rows, (_, heads, length, _) = len(positions), cache.layer(0)[0].shape
-        first = torch.arange(rows * heads, device=positions.device).view(rows, heads) * length
-        self._places = (first + places[:, None]).flatten()  # in the flat [slots * kv_heads * length, D]
+        slots = torch.arange(len(positions) + 1, device=positions.device)
+        self._rows = cache.rows_of(slots[:-1], places)
+        starts, num_keys = slots * cache.length, positions + 1
+        self._ragged = Ragged(slots.int(), starts.int(), 1, span, num_keys.int())
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        stores = self._cache.layer(layer)
-        for store, new in zip(stores, (key, value), strict=True):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._places, new.reshape(-1, store.shape[-1]))
-        keys, values = (store[: len(query), :, : self._span] for store in stores)
+        self._cache.write(layer, self._rows, key, value)
+        if self._cache.has_flash:
+            return flash_attention(query, *self._cache.tokens(layer), self._ragged, scale=scale, window=window)
+        keys, values = (store[: len(query), :, : self._span] for store in self._cache.layer(layer))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, heads per key head, D]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
         return out.flatten(1, 2)
@@ -115,12 +122,13 @@ class GraphedPolicy:
     """A `ForwardPass` that takes its ids and positions from the host. Without `record` every pass goes the plain way.
 
     Each bucket's first replay is compared with the plain pass, which it must be. Should recording fail, or a replay
-    differ, this says why and goes the plain way from then on.
+    differ, this says why, tries that bucket once more, and then goes the plain way for it.
     """
 
     def __init__(self, policy: Policy, record: Record | None) -> None:
         self._policy, self._record = policy, record
         self._recorded: dict[Bucket, tuple[DecodingStep, Compute]] = {}
+        self._failures: Counter[Bucket] = Counter()
         self._cache_at: tuple[int, ...] = ()  # where the cache and the weights lay when the steps were recorded
         self._weights_at = self._weights_now()
 
@@ -130,14 +138,29 @@ class GraphedPolicy:
         return len(self._recorded)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
-        slots = attention.decoding_slots if isinstance(attention, CachedAttention) else None
-        if self._record is None or slots is None or not isinstance(attention, CachedAttention):
+        if self._record is None or not isinstance(attention, CachedAttention):
             return self._plainly(input_ids, position_ids, attention)
+        num_decoding = len(attention.decoding_slots)
+        if num_decoding == len(input_ids):
+            return self._decoded(input_ids, position_ids, attention)
+        if num_decoding == 0:
+            return self._plainly(input_ids, position_ids, attention)
+        (ids, prompt_ids), (positions, prompt_positions) = (
+            tensor.split([num_decoding, len(input_ids) - num_decoding]) for tensor in (input_ids, position_ids)
+        )
+        decoded = self._decoded(ids, positions, attention.decoding_alone)
+        return torch.cat([decoded, self._plainly(prompt_ids, prompt_positions, attention.without_decoding)])
+
+    def _decoded(self, input_ids: Tensor, position_ids: Tensor, attention: CachedAttention) -> Tensor:
+        """One new token of some sequences. The result lies in a buffer that the next call writes over."""
+        slots = attention.decoding_slots
         self._forget_if_moved(attention.cache)
         rows = int(slots[-1]) + 1
         bucket = Bucket.around(rows, int(position_ids.max()) + 1, attention.cache)
         if bucket not in self._recorded:
             hidden = self._plainly(input_ids, position_ids, attention)
+            if self._failures[bucket] == MAX_FAILURES:
+                return hidden
             step = DecodingStep(self._policy, attention.cache, bucket)
             step.fill(input_ids, position_ids, slots)
             self._try(step, bucket, slots, hidden)
@@ -165,18 +188,20 @@ class GraphedPolicy:
             replay = self._record(step.compute)
             distance = _distance(_of_slots(replay(), slots), expected)
         except RuntimeError as error:
-            self._give_up(f"recording a step of {bucket.rows} rows failed: {error}")
+            self._count_failure(bucket, f"recording a step of {bucket.rows} rows failed: {error}")
             return
         allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
         if distance <= allowed:
             self._recorded[bucket] = step, replay
         else:
-            self._give_up(f"a replayed step of {bucket.rows} rows is {distance:.1e} away from the plain one (relative)")
+            self._count_failure(
+                bucket, f"a replayed step of {bucket.rows} rows is {distance:.1e} away from the plain one (relative)"
+            )
 
-    def _give_up(self, why: str) -> None:
-        logger.warning(f"sampling without CUDA graphs, which is slower: {why}")
-        self._record = None
-        self._recorded.clear()
+    def _count_failure(self, bucket: Bucket, why: str) -> None:
+        self._failures[bucket] += 1
+        if self._failures[bucket] == MAX_FAILURES:
+            logger.warning(f"steps of {bucket.rows} rows are sampled without a CUDA graph, which is slower: {why}")
 
     def _forget_if_moved(self, cache: KVCache) -> None:
         keys, _ = cache.layer(0)
@@ -204,7 +229,10 @@ class CudaGraphs:
                 compute()  # loads what libraries load at their first call, which no recording may
             current.wait_stream(self._stream)
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                with (
+                    _no_garbage_collection(),
+                    torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+                ):
                     hidden = compute()
             except RuntimeError:
                 with suppress(RuntimeError):  # torch leaves its allocator recording if the end fails as well
@@ -216,6 +244,19 @@ class CudaGraphs:
             return hidden
 
         return replay
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Freeing an older graph or an event in mid-recording would end the recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class NothingFromTheHost(TorchDispatchMode):

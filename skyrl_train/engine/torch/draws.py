@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skyrl_train.engine.base import SamplingParams
 
-BLOCK = 256  # tokens whose probabilities are summed before the search: the search then looks at V / 256 + 256 numbers
+BLOCK = 128  # tokens whose probabilities are summed before the search: the search then looks at V / 128 + 128 numbers
 MASK64 = (1 << 64) - 1
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
 NOT_FINITE = "the policy's logits are not finite: its weights have diverged"
 
 
@@ -36,17 +39,23 @@ class Row:
         return not filters and params.repetition_penalty == 1
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 32 random bits, from (seed, position) alone: SplitMix64 (Steele et al., 2014), twice."""
-    state = _mix((seed & MASK64) + 0x9E3779B97F4A7C15)
-    return (_mix(state + 0x9E3779B97F4A7C15 * (position + 1)) >> 32) / 2**32
+def uniforms_of(rows: Sequence[Row]) -> list[float]:
+    """The random number of each row's token."""
+    seeds = np.array([row.params.seed & MASK64 for row in rows], dtype=np.uint64)
+    return uniform(seeds, np.array([row.position for row in rows], dtype=np.uint64)).tolist()
 
 
-def _mix(value: int) -> int:
-    value &= MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
-    return value ^ (value >> 31)
+def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) with 32 random bits, each from (seed, position) alone: SplitMix64 twice (Steele et al., 2014)."""
+    states = _mix(seeds + GAMMA)
+    return (_mix(states + GAMMA * (positions + np.uint64(1))) >> np.uint64(32)) / 2**32
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Modulo 2^64, which is how arrays multiply."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -75,8 +84,7 @@ def chosen(weights: Tensor, rows: list[Row]) -> Tensor:
     greedy = [row.params.temperature == 0 for row in rows]
     if all(greedy):
         return weights.argmax(-1)
-    uniforms = [uniform(row.params.seed, row.position) for row in rows]
-    is_greedy, numbers = moved([greedy, uniforms], weights.device)
+    is_greedy, numbers = moved([greedy, uniforms_of(rows)], weights.device)
     drawn = inverse_cdf(weights, numbers)
     return torch.where(is_greedy > 0, weights.argmax(-1), drawn) if any(greedy) else drawn
 

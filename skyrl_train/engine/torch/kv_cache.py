@@ -1,12 +1,13 @@
 """Keys and values of the sequences in flight, and the attention that reads and extends them.
 
 Every sequence owns a slot. A layer's keys are one tensor [slots, kv_heads, length, D], so one decode step of many
-sequences attends over a view of it: nothing is gathered, repeated or allocated.
+sequences attends over a view of it: nothing is gathered, repeated or allocated. On a GPU the heads of a token lie
+together in memory, as its flash kernel wants them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from skyrl_train import huge_pages
 from skyrl_train.engine.torch.c_structs import Cache, RowTokens
 from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
+from skyrl_train.ops.cuda import flash_attention, has_flash
+from skyrl_train.ops.ragged import Ragged
 
 LENGTH_STEP = 128  # tokens
 SHORT = 128  # tokens; the kernels attend to a chunk token by token up to here, to a longer one through torch
@@ -35,6 +38,7 @@ class KVCache:
         shape = (config.num_hidden_layers, 2, 0, heads, 0, head_dim)
         self._store = torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device)
         self.max_tokens = max_bytes // self.bytes_per_token  # slots times length
+        self._tokens_first = policy.device.type != "cpu"  # in memory, before the heads
 
     @property
     def length(self) -> int:
@@ -66,9 +70,10 @@ class KVCache:
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Not empty: a masked position still multiplies its value by 0."""
-        if self._store.device.type == "cpu":
+        if not self._tokens_first:
             return huge_pages.zeros(shape, self._store.dtype)
-        return self._store.new_zeros(shape)
+        layers, two, slots, heads, length, dim = shape
+        return self._store.new_zeros((layers, two, slots, length, heads, dim)).transpose(3, 4)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of slot `source` become those of slot `target`."""
@@ -84,6 +89,36 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [slots, kv_heads, length, D]."""
         return self._store[index, 0], self._store[index, 1]
+
+    @property
+    def num_slots(self) -> int:
+        return self._store.shape[2]
+
+    @cached_property
+    def has_flash(self) -> bool:
+        """Whether `flash_attention` can read it."""
+        return has_flash(self._store.device, self._store.dtype, self._store.shape[-1])
+
+    def tokens(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer on a GPU, each [slots * length, kv_heads, D]."""
+        keys, values = (store.transpose(1, 2).flatten(0, 1) for store in self.layer(index))
+        return keys, values
+
+    def rows_of(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """slots, positions [T] of tokens -> the rows for `write`."""
+        if self._tokens_first:
+            return slots * self.length + positions
+        heads = self._store.shape[3]
+        first = slots[:, None] * heads + torch.arange(heads, device=slots.device)
+        return (first * self.length + positions[:, None]).flatten()
+
+    def write(self, index: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put key and value [T, kv_heads, D] of new tokens into one layer."""
+        for store, new in zip(self.layer(index), (key, value), strict=True):
+            if self._tokens_first:
+                store.transpose(1, 2).flatten(0, 1).index_copy_(0, rows, new)
+            else:
+                store.view(-1, store.shape[-1]).index_copy_(0, rows, new.reshape(-1, store.shape[-1]))
 
     @property
     def struct(self) -> Cache:
@@ -138,9 +173,19 @@ class CachedAttention:
         return torch.tensor([chunk.slot - self._first for chunk in self._singles], device=self._device)
 
     @property
-    def decoding_slots(self) -> Tensor | None:
-        """[T] on the host, ascending; None if a chunk has more than one token."""
-        return None if self._long else self._slots
+    def decoding_slots(self) -> Tensor:
+        """[N] on the host, ascending: those of the chunks of one token, which come first."""
+        return self._slots[: len(self._singles)]
+
+    @cached_property
+    def decoding_alone(self) -> CachedAttention:
+        """That of the chunks of one token."""
+        return CachedAttention(self.cache, self._singles, self._device)
+
+    @cached_property
+    def without_decoding(self) -> CachedAttention:
+        """That of the longer chunks alone."""
+        return CachedAttention(self.cache, self._long, self._device)
 
     @cached_property
     def is_short(self) -> bool:
@@ -163,9 +208,10 @@ class CachedAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
+        self.cache.write(layer, self._rows, key, value)
+        if self.cache.has_flash:
+            return flash_attention(query, *self.cache.tokens(layer), self._ragged, scale=scale, window=window)
         cached = self.cache.layer(layer)
-        for store, new in zip(cached, (key, value), strict=True):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._rows, new.reshape(-1, store.shape[-1]))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [T, kv_heads, heads per key head, D]
         parts = []
         if self._singles:
@@ -191,10 +237,15 @@ class CachedAttention:
 
     @cached_property
     def _rows(self) -> Tensor:
-        """Where each new key goes in the flat [slots * kv_heads * length, D]."""
-        heads = self.cache.layer(0)[0].shape[1]
-        slots, positions = self._slots[:, None], self._positions[:, None]
-        return ((slots * heads + torch.arange(heads)) * self.cache.length + positions).flatten().to(self._device)
+        return self.cache.rows_of(self._slots, self._positions).to(self._device)
+
+    @cached_property
+    def _ragged(self) -> Ragged:
+        """Each chunk's keys lie from the beginning of its slot on."""
+        counts, stops = [chunk.count for chunk in self._chunks], [chunk.stop for chunk in self._chunks]
+        starts = torch.tensor([*(chunk.slot * self.cache.length for chunk in self._chunks), 0], dtype=torch.int32)
+        ragged = replace(Ragged.of(counts, stops, torch.device("cpu")), key_offsets=starts)
+        return replace(ragged, num_keys=torch.tensor(stops, dtype=torch.int32)).to(self._device)
 
     @cached_property
     def places(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skyrl_train.engine.torch.batched_sampling import sample_batched
-from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniform
+from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniforms_of
 from skyrl_train.engine.torch.kernels import Kernels
 
 
@@ -27,9 +27,8 @@ def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> t
             return sample_batched(logits, rows)
         logits = logits.cpu()  # torch has no running sums on a GPU that are the same twice
     if kernels is not None and all(row.is_plain for row in rows):
-        uniforms = [uniform(row.params.seed, row.position) for row in rows]
         banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
-        tokens, logprobs = kernels.draw(logits, [row.params.temperature for row in rows], uniforms, banned)
+        tokens, logprobs = kernels.draw(logits, [row.params.temperature for row in rows], uniforms_of(rows), banned)
         if not all(map(math.isfinite, logprobs)):
             raise FloatingPointError(NOT_FINITE)
         if -1 not in tokens:

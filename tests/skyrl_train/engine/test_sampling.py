@@ -11,7 +11,7 @@ import torch
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import sampling
 from skyrl_train.engine.torch.batched_sampling import sample_batched
-from skyrl_train.engine.torch.draws import Row, uniform
+from skyrl_train.engine.torch.draws import Row, uniforms_of
 from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
@@ -119,13 +119,28 @@ def test_rows_with_different_parameters_do_not_touch_each_other():
 
 
 def test_uniform_numbers_are_spread_over_seeds_and_positions():
-    for numbers in ([uniform(seed, 5) for seed in range(2000)], [uniform(5, position) for position in range(2000)]):
+    over_seeds = uniforms_of([row(seed, position=5) for seed in range(2000)])
+    over_positions = uniforms_of([row(5, position=position) for position in range(2000)])
+    for numbers in (over_seeds, over_positions):
         tenths = [sum(int(number * 10) == tenth for number in numbers) for tenth in range(10)]
         assert sum((count - 200) ** 2 / 200 for count in tenths) < 35
         mean = sum(a * b for a, b in pairwise(numbers)) / 1999
         assert mean == pytest.approx(0.25, abs=0.02)  # neighbours are independent
-    assert uniform(-1, 0) != uniform(1, 0)
-    assert 0 <= uniform(2**80, 10**6) < 1
+    minus_one, one, large = uniforms_of([row(-1, position=0), row(1, position=0), row(2**80, position=10**6)])
+    assert minus_one != one
+    assert 0 <= large < 1
+
+
+def test_a_uniform_number_is_that_of_splitmix64():
+    def mix(value: int) -> int:
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+        return value ^ (value >> 31)
+
+    gamma = 0x9E3779B97F4A7C15
+    for seed, position in ((0, 0), (7, 3), (2**64 - 1, 10**6)):
+        expected = mix((mix((seed + gamma) % 2**64) + gamma * (position + 1)) % 2**64) >> 32
+        assert uniforms_of([row(seed, position=position)]) == [expected / 2**32]
 
 
 def test_logits_that_are_not_finite_are_an_error():

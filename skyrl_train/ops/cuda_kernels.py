@@ -1,0 +1,130 @@
+"""Triton kernels for what would take torch ten passes over memory: the softmax of the head, and rounding of weights.
+
+Import it only where `ops.cuda.has_triton()`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # ty: ignore[unresolved-import]
+import triton.language as tl  # ty: ignore[unresolved-import]
+from torch import Tensor
+
+BLOCK = 4096  # numbers of a row at once
+
+
+def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [n, vocab], targets [n] -> under softmax(logits / temperature): log p(target), the logarithm of the sum of
+    exponentials, the entropy, each [n] float32. One pass: the sums follow the largest number seen so far (online
+    softmax, arXiv 1805.02867)."""
+    found = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        with torch.cuda.device(logits.device):
+            _statistics[(len(logits),)](
+                logits, logits.stride(0), targets, *found, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=8
+            )
+    logprobs, normalizers, entropies = found
+    return logprobs, normalizers, entropies
+
+
+def into_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    normalizers: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
+) -> None:
+    """Write the gradient of the logits over them, from those of log p(target) and of the entropy, [n] each.
+
+    d log p(target) / dz = [target] - p,  dH / dz = -p (log p + H)
+    """
+    if not len(logits):
+        return
+    nothing = torch.zeros_like(normalizers) if grad_logprobs is None or grad_entropies is None else normalizers
+    with torch.cuda.device(logits.device):
+        _into_gradient[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+            logits,
+            logits.stride(0),
+            targets,
+            normalizers,
+            entropies,
+            nothing if grad_logprobs is None else grad_logprobs,
+            nothing if grad_entropies is None else grad_entropies,
+            logits.shape[1],
+            1 / temperature,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+
+
+def dither(masters: Tensor, weights: Tensor) -> None:
+    """masters [n] float32 -> weights [n] bfloat16, rounded as learner/rounding.py says."""
+    if len(masters):
+        with torch.cuda.device(masters.device):
+            _dither[(triton.cdiv(len(masters), BLOCK),)](masters, weights, len(masters), BLOCK=BLOCK, num_warps=8)
+
+
+@triton.jit
+def _statistics(logits, row_stride, targets, logprobs, normalizers, entropies, vocabulary, scale, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    top = -float("inf")
+    total = 0.0  # of exp(z - top)
+    weighted = 0.0  # of exp(z - top) * (z - top)
+    for start in range(0, vocabulary, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        is_token = places < vocabulary
+        z = tl.load(logits + places, mask=is_token, other=-float("inf")).to(tl.float32) * scale
+        new_top = tl.maximum(top, tl.max(z, 0))
+        shrink = tl.exp(top - new_top)
+        lift = tl.where(total > 0.0, top - new_top, 0.0)
+        weighted = shrink * (weighted + total * lift)
+        total = total * shrink
+        z -= new_top
+        e = tl.exp(z)
+        total += tl.sum(e, 0)
+        weighted += tl.sum(tl.where(is_token & (e > 0.0), e * z, 0.0), 0)
+        top = new_top
+    z = tl.load(logits + tl.load(targets + row)).to(tl.float32) * scale
+    log_total = tl.log(total)
+    tl.store(logprobs + row, z - top - log_total)
+    tl.store(normalizers + row, top + log_total)
+    tl.store(entropies + row, log_total - weighted / total)
+
+
+@triton.jit
+def _into_gradient(
+    logits,
+    row_stride,
+    targets,
+    normalizers,
+    entropies,
+    grad_logprobs,
+    grad_entropies,
+    vocabulary,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_token = places < vocabulary
+    here = logits + row * row_stride + places
+    log_p = tl.load(here, mask=is_token, other=-float("inf")).to(tl.float32) * scale - tl.load(normalizers + row)
+    p = tl.exp(log_p)
+    pull = tl.load(grad_logprobs + row)
+    of_entropy = tl.load(grad_entropies + row)
+    falls = tl.where(p > 0.0, p * (pull + of_entropy * (log_p + tl.load(entropies + row))), 0.0)
+    grad = tl.where(places == tl.load(targets + row), pull, 0.0) - falls
+    tl.store(here, (grad * scale).to(logits.dtype.element_ty), mask=is_token)
+
+
+@triton.jit
+def _dither(masters, weights, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_weight = places < count
+    bits = tl.load(masters + places, mask=is_weight, other=0.0).to(tl.uint32, bitcast=True)
+    threshold = (places.to(tl.uint32) * 2654435761 + 0x80000000) >> 16  # the golden ratio, see learner/rounding.py
+    cut_off = (bits + threshold) & 0xFFFF0000
+    tl.store(weights + places, cut_off.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=is_weight)

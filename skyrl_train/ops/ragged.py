@@ -1,0 +1,76 @@
+"""Attention of sequences of any length in one call: their shapes, and the plain computation that kernels must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Where the queries and keys of N sequences lie. All tensors are int32, on the device of the queries.
+
+    Sequence n has the queries [query_offsets[n], query_offsets[n + 1]) and the keys that begin at key_offsets[n]: up to
+    key_offsets[n + 1], or `num_keys[n]` of them where given. Its last query sees its last key, the query before one key
+    less, and so on (causal, aligned at the end).
+    """
+
+    query_offsets: Tensor  # [N + 1]
+    key_offsets: Tensor  # [N + 1]
+    max_queries: int  # of one sequence
+    max_keys: int
+    num_keys: Tensor | None = None  # [N]; without gradient
+
+    @staticmethod
+    def of(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> Ragged:
+        """Sequences whose queries, and whose keys, lie end to end."""
+        edges = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (query_lengths, key_lengths)]
+        return Ragged(*edges, max(query_lengths), max(key_lengths))
+
+    def to(self, device: torch.device) -> Ragged:
+        num_keys = None if self.num_keys is None else self.num_keys.to(device)
+        edges = {"query_offsets": self.query_offsets.to(device), "key_offsets": self.key_offsets.to(device)}
+        return replace(self, **edges, num_keys=num_keys)
+
+
+def ragged_attention(
+    query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, *, scale: float, window: int | None
+) -> Tensor:
+    """query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D]: one sequence after the other.
+
+    `window`: a query sees its own position and the `window - 1` before it; None: everything before it.
+    """
+    queries, starts = ragged.query_offsets.tolist(), ragged.key_offsets.tolist()
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    if ragged.num_keys is not None:
+        lengths = ragged.num_keys.tolist()
+    parts = []
+    for n, length in enumerate(lengths):
+        own, seen = slice(queries[n], queries[n + 1]), slice(starts[n], starts[n] + length)
+        distance = torch.arange(length - (own.stop - own.start), length)[:, None] - torch.arange(length)
+        is_seen = (distance >= 0) & (distance < (window or length))
+        heads_first = (tensor.transpose(0, 1) for tensor in (query[own], key[seen], value[seen]))
+        mask = is_seen.to(query.device)
+        parts.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True))
+    return torch.cat([part.transpose(0, 1) for part in parts])
+
+
+class RepeatedRows(torch.autograd.Function):
+    """Rows of a tensor, some of them several times. Backward sums their gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(tensor)
+        return tensor.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows,), (grad,) = ctx.saved_tensors, grads
+        total = torch.zeros((ctx.num_rows, *grad.shape[1:]), dtype=torch.float32, device=grad.device)
+        return total.index_add_(0, rows, grad.float()).to(grad.dtype), None
