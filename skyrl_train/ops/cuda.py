@@ -1,7 +1,7 @@
 """A pass of the model on a GPU: attention in one flash call, and norm, rotary positions and gate in one kernel each.
 
-Attention is torch's flash kernel for ragged rows. The other three come from liger-kernel (extra `cuda`); without it the
-modules of transformers compute them, in about forty kernels a layer instead of sixteen.
+Attention is torch's flash kernel for ragged rows, and one of ours while decoding. Norm, rotary positions and gate come
+from liger-kernel (extra `cuda`); without it the modules of transformers compute them, in three times as many kernels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FIRST_CAPABILITY = (8, 0)  # Ampere, likewise
 
 @cache
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `flash_attention` can run: bfloat16 or float16 on a GPU from Ampere on."""
-    if device.type != "cuda" or dtype not in HALF_TYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
+    """Whether the attention below can run: bfloat16 or float16 on a GPU from Ampere on."""
+    if not has_triton() or device.type != "cuda" or dtype not in HALF_TYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
@@ -33,9 +33,8 @@ def flash_attention(
 ) -> Tensor:
     """query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D]: `ragged_attention` in one kernel.
 
-    FlashAttention-2 (arXiv 2307.08691). Nothing is repeated for query heads that share a key head. With one query per
-    sequence the kernel splits the keys over the multiprocessors. This is the operation behind
-    torch.nn.attention.varlen, which adds a custom operation around it that copies a random state at every call.
+    FlashAttention-2 (arXiv 2307.08691). Nothing is repeated for query heads that share a key head. This is the
+    operation behind torch.nn.attention.varlen, which adds a custom operation that makes a random state at every call.
     """
     return torch.ops.aten._flash_attention_forward(
         query,
@@ -59,6 +58,25 @@ def flash_attention(
 def has_triton() -> bool:
     """Whether kernels can be written in Triton, which comes with torch's CUDA builds."""
     return find_spec("triton") is not None
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, *, scale: float, window: int | None
+) -> Tensor:
+    """query [rows, heads, D], keys and values [slots * length, kv_heads, D] -> [rows, heads, D], for `has_flash`.
+
+    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these.
+    """
+    from skyrl_train.ops import cuda_decode
+
+    return cuda_decode.attend(query.contiguous(), keys, values, num_keys, length, scale=scale, window=window)
+
+
+def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    """key, value [T, kv_heads, D] -> rows [T] of keys and values [N, kv_heads, D], for `has_flash`."""
+    from skyrl_train.ops import cuda_decode
+
+    cuda_decode.write(key.contiguous(), value.contiguous(), keys, values, rows)
 
 
 @cache

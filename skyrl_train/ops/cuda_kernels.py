@@ -10,6 +10,8 @@ import triton  # ty: ignore[unresolved-import]
 import triton.language as tl  # ty: ignore[unresolved-import]
 from torch import Tensor
 
+from skyrl_train.ops.cuda_decode import on
+
 BLOCK = 4096  # numbers of a row at once
 
 
@@ -19,7 +21,7 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
     softmax, arXiv 1805.02867)."""
     found = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
     if len(logits):
-        with torch.cuda.device(logits.device):
+        with on(logits.device):
             _statistics[(len(logits),)](
                 logits, logits.stride(0), targets, *found, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=8
             )
@@ -43,7 +45,7 @@ def into_gradient(
     if not len(logits):
         return
     nothing = torch.zeros_like(normalizers) if grad_logprobs is None or grad_entropies is None else normalizers
-    with torch.cuda.device(logits.device):
+    with on(logits.device):
         _into_gradient[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
             logits,
             logits.stride(0),
@@ -62,7 +64,7 @@ def into_gradient(
 def dither(masters: Tensor, weights: Tensor) -> None:
     """masters [n] float32 -> weights [n] bfloat16, rounded as learner/rounding.py says."""
     if len(masters):
-        with torch.cuda.device(masters.device):
+        with on(masters.device):
             _dither[(triton.cdiv(len(masters), BLOCK),)](masters, weights, len(masters), BLOCK=BLOCK, num_warps=8)
 
 

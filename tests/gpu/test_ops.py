@@ -49,7 +49,7 @@ def test_attention_of_samples_that_share_a_prefix(
         leaves = [tensor.requires_grad_() for tensor in tensors]
         attention = PackedAttention(offsets, before, device)
         out = attention.attend(0, *leaves, scale=dim**-0.5, window=window)
-        return [out, *torch.autograd.grad(out, leaves, pull.to(out.dtype))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, pull.to(out.dtype))]
 
     assert cuda.has_flash(device, torch.bfloat16, dim)
     ours = computed(*(tensor.clone() for tensor in inputs))
@@ -76,6 +76,27 @@ def test_attention_to_a_cache_of_which_each_sequence_uses_a_part(
         ours = cuda.flash_attention(query, keys, values, ragged, scale=dim**-0.5, window=None)
         exact = ragged_attention(query.float(), keys.float(), values.float(), ragged, scale=dim**-0.5, window=None)
         assert distance(ours, exact) < 8e-3, counts
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("rows", "length"), [(1, 8192), (6, 1024), (200, 256)])
+@pytest.mark.parametrize("heads", [*HEADS.values(), (4, 4, 80)], ids=[*HEADS, "D = 80"])
+def test_attention_of_one_new_token_per_slot(
+    device: torch.device, heads: tuple[int, int, int], rows: int, length: int, window: int | None
+) -> None:
+    num_heads, kv_heads, dim = heads
+    keys, values = (random(device, (rows + 1) * length, kv_heads, dim, seed=i) for i in (1, 2))
+    new = [random(device, rows, kv_heads, dim, seed=i) for i in (3, 4)]
+    used = torch.randint(1, length + 1, (rows,), generator=torch.Generator().manual_seed(5)).to(device)
+    used[-1] = 1
+    edges = torch.arange(rows + 1, device=device)
+    query = random(device, rows, num_heads, dim, seed=6)
+    cuda.write_rows(*new, keys, values, edges[:-1] * length + used - 1)
+    assert torch.equal(keys[edges[:-1] * length + used - 1], new[0])
+    ours = cuda.decode_attention(query, keys, values, used, length, scale=dim**-0.5, window=window)
+    ragged = Ragged(edges.int(), (edges * length).int(), 1, length, used.int())
+    exact = ragged_attention(query.float(), keys.float(), values.float(), ragged, scale=dim**-0.5, window=window)
+    assert distance(ours, exact) < 8e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -119,9 +140,14 @@ def test_fused_blocks_compute_what_transformers_does(
     ids = torch.randint(258, (200,), device=device)
     positions = torch.arange(200, device=device)
 
+    pull = random(device, 200, 896).float()
+
     def computed() -> list[Tensor]:
         hidden = policy.hidden_states(ids, positions, PackedAttention(torch.tensor([0, 200]), None, device))
-        return [hidden, *torch.autograd.grad(hidden.square().sum(), list(policy.module.base_model.parameters()))]
+        return [
+            hidden.detach(),
+            *torch.autograd.grad((hidden * pull).sum(), list(policy.module.base_model.parameters())),
+        ]
 
     ours = computed()
     monkeypatch.setattr(blocks, "_is_fused", lambda hidden: False)

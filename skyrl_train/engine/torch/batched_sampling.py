@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, moved
 
+UNDERFLOWED = 1e-20  # next to nothing of a row is left beside what is banned: its weights are computed again
 SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 
@@ -21,17 +22,34 @@ def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[flo
     scores = logits
     if any(row.params.temperature not in (0, 1) for row in rows):
         scores = logits / moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
-    probabilities = scores.softmax(-1, dtype=torch.float32)
-    is_plain = all(row.is_plain and not row.banned for row in rows)
-    tokens = chosen(probabilities if is_plain else cut_weights(scores.to(torch.float32, copy=True), rows), rows)
-    logprobs = probabilities.gather(1, tokens[:, None]).log().squeeze(1)
-    if not is_plain:  # a token that underflowed may be all that is left
-        logprobs = (scores.gather(1, tokens[:, None]).squeeze(1) - scores.float().logsumexp(-1)).float()
-    is_finite = probabilities.amax(-1)  # not a number if a logit is
-    drawn, values, finite = torch.stack([part.double() for part in (tokens, logprobs, is_finite)]).tolist()
+    if all(row.is_plain for row in rows):
+        weights = scores.softmax(-1, dtype=torch.float32)
+        if places := _banned(rows, weights.device):
+            weights[places] = 0
+        tokens = chosen(weights, rows)
+        logprobs = weights.gather(1, tokens[:, None]).squeeze(1).log()
+        drawn, values, likeliest = torch.stack([t.double() for t in (tokens, logprobs, weights.amax(-1))]).tolist()
+        if not all(map(math.isfinite, likeliest)):
+            raise FloatingPointError(NOT_FINITE)
+        if min(likeliest) > UNDERFLOWED:
+            return [int(token) for token in drawn], values
+    scores = scores.to(torch.float32, copy=True)
+    normalizers = scores.logsumexp(-1)
+    tokens = chosen(cut_weights(scores.clone(), rows), rows)
+    logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - normalizers
+    drawn, values, finite = torch.stack([t.double() for t in (tokens, logprobs, normalizers)]).tolist()
     if not all(map(math.isfinite, finite)):
         raise FloatingPointError(NOT_FINITE)
     return [int(token) for token in drawn], values
+
+
+def _banned(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Row and token of each that is banned."""
+    banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
+    if not banned:
+        return None
+    index, token = moved(banned, device).t().long()
+    return index, token
 
 
 def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
@@ -40,9 +58,8 @@ def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
     In the order of sampling.py: the repetition penalty, the ban, top-k, top-p of what is left, min-p.
     """
     _penalise(scores, rows)
-    if banned := [(index, token) for index, row in enumerate(rows) for token in row.banned]:
-        index, token = moved(banned, scores.device).t().long()
-        scores[index, token] = -torch.inf
+    if places := _banned(rows, scores.device):
+        scores[places] = -torch.inf
     weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
     params = [row.params for row in rows]
     cut = [i for i, p in enumerate(params) if 0 < p.top_k < weights.shape[1] or p.top_p < 1]

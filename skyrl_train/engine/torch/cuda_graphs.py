@@ -26,8 +26,7 @@ from torch.utils._pytree import tree_leaves
 from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
 from skyrl_train.learner.attention import Attention
 from skyrl_train.learner.model import Policy
-from skyrl_train.ops.cuda import flash_attention
-from skyrl_train.ops.ragged import Ragged
+from skyrl_train.ops.cuda import decode_attention
 
 LEAST_ROWS, LEAST_SPAN = 8, 256  # steps between the rounded numbers
 MAX_FAILURES = 2  # of recording one bucket: the first may be for want of memory
@@ -64,10 +63,8 @@ class StaticAttention:
 
     def __init__(self, cache: KVCache, positions: Tensor, places: Tensor, span: int) -> None:
         self._cache, self._positions, self._span = cache, positions, span
-        slots = torch.arange(len(positions) + 1, device=positions.device)
-        self._rows = cache.rows_of(slots[:-1], places)
-        starts, num_keys = slots * cache.length, positions + 1
-        self._ragged = Ragged(slots.int(), starts.int(), 1, span, num_keys.int())
+        self._rows = cache.rows_of(torch.arange(len(positions), device=positions.device), places)
+        self._num_keys = positions + 1
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
@@ -75,7 +72,9 @@ class StaticAttention:
     ) -> Tensor:
         self._cache.write(layer, self._rows, key, value)
         if self._cache.has_flash:
-            return flash_attention(query, *self._cache.tokens(layer), self._ragged, scale=scale, window=window)
+            keys, values = self._cache.tokens(layer)
+            length = self._cache.length
+            return decode_attention(query, keys, values, self._num_keys, length, scale=scale, window=window)
         keys, values = (store[: len(query), :, : self._span] for store in self._cache.layer(layer))
         grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, heads per key head, D]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)

@@ -46,7 +46,7 @@ def uniforms_of(rows: Sequence[Row]) -> list[float]:
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1) with 32 random bits, each from (seed, position) alone: SplitMix64 twice (Steele et al., 2014)."""
+    """Numbers in [0, 1) with 32 random bits, from (seed, position) alone: SplitMix64 (Steele et al., 2014) twice."""
     states = _mix(seeds + GAMMA)
     return (_mix(states + GAMMA * (positions + np.uint64(1))) >> np.uint64(32)) / 2**32
 

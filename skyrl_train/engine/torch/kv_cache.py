@@ -20,7 +20,7 @@ from skyrl_train import huge_pages
 from skyrl_train.engine.torch.c_structs import Cache, RowTokens
 from skyrl_train.engine.torch.kernels import Kernels
 from skyrl_train.learner.model import Policy
-from skyrl_train.ops.cuda import flash_attention, has_flash
+from skyrl_train.ops.cuda import flash_attention, has_flash, write_rows
 from skyrl_train.ops.ragged import Ragged
 
 LENGTH_STEP = 128  # tokens
@@ -96,7 +96,7 @@ class KVCache:
 
     @cached_property
     def has_flash(self) -> bool:
-        """Whether `flash_attention` can read it."""
+        """Whether a GPU's attention can read it where it lies."""
         return has_flash(self._store.device, self._store.dtype, self._store.shape[-1])
 
     def tokens(self, index: int) -> tuple[Tensor, Tensor]:
@@ -114,10 +114,13 @@ class KVCache:
 
     def write(self, index: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """Put key and value [T, kv_heads, D] of new tokens into one layer."""
-        for store, new in zip(self.layer(index), (key, value), strict=True):
-            if self._tokens_first:
-                store.transpose(1, 2).flatten(0, 1).index_copy_(0, rows, new)
-            else:
+        if self.has_flash:
+            write_rows(key, value, *self.tokens(index), rows)
+        elif self._tokens_first:
+            for store, new in zip(self.tokens(index), (key, value), strict=True):
+                store.index_copy_(0, rows, new)
+        else:
+            for store, new in zip(self.layer(index), (key, value), strict=True):
                 store.view(-1, store.shape[-1]).index_copy_(0, rows, new.reshape(-1, store.shape[-1]))
 
     @property
