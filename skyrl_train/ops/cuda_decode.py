@@ -1,4 +1,4 @@
-"""Triton kernels for attention of one new token per sequence to a cache, with the keys of a sequence split over programs.
+"""Triton kernels for attention of one new token per sequence to a cache. Programs share the keys of a long sequence.
 
 Import it only where `ops.cuda.has_triton()`.
 """
@@ -34,8 +34,8 @@ def attend(
 ) -> Tensor:
     """query [rows, heads, D], keys and values [slots * length, kv_heads, D] -> [rows, heads, D].
 
-    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. FlashDecoding: every part of the keys
-    gives a sum and the logarithm of its weight, and a second kernel joins them.
+    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. Every part of the keys gives a sum of
+    values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).
     """
     rows, heads, dim = query.shape
     groups = keys.shape[1]
@@ -48,7 +48,7 @@ def attend(
             query, keys, values, num_keys, sums, weights[0], weights[1], query.stride(0), length, keys.stride(0),
             scale * 1.4426950408889634, window or 2**30, heads, REPEATS=heads // groups,
             ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups)), DIM=dim,
-            WIDE_DIM=triton.next_power_of_2(dim), SPLITS=splits, BLOCK=KEYS_AT_ONCE, num_warps=4, num_stages=2,
+            WIDE_DIM=max(LEAST_ROWS, triton.next_power_of_2(dim)), SPLITS=splits, BLOCK=KEYS_AT_ONCE, num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             _join[(rows * heads,)](
@@ -58,7 +58,7 @@ def attend(
 
 
 def num_splits(programs: int, length: int) -> int:
-    """A power of two that makes `PROGRAMS` of so many programs, as far as `LEAST_KEYS` of `length` are left for each."""
+    """A power of two that makes `PROGRAMS` of so many programs and leaves each at least `LEAST_KEYS` of `length`."""
     wanted = min(PROGRAMS / programs, length / LEAST_KEYS, MOST_SPLITS)
     return 1 << max(int(wanted).bit_length() - 1, 0)
 
