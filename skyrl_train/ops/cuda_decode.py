@@ -34,8 +34,8 @@ def attend(
 ) -> Tensor:
     """query [rows, heads, D], keys and values [slots * length, kv_heads, D] -> [rows, heads, D].
 
-    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. Every part of the keys gives a sum of
-    values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).
+    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. Every part of the keys gives a sum
+    of values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).
     """
     rows, heads, dim = query.shape
     groups = keys.shape[1]
@@ -48,7 +48,8 @@ def attend(
             query, keys, values, num_keys, sums, weights[0], weights[1], query.stride(0), length, keys.stride(0),
             scale * 1.4426950408889634, window or 2**30, heads, REPEATS=heads // groups,
             ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups)), DIM=dim,
-            WIDE_DIM=max(LEAST_ROWS, triton.next_power_of_2(dim)), SPLITS=splits, BLOCK=KEYS_AT_ONCE, num_warps=4, num_stages=2,
+            WIDE_DIM=max(LEAST_ROWS, triton.next_power_of_2(dim)), SPLITS=splits, BLOCK=KEYS_AT_ONCE,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             _join[(rows * heads,)](

@@ -19,8 +19,9 @@ from skyrl_train.engine.base import Completion, Request, StopReason
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.prefix_sharing import PrefixIndex
 from skyrl_train.engine.torch.sampling import Row, sample
-from skyrl_train.engine.torch.sessions import Kept, KeptSessions, common_prefix
+from skyrl_train.engine.torch.sessions import Kept, KeptSessions
 from skyrl_train.engine.torch.stop import StopStrings
 from skyrl_train.learner.model import Policy
 from skyrl_train.spans import span
@@ -82,6 +83,7 @@ class Scheduler:
         self._sessions = KeptSessions(session_cache_bytes)
         self._waiting: deque[Sequence] = deque()
         self._slots: list[Sequence] = []  # without gaps, so that decoding attends over no idle slot
+        self._prompts: PrefixIndex[Sequence] = PrefixIndex()  # of the sequences in slots
         self._policy_version = 0
 
     @property
@@ -158,17 +160,17 @@ class Scheduler:
             sequence.slot = len(self._slots)
             self._reuse(sequence)
             self._slots.append(sequence)
+            self._prompts.add(sequence.request.prompt_ids, sequence)
 
     def _reuse(self, sequence: Sequence) -> None:
         """Start behind the longest known prefix; at least the last prompt token is computed, for its logits."""
         prompt, most = sequence.request.prompt_ids, len(sequence.request.prompt_ids) - 1
         length, kept = self._sessions.longest_prefix(sequence.request.session_id, prompt)
-        source = None
-        for other in self._slots:
-            if length < most and (shared := common_prefix(other.tokens, prompt)) > length:
-                length, source = shared, other
-        length = min(length, most)
+        shared, source = self._prompts.longest(prompt) if length < most else (0, None)
+        length, source = (min(shared, most), source) if shared > length else (min(length, most), None)
         if source is not None:
+            while (parent := source.source or source.twin) is not None and source.shared >= length:
+                source = parent  # one sequence for all that share as much
             sequence.source, sequence.shared = source, length
             self._share(sequence)
         elif kept is not None:
@@ -270,6 +272,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Free a slot; the last sequence moves into it."""
+        self._prompts.remove(sequence.request.prompt_ids, sequence)
         last = self._slots.pop()
         if last is not sequence:
             self._cache.copy_prefix(last.slot, sequence.slot, last.computed)
