@@ -38,7 +38,6 @@ class KVCache:
         shape = (config.num_hidden_layers, 2, 0, heads, 0, head_dim)
         self._store = torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device)
         self.max_tokens = max_bytes // self.bytes_per_token  # slots times length
-        self._tokens_first = policy.device.type != "cpu"  # in memory, before the heads
 
     @property
     def length(self) -> int:
@@ -70,7 +69,7 @@ class KVCache:
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Not empty: a masked position still multiplies its value by 0."""
-        if not self._tokens_first:
+        if not self.tokens_first:
             return huge_pages.zeros(shape, self._store.dtype)
         layers, two, slots, heads, length, dim = shape
         return self._store.new_zeros((layers, two, slots, length, heads, dim)).transpose(3, 4)
@@ -94,6 +93,11 @@ class KVCache:
     def num_slots(self) -> int:
         return self._store.shape[2]
 
+    @property
+    def tokens_first(self) -> bool:
+        """Whether the heads of a token lie together in memory, and not the tokens of a head."""
+        return self._store.device.type != "cpu"
+
     @cached_property
     def has_flash(self) -> bool:
         """Whether a GPU's attention can read it where it lies."""
@@ -106,7 +110,7 @@ class KVCache:
 
     def rows_of(self, slots: Tensor, positions: Tensor) -> Tensor:
         """slots, positions [T] of tokens -> the rows for `write`."""
-        if self._tokens_first:
+        if self.tokens_first:
             return slots * self.length + positions
         heads = self._store.shape[3]
         first = slots[:, None] * heads + torch.arange(heads, device=slots.device)
@@ -116,7 +120,7 @@ class KVCache:
         """Put key and value [T, kv_heads, D] of new tokens into one layer."""
         if self.has_flash:
             write_rows(key, value, *self.tokens(index), rows)
-        elif self._tokens_first:
+        elif self.tokens_first:
             for store, new in zip(self.tokens(index), (key, value), strict=True):
                 store.index_copy_(0, rows, new)
         else:

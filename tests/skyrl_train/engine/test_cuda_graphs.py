@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch import scheduler
+from skyrl_train.engine.torch import cuda_graphs, kv_cache, scheduler
 from skyrl_train.engine.torch.cuda_graphs import Bucket, Compute, DecodingStep, GraphedPolicy, NothingFromTheHost
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.learner.model import Policy
+from skyrl_train.ops.ragged import Ragged, ragged_attention
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.tiny_models import tiny_policy
@@ -133,6 +134,86 @@ def test_a_recording_that_fails_or_differs_is_given_up_for_good(record: Callable
     for slots in ([0, 1], [0, 1], [0, 1, 2, 3]):
         assert_close(one_token(graphed, cache, slots), one_token(plainly(policy), cache, slots), atol=0, rtol=0)
     assert graphed.num_recorded == 0
+
+
+@torch.inference_mode()
+def test_a_recording_that_failed_is_tried_once_more_and_other_numbers_of_rows_are_recorded() -> None:
+    tried: list[int] = []
+
+    def fails(compute: Compute) -> Compute:
+        rows = len(compute())
+        tried.append(rows)
+        if rows == 4 or tried.count(2) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return compute
+
+    policy = tiny_policy()
+    cache = filled_cache(policy)
+    graphed = GraphedPolicy(policy, fails)
+    for slots in ([0, 1], [0, 1], [0, 1], *[[0, 1, 2, 3]] * 4, [0]):
+        ours = one_token(graphed, cache, slots)
+        assert_close(ours, one_token(plainly(policy), cache, slots), atol=2e-5, rtol=1e-4)
+    assert tried == [2, 2, 4, 4, 1]
+    assert graphed.num_recorded == 2
+
+
+def pretend_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of a GPU, computed plainly, and its layout of the cache."""
+
+    def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+        keys.index_copy_(0, rows, key)
+        values.index_copy_(0, rows, value)
+
+    def decode_attention(
+        query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, **options
+    ) -> Tensor:
+        edges = torch.arange(len(query) + 1)
+        return ragged_attention(query, keys, values, Ragged(edges, edges * length, 1, length, num_keys), **options)
+
+    monkeypatch.setattr(KVCache, "has_flash", True)
+    monkeypatch.setattr(KVCache, "tokens_first", True)
+    monkeypatch.setattr(kv_cache, "write_rows", write_rows)
+    monkeypatch.setattr(kv_cache, "flash_attention", ragged_attention)
+    monkeypatch.setattr(cuda_graphs, "decode_attention", decode_attention)
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["masks", "flash"])
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@torch.inference_mode()
+def test_prompts_beside_decoding_rows_leave_those_their_graph(
+    family: str, config: dict, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy(family, **config)
+    chunks = [Chunk(0, 3, 1), Chunk(3, 11, 1), Chunk(4, 7, 5), Chunk(1, 40, 9), Chunk(5, 0, 20)]
+    positions = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+
+    def computed(model: GraphedPolicy, cache: KVCache) -> Tensor:
+        return model.hidden_states(positions + 7, positions, CachedAttention(cache, chunks, policy.device))
+
+    expected = computed(plainly(policy), filled_cache(policy))
+    if flash:
+        pretend_flash(monkeypatch)
+    graphed = GraphedPolicy(policy, again)
+    cache = filled_cache(policy)
+    for _ in range(2):
+        assert_close(computed(graphed, cache), expected, atol=2e-5, rtol=1e-4)
+    assert graphed.num_recorded == 1
+    if flash:
+        assert_close(computed(plainly(policy), filled_cache(policy)), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_with_the_flash_kernel_a_number_of_rows_has_one_graph_however_long_the_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_flash(monkeypatch)
+    policy = tiny_policy()
+    cache = filled_cache(policy, length=500)
+    graphed = GraphedPolicy(policy, again)
+    for slots in ([0, 1], [2, 3], [0, 2], [1, 4]):
+        ours = one_token(graphed, cache, slots)
+        assert_close(ours, one_token(plainly(policy), cache, slots), atol=2e-5, rtol=1e-4)
+    assert graphed.num_recorded == 3  # of 2, 4 and 6 rows: slots up to the last one compute along
 
 
 def test_rows_and_spans_are_rounded_up_to_few_numbers_within_the_cache() -> None:
