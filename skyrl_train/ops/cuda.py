@@ -87,14 +87,14 @@ def has_fused_blocks() -> bool:
 
 def normed(x: Tensor, norm: Any) -> Tensor:
     """x [..., hidden] -> RMSNorm of it (arXiv 1910.07467, eq. 4), with the module's weight and epsilon."""
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # ty: ignore[import-not-found]
 
     return LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
 
 
 def added_and_normed(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """x, residual [T, hidden] -> (RMSNorm of their sum, their sum)."""
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # ty: ignore[import-not-found]
 
     return LigerFusedAddRMSNormFunction.apply(x, residual, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
 
@@ -104,7 +104,7 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
     Writes over query and key.
     """
-    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.rope import LigerRopeFunction  # ty: ignore[import-not-found]
 
     turned = LigerRopeFunction.apply(*(tensor[None].transpose(1, 2) for tensor in (query, key)), cos, sin)
     return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0]
@@ -112,6 +112,6 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU, arXiv 2002.05202, eq. 5). Backward writes the gradients over gate and up."""
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # ty: ignore[import-not-found]
 
     return LigerSiLUMulFunction.apply(gate, up)

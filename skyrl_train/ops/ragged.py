@@ -29,13 +29,16 @@ class Ragged:
     @staticmethod
     def of(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> Ragged:
         """Sequences whose queries, and whose keys, lie end to end."""
-        edges = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (query_lengths, key_lengths)]
-        return Ragged(*edges, max(query_lengths), max(key_lengths))
+        queries, keys = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (query_lengths, key_lengths))
+        return Ragged(queries, keys, max(query_lengths), max(key_lengths))
 
     def to(self, device: torch.device) -> Ragged:
-        num_keys = None if self.num_keys is None else self.num_keys.to(device)
-        edges = {"query_offsets": self.query_offsets.to(device), "key_offsets": self.key_offsets.to(device)}
-        return replace(self, **edges, num_keys=num_keys)
+        return replace(
+            self,
+            query_offsets=self.query_offsets.to(device),
+            key_offsets=self.key_offsets.to(device),
+            num_keys=None if self.num_keys is None else self.num_keys.to(device),
+        )
 
 
 def ragged_attention(

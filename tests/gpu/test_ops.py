@@ -114,13 +114,13 @@ def test_statistics_of_logits_and_their_gradient(device: torch.device, vocabular
     for ours, exact in zip(found, (logprobs, (leaf / temperature).logsumexp(-1), entropies), strict=True):
         assert_close(ours.double(), exact.detach(), rtol=1e-5, atol=1e-4)
     for pulls in ((1.0, None), (None, 1.0), (0.5, -2.0)):
-        of_logprobs, of_entropies = (None if p is None else torch.full((50,), p, device=device) for p in pulls)
-        finite = [value for value, p in zip((logprobs, entropies), pulls, strict=True) if p is not None]
-        total = sum(value.sum() * p for value, p in zip(finite, [p for p in pulls if p is not None], strict=True))
-        [expected] = torch.autograd.grad(total, leaf, retain_graph=True)
+        of_logprobs, of_entropies = (None if pull is None else torch.full((50,), pull, device=device) for pull in pulls)
+        total = (pulls[0] or 0.0) * logprobs.sum() + (pulls[1] or 0.0) * entropies.sum()
+        expected: Tensor = torch.autograd.grad([total], [leaf], retain_graph=True)[0].float()
         ours = logits.float()
         softmax.into_gradient(ours, targets, temperature, found[1], found[2], of_logprobs, of_entropies)
-        assert distance(ours[expected.isfinite().all(1)], expected[expected.isfinite().all(1)].float()) < 1e-4, pulls
+        finite = expected.isfinite().all(1)
+        assert distance(ours[finite], expected[finite]) < 1e-4, pulls
 
 
 def test_weights_are_rounded_as_on_a_processor(device: torch.device) -> None:
