@@ -49,7 +49,7 @@ class SQLCodeExecutorToolGroup(ToolGroup):
     @tool
     def sql(self, db_id: str, sql: str | None, turns_left: int, timeout: float = 5) -> str:
         """The result of the query as a table, or what was wrong with it, as an observation."""
-        if sql is None or not sql.strip():
+        if sql is None:
             answer = INVALID_ACTION
         else:
             try:

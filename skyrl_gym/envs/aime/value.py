@@ -76,13 +76,17 @@ class _Reader:
         return result
 
     def _sum(self) -> Decimal:
-        result = self._product(-1 if self._takes("-") else 1 if self._takes("+") else 1)
+        result = self._product(self._sign())
         while self._next() in ("+", "-"):
-            sign = -1 if self._takes("-") else 1
-            if sign == 1:
-                self._at += 1
-            result += self._product(sign)
+            result += self._product(self._sign())
         return result
+
+    def _sign(self) -> int:
+        """Read one sign, if there is one."""
+        is_negative = self._takes("-")
+        if not is_negative:
+            self._takes("+")
+        return -1 if is_negative else 1
 
     def _product(self, sign: int) -> Decimal:
         start = self._at
@@ -97,7 +101,7 @@ class _Reader:
                 result *= self._power()
                 continue
             self._at = times.end()
-            factor = (-1 if self._takes("-") else 1) * self._power()
+            factor = self._sign() * self._power()
             result = result / factor if times[0] in ("/", r"\div") else result * factor
         return result
 

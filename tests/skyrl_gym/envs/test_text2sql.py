@@ -111,7 +111,3 @@ def test_every_answer_reminds_of_the_turns_left(make, reply):
         content = env.step(reply)["observations"][0]["content"]
         assert content.endswith(f"<reminder>You have {turns_left} turns left.</reminder>\n</observation>")
     assert env.step(reply)["done"]
-
-
-def test_an_empty_query_is_an_invalid_action(make):
-    assert "Your previous action is invalid" in make().step("<sql> </sql>")["observations"][0]["content"]
