@@ -18,7 +18,7 @@ from rich.table import Table
 
 from integrations.openenv.catalog import CATALOG
 from integrations.openenv.commands.list import images_here
-from integrations.openenv.servers.walls import strongest_wall
+from skyrl_gym.walls.wall import strongest_wall
 from skyrl_train.c_library import c_compiler
 from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
 

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from integrations.openenv.servers.confinement import MEMORY_LIMIT_BYTES
-from integrations.openenv.servers.nursery import Nursery, Worker
+from skyrl_gym.walls.confinement import MEMORY_LIMIT_BYTES
+from skyrl_gym.walls.nursery import Nursery, Worker
 
 WORKER_MODULE = "integrations.openenv.servers.program_worker"
 MAX_OUTPUT_CHARS = 50_000  # of each of stdout and stderr

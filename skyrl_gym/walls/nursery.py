@@ -10,36 +10,28 @@ fork. A worker dies when its session closes, and all of them with the nursery, w
     nursery = Nursery("my_package.my_module")
     worker = nursery.worker({"seed": 7})
     answer = worker.ask({"action": 2}, timeout_s=10.0)  # None: it died of that
+
+A worker may be given its stdin, stdout and stderr, and its end may be waited for: then it is a process like another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import importlib
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Answer = Callable[[Any], Any]
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+KILL_PATIENCE_S = 5.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-CHECK_S = 1.0  # how long a worker may outlive its session
-READY = b"r"  # what a nursery says when it has imported everything
-
-libc = ctypes.CDLL(None, use_errno=True)
+PROCESS = "skyrl_gym.walls.forking"
+READY = b"r"  # what it says when it has imported everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +58,11 @@ class Nursery:
         self._starting = threading.Lock()
         self._start()
 
-    def worker(self, argument: Any = None) -> Worker:
-        """A fresh worker, which begins with `make_answer(argument)`. Starts the nursery again if it has died."""
+    def worker(self, argument: Any = None, files: Sequence[int] = ()) -> Worker:
+        """A fresh worker, which begins with `make_answer(argument)`. Starts the nursery again if it has died.
+
+        files: descriptors for its stdin, stdout and stderr; none means /dev/null.
+        """
         with self._starting:
             if self.has_died():
                 self._control.close()
@@ -78,7 +73,7 @@ class Nursery:
         ours, theirs = socket.socketpair()
         lifeline, watched = socket.socketpair()
         with theirs, watched:
-            socket.send_fds(self._control, [b"w"], [theirs.fileno(), watched.fileno()])
+            socket.send_fds(self._control, [b"w"], [theirs.fileno(), watched.fileno(), *files])
         return Worker(ours, lifeline, argument)
 
     def has_died(self, within_s: float = 0.0) -> bool:
@@ -99,7 +94,7 @@ class Nursery:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [*self._interpreter.command, "-m", __name__, self._module, str(theirs.fileno())],
+                [*self._interpreter.command, "-m", PROCESS, self._module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -113,15 +108,36 @@ class Worker:
     def __init__(self, connection: socket.socket, lifeline: socket.socket, argument: Any) -> None:
         self._connection = connection
         self._lifeline = lifeline
-        self._connection.sendall(_line(argument))
+        self._connection.sendall(line(argument))
 
     def ask(self, question: Any, timeout_s: float) -> Any:
         """The answer; None if the worker died, took longer or did not answer with JSON. Then it is gone."""
         try:
-            return json.loads(self._reply(_line(question), time.monotonic() + timeout_s))
+            return json.loads(self._reply(line(question), time.monotonic() + timeout_s))
         except (OSError, ValueError, RecursionError):
             self.close()
             return None
+
+    def exit_code(self, timeout_s: float) -> int | None:
+        """Wait for its end: its exit code, or minus the signal that killed it; None if the time is up.
+
+        ConnectionResetError if the nursery died, and the worker with it.
+        """
+        self._lifeline.settimeout(max(timeout_s, 0.001))
+        try:
+            told = self._lifeline.recv(100)
+        except TimeoutError:
+            return None
+        if not told:
+            raise ConnectionResetError("the nursery died")
+        return int(told)
+
+    def kill(self) -> None:
+        """End it, whatever it does, and wait until it is gone."""
+        with contextlib.suppress(OSError):  # it has ended already, or its nursery has
+            self._lifeline.shutdown(socket.SHUT_WR)
+            self.exit_code(KILL_PATIENCE_S)
+        self.close()
 
     def close(self) -> None:
         """An honest worker ends at once; the nursery sees that the lifeline is cut, and kills any other."""
@@ -143,88 +159,5 @@ class Worker:
         return bytes(reply)
 
 
-def run_nursery(control: socket.socket, module: str) -> None:
-    """Fork a worker for each session that comes in, kill those whose lifeline is cut, until the server is gone."""
-    make_answer = importlib.import_module(module).make_answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
-    control.sendall(READY)
-    gc.freeze()  # a collection in a worker shall not copy the pages of all that was imported
-    workers: dict[int, socket.socket] = {}  # lifelines by process id; a dead worker keeps its id until it is reaped
-    while True:
-        asked = select.select([control], [], [], CHECK_S if workers else None)[0]
-        _kill_those_cut_off(workers)
-        _reap(workers)
-        if not asked:
-            continue
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
-        if not message:
-            break
-        session, lifeline = (socket.socket(fileno=descriptor) for descriptor in descriptors)
-        process_id = os.fork()
-        if process_id == 0:
-            _be_worker(session, make_answer, [control, lifeline, *workers.values()])
-        session.close()
-        workers[process_id] = lifeline
-    for process_id in workers:
-        os.kill(process_id, signal.SIGKILL)
-
-
-def _kill_those_cut_off(workers: dict[int, socket.socket]) -> None:
-    poller = select.poll()
-    for lifeline in workers.values():
-        poller.register(lifeline, 0)  # only that the other end closed
-    cut = {descriptor for descriptor, _ in poller.poll(0)}
-    for process_id, lifeline in workers.items():
-        if lifeline.fileno() in cut:
-            os.kill(process_id, signal.SIGKILL)
-
-
-def _reap(workers: dict[int, socket.socket]) -> None:
-    """Also what was orphaned, if we are the first process of a namespace."""
-    with contextlib.suppress(ChildProcessError):
-        while (process_id := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-            if process_id in workers:
-                workers.pop(process_id).close()
-
-
-def _be_worker(session: socket.socket, make_answer: Callable[[Any], Answer], not_ours: list[socket.socket]) -> None:
-    """The whole life of a worker. Does not return."""
-    try:
-        for other in not_ours:
-            other.close()
-        die_with_parent()
-        descriptor = session.detach()
-        with os.fdopen(descriptor, "rb", closefd=False) as questions:
-            answer = make_answer(json.loads(questions.readline()))
-            for question in questions:
-                _write_all(descriptor, _line(answer(json.loads(question))))
-    except BrokenPipeError:
-        pass
-    finally:
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
-        os._exit(0)
-
-
-def die_with_parent() -> None:
-    """Linux kills us when our parent ends, however it ends. Forgotten when a process changes its user."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _line(value: Any) -> bytes:
+def line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    """With `write` alone: a worker may have forbidden itself the system calls for sockets."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-if __name__ == "__main__":
-    run_nursery(socket.socket(fileno=int(sys.argv[2])), sys.argv[1])
