@@ -23,7 +23,10 @@ def add_environment(parser: argparse.ArgumentParser) -> None:
 
 
 def environment_config(arguments: argparse.Namespace, **more: Any) -> OpenEnvConfig:
-    return OpenEnvConfig(runtime=arguments.runtime, url=arguments.url, **more)
+    """What the command line names is trusted: the environment, its reward function, its variables."""
+    words = options_from_words(arguments.option)
+    named = {name: words[name] for name in catalog_entry(arguments.env).code_options & words.keys()}
+    return OpenEnvConfig(runtime=arguments.runtime, url=arguments.url, env_names=[arguments.env], options=named, **more)
 
 
 def task_rows(
