@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from integrations.openenv.commands.arguments import add_environment, environment_config
+from integrations.openenv.entrypoints.main_openenv import OpenEnvExp, OpenEnvRunConfig
 from integrations.openenv.env import OpenEnv
-from tests.tiny_models import save_tiny_model
 
 URL = "http://127.0.0.1:9"
 SWITCH = r"environment\.openenv\.trust_dataset_code=true"
@@ -93,30 +89,10 @@ def test_what_the_command_line_names_is_trusted(folder: Path) -> None:
         made(config, str(folder), reward="os:getpid")
 
 
-def test_training_refuses_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
-    row = {
-        "prompt": [{"role": "user", "content": "Play."}],
-        "env_class": "openenv",
-        "env_name": str(folder),
-        "options": "{}",
-        "reward_spec": {"ground_truth": ""},
-    }
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 4), tmp_path / "train.parquet")
-    words = [f"data.train_data=['{tmp_path / 'train.parquet'}']", "data.val_data=[]", "trainer.device=cpu"]
-    words += [
-        f"trainer.policy.model.path={save_tiny_model(tmp_path / 'model')}",
-        "trainer.train_batch_size=4",
-        "trainer.policy_mini_batch_size=4",
-        "trainer.eval_interval=0",
-        f"trainer.ckpt_path={tmp_path}/run",
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-m", "integrations.openenv.entrypoints.main_openenv", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode != 0
-    assert "trust_dataset_code=true" in ended.stderr, ended.stderr
+def test_training_refuses_before_the_model_is_loaded(folder: Path) -> None:
+    row = {"env_name": str(folder), "options": "{}", "reward_spec": {"ground_truth": ""}}
+    prompt = SimpleNamespace(env_class="openenv", env_extras=row)
+    run = cast(OpenEnvExp, SimpleNamespace(train_dataset=[prompt], eval_dataset=None))
+    with pytest.raises(ValueError, match=SWITCH):
+        OpenEnvExp._preflight(run, OpenEnvRunConfig())
     assert not (folder / "ran").exists()
