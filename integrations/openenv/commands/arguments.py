@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.markup import escape
+
 from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, catalog_entry
 from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
+from skyrl_train.records.visible import visible
 
 
 def add_environment(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,11 @@ def add_environment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-turns", type=int, help="of one episode")
     parser.add_argument("--runtime", default="auto", help="auto, local, docker or url")
     parser.add_argument("--url", help="a server that runs already")
+
+
+def shown(text: str) -> str:
+    """Text of a server or a data set for rich's console: it steers neither the terminal nor rich's markup."""
+    return escape(visible(text))
 
 
 def environment_config(arguments: argparse.Namespace, **more: Any) -> OpenEnvConfig:
