@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.walls.memory import memory_of_programs
 from skyrl_gym.walls.nursery import Interpreter, Nursery
 from skyrl_gym.walls.python_worker import PREPARE
 from skyrl_gym.walls.wall import Wall, accepted_wall
@@ -38,8 +39,9 @@ class ProgramResult:
 def run_python(code: str, *, stdin: str = "", timeout_s: float, max_output: int = MAX_OUTPUT) -> ProgramResult:
     """Run `code` as `__main__`, with nothing of ours but Python and the installed packages.
 
-    Limits: time (wall and CPU), 512 MiB of memory, 64 MiB of each of stdout and stderr, no other process. It is killed
-    when the time is up. EnvFailure when no process can be started, NoWall when there is no wall to run it behind.
+    Limits: time (wall and CPU), 512 MiB of memory (and an eighth of the machine's for all programs together), 64 MiB of
+    each of stdout and stderr, no other process. It is killed when the time is up. EnvFailure when no process can be
+    started, NoWall when there is no wall to run it behind.
     """
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         given.write(stdin.encode("utf-8", "replace"))
@@ -73,7 +75,8 @@ class _Programs:
             if self._nursery is None:
                 prepare = {} if may_read(wall) else {PREPARE: "1"}
                 environment = {**wall.interpreter.environment, **_SAME_EVERYWHERE, **prepare}
-                self._nursery = Nursery(_WORKER, Interpreter(wall.interpreter.command, environment))
+                interpreter = Interpreter(wall.interpreter.command, environment)
+                self._nursery = Nursery(_WORKER, interpreter, memory_of_programs())
             return self._nursery
 
 

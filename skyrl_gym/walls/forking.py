@@ -137,4 +137,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    for of_shell in ("PWD", "OLDPWD", "SHLVL", "_"):  # memory.FIRST_TO_GO
+        os.environ.pop(of_shell, None)
     run_nursery(socket.socket(fileno=int(sys.argv[2])), sys.argv[1])

@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skyrl_gym.walls.memory import FIRST_TO_GO, Cgroup, Watch, bound
+
 KILL_PATIENCE_S = 5.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 PROCESS = "skyrl_gym.walls.forking"
@@ -52,8 +54,11 @@ def this_interpreter() -> Interpreter:
 class Nursery:
     """The prepared process that workers are forked from. One per server; may be used from many threads."""
 
-    def __init__(self, module: str, interpreter: Interpreter | None = None) -> None:
+    def __init__(self, module: str, interpreter: Interpreter | None = None, memory_bytes: int | None = None) -> None:
+        """memory_bytes: what all workers may hold together; the largest is killed when it is more."""
         self._module = module
+        self._memory_bytes = memory_bytes
+        self._bound: Cgroup | Watch | None = None
         self._interpreter = interpreter or this_interpreter()
         self._starting = threading.Lock()
         self._start()
@@ -67,9 +72,8 @@ class Nursery:
             if self.has_died():
                 self._control.close()
                 self._start()
-            if not self._is_ready and not self._control.recv(1):
-                raise RuntimeError(f"the nursery ended while it imported {self._module}; its stderr says why")
-            self._is_ready = True
+            if not self._is_ready:
+                self._wait_until_ready()
         ours, theirs = socket.socketpair()
         lifeline, watched = socket.socketpair()
         with theirs, watched:
@@ -88,13 +92,28 @@ class Nursery:
         """End the nursery, and all workers with it."""
         self._control.close()
         self._process.wait()
+        self._unbind()
+
+    def _wait_until_ready(self) -> None:
+        if not self._control.recv(1):
+            raise RuntimeError(f"the nursery ended while it imported {self._module}; its stderr says why")
+        if self._memory_bytes is not None and sys.platform == "linux":
+            self._bound = bound(self._process.pid, self._memory_bytes)
+        self._is_ready = True
+
+    def _unbind(self) -> None:
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
 
     def _start(self) -> None:
+        self._unbind()
         self._is_ready = False
+        first_to_go = FIRST_TO_GO if sys.platform == "linux" else ()
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [*self._interpreter.command, "-m", PROCESS, self._module, str(theirs.fileno())],
+                [*first_to_go, *self._interpreter.command, "-m", PROCESS, self._module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -19,6 +19,7 @@ from openenv.core.env_server.types import EnvironmentMetadata
 
 from integrations.openenv.servers.programs import WORKER_MODULE, Session
 from integrations.openenv.servers.serving import serve
+from skyrl_gym.walls.memory import memory_of_programs
 from skyrl_gym.walls.nursery import Nursery
 from skyrl_gym.walls.wall import NoWall, Wall, accepted_wall
 
@@ -106,7 +107,7 @@ def make_app(max_sessions: int) -> FastAPI:
     except NoWall as refusal:
         raise SystemExit(f"coding_env does not start: {refusal}") from None
     print(f"coding_env: programs run behind this wall: {wall}", file=sys.stderr, flush=True)
-    nursery = Nursery(WORKER_MODULE, wall.interpreter)
+    nursery = Nursery(WORKER_MODULE, wall.interpreter, memory_of_programs())
 
     def make_environment() -> CodingEnvironment:
         return CodingEnvironment(nursery, wall)

@@ -74,6 +74,8 @@ def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:
 def exit_with_parent() -> None:
     """Die when the parent does, however it dies: its end of our stdin closes. Linux also sends a signal."""
     if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # the kernel ends a server before the trainer when memory is out
+            Path("/proc/self/oom_score_adj").write_text("500")
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch_stdin() -> None:
