@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from skyrl_train.metrics import PHASES, Metrics, tokens_per_second
+from skyrl_train.records.visible import visible
 
 # Heading, metric (the first that a step has), format.
 COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -187,6 +188,7 @@ def clock(seconds: float) -> str:
 
 def print_line(text: str, console: Console | None = None) -> None:
     """One line, not wrapped and not styled, also while bars are shown."""
+    text = visible(text)
     if console is not None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:

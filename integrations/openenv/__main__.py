@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from integrations.openenv.commands import check, doctor, play, serve
 from integrations.openenv.commands import list as list_command
+from skyrl_train.records.visible import make_errors_visible, visible
 
 COMMANDS = {
     "list": (list_command, "the environments and their options"),
@@ -27,10 +28,11 @@ def main(words: Sequence[str] | None = None) -> int:
     for name, (module, about) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:]))
     arguments = parser.parse_args(words)
+    make_errors_visible()
     try:
         return COMMANDS[arguments.command][0].run(arguments)
     except ValueError as refused:  # an unknown environment or option
-        print(f"{parser.prog} {arguments.command}: {refused}", file=sys.stderr)
+        print(visible(f"{parser.prog} {arguments.command}: {refused}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

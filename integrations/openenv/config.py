@@ -8,6 +8,7 @@ from typing import Any, Self
 
 RUNTIMES = ("auto", "local", "docker", "url")
 SECONDS = ("startup_timeout_s", "lease_timeout_s", "step_timeout_s", "idle_timeout_s", "episode_timeout_s")
+NOT_OF_SERVERS = ("options", "env_names", "trust_dataset_code")
 
 
 @dataclass
@@ -29,6 +30,9 @@ class OpenEnvConfig:
     memory_gb: float = 2.0  # of one container
     cpus: float | None = None  # of one container; None: all but one of this machine's
     accept_unsafe: bool = False  # let our servers run programs even where no wall is to be had
+    # servers outside the catalog that rows may name: folders, apps, images, addresses
+    env_names: list[str] = field(default_factory=list)
+    trust_dataset_code: bool = False  # let rows choose the code that runs: env_name, reward function, variables
     invalid_action_penalty: float = 0.0  # taken from the reward of a turn whose action cannot be read
     max_invalid_actions: int | None = None  # the next one ends the episode, unfinished; None: only the turns count
     options: dict[str, Any] = field(default_factory=dict)  # of the environment, where the data set's row says nothing
@@ -55,7 +59,7 @@ class OpenEnvConfig:
 
     def key(self) -> tuple[Any, ...]:
         """Equal configurations share their servers."""
-        return tuple(value for name, value in asdict(self).items() if name != "options")
+        return tuple(value for name, value in asdict(self).items() if name not in NOT_OF_SERVERS)
 
     @classmethod
     def from_any(cls, config: Any) -> Self:

@@ -22,6 +22,7 @@ from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
+from integrations.openenv.trust import require_trusted
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
@@ -45,6 +46,7 @@ class OpenEnv(BaseTextEnv):
         self.entry: CatalogEntry = catalog_entry(extras.get("env_name", ""))
         self.env_name = self.entry.name
         self.task = task_of_row(extras)
+        require_trusted(self.config, self.entry, self.task.options)
         self.options = self.entry.read_options({**self.config.options, **self.task.options})
         self.seed: int | None = extras.get("seed")
         self.init_timeout_s = self.config.lease_timeout_s + GRACE_S

@@ -30,6 +30,7 @@ from integrations.openenv.images.long_command import run_long_command
 from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
+from skyrl_train.records.visible import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ async def _install(entry: CatalogEntry, wishes: Wishes, has_docker: bool) -> boo
     try:
         await bring_engine(entry, wishes.timeout_s)
     except OpenEnvError as failed:
-        print(f"{entry.name}: FAILED: {failed}")
+        print(visible(f"{entry.name}: FAILED: {failed}"))
         return False
     has_image = has_docker and await _bring_image(entry, wishes)
     if wishes.build and not has_image:
@@ -129,7 +130,9 @@ async def _bring_image(entry: CatalogEntry, wishes: Wishes) -> bool:
             await run_long_command("docker", "pull", entry.image, timeout_s=wishes.timeout_s)
             await docker("tag", entry.image, entry.local_image)
     except OpenEnvError as failed:
-        print(f"{entry.name}: no image: {failed}" + ("" if wishes.build else "\n  The local runtime will serve."))
+        print(
+            visible(f"{entry.name}: no image: {failed}") + ("" if wishes.build else "\n  The local runtime will serve.")
+        )
         return False
     size = int(await docker("image", "inspect", "--format={{.Size}}", entry.local_image))
     print(f"{entry.name}: {entry.local_image} is here: {size / 1e6:.0f} MB, {time.monotonic() - start:.0f} s.")
@@ -142,7 +145,7 @@ async def _plays(entry: CatalogEntry, config: OpenEnvConfig, where: str) -> bool
     try:
         reward, promised = await play_gold_episode(entry, config)
     except EnvFailure as failed:
-        print(f"{entry.name}: FAILED: {failed}")
+        print(visible(f"{entry.name}: FAILED: {failed}"))
         return False
     good = promised is None or reward >= promised - 1e-6
     of = "" if promised is None else f" of {promised:g}"

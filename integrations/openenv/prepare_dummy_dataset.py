@@ -41,6 +41,8 @@ def main() -> None:
     write_parquet(train, folder / "train.parquet")
     write_parquet(validation, folder / "validation.parquet")
     print(f"{', '.join(names)}: {len(train)} training and {len(validation)} validation tasks in {folder}")
+    if names[0] not in CATALOG:
+        print(f"to train, name it in the configuration too: \"environment.openenv.env_names=['{names[0]}']\"")
 
 
 def dataset_rows(

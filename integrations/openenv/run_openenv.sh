@@ -149,7 +149,7 @@ case "$ENV_NAME" in
       environment.openenv.max_invalid_actions=0) ;;
   *[/:]*) # ten turns, of which nobody knows how long they are; where moves cost, saying nothing must cost more
     recipe+=(generator.max_turns=10 generator.max_input_length=1536 generator.sampling_params.max_generate_length=64
-      environment.openenv.invalid_action_penalty=1) ;;
+      environment.openenv.invalid_action_penalty=1 "environment.openenv.env_names=['$ENV_NAME']") ;;
 esac
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from skyrl_gym.tools.core import ToolGroup, tool
-from skyrl_gym.tools.python_process import run_python
+from skyrl_gym.tools.python_process import require_wall, run_python
 
 
 class PythonCodeExecutorToolGroup(ToolGroup):
-    """Python programs in processes with limits, which are no sandbox (see python_process)."""
+    """Python programs in processes of their own, behind a wall (see python_process). NoWall where there is none."""
 
     def __init__(self, timeout: float = 10.0) -> None:
+        require_wall()
         self.timeout = timeout
         super().__init__(name="PythonCodeExecutorToolGroup")
 

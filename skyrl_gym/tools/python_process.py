@@ -1,44 +1,28 @@
-"""Run a program that a model wrote, in a process of its own with limits.
+"""Run a program that a model wrote: in a process of its own, with limits, behind the strongest wall of this machine.
 
-The limits stop accidents: endless loops, memory, full disks, fork bombs, floods of output. They are no sandbox. The
-program runs as our user: it can read our files, reach the network and, as root, start processes that outlive it. For
-policies that look for the way out, run the whole trainer in a container without network.
+The process is forked from a prepared one (walls/nursery.py) and sees no file, process, network or variable of ours
+(walls/wall.py); where that is not to be had it opens nothing at all. It has threads and starts no process. A machine
+without any wall is refused, unless OPENENV_ACCEPT_UNSAFE=1 accepts the risk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
-import subprocess
-import sys
 import tempfile
+import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.walls.memory import memory_of_programs
+from skyrl_gym.walls.nursery import Interpreter, Nursery
+from skyrl_gym.walls.python_worker import PREPARE
+from skyrl_gym.walls.wall import Wall, accepted_wall
 
 MAX_OUTPUT = 16_000  # characters that are read of each of stdout and stderr
-_MEMORY_BYTES = 1 << 30
-_FILE_BYTES = 64 << 20  # per file; stdout and stderr are files
-
-# Runs in the new process: limits first, then the program, as __main__. (A preexec_fn would run between fork and exec,
-# which may deadlock when other threads exist; here they do.)
-_START = """
-import resource, sys
-for name, limit in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
-    try:
-        resource.setrlimit(getattr(resource, name), (limit, limit))
-    except (AttributeError, ValueError, OSError):
-        pass  # this system does not have the limit
-del name, limit
-with open("program.py", "rb") as file:
-    program = file.read()
-sys.argv = ["program.py"]
-exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-"""
+_WORKER = "skyrl_gym.walls.python_worker"
+_SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,73 +37,83 @@ class ProgramResult:
 
 
 def run_python(code: str, *, stdin: str = "", timeout_s: float, max_output: int = MAX_OUTPUT) -> ProgramResult:
-    """Run `code` with this interpreter, isolated (-I), in an empty folder, with an empty environment.
+    """Run `code` as `__main__`, with nothing of ours but Python and the installed packages.
 
-    Limits: time (wall and CPU), 1 GiB of memory, 64 MiB per file, some processes and threads (not enforced for root).
-    Its process group is killed when it ends or the time is up. EnvFailure when no process can be started.
+    Limits: time (wall and CPU), 512 MiB of memory (and an eighth of the machine's for all programs together), 64 MiB of
+    each of stdout and stderr, no other process. It is killed when the time is up. EnvFailure when no process can be
+    started, NoWall when there is no wall to run it behind.
     """
-    limits = {
-        "RLIMIT_CPU": math.ceil(timeout_s) + 1,
-        "RLIMIT_AS": _MEMORY_BYTES,
-        "RLIMIT_FSIZE": _FILE_BYTES,
-        "RLIMIT_CORE": 0,
-        **_process_limit(),
-    }
-    command = [sys.executable, "-I", "-c", _START, *(str(part) for limit in limits.items() for part in limit)]
-    with (
-        tempfile.TemporaryDirectory(prefix="skyrl_gym_", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as errors,
-        tempfile.TemporaryFile() as given,
-    ):
-        Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         given.write(stdin.encode("utf-8", "replace"))
         given.seek(0)
-        exit_code = _exit_code(command, folder, given, output, errors, timeout_s)
+        exit_code = _exit_code(code, (given, output, errors), timeout_s)
         return ProgramResult(_start_of(output, max_output), _start_of(errors, max_output), exit_code)
 
 
-def _process_limit() -> dict[str, int]:
-    """Room for 64 more processes and threads: the limit counts all of our user's, and there are at most num_running."""
-    try:
-        num_running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[1])
-    except OSError:
-        return {}
-    return {"RLIMIT_NPROC": num_running + 64}
+def require_wall() -> None:
+    """NoWall, with what to do, if programs could not be run behind a wall here. Before anything expensive."""
+    _PROGRAMS.wall()
 
 
-def _exit_code(
-    command: list[str], folder: str, given: BinaryIO, output: BinaryIO, errors: BinaryIO, timeout_s: float
-) -> int | None:
-    single_threaded = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # many programs run at once
+class _Programs:
+    """The prepared process of this process, started when the first program comes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wall: Wall | None = None
+        self._nursery: Nursery | None = None
+
+    def wall(self) -> Wall:
+        with self._lock:
+            if self._wall is None:
+                self._wall = accepted_wall()
+            return self._wall
+
+    def nursery(self) -> Nursery:
+        wall = self.wall()
+        with self._lock:
+            if self._nursery is None:
+                prepare = {} if may_read(wall) else {PREPARE: "1"}
+                environment = {**wall.interpreter.environment, **_SAME_EVERYWHERE, **prepare}
+                interpreter = Interpreter(wall.interpreter.command, environment)
+                self._nursery = Nursery(_WORKER, interpreter, memory_of_programs())
+            return self._nursery
+
+
+def may_read(wall: Wall) -> bool:
+    """Whether a program may open what it finds: where nothing of ours is left to find, or nobody could forbid it."""
+    return wall.name in ("bubblewrap", "none")
+
+
+_PROGRAMS = _Programs()
+os.register_at_fork(after_in_child=_PROGRAMS.__init__)  # the parent's is not ours to talk to
+
+
+def _exit_code(code: str, files: tuple[BinaryIO, ...], timeout_s: float) -> int | None:
+    wall = _PROGRAMS.wall()
+    program = {
+        "code": code.encode("utf-8", "replace").decode(),
+        "cpu_s": math.ceil(timeout_s) + 1,
+        "reading": may_read(wall),
+    }
     try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=single_threaded,
-            stdin=given,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,  # a process group of its own
-        )
-    except OSError as refused:
+        nursery = _PROGRAMS.nursery()
+        worker = nursery.worker(program, [file.fileno() for file in files])
+    except (OSError, RuntimeError) as refused:
         raise EnvFailure(f"cannot start a Python process for the model's program: {refused}") from refused
     try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
+        return worker.exit_code(timeout_s)
+    except ConnectionError as lost:
+        raise EnvFailure(f"the process that the model's programs are forked from ended: {lost}") from lost
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        worker.kill()
 
 
 def _start_of(file: BinaryIO, max_characters: int) -> str:
     """The first characters of what the process wrote, with a note where there is more."""
-    file.seek(0, os.SEEK_END)
-    size = file.tell()
-    file.seek(0)
-    text = file.read(4 * max_characters).decode("utf-8", "replace")  # a character has at most 4 bytes
+    size = os.fstat(file.fileno()).st_size
+    # A character has at most 4 bytes. pread, for a process that is being killed shares the position.
+    text = os.pread(file.fileno(), 4 * max_characters, 0).decode("utf-8", "replace")
     if len(text) <= max_characters and size <= 4 * max_characters:
         return text
     return f"{text[:max_characters]}\n… (output cut after {max_characters} characters)"

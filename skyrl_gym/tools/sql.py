@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,6 @@ from typing import Any
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.reply import printable
 from skyrl_gym.tools.core import ToolGroup, tool
-from skyrl_gym.tools.python_process import run_python
 
 INVALID_ACTION = (
     "Your previous action is invalid. Write your reasoning in <think>...</think>, then either one query in "
@@ -72,11 +74,29 @@ def query(path: Path, sql: str, *, timeout_s: float = 5, max_rows: int = _MAX_RO
     """
     if not path.is_file():
         raise EnvFailure(f"there is no SQLite database at {path}; is db_path right?")
-    request = {"path": str(path.absolute()), "sql": printable(sql), "max_rows": max_rows, "max_size": _MAX_RESULT}
-    result = run_python(_READER.read_text(), stdin=json.dumps(request), timeout_s=timeout_s, max_output=8 * _MAX_RESULT)
-    if result.timed_out:
-        raise QueryTimeout(f"more than {timeout_s} s")
-    if result.exit_code != 0:
+    request = {
+        "path": str(path.absolute()),
+        "sql": printable(sql),
+        "max_rows": max_rows,
+        "max_size": _MAX_RESULT,
+        "cpu_s": math.ceil(timeout_s) + 1,
+    }
+    try:
+        result = subprocess.run(
+            [sys.executable, "-I", str(_READER)],
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            env={},
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise QueryTimeout(f"more than {timeout_s} s") from None
+    except OSError as refused:
+        raise EnvFailure(f"cannot start a Python process for the query: {refused}") from refused
+    if result.returncode != 0:
         raise QueryError(f"the query was stopped (too much memory?): {result.stderr[-200:]}")
     answer = json.loads(result.stdout)
     if "broken" in answer:

@@ -1,15 +1,18 @@
 """Runs one reading statement on a SQLite file. A program of its own: JSON in on stdin, JSON out on stdout.
 
 In a process, because nothing inside one can stop SQLite in the middle of a function: one printf or trim runs for
-minutes, and a progress handler is not called meanwhile. `sql.query` starts it and kills it when the time is up.
+minutes, and a progress handler is not called meanwhile. `sql.query` starts it and kills it when the time is up. It is
+our program: no wall stands around it, for it opens a database of ours, and of SQL nothing but reading is allowed.
 
-in   {"path": ..., "sql": ..., "max_rows": ..., "max_size": ...}
+in   {"path": ..., "sql": ..., "max_rows": ..., "max_size": ..., "cpu_s": ...}
 out  {"columns": [...], "rows": [[...], ...]}, {"error": ...} (the statement's fault) or {"broken": ...} (the file's)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import sqlite3
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 SCHEMA_PRAGMAS = {"table_info", "table_xinfo", "table_list", "index_list", "index_info", "foreign_key_list"}
+MEMORY_BYTES = 1 << 30
 BROKEN_FILE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN}
 
 
@@ -56,6 +60,13 @@ def answer(path: str, sql: str, max_rows: int, max_size: int) -> dict[str, Any]:
     return {"columns": [column[0] for column in cursor.description or ()], "rows": rows}
 
 
+def set_limits(cpu_s: int) -> None:
+    for name, limit in (("RLIMIT_CPU", cpu_s), ("RLIMIT_AS", MEMORY_BYTES), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # this system does not have the limit
+            resource.setrlimit(getattr(resource, name), (limit, limit))
+
+
 if __name__ == "__main__":
     request = json.loads(sys.stdin.read())
+    set_limits(request.pop("cpu_s"))
     sys.stdout.write(json.dumps(answer(**request)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, env_config_for, load_config, validate_cfg
+from skyrl_train.records.visible import make_errors_visible, visible
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -269,6 +270,7 @@ def main(
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
     """Exit status: 0 done, 2 refused before training, 130 interrupted. What breaks otherwise shows its traceback."""
+    make_errors_visible()
     try:
         cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
     except ValueError as error:
@@ -313,7 +315,7 @@ def keep_freed_memory() -> None:
 
 
 def _refused(error: Exception) -> int:
-    print(f"refused: {error}", file=sys.stderr)
+    print(visible(f"refused: {error}"), file=sys.stderr)
     return 2
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from skyrl_train.records.report import write_report
 from skyrl_train.records.show import show
+from skyrl_train.records.visible import visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             count = options.best or options.worst or options.count
             show(options.run_folder, options.phase, options.step, pick, count, Console(highlight=False, markup=False))
     except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

@@ -36,13 +36,14 @@ def show(run_folder: Path, phase: Phase, step: int | None, pick: str, count: int
 
 def print_episode(episode: EpisodeRecord, console: Console) -> None:
     """Every token in order; the policy's own stand out."""
-    console.rule(f"prompt {episode.uid}, repetition {episode.repetition}: reward {episode.reward:g}, {episode.end}")
+    title = f"prompt {episode.uid}, repetition {episode.repetition}: reward {episode.reward:g}, {episode.end}"
+    console.rule(Text(visible(title)))
     for segment in episode.segments:
         if segment.new_history and segment.turn > 0:
             console.print("-- the history was edited here --", style="yellow")
         console.print(Text(visible(segment.text), style=SAMPLED if segment.sampled else GIVEN), soft_wrap=True)
         if segment.sampled:
-            console.print(_turn_line(episode, segment.turn), style="cyan")
+            console.print(visible(_turn_line(episode, segment.turn)), style="cyan")
     if episode.failure:
         console.print(Text(f"failed: {visible(episode.failure)} (attempts: {episode.num_attempts})", style="red"))
 

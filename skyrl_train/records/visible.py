@@ -1,9 +1,16 @@
-"""Untrusted text made safe to look at: nothing in it can steer a terminal, a page, or the reader's eyes."""
+"""Untrusted text made safe to look at: nothing in it can steer a terminal, a page, or the reader's eyes.
+
+What models, servers and data sets say reaches a terminal through here only: logs, tracebacks, `show`, `play`, `check`.
+"""
 
 from __future__ import annotations
 
 import html
+import logging
+import sys
+import traceback
 import unicodedata
+from types import TracebackType
 
 
 def visible(text: str) -> str:
@@ -17,6 +24,22 @@ def visible(text: str) -> str:
 def escaped(text: str) -> str:
     """As `visible`, for a place in HTML between tags or in a quoted attribute."""
     return html.escape(visible(text), quote=True)
+
+
+def make_errors_visible() -> None:
+    """Print what ends this process, and what libraries log without a handler of their own, as `visible`."""
+    sys.excepthook = _print_visible
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_VisibleFormatter())
+
+
+def _print_visible(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, frames))))
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def shortened(text: str, limit: int) -> str:

@@ -105,6 +105,7 @@ class CatalogEntry(ABC):
     max_turns: ClassVar[int] = 1  # a good `generator.max_turns`
     max_action_chars: ClassVar[int] = 10_000  # longer ones are refused before they reach the server
     options_type: ClassVar[type] = NoOptions  # a frozen dataclass: the environment's options with their defaults
+    code_options: ClassVar[frozenset[str]] = frozenset()  # options that decide what code runs
     refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR"})  # of errors that are the policy's doing
 
     @property

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.markup import escape
+
 from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, catalog_entry
 from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
+from skyrl_train.records.visible import visible
 
 
 def add_environment(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +25,16 @@ def add_environment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="a server that runs already")
 
 
+def shown(text: str) -> str:
+    """Text of a server or a data set for rich's console: it steers neither the terminal nor rich's markup."""
+    return escape(visible(text))
+
+
 def environment_config(arguments: argparse.Namespace, **more: Any) -> OpenEnvConfig:
-    return OpenEnvConfig(runtime=arguments.runtime, url=arguments.url, **more)
+    """What the command line names is trusted: the environment, its reward function, its variables."""
+    words = options_from_words(arguments.option)
+    named = {name: words[name] for name in catalog_entry(arguments.env).code_options & words.keys()}
+    return OpenEnvConfig(runtime=arguments.runtime, url=arguments.url, env_names=[arguments.env], options=named, **more)
 
 
 def task_rows(

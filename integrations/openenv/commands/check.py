@@ -8,12 +8,11 @@ import time
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
-from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
+from integrations.openenv.commands.arguments import add_environment, environment_config, shown, task_rows
 from integrations.openenv.commands.findings import Report, Returns, report
 from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measurements, descendants, measure
 
@@ -43,16 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(checked: Report, console: Console) -> None:
-    table = Table(title=f"check of {escape(checked.name)}", title_justify="left", show_header=False)
+    table = Table(title=f"check of {shown(checked.name)}", title_justify="left", show_header=False)
     table.add_column(style="cyan")
     table.add_column(overflow="fold")
     for name, value in _lines(checked):
-        table.add_row(name, escape(value))
+        table.add_row(name, shown(value))
     if checked.random is not None or checked.gold is not None:
         console.print(table)
     for finding in checked.findings:
         colour = "red" if finding.level == "fail" else "yellow"
-        console.print(f"[{colour}]{finding.level}[/]  {escape(finding.words)}", soft_wrap=True)
+        console.print(f"[{colour}]{finding.level}[/]  {shown(finding.words)}", soft_wrap=True)
     failures = sum(finding.level == "fail" for finding in checked.findings)
     console.print(
         "[green]Nothing here would make training fail.[/]" if checked.passed else f"[red]{failures} to mend.[/]"

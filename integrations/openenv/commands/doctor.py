@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from integrations.openenv.catalog import CATALOG
+from integrations.openenv.commands.arguments import shown
 from integrations.openenv.commands.list import images_here
-from integrations.openenv.servers.walls import strongest_wall
+from skyrl_gym.walls.wall import strongest_wall
 from skyrl_train.c_library import c_compiler
 from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold")
     for line in lines:
         table.add_row(
-            "[green]ok[/]" if line.well else "[yellow]--[/]", line.what, escape(line.state), escape(line.advice)
+            "[green]ok[/]" if line.well else "[yellow]--[/]", line.what, shown(line.state), shown(line.advice)
         )
     Console(highlight=False).print(table)
     return 0

@@ -8,14 +8,14 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
-from integrations.openenv.commands.arguments import add_environment, environment_config, task_rows
+from integrations.openenv.commands.arguments import add_environment, environment_config, shown, task_rows
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
 from integrations.openenv.pool.server_pool import close_shared_pools
 from skyrl_gym.core import EnvFailure
+from skyrl_train.records.visible import visible
 
 HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         env = OpenEnv(config, row)
         run_in_background(_play(env, row["prompt"], Console(highlight=False, soft_wrap=True)))
     except (OpenEnvError, EnvFailure) as failed:
-        print(f"the environment failed: {failed}", file=sys.stderr)
+        print(visible(f"the environment failed: {failed}"), file=sys.stderr)
         return 1
     return 0
 
@@ -43,7 +43,7 @@ async def _play(env: OpenEnv, prompt: Any, console: Console) -> None:
         console.print(f"[dim]{HELP}[/]")
         earned = await _turns(env, messages, console)
         metrics = ", ".join(f"{name} {value:g}" for name, value in env.get_metrics().items())
-        console.print(f"[bold]The episode earned {earned:g}[/] [dim]({escape(metrics)})[/]")
+        console.print(f"[bold]The episode earned {earned:g}[/] [dim]({shown(metrics)})[/]")
     finally:
         await env.close_async()
         await close_shared_pools()
@@ -64,7 +64,7 @@ async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
             output = await env.step_async(line if OPEN in line else f"{OPEN}{line}{CLOSE}")
             earned += output["reward"] or 0.0
             for message in output["observations"]:
-                console.print(escape(message["content"]))
+                console.print(shown(message["content"]))
             console.print(f"[green]reward {output['reward']:g}[/]")
             if output["done"]:
                 console.print("[bold]Out of turns.[/]" if output.get("truncated") else "[bold]The end.[/]")
@@ -73,7 +73,7 @@ async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
 
 def _show_task(messages: Any, console: Console) -> None:
     for message in messages:
-        console.print(f"[cyan]{message['role']}:[/] {escape(message['content'])}")
+        console.print(f"[cyan]{shown(message['role'])}:[/] {shown(message['content'])}")
 
 
 def _read_line(console: Console, turn: int) -> str | None:

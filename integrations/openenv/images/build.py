@@ -122,7 +122,8 @@ def _requirements(versions: dict[str, str]) -> bytes:
 
 
 def _sources() -> list[Path]:
-    return sorted([REPOSITORY_ROOT / "integrations" / "__init__.py", *DOCKERFILE.parents[1].rglob("*.py")])
+    walls = (REPOSITORY_ROOT / "skyrl_gym" / "walls").glob("*.py")
+    return sorted([REPOSITORY_ROOT / "integrations" / "__init__.py", *DOCKERFILE.parents[1].rglob("*.py"), *walls])
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from integrations.openenv.client.errors import OpenEnvError
+from skyrl_train.records.visible import visible
 
 SHOWN_AT_THE_END = 20  # lines of a command that failed
 REPORT_EVERY_S = 15.0  # where nobody watches a terminal
@@ -72,14 +73,14 @@ async def _watch(pipe: asyncio.StreamReader, lines: deque[str], what: str) -> No
                 return
         if not on_terminal and time.monotonic() - reported >= REPORT_EVERY_S:
             reported = time.monotonic()
-            print(f"  {what}: {reported - start:.0f} s ... {lines[-1][:80] if lines else ''}", flush=True)
+            print(f"  {what}: {reported - start:.0f} s ... {visible(lines[-1][:80]) if lines else ''}", flush=True)
 
 
 def _note(line: str, lines: deque[str], on_terminal: bool) -> None:
     if line:
         lines.append(line)
         if on_terminal:
-            print(f"  {line}", flush=True)
+            print(f"  {visible(line)}", flush=True)
 
 
 def _quoted(lines: deque[str]) -> str:

@@ -18,8 +18,8 @@ from openenv.core.env_server import Action, Environment, Observation, State, cre
 
 from integrations.openenv.catalog.atari_games import GameOptions, ObsType
 from integrations.openenv.catalog.options import read_options
-from integrations.openenv.servers.nursery import Nursery, Worker
 from integrations.openenv.servers.serving import serve
+from skyrl_gym.walls.nursery import Nursery, Worker
 
 STEP_TIMEOUT_S = 25.0  # a thousand frames take 0.05 s
 

@@ -10,20 +10,23 @@ import ast
 import re
 import sys
 import uuid
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 from openenv.core.env_server.types import EnvironmentMetadata
 
-from integrations.openenv.servers.nursery import Nursery
 from integrations.openenv.servers.programs import WORKER_MODULE, Session
 from integrations.openenv.servers.serving import serve
-from integrations.openenv.servers.walls import NoWall, Wall, accepted_wall
+from skyrl_gym.walls.memory import memory_of_programs
+from skyrl_gym.walls.nursery import Nursery
+from skyrl_gym.walls.wall import NoWall, Wall, accepted_wall
 
 FORBIDDEN = re.compile(r"import\s+os|import\s+subprocess|eval\(|exec\(|__import__|open\(")
 FORBIDDEN_REWARD, SHORT_REWARD, NOT_PYTHON_REWARD = -1.0, 0.1, -0.2
 SHORT_CHARS = 100
+SERVERS = Path(__file__).parent
 
 
 class CodeAction(Action):
@@ -100,11 +103,11 @@ def official_reward(code: str) -> float:
 
 def make_app(max_sessions: int) -> FastAPI:
     try:
-        wall = accepted_wall()
+        wall = accepted_wall((SERVERS,))
     except NoWall as refusal:
         raise SystemExit(f"coding_env does not start: {refusal}") from None
     print(f"coding_env: programs run behind this wall: {wall}", file=sys.stderr, flush=True)
-    nursery = Nursery(WORKER_MODULE, wall.interpreter)
+    nursery = Nursery(WORKER_MODULE, wall.interpreter, memory_of_programs())
 
     def make_environment() -> CodingEnvironment:
         return CodingEnvironment(nursery, wall)

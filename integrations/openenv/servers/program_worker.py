@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import traceback
@@ -12,8 +13,8 @@ from typing import Any
 
 from smolagents.local_python_executor import BASE_BUILTIN_MODULES, InterpreterError, LocalPythonExecutor
 
-from integrations.openenv.servers.confinement import confine
 from integrations.openenv.servers.programs import CPU_LIMIT_S, MAX_OUTPUT_CHARS, WALL_LIMIT_S, capped
+from skyrl_gym.walls.confinement import confine
 
 ALLOWED_IMPORTS = ["json"]  # beside smolagents' own: collections datetime itertools math queue random re stat ...
 
@@ -30,6 +31,7 @@ def make_answer(seed: int | None) -> Callable[[str], dict[str, Any]]:
     }
     executor.send_tools(tools)
     random.seed(seed)
+    os.dup2(1, 2)  # a nursery's stdout is /dev/null
     confine()
 
     def answer(code: str) -> dict[str, Any]:

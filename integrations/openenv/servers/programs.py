@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from integrations.openenv.servers.confinement import MEMORY_LIMIT_BYTES
-from integrations.openenv.servers.nursery import Nursery, Worker
+from skyrl_gym.walls.confinement import MEMORY_LIMIT_BYTES
+from skyrl_gym.walls.memory import memory_of_programs
+from skyrl_gym.walls.nursery import Nursery, Worker
 
 WORKER_MODULE = "integrations.openenv.servers.program_worker"
 MAX_OUTPUT_CHARS = 50_000  # of each of stdout and stderr
@@ -51,7 +52,8 @@ class Session:
         return Outcome(
             stdout="",
             stderr=f"The program was stopped after {seconds:.1f} s: it may use {CPU_LIMIT_S:g} s of processor time, "
-            f"{WALL_LIMIT_S:g} s in all and {MEMORY_LIMIT_BYTES // 2**20} MB. Its variables are gone.",
+            f"{WALL_LIMIT_S:g} s in all and {MEMORY_LIMIT_BYTES // 2**20} MB, and all sessions together "
+            f"{memory_of_programs() // 2**20} MB, of which the largest gives way. Its variables are gone.",
             exit_code=1,
         )
 

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from integrations.openenv.servers.callers import for_local_callers
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -39,7 +41,10 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
     import uvicorn
 
     config: dict[str, Any] = {"log_level": "warning", "ws_ping_interval": None, "ws_per_message_deflate": False}
-    uvicorn.Server(uvicorn.Config(_without_late_closes(app), **config)).run(sockets=[listening])
+    local = for_local_callers(
+        _without_late_closes(app), None if arguments.uds else arguments.host, arguments.allow_host
+    )
+    uvicorn.Server(uvicorn.Config(local, **config)).run(sockets=[listening])
 
 
 def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:
@@ -69,6 +74,8 @@ def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:
 def exit_with_parent() -> None:
     """Die when the parent does, however it dies: its end of our stdin closes. Linux also sends a signal."""
     if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # the kernel ends a server before the trainer when memory is out
+            Path("/proc/self/oom_score_adj").write_text("500")
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch_stdin() -> None:
@@ -84,6 +91,9 @@ def server_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the protocol has no password")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the first line of output says which")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may call this machine by"
+    )
     parser.add_argument("--uds", metavar="PATH", help="listen on this file, not on a port: no network needed")
     parser.add_argument(
         "--max-sessions", type=int, default=int(os.environ.get("MAX_CONCURRENT_ENVS", "256")), help="sessions at once"

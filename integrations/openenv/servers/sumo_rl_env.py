@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 from pydantic import Field
 
-from integrations.openenv.servers.nursery import Nursery, Worker
 from integrations.openenv.servers.serving import serve
 from integrations.openenv.servers.sumo_settings import SumoSettings, read_settings
+from skyrl_gym.walls.nursery import Nursery, Worker
 
 WORKER_MODULE = "integrations.openenv.servers.sumo_worker"
 START_TIMEOUT_S, STEP_TIMEOUT_S = 60.0, 25.0  # a step of the bundled networks takes milliseconds

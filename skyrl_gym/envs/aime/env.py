@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from skyrl_gym.envs.aime.answer import last_answer, normal_form
+from skyrl_gym.envs.aime.value import same_value
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
-from skyrl_gym.reply import number, printable
+from skyrl_gym.reply import printable
 
 
 class AIMEEnv(BaseTextEnv):
@@ -22,7 +23,7 @@ class AIMEEnv(BaseTextEnv):
         self.turns += 1
         answer = last_answer(printable(action))
         prediction = None if answer is None else normal_form(answer)
-        right = prediction is not None and _same(prediction, self.truth)
+        right = prediction is not None and same_value(prediction, self.truth)
         return BaseTextEnvStepOutput(
             observations=[],
             reward=1.0 if right else -1.0,
@@ -41,8 +42,3 @@ class AIMEEnv(BaseTextEnv):
 
     def gold_actions(self) -> list[str]:
         return [f"Hence\nAnswer: {self.truth}"]
-
-
-def _same(prediction: str, truth: str) -> bool:
-    value = number(prediction)
-    return prediction == truth or (value is not None and value == number(truth))

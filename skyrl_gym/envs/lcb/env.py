@@ -10,18 +10,20 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
 from skyrl_gym.envs.lcb.grading import ProgramTest, passes
 from skyrl_gym.reply import last_fenced_code, printable
+from skyrl_gym.tools.python_process import require_wall
 
 _SECONDS_PER_TEST = 6.0
 
 
 class LCBEnv(BaseTextEnv):
-    """1.0 if the last fenced code block passes every test, else 0.0.
+    """1.0 if the last fenced code block passes every test, else 0.0. Programs run behind a wall; NoWall without one.
 
     `reward_spec.ground_truth`: the tests, as a list or as JSON (see ProgramTest.from_row).
     """
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()
+        require_wall()
         truth = ground_truth(extras)
         rows = json.loads(truth) if isinstance(truth, str) else truth
         self.tests = [ProgramTest.from_row(row) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -11,6 +12,7 @@ from typing import Any
 from skyrl_gym.tools.python_process import run_python
 
 _MAX_OUTPUT = 4_000_000  # characters; a longer right answer does not occur
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _RESULT_MARK = "\n--result--\n"
 
 # The benchmark's programs take these names for granted.
@@ -68,14 +70,25 @@ def same_output(printed: str, expected: str) -> bool:
 def _same_word(mine: str, other: str) -> bool:
     if mine == other:
         return True
+    if not (_NUMBER.fullmatch(mine) and _NUMBER.fullmatch(other)):  # Decimal also reads "1_0", "NaN" and other digits
+        return False
     try:
         return Decimal(mine) == Decimal(other)
-    except InvalidOperation:
+    except InvalidOperation:  # an exponent that is too large
         return False
 
 
 def _same_json(mine: str, other: str) -> bool:
     try:
-        return json.loads(mine) == json.loads(other)
+        return _same_value(json.loads(mine), json.loads(other))
     except (ValueError, RecursionError):
         return False
+
+
+def _same_value(mine: Any, other: Any) -> bool:
+    """As JSON has it: 1 is 1.0, but neither is true, which in Python equals 1."""
+    if isinstance(mine, list) and isinstance(other, list):
+        return len(mine) == len(other) and all(map(_same_value, mine, other))
+    if isinstance(mine, dict) and isinstance(other, dict):
+        return mine.keys() == other.keys() and all(_same_value(mine[key], other[key]) for key in mine)
+    return isinstance(mine, bool) == isinstance(other, bool) and mine == other

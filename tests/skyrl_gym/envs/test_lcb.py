@@ -54,6 +54,7 @@ def test_the_last_code_block_is_graded_and_kept():
 
 
 def test_an_endless_program_fails_in_time_and_leaves_no_process():
+    assert passes("", ProgramTest("", "", None), timeout_s=5)
     before = set(psutil.Process().children(recursive=True))  # servers of other tests
     assert not passes("while True: pass", ProgramTest("", "", None), timeout_s=0.3)
     assert set(psutil.Process().children(recursive=True)) <= before
@@ -75,6 +76,10 @@ def test_grading_works_in_a_spawned_process():
         ("", "", True),
         ("sNaN", "1", False),
         ("1e999999999999999999", "1", False),
+        ("True", "1", False),
+        ("1_0", "10", False),
+        ("١", "1", False),
+        ("-1.50e1", "-15", True),
     ],
 )
 def test_outputs_are_compared_by_lines_words_and_numbers(printed, expected, same):
@@ -86,3 +91,26 @@ def test_a_row_whose_tests_say_nothing_is_refused():
         make([])
     with pytest.raises(ValueError, match="func_name"):
         make([{"input": "", "output": "", "testtype": "functional"}])
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "right"),
+    [
+        ("True", "1", False),
+        ("1", "true", False),
+        ("[False, 1]", "[0, 1]", False),
+        ("{'a': [True]}", '{"a": [1]}', False),
+        ("{'a': 1, 'b': 2}", '{"b": 2.0, "a": 1}', True),
+        ("{'a': 1}", '{"a": 1, "b": 2}', False),
+        ("1", "1.0", True),
+        ("True", "true", True),
+        ("'1'", "1", False),
+        ("None", "null", True),
+        ("None", "0", False),
+        ("(1, [2])", "[1, [2]]", True),
+        ("float('nan')", "NaN", False),
+    ],
+)
+def test_a_result_must_have_the_type_that_is_expected(returned, expected, right):
+    test = ProgramTest("", expected, "f")
+    assert passes(f"def f(): return {returned}", test, timeout_s=5) is right

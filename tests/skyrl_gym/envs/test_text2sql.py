@@ -98,3 +98,16 @@ def test_a_row_without_its_columns_is_refused_by_name(make):
         make(data="oracle")
     with pytest.raises(ValueError, match="db_path"):
         skyrl_gym.make("text2sql", env_config={}, extras={"data": "bird", "db_id": "x"})
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["hm", "", "<sql>", "<sql></sql>", "<sql> \n</sql>", "</sql>", "<solution>", "<sql>SELEC 1</sql>", "\ud800",
+     "<sql>DELETE FROM pets</sql>", "<sql>SELECT * FROM nothing</sql>"],
+)  # fmt: skip
+def test_every_answer_reminds_of_the_turns_left(make, reply):
+    env = make(max_turns=3)
+    for turns_left in (2, 1):
+        content = env.step(reply)["observations"][0]["content"]
+        assert content.endswith(f"<reminder>You have {turns_left} turns left.</reminder>\n</observation>")
+    assert env.step(reply)["done"]

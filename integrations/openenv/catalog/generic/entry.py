@@ -39,6 +39,7 @@ class GenericEntry(CatalogEntry):
     """One server outside the catalog. What it says of itself is asked once, by `prepare`."""
 
     options_type: ClassVar[type] = GenericOptions
+    code_options: ClassVar[frozenset[str]] = frozenset({"reward", "variables"})
     max_turns: ClassVar[int] = 10
     refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR", "EXECUTION_ERROR"})
 

@@ -177,7 +177,14 @@ def test_the_context_holds_the_servers_and_pinned_requirements_and_nothing_else(
         names = tar.getnames()
         members = {name: tar.extractfile(name) for name in names}
         files = {name: member.read().decode() for name, member in members.items() if member is not None}
-    assert {name.split("/")[0] for name in names} == {"Dockerfile", "system.sh", "requirements", "integrations"}
+    assert {name.split("/")[0] for name in names} == {
+        "Dockerfile",
+        "system.sh",
+        "requirements",
+        "integrations",
+        "skyrl_gym",
+    }
+    assert {name.rpartition("/")[0] for name in names if name.startswith("skyrl_gym")} == {"skyrl_gym/walls"}
     assert "integrations/openenv/servers/coding_env.py" in names
     server, engine = (files[f"requirements/{name}.txt"].splitlines() for name in ("server", "engine"))
     assert "openenv-core==0.3.0" in server

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from integrations.openenv.servers.confinement import confine
+from skyrl_gym.walls.confinement import confine
 
 OPENED_BEFORE = (os, signal, socket, subprocess, time)  # a confined worker imports nothing any more
 
@@ -20,6 +20,7 @@ def make_answer(secret: str) -> Callable[[dict[str, Any]], Any]:
     import ctypes
 
     address = ctypes.cast(ctypes.c_char_p(held), ctypes.c_void_p).value
+    os.dup2(1, 2)  # as the real worker does
     confine()
 
     def answer(question: dict[str, Any]) -> Any:

@@ -21,14 +21,17 @@ from typing import Any, Protocol
 import psutil
 
 from integrations.openenv.hosting.containers import Limits
-from integrations.openenv.servers.nursery import MAX_ANSWER_BYTES, Interpreter, Nursery, Worker
-from tests.integrations.openenv.servers import attacks
+from skyrl_gym.tools.python_process import run_python
+from skyrl_gym.walls.nursery import MAX_ANSWER_BYTES, Interpreter, Nursery, Worker
+from tests.integrations.openenv.processes import gone
+from tests.skyrl_gym.walls import attacks
 
 WAIT_S = 60.0  # the machine may be busy
+SILENT = ("endless loop", "1 GB of output", "memory bomb")  # some walls kill these before they say anything
 BASE_IMAGES = ("python-standin:3.11-slim", "python:3.11-slim")
 VICTIM = """
 import ctypes, os, sys
-held = os.environ["TOKEN_OF_THE_TRAINER"].encode() + b"/" * 64
+held = os.environ["WANDB_API_KEY"].encode() + b"/" * 64
 print(os.getpid(), ctypes.cast(ctypes.c_char_p(held), ctypes.c_void_p).value, flush=True)
 sys.stdin.read()
 """
@@ -55,6 +58,7 @@ class Scene:
             "port": self.port,
             "socket_name": self.socket_name,
             "marker": self.marker,
+            "mark": self.secret[:8],
             "host_pid": self.victim.pid,
             "host_parent": os.getpid(),
             "pid": pid,
@@ -91,7 +95,7 @@ def scene() -> Generator[Scene]:
             [sys.executable, "-c", VICTIM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={"TOKEN_OF_THE_TRAINER": secret},
+            env={"WANDB_API_KEY": secret},
         )
         assert victim.stdout is not None
         address = int(victim.stdout.readline().split()[1])
@@ -185,6 +189,21 @@ class Process:
         _wait_for(self._process)
 
 
+class Programs:
+    """What runs the programs of skyrl_gym's lcb, searchcode and python tool."""
+
+    def run(self, code: str, here: Scene, wait_s: float) -> str:
+        lines = run_python(_script(code, here), timeout_s=wait_s, max_output=200_000).stdout.splitlines()
+        return lines[-2] if lines[-1:] == ["end"] else ""
+
+    def victim_lives(self, here: Scene) -> bool:
+        time.sleep(0.1)
+        return here.victim.poll() is None
+
+    def close(self) -> None:
+        """A program is gone when `run` comes back."""
+
+
 class DockerContainer:
     """A container with the pool's limits, smaller, which is removed when its time is up."""
 
@@ -218,6 +237,35 @@ class DockerContainer:
         self._client.kill()  # first: Docker does not remove a container whose output nobody takes
         _wait_for(self._client)
         subprocess.run(["docker", "rm", "--force", "--volumes", self._name], capture_output=True, timeout=WAIT_S)
+
+
+def succeeds(name: str, place: Place, here: Scene) -> bool:
+    """Let it loose, and look at what it got or did."""
+    try:
+        if name in SILENT:
+            loot = place.run(attacks.ALL[name], here, 4.0 if name == "endless loop" else WAIT_S)
+        else:
+            loot = place.run(attacks.ALL[name], here, WAIT_S)
+            assert loot, "neither its loot nor its error came back"
+        match name:
+            case _ if name in attacks.READS:
+                return here.secret in loot
+            case _ if name in attacks.DEEDS:
+                return "done" in loot
+            case "write outside":
+                return here.outside_file.exists()
+            case "kill another process":
+                return not place.victim_lives(here)
+            case "endless loop":
+                return _lives_on(here)
+    finally:
+        place.close()
+    assert name == "orphan"
+    return _lives_on(here)
+
+
+def _lives_on(here: Scene) -> bool:
+    return not gone([process.pid for process in here.survivors()], within_s=4)
 
 
 def base_image() -> str | None:

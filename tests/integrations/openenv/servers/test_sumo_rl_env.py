@@ -27,12 +27,12 @@ from integrations.openenv.env import OpenEnv, close_background_pools, register_o
 from integrations.openenv.hosting.server_process import ServerProcess
 from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
-from integrations.openenv.servers.nursery import Nursery
 from integrations.openenv.servers.sumo_junction import phase_names
 from integrations.openenv.servers.sumo_rl_env import WORKER_MODULE, SumoAction, SumoRlEnvironment
 from integrations.openenv.servers.sumo_settings import read_settings
 from skyrl_gym.check import check_env
 from skyrl_gym.envs.registration import deregister
+from skyrl_gym.walls.nursery import Nursery
 
 MODULE = "integrations.openenv.servers.sumo_rl_env"
 ENTRY = SumoEntry()

@@ -11,26 +11,24 @@ from pathlib import Path
 import pytest
 import requests
 
-from integrations.openenv.servers import walls
 from integrations.openenv.servers.coding_env import make_app
-from integrations.openenv.servers.nursery import Interpreter, Nursery
-from tests.integrations.openenv.processes import gone
-from tests.integrations.openenv.servers import attacks
+from skyrl_gym.walls import wall as walls
+from skyrl_gym.walls.nursery import Interpreter, Nursery
 from tests.integrations.openenv.servers.places import (
     WAIT_S,
     DockerContainer,
-    Place,
     Process,
     Scene,
     Workers,
     base_image,
     scene,
+    succeeds,
 )
+from tests.skyrl_gym.walls import attacks
 
 WORKER = "tests.integrations.openenv.servers.attack_worker"
-READABLE = (walls.SERVERS, Path(__file__).parent)
+READABLE = (Path(__file__).parent, Path(attacks.__file__).parent)
 NO_LIMIT = 2**40
-SILENT = ("endless loop", "1 GB of output", "memory bomb")  # some walls kill these before they say anything
 ROOTS_ONLY = ("kernel setting", "trace another process", "rights in a new namespace", "memory")
 # Files, network and processes are bubblewrap's to hide. These are not, and the confinement of each worker stops them.
 NOT_FOR_BUBBLEWRAP_ALONE = (
@@ -40,6 +38,7 @@ NOT_FOR_BUBBLEWRAP_ALONE = (
     "endless loop",
     "1 GB of output",
     "rights in a new namespace",
+    "talk to another session",
 )
 
 
@@ -79,35 +78,6 @@ def image() -> str:
     if found is None:
         pytest.skip("no Docker answers, or it has no image with Python")
     return found
-
-
-def succeeds(name: str, place: Place, here: Scene) -> bool:
-    """Let it loose, and look at what it got or did."""
-    try:
-        if name in SILENT:
-            loot = place.run(attacks.ALL[name], here, 4.0 if name == "endless loop" else WAIT_S)
-        else:
-            loot = place.run(attacks.ALL[name], here, WAIT_S)
-            assert loot, "neither its loot nor its error came back"
-        match name:
-            case _ if name in attacks.READS:
-                return here.secret in loot
-            case _ if name in attacks.DEEDS:
-                return "done" in loot
-            case "write outside":
-                return here.outside_file.exists()
-            case "kill another process":
-                return not place.victim_lives(here)
-            case "endless loop":
-                return _lives_on(here)
-    finally:
-        place.close()
-    assert name == "orphan"
-    return _lives_on(here)
-
-
-def _lives_on(here: Scene) -> bool:
-    return not gone([process.pid for process in here.survivors()], within_s=4)
 
 
 @pytest.mark.parametrize("name", attacks.ALL)

@@ -19,7 +19,7 @@ from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
 
-SLOW_START = OpenEnvConfig(startup_timeout_s=200.0)
+SLOW_START = OpenEnvConfig(startup_timeout_s=200.0, trust_dataset_code=True)
 ENVS_DIR = os.environ.get("OPENENV_ENVS_DIR")
 
 
@@ -74,7 +74,9 @@ def test_a_reward_that_is_no_number_is_the_functions_fault(template_folder: Path
     entry = catalog_entry(str(template_folder))
     for path in ("no_such_module:fn", f"{__name__}:missing", "reward"):
         with pytest.raises(ValueError, match=r"must name a function, like my_pkg\.rewards:score"):
-            OpenEnv(None, {"env_name": entry.name, "reward_spec": {"ground_truth": ""}, "options": {"reward": path}})
+            OpenEnv(
+                SLOW_START, {"env_name": entry.name, "reward_spec": {"ground_truth": ""}, "options": {"reward": path}}
+            )
 
 
 def test_a_data_set_is_made_of_what_the_server_says(
@@ -89,7 +91,7 @@ def test_a_data_set_is_made_of_what_the_server_says(
     assert len({row["seed"] for row in train + validation}) == 6
     assert train[0]["prompt"][0]["content"].startswith("Say something long.\n\n")
     assert train[0]["options"] == '{"instruction": "Say something long."}'
-    env = OpenEnv(None, train[0])  # the row is enough to play it
+    env = OpenEnv({"env_names": [str(template_folder)]}, train[0])
     assert env.options.instruction == "Say something long."
 
 
@@ -120,7 +122,9 @@ async def test_episodes_that_begin_together_ask_the_server_once(echo_url: str) -
 
 
 async def test_no_server_is_an_env_failure() -> None:
-    env = OpenEnv(None, {"env_name": "http://127.0.0.1:9", "reward_spec": {"ground_truth": ""}})
+    env = OpenEnv(
+        {"url": "http://127.0.0.1:9"}, {"env_name": "http://127.0.0.1:9", "reward_spec": {"ground_truth": ""}}
+    )
     with pytest.raises(EnvFailure, match=r"no server answers at http://127\.0\.0\.1:9"):
         await env.init_async([{"role": "user", "content": "Play."}])
     await env.close_async()

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from integrations.openenv.servers.confinement import can_filter
-from integrations.openenv.servers.nursery import Interpreter, this_interpreter
+from skyrl_gym.walls.confinement import can_filter
+from skyrl_gym.walls.nursery import Interpreter, this_interpreter
 
-SERVERS = Path(__file__).resolve().parent
-REPOSITORY_ROOT = SERVERS.parents[2]
-PROBE = "import integrations.openenv.servers.nursery"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]  # of the imports
+PROBE = "import skyrl_gym.walls.forking"
 PROBE_LIMIT_S = 20.0
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class NoWall(RuntimeError):
@@ -42,19 +43,20 @@ class Wall:
         return f"{self.name} ({self.reason})"
 
 
-def accepted_wall() -> Wall:
+def accepted_wall(readable: Sequence[Path] = ()) -> Wall:
     """The strongest wall; NoWall, with what to do, if that is none at all and nobody accepted it."""
-    wall = strongest_wall()
+    wall = strongest_wall(readable)
     if wall.name == "none" and os.environ.get("OPENENV_ACCEPT_UNSAFE") != "1":
         raise NoWall(
             f"programs that the model writes would run as plain processes on this machine: {wall.reason}. Run the "
             "environment in Docker or on Linux with bubblewrap (apt install bubblewrap), or accept the risk: "
-            "environment.openenv.accept_unsafe=true, --accept-unsafe of the server, OPENENV_ACCEPT_UNSAFE=1"
+            "environment.openenv.accept_unsafe=true, --accept-unsafe of the server, OPENENV_ACCEPT_UNSAFE=1 in the "
+            "trainer's environment for skyrl_gym's lcb, searchcode and python tool"
         )
     return wall
 
 
-def strongest_wall(readable: Sequence[Path] = (SERVERS,)) -> Wall:
+def strongest_wall(readable: Sequence[Path] = ()) -> Wall:
     """readable: the folders of ours that workers import from. Tries bubblewrap once: about 50 ms."""
     declared = os.environ.get("OPENENV_WALL", "")
     if declared not in ("", "container"):
@@ -82,17 +84,19 @@ def describe() -> str:
     return f"{wall}; the coding server refuses to start" if wall.name == "none" else str(wall)
 
 
-def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = (SERVERS,)) -> Interpreter:
+def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = ()) -> Interpreter:
     """A Python that sees, read-only, what its imports need: the standard library, site-packages and `readable`.
 
-    There is no /etc, /home, /proc, /tmp, and nothing can be written. Root needs no user namespace, and keeps what it
-    takes to make its workers nobody; any other user gets one. The Python is the first process of its namespace: all
-    others end with it. No --die-with-parent: that is the thread that started it. No
-    --new-session: a confined worker has no terminal calls, and Linux would schedule the session as a group of its own.
+    There is no /etc, /home, /proc, /tmp, no terminal, and nothing can be written. Root needs no user namespace, and
+    keeps what it takes to make its workers nobody; any other user gets one. The Python is the first process of its
+    namespace: all others end with it. No --die-with-parent: that is the thread that started it. No --new-session: a
+    confined worker has no terminal calls, and Linux would schedule the session as a group of its own.
     """
     python = os.path.realpath(sys.executable)
     packages = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    bound = _existing(Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64"), Path(python), *packages, *readable)
+    bound = _existing(
+        Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64"), Path(python), *packages, HERE, *readable
+    )
     rights = (
         ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL")
         if os.geteuid() == 0
@@ -101,12 +105,14 @@ def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = (SERVERS,)) ->
     command = (
         *(bubblewrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
         *("--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL", *rights),
+        *(word for path in _parents(bound) for word in ("--perms", "0755", "--dir", str(path))),
         *_system_libraries(),
         *(word for path in bound for word in ("--ro-bind", str(path), str(path))),
-        *("--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"),
+        *(word for path in DEVICES for word in ("--dev-bind", path, path)),
+        *("--remount-ro", "/", "--chdir", "/"),
         *("--", python, "-S", "-P"),
     )
-    path = [str(REPOSITORY_ROOT), *map(str, packages)]
+    path = [str(ROOT), *map(str, packages)]
     return Interpreter(command, {"LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(path)})
 
 
@@ -120,6 +126,14 @@ def _system_libraries() -> list[str]:
         else:
             words += ["--ro-bind-try", str(place), str(place)]
     return words
+
+
+def _parents(paths: Sequence[Path]) -> list[Path]:
+    """The folders above. Those that bubblewrap makes by itself are its user's alone, so root's workers need these."""
+    if os.geteuid() != 0:
+        return []
+    of_system = map(Path, ("/dev/null", "/etc/ld.so.cache", "/usr/lib"))
+    return sorted({parent for path in (*paths, *of_system) for parent in path.parents} - {Path("/")})
 
 
 def _existing(*paths: Path) -> list[Path]:

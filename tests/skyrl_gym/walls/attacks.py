@@ -74,7 +74,37 @@ loot = taken.raw.decode(errors="replace")
 """,
 }
 
-DEEDS = {  # they succeed if they say "done"
+READS["expected answer in the memory of the parent"] = """
+loot = ""
+for process in (given["pid"], os.getppid()):
+    try:
+        with open(f"/proc/{process}/maps") as maps, open(f"/proc/{process}/mem", "rb", buffering=0) as memory:
+            for line in maps:
+                if " rw-p " in line and not loot and "stack" not in line:
+                    start, end = (int(number, 16) for number in line.split()[0].split("-"))
+                    memory.seek(start)
+                    found = memory.read(min(end - start, 1 << 28)).split(given["mark"].encode())
+                    loot = " ".join((given["mark"].encode() + rest[:24]).decode(errors="replace") for rest in found[1:])
+    except OSError as error:
+        loot = loot or str(error)
+"""
+
+DEEDS = {
+    "limit another process": """
+two = (ctypes.c_ulong * 2)()
+done = libc.prlimit64(given["pid"], 4, None, two) == 0 and libc.prlimit64(given["pid"], 4, two, None) == 0
+loot = "done" if done else "refused"
+""",
+    "slow another process down": 'os.setpriority(os.PRIO_PROCESS, given["pid"], 19); loot = "done"',
+    "take a file of another process": """
+process = libc.syscall(434, given["pid"], 0)  # pidfd_open
+loot = "done" if process >= 0 and libc.syscall(438, process, 0, 0) >= 0 else "refused"  # pidfd_getfd
+""",
+    "talk to another session": """
+meeting = socket.create_server(("127.0.0.1", 0))
+with socket.create_connection(meeting.getsockname()):
+    loot = "done"
+""",  # they succeed if they say "done"
     "kernel setting": """
 with open("/proc/sys/vm/swappiness", "r+") as setting:
     same = setting.read()

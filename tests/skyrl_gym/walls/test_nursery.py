@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from integrations.openenv.servers.nursery import Nursery, Worker
+from skyrl_gym.walls.nursery import Nursery, Worker
 from tests.integrations.openenv.processes import gone
 
-WORKER = "tests.integrations.openenv.servers.counting_worker"
+WORKER = "tests.skyrl_gym.walls.counting_worker"
 
 
 @pytest.fixture(scope="module")

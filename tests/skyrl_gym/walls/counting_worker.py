@@ -11,6 +11,7 @@ from typing import Any
 
 def make_answer(start: int) -> Callable[[Any], Any]:
     count = start
+    held: list[bytes] = []
 
     def answer(question: Any) -> Any:
         nonlocal count
@@ -20,6 +21,9 @@ def make_answer(start: int) -> Callable[[Any], Any]:
                 return [count, os.getpid()]
             case "environment":
                 return dict(os.environ)
+            case {"hold_mb": size}:
+                held.append(b"x" * (size << 20))
+                return True
             case "die":
                 os._exit(3)
             case "hang":
