@@ -123,7 +123,7 @@ def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -
 
 
 def _check_behind(template: ChatTemplate, printed: str, behind: str, observation: Sequence[Message]) -> None:
-    """What we append behind a reply must begin with an end of turn and be, in tokens, what the template prints there."""
+    """What we append behind a reply must begin with an end of turn and be, in tokens, what the template prints."""
     decode, encode = template.tokenizer.decode, partial(template.tokenizer.encode, add_special_tokens=False)
     between = template.from_end(encode(behind))
     if not between or between[0] not in template.end_ids:
