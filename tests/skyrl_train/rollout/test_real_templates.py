@@ -139,22 +139,28 @@ def played(template: ChatTemplate, end: str) -> Counter[str]:
     return counts
 
 
+def settings_of(source: str) -> list[dict[str, bool]]:
+    """The template's arguments to be tried: none, and each way of its switch for thinking."""
+    return [{}, *([{"enable_thinking": True}, {"enable_thinking": False}] if "enable_thinking" in source else [])]
+
+
 def test_every_real_template_is_appended_to_exactly_or_refused_at_start_up():
-    """786 templates, three kinds of prompts, four turns: token ids and loss masks against the template's own text."""
+    """786 templates, with and without thinking, three kinds of prompts, four turns: token ids and loss masks."""
     counts: Counter[str] = Counter()
-    for name in TEMPLATES:
+    settings = [(name, setting) for name in TEMPLATES for setting in settings_of(source_of(name))]
+    for name, setting in settings:
         end = printed_end(source_of(name)) or "</s>"
         tokenizer = byte_tokenizer(source_of(name), [end])
         try:
-            template = ChatTemplate(tokenizer, end_ids=ids_of(tokenizer, [end, "</s>"]))
+            template = ChatTemplate(tokenizer, template_kwargs=setting, end_ids=ids_of(tokenizer, [end, "</s>"]))
         except TemplateRefused:
             counts["templates refused"] += 1
         else:
             counts["templates exact"] += 1
             counts += played(template, end)
-    assert counts["templates exact"] + counts["templates refused"] == len(TEMPLATES) >= 600
-    assert counts["templates exact"] >= 500  # refused: mostly those that take thinking marks out of earlier turns
-    assert counts["exact"] >= 1300
+    assert counts["templates exact"] + counts["templates refused"] == len(settings) > len(TEMPLATES) >= 600
+    assert counts["templates exact"] >= 600  # refused: mostly those that take thinking marks out of earlier turns
+    assert counts["exact"] >= 1500
 
 
 def family(name: str, **options: Any) -> ChatTemplate:
@@ -195,6 +201,14 @@ def test_thinking_marks_stay_where_the_template_would_take_them_out_if_that_is_a
         ChatTemplate(byte_tokenizer("{{ messages[0].content }}"), keep_thinking=True)
 
 
+def test_qwen3_without_thinking_needs_that_setting_too():
+    """Its generation prompt then holds an empty thought that the template takes out of earlier turns."""
+    switch = {"enable_thinking": False}
+    with pytest.raises(TemplateRefused, match="keep_thinking=true"):
+        family("Qwen-Qwen3-0.6B", template_kwargs=switch)
+    family("Qwen-Qwen3-0.6B", template_kwargs=switch, keep_thinking=True)
+
+
 def test_glm_ends_a_reply_with_the_header_of_the_next_message():
     template = family("zai-org-GLM-4-9B-0414")
     encoded = {}
@@ -216,7 +230,7 @@ def test_gemma_as_published_is_refused_only_without_its_generation_configuration
     chat.append(
         encode(tokenizer, "b<eos>"), [message("user", "c")]
     )  # the other of its ends: it stays as it was sampled
-    assert tokenizer.decode(chat.ids).endswith(
+    assert str(tokenizer.decode(chat.ids)).endswith(
         "model\nb<eos>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
     )
 
@@ -226,7 +240,7 @@ def test_in_qwens_vocabulary_what_stands_between_two_replies_is_whole(name):
     tokenizer, keep = qwen_tokenizer(), FAMILIES[name][1] == KEEP
     ends = ids_of(tokenizer, CHATML)
     template = ChatTemplate(tokenizer, template=source_of(name), end_ids=ends, keep_thinking=keep)
-    between = tokenizer.decode(template.continuation([tokenizer.eos_token_id], [message("user", "hi back")]))
+    between = str(tokenizer.decode(template.continuation([tokenizer.eos_token_id], [message("user", "hi back")])))
     assert between.startswith("\n<|im_start|>user\nhi back<|im_end|>\n<|im_start|>assistant\n")
     if not keep:
         assert play(template, OPENINGS[1], "<|im_end|>") == ""
