@@ -6,6 +6,7 @@ printing must begin with the one before and go on with the reply, its end of tur
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product, takewhile
@@ -25,6 +26,9 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
     "clear_thinking": (False,),
     "truncate_history_thinking": (False,),
 }
+
+_THINKING = re.compile("think|thought|reason", re.IGNORECASE)
+_THINKING_TAGS = re.compile(r"(\s|<[^<>]*(think|thought)[^<>]*>)*", re.IGNORECASE)
 
 
 class TemplateRefused(ValueError):
@@ -107,13 +111,17 @@ def _check_all_are_in(printed: str, messages: Sequence[Message]) -> None:
 def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -> None:
     """What the template now prints in front of a reply must be what the model read when it gave that reply.
 
-    White space is the reply's own: the model says it where the template prints it. With `keep_thinking` all that the
-    template prints between the reply and its header may differ.
+    closed: the text up to the header that was read last. White space is the reply's own: the model says it where the
+    template prints it. With `keep_thinking` marks of thinking may differ between the header and the reply.
     """
     num_same = _num_same(read, before)
     if num_same == len(read) and not before[num_same:].strip():
         return
-    if template.keep_thinking and num_same >= _num_same(closed, read):
+    tag = read.rfind("<", 0, num_same)
+    begin = num_same if tag < 0 or ">" in read[tag:num_same] else tag  # of what differs, whole tags
+    only_thinking = _THINKING.search(read[begin:]) or not read[begin:].strip()
+    only_thinking = only_thinking and _THINKING_TAGS.fullmatch(before[begin:])
+    if template.keep_thinking and only_thinking and begin >= _num_same(closed, read):
         return
     where = max(0, num_same - 20)
     raise TemplateRefused(
