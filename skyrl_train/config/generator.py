@@ -57,6 +57,7 @@ class ChatTemplateConfig(Section):
 
     source: str = "name"  # file: name_or_path is a Jinja file
     name_or_path: str | None = None  # null is the tokenizer's own template
+    keep_thinking: bool = False  # earlier turns stay as the model read them where the template edits thinking marks
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("source", ("name", "file"))

@@ -33,6 +33,7 @@ class BasePPOExp:
         self.chat_template = self.get_chat_template()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
+        self.check_conversations()
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
@@ -46,16 +47,31 @@ class BasePPOExp:
         return load_tokenizer(self.model_path)
 
     def get_chat_template(self) -> Any:
+        from skyrl_train.end_of_turn import end_of_turn_ids, read_generation_config
         from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
 
         generator = self.cfg.generator
+        config_kwargs = self.cfg.trainer.policy.model_config_kwargs or {}
+        generation_config = read_generation_config(self.model_path, **config_kwargs)
         return ChatTemplate(
             self.tokenizer,
             one_message=not generator.use_conversation_multi_turn,
             template=read_chat_template(generator.chat_template.source, generator.chat_template.name_or_path),
             template_kwargs=generator.chat_template_kwargs,
             append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
+            end_ids=end_of_turn_ids(generation_config, self.tokenizer),
+            grows=generator.max_turns > 1,
+            keep_thinking=generator.chat_template.keep_thinking,
         )
+
+    def check_conversations(self) -> None:
+        """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
+        kinds = set()
+        for prompt in [*self.train_dataset, *(self.eval_dataset or [])]:
+            max_turns = prompt.env_extras.get("max_turns") or self.cfg.generator.max_turns
+            kinds.add((tuple(message["role"] for message in prompt.messages), int(max_turns) > 1))
+        for roles, grows in sorted(kinds):
+            self.chat_template.check(roles, grows=grows)
 
     def get_train_dataset(self) -> Any:
         return self._dataset(self.cfg.data.train_data)

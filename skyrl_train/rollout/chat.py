@@ -1,21 +1,37 @@
 """Messages to tokens and back, append-only: what the engine sampled stays in the history token for token.
 
 Only what the environment says is ever encoded; a reply is never decoded and encoded again. So the tokens that are
-trained on are the tokens that were sampled, and a sample is a plain concatenation of its turns.
+trained on are the tokens that were sampled, and a sample is a plain concatenation of its turns. What stands between two
+replies is cut out of a conversation that goes on; template_check.py compares the result with what the template prints.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from jinja2 import TemplateError
+
+from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
+from skyrl_train.rollout.template_check import (
+    TemplateRefused,
+    check_growth,
+    check_observation,
+    check_opening,
+    ways_out,
+)
 from skyrl_train.types import Message
 
-# What stands before an observation does not change how it is encoded, as long as an assistant's turn has just closed.
-_CLOSED_TURN: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+# Where this word stands in a printed text, the reply stands.
+REPLY = "reply7c1e"
+_CLOSED_TURN: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": REPLY}]
+# What a Jinja program raises that meets a conversation it was not written for.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def read_chat_template(source: str, name_or_path: str | None) -> str | None:
@@ -39,6 +55,10 @@ class ChatTemplate:
 
     one_message: SkyRL's `generator.use_conversation_multi_turn=false`: the episode is a single assistant message, and
     observations are put into it as plain text. Otherwise every reply and every observation is a message of its own.
+    end_ids: the tokens at which the engine ends a reply (end_of_turn.py); None is the tokenizer's own.
+    grows: False if no episode has a second turn; then nothing is asked of the template but to print the prompt.
+    keep_thinking: earlier turns stay as the model read and said them, where the template would print other marks of
+    thinking between a header and a reply (`generator.chat_template.keep_thinking`).
     """
 
     def __init__(
@@ -49,6 +69,9 @@ class ChatTemplate:
         template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
         append_eos_after_stop_string: bool = True,
+        end_ids: Sequence[int] | None = None,
+        grows: bool = True,
+        keep_thinking: bool = False,
     ) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -61,36 +84,110 @@ class ChatTemplate:
         self.template_kwargs = dict(template_kwargs or {})  # of apply_chat_template
         if template is not None:
             self.template_kwargs["chat_template"] = template
-        self.eos_id: int = tokenizer.eos_token_id
-        closed = self.encode(_CLOSED_TURN, add_generation_prompt=False)
-        if not one_message and self.eos_id not in closed:
-            raise ValueError(
-                f"the chat template does not end an assistant's turn with the tokenizer's end-of-sequence token "
-                f"{tokenizer.eos_token!r}, so turns cannot be appended; set generator.use_conversation_multi_turn=false"
-            )
-        # Tokens that the template puts behind that token (a newline, in ChatML) belong to what follows.
-        self._num_closed = len(closed) - closed[::-1].index(self.eos_id) if self.eos_id in closed else len(closed)
+        own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.end_ids = own_end if end_ids is None else tuple(end_ids)
+        self.keep_thinking = keep_thinking
+        self._observations: set[tuple[str, ...]] = set()  # roles of observations that were checked
+        self.check(["user"], grows=grows)
+
+    def check(self, roles: Sequence[str], *, grows: bool) -> None:
+        """Raise TemplateRefused if conversations that begin with messages of these roles are not printed exactly."""
+        check_opening(self, roles)
+        if self.one_message or not grows:
+            return
+        try:
+            check_growth(self, roles)
+        except TemplateRefused as error:
+            raise TemplateRefused(f"turns cannot be appended: {error}. {ways_out(self, roles)}") from error
+
+    def changed(self, switches: dict[str, Any], *, keep_thinking: bool) -> Self:
+        """Return the same template with these further arguments, unchecked."""
+        other = copy.copy(self)
+        other.template_kwargs = self.template_kwargs | switches
+        other.keep_thinking = keep_thinking
+        other.__dict__.pop("closes_turns", None)
+        return other
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The template's text of these messages."""
+        return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,  # transformers 5 returns a mapping otherwise
-            **self.template_kwargs,
-        )
+        """The tokens of the template's text."""
+        # return_dict: transformers 5 returns a mapping otherwise
+        return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
 
-    def encode_observation(self, observation: Sequence[Message]) -> list[int]:
-        """Everything between the end-of-sequence token of one reply and the first token of the next."""
+    def _apply(self, messages: Sequence[Message], **how: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **how, **self.template_kwargs)
+        except _TEMPLATE_ERRORS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise TemplateRefused(f"the chat template does not print messages of {roles}: {error}") from error
+
+    @cached_property
+    def closes_turns(self) -> bool:
+        """Whether an end of turn is printed behind a reply that nothing follows.
+
+        If not (GLM), the turn ends with the first token of what follows: `<|user|>` ends a reply and opens a message.
+        """
+        return self._position_of_end(self._behind_reply([], add_generation_prompt=False)) is not None
+
+    def start(self, messages: Sequence[Message]) -> Chat:
+        """A conversation that waits for the model's first reply. Raises EnvFailure if the messages are not printed."""
+        try:
+            return Chat(self, self.encode(messages, add_generation_prompt=True))
+        except TemplateRefused as error:
+            raise EnvFailure(str(error)) from error
+
+    def continuation(self, reply_ids: Sequence[int], observation: Sequence[Message]) -> list[int]:
+        """Everything between the last token of a reply and the first token of the next one.
+
+            template            ...assistant\n REPLY <|im_end|> \n<|im_start|>user\n OBSERVATION ...assistant\n
+            reply that ended    <|im_end|> was sampled: the tokens behind it
+            reply that did not  with <|im_end|>, which is given, not sampled: its loss mask is False
+
+        A reply that ended with another of the engine's ends keeps that one: it is what the policy sampled.
+        """
         if self.one_message:
             text = "".join(message["content"] for message in observation)
             return self.tokenizer.encode(text, add_special_tokens=False)
-        ids = self.encode([*_CLOSED_TURN, *observation], add_generation_prompt=True)
-        return ids[self._num_closed :]
+        self._check_roles(tuple(message["role"] for message in observation))
+        ids = self.between(observation)
+        ended = bool(reply_ids) and reply_ids[-1] in self.end_ids
+        if ended and (self.closes_turns or reply_ids[-1] == ids[0]):
+            return ids[1:]
+        return ids if ended or self.append_eos_after_stop_string or not self.closes_turns else ids[1:]
 
-    def start(self, messages: Sequence[Message]) -> Chat:
-        """A conversation that waits for the model's first reply."""
-        return Chat(self, self.encode(messages, add_generation_prompt=True))
+    def between(self, observation: Sequence[Message]) -> list[int]:
+        """The tokens between two replies as the template prints them, the end of the first one's turn included."""
+        return self.from_end(self._behind_reply(observation, add_generation_prompt=True))
+
+    def from_end(self, ids: list[int]) -> list[int]:
+        """Return what is printed behind a reply without the white space that the reply itself ends with."""
+        return ids[self._position_of_end(ids) or 0 :]
+
+    def _behind_reply(self, observation: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """What is printed behind an assistant's message. The text in front of it has no say in how that is encoded."""
+        text = self.render([*_CLOSED_TURN, *observation], add_generation_prompt=add_generation_prompt)
+        _, found, behind = text.partition(REPLY)
+        if not found:
+            raise TemplateRefused("the chat template leaves out or changes what the assistant said")
+        return self.tokenizer.encode(behind, add_special_tokens=False)
+
+    def _position_of_end(self, ids: list[int]) -> int | None:
+        """Where the end of turn stands, behind nothing but white space."""
+        for position, token in enumerate(ids):
+            if token in self.end_ids:
+                return position
+            if self.tokenizer.decode([token]).strip():
+                break
+        return None
+
+    def _check_roles(self, roles: tuple[str, ...]) -> None:
+        """Raises TemplateRefused if messages of these roles are not printed behind a reply."""
+        if roles not in self._observations:
+            check_observation(self, roles)
+            self._observations.add(roles)
 
 
 @dataclass
@@ -103,21 +200,20 @@ class Chat:
     def kept(self, completion: Completion) -> tuple[list[int], list[float]]:
         """The sampled tokens that stay in the history, and their logprobs, when the conversation goes on.
 
-        Within one message the end-of-sequence token that closed a reply must not stand in the middle; it is the only
-        sampled token that is ever left out, and it is not trained on either.
+        Within one message the token that ended a reply must not stand in the middle; it is the only sampled token that
+        is ever left out, and it is not trained on either.
         """
         ids, logprobs = completion.response_ids, completion.logprobs
-        if self.template.one_message and ids and ids[-1] == self.template.eos_id:
+        if self.template.one_message and ids and ids[-1] in self.template.end_ids:
             return ids[:-1], logprobs[:-1]
         return ids, logprobs
 
     def append(self, reply_ids: list[int], observation: Sequence[Message]) -> None:
-        """The reply, then what the environment answered."""
-        history = [*self.ids, *reply_ids]
-        ended = bool(reply_ids) and reply_ids[-1] == self.template.eos_id
-        if not self.template.one_message and not ended and self.template.append_eos_after_stop_string:
-            history.append(self.template.eos_id)  # given, not sampled: its loss mask is False
-        self.ids = [*history, *self.template.encode_observation(observation)]
+        """The reply, then what the environment answered. Raises EnvFailure if the template does not print that."""
+        try:
+            self.ids = [*self.ids, *reply_ids, *self.template.continuation(reply_ids, observation)]
+        except TemplateRefused as error:
+            raise EnvFailure(str(error)) from error
 
     def append_edited(self, text: str, observation: Sequence[Message]) -> None:
         """The environment replaced the reply by `text`: the history now holds tokens nobody sampled.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from skyrl_train.end_of_turn import end_of_turn_ids
 from skyrl_train.engine.base import Completion, Request, StopReason
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
@@ -77,7 +78,7 @@ class Scheduler:
         self._model = forward_pass(policy, cuda_graphs=cuda_graphs)
         self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
-        self._eos_ids = end_of_sequence_ids(policy, tokenizer)
+        self._eos_ids = end_of_turn_ids(policy.module.generation_config, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
         self._cache = KVCache(policy, max_slots=max_num_seqs, max_length=max_model_len, max_bytes=kv_cache_bytes)
         self._sessions = KeptSessions(session_cache_bytes)
@@ -294,13 +295,3 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     if sequence.twin is None:
         return Chunk(sequence.slot, sequence.computed, count)
     return Chunk(sequence.slot, sequence.computed, count, sequence.twin.slot, sequence.shared)
-
-
-def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a response: the generation configuration's and the tokenizer's."""
-    generation_config = policy.module.generation_config
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    ids = [configured] if isinstance(configured, int) else list(configured or [])
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.append(tokenizer.eos_token_id)
-    return tuple(sorted(set(ids)))

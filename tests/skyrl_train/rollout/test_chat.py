@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
 from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import CHATML, tiny_tokenizer
 
 QUESTION = [{"role": "user", "content": "hi"}]
 
@@ -84,3 +85,68 @@ def test_a_template_file_is_read_and_a_missing_one_named(tmp_path):
         read_chat_template("file", str(tmp_path / "other.jinja"))
     with pytest.raises(ValueError, match="enable_thinking"):
         read_chat_template("name", "qwen3_without_thinking")
+
+
+def test_a_template_that_prints_the_last_reply_unlike_others_keeps_the_observations_header(tokenizer):
+    """As Qwen3's: thinking marks stand in the last assistant's message only."""
+    template = CHATML.replace(
+        "message['content'] +",
+        "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'] +",
+    )
+    chat = ChatTemplate(tokenizer, template=template).start(QUESTION)
+    chat.append(completion(tokenizer, "yes<|im_end|>").response_ids, [{"role": "user", "content": "hi back"}])
+    assert tokenizer.decode(chat.ids).endswith(
+        "yes<|im_end|>\n<|im_start|>user\nhi back<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_every_end_of_the_engine_closes_a_turn(tokenizer):
+    other = tokenizer.convert_tokens_to_ids("!")
+    chat = ChatTemplate(tokenizer, end_ids=[tokenizer.eos_token_id, other]).start(QUESTION)
+    chat.append(completion(tokenizer, "yes!").response_ids, [{"role": "user", "content": "why"}])
+    assert "yes!\n<|im_start|>user\nwhy" in tokenizer.decode(chat.ids)
+
+    one_message = ChatTemplate(tokenizer, one_message=True, end_ids=[other]).start(QUESTION)
+    assert one_message.kept(completion(tokenizer, "yes!"))[0] == tokenizer.encode("yes", add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            "{% for message in messages if message.role != 'tool' %}",
+            "leaves out or changes a message of the role 'tool'",
+        ),
+        (
+            "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}",
+            "no tools",
+        ),
+    ],
+)
+def test_an_observation_that_the_template_does_not_print_is_the_environments_failure(tokenizer, changed, reason):
+    template = CHATML.replace("{% for message in messages %}", changed)
+    chat = ChatTemplate(tokenizer, template=template).start(QUESTION)
+    with pytest.raises(EnvFailure, match=reason):
+        chat.append(completion(tokenizer, "yes<|im_end|>").response_ids, [{"role": "tool", "content": "4"}])
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for m in messages[-2:] %}",  # forgets
+        "{% for m in messages | reverse %}",
+        "{% for m in messages %}{{ loop.index }}",  # counts
+        "{% for m in messages %}{{ messages | length }}",
+        "{% for m in messages %}{% if loop.index > 3 %}{{ raise_exception('too long') }}{% endif %}",
+        "{% for m in messages if m.role == 'user' or loop.last %}",
+        "{% for m in messages %}{{ m.content + none }}",
+        "{% for m in messages %}{{ 1 / 0 }}",
+    ],
+)
+def test_templates_that_do_not_grow_by_their_end_are_refused(tokenizer, loop):
+    body = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    ChatTemplate(
+        tokenizer, template=f"{{% for m in messages %}}{body}{{% endfor %}}<|im_start|>assistant\n", grows=False
+    )
+    with pytest.raises(ValueError, match="chat template"):
+        ChatTemplate(tokenizer, template=f"{loop}{body}{{% endfor %}}<|im_start|>assistant\n")
