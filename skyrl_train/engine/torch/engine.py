@@ -89,8 +89,7 @@ class TorchEngine:
         """
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError(f"{max_num_seqs=} and {max_num_batched_tokens=} must be at least 1")
-        context = int(policy.config.max_position_embeddings)
-        self.max_model_len = min(max_model_len or context, context)
+        self.max_model_len = min(max_model_len or policy.context, policy.context)
         self._vocab_size = int(policy.config.vocab_size)
         self._deterministic = deterministic
         self._scheduler = Scheduler(
