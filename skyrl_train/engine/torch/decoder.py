@@ -44,16 +44,16 @@ class ForwardPass(Protocol):
 
 
 @torch.inference_mode()
-def forward_pass(policy: Policy, *, cuda_graphs: bool = True) -> ForwardPass:
+def forward_pass(policy: Policy, *, cuda_graphs: bool = True, max_length: int | None = None) -> ForwardPass:
     """Return the fastest one that computes what the learner computes: a `Decoder`, or the policy itself.
 
-    Raises ModelRefused where none does, token by token over a cache.
+    Raises ModelRefused where none does, token by token over a cache. max_length: tokens of a sequence at most.
     """
-    family = type(policy.module).__name__
+    family, long = type(policy.module).__name__, min(SHORT + 2, max_length or policy.context)
     try:
-        expected = packed_prompts_and_steps(policy)
+        expected = packed_prompts_and_steps(policy, long)
         for model in _candidates(policy, cuda_graphs):
-            if distance(prompts_and_steps(model, policy), expected) <= allowed_distance(policy.compute_dtype):
+            if distance(prompts_and_steps(model, policy, long), expected) <= allowed_distance(policy.compute_dtype):
                 return model
     except FOREIGN_ERRORS as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -148,19 +148,15 @@ def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, -1), signed_sine)
 
 
-# What `prompts_and_steps` computes, pass by pass, as (sequence, number of its next tokens). The last prompt is long.
-_PASSES = ([(0, 15), (1, 9)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, SHORT + 2)])
-
-
-def prompts_and_steps(model: ForwardPass, policy: Policy) -> Tensor:
+def prompts_and_steps(model: ForwardPass, policy: Policy, long: int = SHORT + 2) -> Tensor:
     """Return the logits of two short prompts, of a decoding step behind them, and of one beside a long prompt.
 
-    [28 + the long prompt's, vocab], of random tokens in the order of `_PASSES`.
+    [28 + long, vocab], of random tokens in the order of `_passes`.
     """
-    cache = KVCache(policy, max_slots=3, max_length=SHORT + 2, max_bytes=2**30)
-    cache.reserve(3, SHORT + 2)
-    ids, rows, done, starts = _random_ids(policy), [], 0, [0, 0, 0]
-    for counts in _PASSES:
+    cache = KVCache(policy, max_slots=3, max_length=max(long, 17), max_bytes=2**30)
+    cache.reserve(3, max(long, 17))
+    ids, rows, done, starts = _random_ids(policy, long), [], 0, [0, 0, 0]
+    for counts in _passes(long):
         chunks = [Chunk(sequence, starts[sequence], count) for sequence, count in counts]
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(cache, chunks, policy.device)
@@ -171,18 +167,22 @@ def prompts_and_steps(model: ForwardPass, policy: Policy) -> Tensor:
     return model.logits(torch.cat(rows))
 
 
-def packed_prompts_and_steps(policy: Policy) -> Tensor:
+def packed_prompts_and_steps(policy: Policy, long: int = SHORT + 2) -> Tensor:
     """Return the same logits as the learner computes them: each sequence at once, all of them in one pass."""
-    sequence = torch.cat([torch.full((count,), s) for counts in _PASSES for s, count in counts])
+    sequence = torch.cat([torch.full((count,), s) for counts in _passes(long) for s, count in counts])
     order = sequence.argsort(stable=True)  # of the tokens, laid end to end
     lengths = sequence.bincount()
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    inputs = (tensor.to(policy.device) for tensor in (_random_ids(policy)[order], positions))
+    inputs = (tensor.to(policy.device) for tensor in (_random_ids(policy, long)[order], positions))
     hidden = policy.hidden_states(*inputs, PackedAttention(offsets.to(policy.device)))
     return policy.logits(hidden[order.argsort().to(policy.device)])
 
 
-def _random_ids(policy: Policy) -> Tensor:
-    count = sum(count for counts in _PASSES for _, count in counts)
-    return torch.randint(policy.config.vocab_size, (count,), generator=torch.Generator().manual_seed(1))
+def _passes(long: int) -> list[list[tuple[int, int]]]:
+    """Pass by pass: (sequence, number of its next tokens)."""
+    return [[(0, 15), (1, 9)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, long)]]
+
+
+def _random_ids(policy: Policy, long: int) -> Tensor:
+    return torch.randint(policy.config.vocab_size, (28 + long,), generator=torch.Generator().manual_seed(1))

@@ -73,7 +73,7 @@ class Scheduler:
     ) -> None:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
-        self._model = forward_pass(policy, cuda_graphs=cuda_graphs)
+        self._model = forward_pass(policy, cuda_graphs=cuda_graphs, max_length=max_model_len)
         self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_sequence_ids(policy, tokenizer)
