@@ -57,7 +57,9 @@ def forward_pass(policy: Policy, *, cuda_graphs: bool = True, max_length: int | 
                 return model
     except FOREIGN_ERRORS as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ModelRefused(f"{family} is not supported: the engine cannot compute it over a cache ({reason})") from error
+        raise ModelRefused(
+            f"{family} is not supported: the engine cannot compute it over a cache ({reason})"
+        ) from error
     raise ModelRefused(f"{family} is not supported: token by token over a cache it computes other numbers than at once")
 
 
