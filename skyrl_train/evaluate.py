@@ -18,8 +18,8 @@ from skyrl_train.types import Group
 class Evaluator:
     """Plays the same episodes each time: their seeds depend on the prompt and on trainer.seed, not on the step.
 
-    The same weights give the same number, bit for bit on the same machine, where the environment does its part: episodes
-    take their turns together, and the engine computes each such round apart from all else.
+    The same weights earn the same, bit for bit on the same machine, where the environment does its part: episodes take
+    their turns together, and the engine computes each such round apart from all else.
     """
 
     config: SkyRLConfig

@@ -43,8 +43,8 @@ class SamplingParams:
 class Request:
     """One turn to be sampled. Turns of one episode share `session_id`, so an engine can keep their KV cache.
 
-    in_round: compute it beside the requests that were made in the same tick of the event loop, and beside no others. Then
-    the same rounds in the same order give the same bits, whenever and beside whatever they are asked for.
+    in_round: compute it beside the requests that were made in the same tick of the event loop, and beside no others.
+    Then the same rounds in the same order give the same bits, whatever else the engine is asked for.
     """
 
     prompt_ids: list[int]

@@ -63,7 +63,7 @@ def _attention_forward(
             )
     if attention_mask is not None or dropout:
         raise ModelRefused(
-            f"{type(module).__name__} wants a mask or dropout in its attention, where the attention object decides alone"
+            f"{type(module).__name__} wants a mask or dropout in its attention, which this project cannot compute"
         )
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: Any = module.layer_idx

@@ -52,7 +52,7 @@ def load_module(
     register_attention()
     config = load_config(path, changes, trust_remote_code=trust_remote_code)
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -66,10 +66,11 @@ def load_module(
         else:
             reason = f"its weights cannot be loaded: {one_line(error)}"
         raise ModelRefused(f"model {path}: {reason}") from error
+    module, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ModelRefused(
-            f"model {path}: {len(missing)} weights are in none of its files ({_some(missing)}), and random numbers would "
-            "be trained in their place; fetch or export the model again"
+            f"model {path}: {len(missing)} weights are in none of its files ({_some(missing)}), so random numbers "
+            "would be trained; fetch or export the model again"
         )
     if unused := sorted(found["unexpected_keys"]):
         logger.warning(f"model {path}: {type(module).__name__} does not use {len(unused)} weights ({_some(unused)})")
@@ -130,8 +131,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int, prompt_ids:
     if needed or backend is None:
         shown = ", ".join(f"{outside[i]!r} is {i}" for i in sorted(needed or outside)[:SHOWN])
         raise ModelRefused(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {num_rows} rows: {len(needed or outside)} "
-            f"tokens that are needed have none ({shown}); take the tokenizer that belongs to the model"
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {num_rows} rows: "
+            f"{len(needed or outside)} tokens that are needed have none ({shown}); take the model's own tokenizer"
         )
     _take_out(tokenizer, set(outside))
     logger.warning(f"tokens without a row in the model's embedding are read as text: {_some(sorted(outside.values()))}")

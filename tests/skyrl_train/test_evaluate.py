@@ -26,7 +26,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 class SlowEnv(BaseTextEnv):
-    """Takes a random while for each answer, which is as long as the reply was; ends after three turns, some after two."""
+    """Takes a random while for each answer, of a length that follows from the reply; ends after three or four turns."""
 
     is_async = True
 

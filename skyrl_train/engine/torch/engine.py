@@ -66,8 +66,8 @@ class TorchEngine:
     different shapes. Requests with `in_round` are free of even that: those of one tick of the event loop (that is: all
     `generate` calls that were ready to run together, as under one `asyncio.gather`) form a round. Rounds are computed
     one after the other with nothing beside them, each sorted by (session_id, seed), and the completions of a round are
-    delivered together when the last one is there. So a caller who submits a round at once and waits for all of it, again
-    and again, gets the same bits each time on the same machine.
+    delivered together when the last one is there. So a caller who submits a round at once and waits for all of it, and
+    then the next, gets the same bits each time on the same machine.
 
     `deterministic`: every request is in a round, and no keys and values are kept between rounds, so that a round's
     numbers are a function of its requests and the weights, whatever was played before.
@@ -236,11 +236,11 @@ class TorchEngine:
 
     def _must_finish_round(self) -> bool:
         """A round begins when all before it is finished and delivered, and what comes after it likewise."""
-        match self._commands[0]:
-            case [first, *_]:
-                is_apart = self._is_round or first.request.in_round
-                return is_apart and bool(self._in_flight or self._finished)
-        return False
+        following = self._commands[0]
+        if not isinstance(following, list):
+            return False
+        is_apart = self._is_round or following[0].request.in_round
+        return is_apart and bool(self._in_flight or self._finished)
 
     def _obey(self, command: Command) -> None:
         match command:
