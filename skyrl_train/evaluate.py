@@ -16,7 +16,11 @@ from skyrl_train.types import Group
 
 @dataclass
 class Evaluator:
-    """Plays the same episodes each time: their seeds depend on the prompt and on trainer.seed, not on the step."""
+    """Plays the same episodes each time: their seeds depend on the prompt and on trainer.seed, not on the step.
+
+    The same weights earn the same, bit for bit on the same machine, where the environment does its part: episodes take
+    their turns together, and the engine computes each such round apart from all else.
+    """
 
     config: SkyRLConfig
     prompts: PromptDataset
@@ -31,7 +35,7 @@ class Evaluator:
         on_episode = self.run.phase("eval", len(self.prompts) * samples_per_prompt, "episodes")
         sampling = sampling_params(generator.eval_sampling_params)
         for prompts in self.prompts.batches(trainer.eval_batch_size):
-            asked = Round("eval", 0, prompts, samples_per_prompt, sampling)
+            asked = Round("eval", 0, prompts, samples_per_prompt, sampling, reproducible=True)
             groups += await self.collector.collect(asked, on_episode)
         self.run.keep("eval", global_step, groups)
         metrics = eval_metrics(groups)

@@ -146,6 +146,8 @@ class Batch:
     ref_logprobs: Tensor | None = None  # [T] float32, from the reference policy
     advantages: Tensor | None = None  # [T] float32
     loss_weights: Tensor | None = None  # [T] float32: the loss is sum(loss_weights * token loss), see batch/packing.py
+    kl_weights: Tensor | None = None  # [T] float32: the same for the KL term, which has a reduction of its own
+    entropy_weights: Tensor | None = None  # [T] float32: and for the entropy term
     values: Tensor | None = None  # [T] float32, from a critic
     returns: Tensor | None = None  # [T] float32
 
@@ -162,7 +164,7 @@ class Batch:
 
     TOKEN_FIELDS = (
         "input_ids", "loss_mask", "rollout_logprobs", "rewards", "old_logprobs", "ref_logprobs",
-        "advantages", "loss_weights", "values", "returns",
+        "advantages", "loss_weights", "kl_weights", "entropy_weights", "values", "returns",
     )  # fmt: skip
 
     def token_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -72,6 +72,8 @@ def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
         "eos_token_id": eos,
         "pad_token_id": eos,
     }
+    if not hasattr(AutoConfig.for_model(family), "num_key_value_heads"):
+        del settings["num_key_value_heads"]  # else the configuration would say what the family does not do
     config = AutoConfig.for_model(family, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

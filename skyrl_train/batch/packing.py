@@ -53,7 +53,21 @@ def mini_batches(batch: Batch, prompts_per_mini_batch: int) -> list[Batch]:
 
 
 def with_loss_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = None) -> Batch:
-    """Weigh every token of a mini batch so that sum(loss_weights * token_loss) is the reduction. N = masked tokens.
+    """Weigh every token of a mini batch so that sum(loss_weights * token_loss) is the reduction.
+
+    The KL term is always reduced by sequence_mean and the entropy term by token_mean, as SkyRL does it: what their
+    coefficients mean does not depend on loss_reduction.
+    """
+    return replace(
+        batch,
+        loss_weights=_token_weights(batch, loss_reduction, max_seq_len),
+        kl_weights=_token_weights(batch, "sequence_mean"),
+        entropy_weights=_token_weights(batch, "token_mean"),
+    )
+
+
+def _token_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = None) -> Tensor:
+    """Return weights [T] so that sum(weights * values) is the reduction. N = masked tokens.
 
         token_mean               1 / N                                  DAPO, arXiv 2503.14476, eq. 8
         sequence_mean            1 / (rows * N of the row)              GRPO, arXiv 2402.03300, eq. 3
@@ -75,7 +89,7 @@ def with_loss_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None
         weights = mask / (num_rows * max_seq_len)
     else:
         raise ValueError(f"loss_reduction={loss_reduction!r} is unknown; use one of {', '.join(LOSS_REDUCTIONS)}")
-    return replace(batch, loss_weights=weights.float())
+    return weights.float()
 
 
 def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None) -> list[Batch]:

@@ -130,14 +130,14 @@ class AlgorithmConfig(Section):
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
     use_kl_in_reward: bool = False  # subtract the KL from the token rewards; excludes use_kl_loss
-    use_kl_loss: bool = True  # add the KL to the policy loss
+    use_kl_loss: bool = True  # add the KL to the policy loss: a mean over samples, whatever loss_reduction is
     kl_loss_coef: float = 0.001  # weight of either use of the KL
-    use_entropy_loss: bool = False  # subtract the entropy from the loss
+    use_entropy_loss: bool = False  # subtract the entropy from the loss: a mean over tokens, whatever loss_reduction is
     entropy_loss_coef: float = 0.01  # weight of the entropy
     advantage_batch_normalize: bool = False  # whiten the advantages over the trained tokens of the batch
     value_head_prefix: str = "value_head"  # name of the critic's linear head
     policy_loss_type: str = "regular"  # a loss by name, a registered name, or package.module:function
-    loss_reduction: str = "token_mean"  # token_mean, sequence_mean or seq_mean_token_sum_norm
+    loss_reduction: str = "token_mean"  # of the policy loss: token_mean, sequence_mean or seq_mean_token_sum_norm
     grpo_norm_by_std: bool = True  # divide GRPO advantages by the group's standard deviation (Dr. GRPO: false)
     zero_variance_filter: bool = False  # leave groups whose rewards are all equal out of the loss
     lambd: float = 1.0  # GAE's lambda

@@ -41,11 +41,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One turn to be sampled. Turns of one episode share `session_id`, so an engine can keep their KV cache."""
+    """One turn to be sampled. Turns of one episode share `session_id`, so an engine can keep their KV cache.
+
+    in_round: compute it beside the requests that were made in the same tick of the event loop, and beside no others.
+    Then the same rounds in the same order give the same bits, whatever else the engine is asked for.
+    """
 
     prompt_ids: list[int]
     sampling: SamplingParams
     session_id: str
+    in_round: bool = False
 
 
 @dataclass(frozen=True, slots=True)

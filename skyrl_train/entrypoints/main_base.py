@@ -29,8 +29,10 @@ class BasePPOExp:
         self.cfg = cfg
         self.device, self.compute_dtype = self.get_device()
         self.model_path = self.get_model_path()
+        self.num_embeddings = self.get_num_embeddings()
         self.tokenizer = self.get_tokenizer()
         self.chat_template = self.get_chat_template()
+        self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.check_conversations()
@@ -40,6 +42,13 @@ class BasePPOExp:
         from skyrl_train.pretrained import resolve_model
 
         return str(resolve_model(self.cfg.trainer.policy.model.path))
+
+    def get_num_embeddings(self) -> int:
+        """How many tokens the model knows, by its configuration."""
+        from skyrl_train.learner.files import load_config
+
+        config = load_config(self.model_path, self.cfg.trainer.policy.model_config_kwargs)
+        return config.get_text_config().vocab_size
 
     def get_tokenizer(self) -> Any:
         from skyrl_train.learner.model import load_tokenizer
@@ -73,6 +82,20 @@ class BasePPOExp:
         for roles, grows in sorted(kinds):
             self.chat_template.check(roles, grows=grows)
 
+    def fit_tokenizer(self) -> None:
+        """Refuse a tokenizer that is not the model's, before anything large is loaded."""
+        from skyrl_train.learner.files import fit_tokenizer
+
+        prompt = self.chat_template.start([{"role": "user", "content": "a"}])
+        fit_tokenizer(self.tokenizer, self.num_embeddings, prompt.ids)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that an episode can become, unless the model's context ends before."""
+        generator = self.cfg.generator
+        sampled = generator.sampling_params, generator.eval_sampling_params
+        return generator.max_input_length + max(params.max_generate_length for params in sampled)
+
     def get_train_dataset(self) -> Any:
         return self._dataset(self.cfg.data.train_data)
 
@@ -105,6 +128,7 @@ class BasePPOExp:
             compute_dtype=self.compute_dtype,
             model_config_kwargs=trainer.policy.model_config_kwargs,
             gradient_checkpointing=trainer.gradient_checkpointing,
+            max_length=self.max_length,
         )
         if trainer.policy.model.lora.rank > 0:
             self.add_adapters(policy)
@@ -143,6 +167,7 @@ class BasePPOExp:
             device=policy.device,
             compute_dtype=policy.compute_dtype,
             model_config_kwargs=trainer.ref.model_config_kwargs,
+            max_length=self.max_length,
         )
         reference.module.requires_grad_(False)
         return reference
@@ -168,6 +193,7 @@ class BasePPOExp:
             max_num_seqs=generator.max_num_seqs,
             max_num_batched_tokens=generator.max_num_batched_tokens,
             deterministic=self.cfg.trainer.deterministic,
+            max_model_len=self.max_length,
         )
 
     def get_collector(self, engine: Any) -> Any:
@@ -291,6 +317,7 @@ def main(
         cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
     except ValueError as error:
         return _refused(error)
+    from skyrl_train.learner.refusal import ModelRefused
     from skyrl_train.run import RunRefused, log_to
 
     log_to(sys.stderr)
@@ -300,7 +327,7 @@ def main(
         return _refused(error)
     try:
         exp.run()
-    except RunRefused as error:
+    except (RunRefused, ModelRefused) as error:
         return _refused(error)
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.learner.causal import causal_attention
+from skyrl_train.learner.refusal import ModelRefused
 from skyrl_train.learner.tiled_attention import Segments, TiledAttention, can_attend
 from skyrl_train.ops.cuda import flash_attention, has_flash
 from skyrl_train.ops.ragged import Ragged, RepeatedRows
@@ -57,17 +58,15 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]."""
     if attention is None:
-        raise ValueError(
-            f"{type(module).__name__} does not hand keywords to its attention: this family is not supported"
-        )
+        raise ModelRefused(f"{type(module).__name__} does not hand keywords to its attention")
     for name in ("softcap", "s_aux"):
         if family.get(name) is not None:
-            raise ValueError(
+            raise ModelRefused(
                 f"{type(module).__name__} wants `{name}` in its attention, which this project cannot compute"
             )
     if attention_mask is not None or dropout:
-        raise ValueError(
-            "the policy's attention takes neither a mask nor dropout: the attention object decides who sees whom"
+        raise ModelRefused(
+            f"{type(module).__name__} wants a mask or dropout in its attention, which this project cannot compute"
         )
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: Any = module.layer_idx

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from skyrl_train.learner.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
 from skyrl_train.learner.blocks import has_quick_head, quicken_blocks
+from skyrl_train.learner.check import refuse_unlike_transformers
+from skyrl_train.learner.files import load_module, load_tokenizer
 from skyrl_train.learner.kernels import compile_beside
+from skyrl_train.learner.refusal import ModelRefused
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "Attention",
+    "ModelRefused",
     "PackedAttention",
     "Policy",
     "choose_compute_dtype",
@@ -70,6 +74,19 @@ class Policy:
         return self.module.config.get_text_config()
 
     @property
+    def context(self) -> int:
+        """Tokens of a sequence at most."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """(layers, key heads, numbers of a head): the keys of one token, and its values likewise."""
+        config: Any = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, heads, size
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """What makes it this policy, by name."""
         return dict(self.module.named_parameters())
@@ -96,35 +113,24 @@ def load_policy(
     model_config_kwargs: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    max_length: int | None = None,
 ) -> Policy:
-    """The causal language model in folder (or hub id) `path`, weights in `compute_dtype`, checked against transformers.
+    """Load the causal language model in folder (or hub id) `path`, weights in `compute_dtype`.
 
-    With bfloat16 the learner keeps its own float32 master weights, so learner and engine compute with the same numbers.
+    Raises ModelRefused where its files are not a whole model, or where it is one that we would compute differently from
+    transformers, checked up to sequences of `max_length` tokens. With bfloat16 the learner keeps its own float32 master
+    weights, so learner and engine compute with the same numbers.
     """
     if torch.device(device).type == "cpu":
         compile_beside(compute_dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    register_attention()
-    logging.disable_progress_bar()
-    config, unknown = AutoConfig.from_pretrained(
-        path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **(model_config_kwargs or {})
-    )
-    if unknown:
-        raise ValueError(f"model_config_kwargs: {type(config).__name__} has no {', '.join(map(repr, sorted(unknown)))}")
-    module = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=compute_dtype,
-        attn_implementation=ATTENTION_NAME,
-        trust_remote_code=trust_remote_code,
-    )
-    return wrap_module(module.to(device), gradient_checkpointing=gradient_checkpointing)
+    module = load_module(path, compute_dtype, model_config_kwargs or {}, trust_remote_code=trust_remote_code)
+    return wrap_module(module.to(device), gradient_checkpointing=gradient_checkpointing, max_length=max_length)
 
 
-def wrap_module(module: PreTrainedModel, *, gradient_checkpointing: bool = False) -> Policy:
-    """The policy around a module that exists already. Turns dropout off: learner and engine compute the same thing."""
+def wrap_module(
+    module: PreTrainedModel, *, gradient_checkpointing: bool = False, max_length: int | None = None
+) -> Policy:
+    """Return the policy around a module that exists already. Dropout is off: learner and engine compute the same."""
     register_attention()
     module.set_attn_implementation(ATTENTION_NAME)
     for part in module.modules():
@@ -137,52 +143,8 @@ def wrap_module(module: PreTrainedModel, *, gradient_checkpointing: bool = False
     if gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(module, gradient_checkpointing)
-    _check_against_transformers(policy)
+    refuse_unlike_transformers(policy, max_length)
     return policy
-
-
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder (or hub id) `path`. Without a padding token, the end-of-sequence token serves."""
-    from transformers import AutoTokenizer
-
-    tokenizer = cast(
-        "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@torch.inference_mode()
-def _check_against_transformers(policy: Policy) -> None:
-    """Refuse a family whose head or attention we would compute differently from transformers itself."""
-    lengths = [10, 6]  # two samples: a family that ignores our attention would let the second see the first
-    ids = torch.randint(policy.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0)).to(policy.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(policy.device)
-    attention = PackedAttention(torch.tensor([0, 10, 16], device=policy.device))
-    ours = policy.logits(policy.hidden_states(ids, positions, attention)).float()
-    module, family = policy.module, type(policy.module).__name__
-    head = module(input_ids=ids[None], position_ids=positions[None], use_cache=False, attention=attention).logits[0]
-    if _distance(ours, head) > 1e-3:
-        raise ValueError(
-            f"{family} does something behind its output head that this project does not know: not supported"
-        )
-    module.set_attn_implementation("eager")
-    reference = torch.cat([module(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(lengths)])
-    module.set_attn_implementation(ATTENTION_NAME)
-    allowed = (
-        1e-3 if policy.compute_dtype == torch.float32 else 0.1
-    )  # bfloat16 has 8 bits, and a deep model adds them up
-    if (distance := _distance(ours, reference)) > allowed:
-        raise ValueError(
-            f"{family}: logits through our attention differ from transformers' by {distance:.1e} (relative, allowed "
-            f"{allowed}); its attention does something that this project does not know: not supported"
-        )
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    theirs = theirs.float()
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-9))
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -27,7 +27,7 @@ MAX_REPORTED_TURNS = 8
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of trainer.algorithm, on batches with loss_weights. All terms are weighed and summed alike."""
+    """The loss of trainer.algorithm, on batches with loss_weights. Every term is a weighted sum over tokens."""
 
     algorithm: AlgorithmConfig
 
@@ -89,10 +89,10 @@ class Objective:
             if batch.ref_logprobs is None:
                 raise ValueError("use_kl_loss needs ref_logprobs: call learner.add_logprobs first")
             kl = token_kl(logprobs, batch.ref_logprobs, batch.loss_mask, algorithm.kl_estimator_type)
-            total = total + algorithm.kl_loss_coef * weighted_sum(kl, batch)
+            total = total + algorithm.kl_loss_coef * _masked_sum(kl, batch, batch.kl_weights)
             metrics["policy_kl"] = float(masked_mean(kl.detach(), batch.loss_mask))
         if algorithm.use_entropy_loss:
-            total = total - algorithm.entropy_loss_coef * weighted_sum(entropies, batch)
+            total = total - algorithm.entropy_loss_coef * _masked_sum(entropies, batch, batch.entropy_weights)
         return total, metrics
 
     def without_rejected(self, batch: Batch) -> tuple[Batch, Metrics]:
@@ -164,10 +164,15 @@ class Objective:
 
 
 def weighted_sum(token_values: Tensor, batch: Batch) -> Tensor:
-    """sum(loss_weights * values) over the trained tokens; whatever stands elsewhere counts nothing, also NaN."""
-    if batch.loss_weights is None:
+    """sum(loss_weights * values) over the trained tokens."""
+    return _masked_sum(token_values, batch, batch.loss_weights)
+
+
+def _masked_sum(token_values: Tensor, batch: Batch, weights: Tensor | None) -> Tensor:
+    """sum(weights * values) over the trained tokens; whatever stands elsewhere counts nothing, also NaN."""
+    if weights is None:
         raise ValueError("the batch has no loss_weights: use batch.packing.with_loss_weights on the whole mini batch")
-    return (batch.loss_weights * torch.where(batch.loss_mask, token_values, 0.0)).sum()
+    return (weights * torch.where(batch.loss_mask, token_values, 0.0)).sum()
 
 
 def _settings(algorithm: AlgorithmConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Round:
     prompts: list[Prompt]
     samples_per_prompt: int
     sampling: SamplingParams
+    reproducible: bool = False  # episodes take their turns together, so that the engine computes the same each time
 
     @property
     def num_episodes(self) -> int:
@@ -73,7 +74,7 @@ class Collector:
     async def collect(self, asked: Round, on_episode: OnEpisode | None = None) -> list[Group]:
         """All episodes of the round, in the order of its prompts. Failed episodes are in it, typed ENV_FAILURE."""
         tasks = [self._task(asked, prompt, i) for prompt in asked.prompts for i in range(asked.samples_per_prompt)]
-        lockstep = Lockstep(len(tasks)) if self.deterministic else None
+        lockstep = Lockstep(len(tasks)) if self.deterministic or asked.reproducible else None
         self._last_end = time.monotonic()
         stall_report = asyncio.create_task(self._report_stalls())
         try:

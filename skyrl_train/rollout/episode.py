@@ -156,7 +156,7 @@ class Episode:
     template: ChatTemplate
     limits: EpisodeLimits
     env: EnvCalls
-    lockstep: Lockstep | None = None  # of deterministic rollouts
+    lockstep: Lockstep | None = None  # of reproducible rollouts
     attempt: int = 0
     waits_for: str = "its start"
     messages: list[Message] = field(default_factory=list)
@@ -209,7 +209,8 @@ class Episode:
                 await self.lockstep.arrive(self.task.id)
             self.waits_for = "the engine"
             with span("generate", turn=len(self.turns) + 1, prompt_tokens=len(chat.ids)):
-                completion = await self.engine.generate(Request(chat.ids, sampling, self._session_id))
+                request = Request(chat.ids, sampling, self._session_id, in_round=self.lockstep is not None)
+                completion = await self.engine.generate(request)
             self.waits_for = "the environment's step"
             step = await self.env.step(completion.text)
             over = step["done"] or len(self.turns) + 1 >= self.env.max_turns

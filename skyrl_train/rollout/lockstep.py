@@ -10,7 +10,9 @@ LOOK_AGAIN_S = 0.02
 
 
 class Lockstep:
-    """Episodes begin one after another, and all that have begun meet before each turn. For `trainer.deterministic`.
+    """Episodes begin one after another, and all that have begun meet before each turn.
+
+    For evaluation, and with `trainer.deterministic` for training as well.
 
     Where there are fewer sessions than episodes, the one that is beginning waits until another ends. Then the turn is
     taken without it and those behind it: who plays follows from the order of the episodes and from who has ended.

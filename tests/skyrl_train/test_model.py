@@ -111,7 +111,7 @@ def test_attention_with_a_soft_cap_is_refused():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_family_that_ignores_our_attention_is_refused():
-    with pytest.raises(ValueError, match="differ from transformers'"):
+    with pytest.raises(ValueError, match="cannot be replaced"):
         tiny_policy("mpt", d_model=32, n_heads=4, n_layers=2)
 
 

@@ -9,6 +9,7 @@ the weights, laid out anew after each update.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVC
 from skyrl_train.engine.torch.layers import AllLayers, Layer
 from skyrl_train.engine.torch.linears import laid_out
 from skyrl_train.huge_pages import Room
-from skyrl_train.learner.attention import Attention
+from skyrl_train.learner.attention import Attention, PackedAttention
 from skyrl_train.learner.blocks import has_known_blocks
+from skyrl_train.learner.check import allowed_distance, distance
 from skyrl_train.learner.model import Policy
+from skyrl_train.learner.refusal import FOREIGN_ERRORS, ModelRefused, one_line
 
 
 class ForwardPass(Protocol):
@@ -40,18 +43,37 @@ class ForwardPass(Protocol):
         ...
 
 
-def forward_pass(policy: Policy, *, cuda_graphs: bool = True) -> ForwardPass:
-    """The fastest one that computes what the policy computes: a `Decoder`, or the policy itself."""
+@torch.inference_mode()
+def forward_pass(policy: Policy, *, cuda_graphs: bool = True, max_length: int | None = None) -> ForwardPass:
+    """Return the fastest one that computes what the learner computes: a `Decoder`, or the policy itself.
+
+    Raises ModelRefused where none does, token by token over a cache. max_length: tokens of a sequence at most.
+    """
+    family, long = type(policy.module).__name__, min(SHORT + 2, max_length or policy.context)
+    try:
+        expected = packed_prompts_and_steps(policy, long)
+        for model in _candidates(policy, cuda_graphs):
+            if distance(prompts_and_steps(model, policy, long), expected) <= allowed_distance(policy.compute_dtype):
+                return model
+    except FOREIGN_ERRORS as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelRefused(
+            f"{family} is not supported: the engine cannot compute it over a cache ({reason})"
+        ) from error
+    raise ModelRefused(f"{family} is not supported: token by token over a cache it computes other numbers than at once")
+
+
+def _candidates(policy: Policy, cuda_graphs: bool) -> Iterator[ForwardPass]:
+    """Yield the fastest first."""
     if policy.device.type == "cuda":
-        return GraphedPolicy(policy, CudaGraphs(policy.device) if cuda_graphs else None)
+        yield GraphedPolicy(policy, CudaGraphs(policy.device) if cuda_graphs else None)
+        return
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not packs or not has_known_blocks(policy.config):
-        return policy
-    kernels = kernels_for(policy)
-    for used in [kernels, None] if kernels is not None else [None]:
-        if _agrees(decoder := Decoder(policy, used), policy):
-            return decoder
-    return policy
+    if packs and has_known_blocks(policy.config):
+        if (kernels := kernels_for(policy)) is not None:
+            yield Decoder(policy, kernels)
+        yield Decoder(policy, None)
+    yield policy
 
 
 def kernels_for(policy: Policy) -> Kernels | None:
@@ -128,28 +150,41 @@ def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, -1), signed_sine)
 
 
-@torch.inference_mode()
-def _agrees(decoder: Decoder, policy: Policy) -> bool:
-    """Whether both compute the same on random tokens, as far as the type's rounding allows."""
-    ours, theirs = (prompts_and_steps(model, policy).float() for model in (decoder, policy))
-    allowed = 1e-3 if policy.compute_dtype == torch.float32 else 0.1
-    return bool((ours - theirs).norm() <= allowed * theirs.norm())
+def prompts_and_steps(model: ForwardPass, policy: Policy, long: int = SHORT + 2) -> Tensor:
+    """Return the logits of two short prompts, of a decoding step behind them, and of one beside a long prompt.
 
-
-def prompts_and_steps(model: ForwardPass, policy: Policy) -> Tensor:
-    """Logits of two short prompts of random tokens, of a decoding step behind them, and of one beside a long prompt.
-
-    [28 + the long prompt's, vocab]
+    [28 + long, vocab], of random tokens in the order of `_passes`.
     """
-    long = SHORT + 2
-    cache = KVCache(policy, max_slots=3, max_length=long, max_bytes=2**30)
-    cache.reserve(3, long)
-    ids = torch.randint(policy.config.vocab_size, (28 + long,), generator=torch.Generator().manual_seed(1))
-    first, second = [Chunk(0, 0, 15), Chunk(1, 0, 9)], [Chunk(0, 15, 1), Chunk(1, 9, 1)]
-    rows, done = [], 0
-    for chunks in (first, second, [Chunk(0, 16, 1), Chunk(1, 10, 1), Chunk(2, 0, long)]):
+    cache = KVCache(policy, max_slots=3, max_length=max(long, 17), max_bytes=2**30)
+    cache.reserve(3, max(long, 17))
+    ids, rows, done, starts = _random_ids(policy, long), [], 0, [0, 0, 0]
+    for counts in _passes(long):
+        chunks = [Chunk(sequence, starts[sequence], count) for sequence, count in counts]
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(cache, chunks, policy.device)
         rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))
         done += len(positions)
+        for chunk in chunks:
+            starts[chunk.slot] = chunk.stop
     return model.logits(torch.cat(rows))
+
+
+def packed_prompts_and_steps(policy: Policy, long: int = SHORT + 2) -> Tensor:
+    """Return the same logits as the learner computes them: each sequence at once, all of them in one pass."""
+    sequence = torch.cat([torch.full((count,), s) for counts in _passes(long) for s, count in counts])
+    order = sequence.argsort(stable=True)  # of the tokens, laid end to end
+    lengths = sequence.bincount()
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    inputs = (tensor.to(policy.device) for tensor in (_random_ids(policy, long)[order], positions))
+    hidden = policy.hidden_states(*inputs, PackedAttention(offsets.to(policy.device)))
+    return policy.logits(hidden[order.argsort().to(policy.device)])
+
+
+def _passes(long: int) -> list[list[tuple[int, int]]]:
+    """Pass by pass: (sequence, number of its next tokens)."""
+    return [[(0, 15), (1, 9)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, long)]]
+
+
+def _random_ids(policy: Policy, long: int) -> Tensor:
+    return torch.randint(policy.config.vocab_size, (28 + long,), generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """The in-process engine: asyncio in front, steps of the scheduler in the compute thread behind.
 
 Requests of one tick of the event loop are handed over together, so a group that is submitted at once shares one
-prefill from its first step on. With `deterministic`, such a tick is a round: see `TorchEngine`.
+prefill from its first step on. Where they ask for it, such a tick is a round: see `TorchEngine`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -62,13 +62,15 @@ Command = list[Pending] | NewWeights | Forget
 class TorchEngine:
     """Samples from the learner's own module, reading its weights in place.
 
-    The same seed, prompt and weights give the same tokens whatever else is in flight, up to the rounding of products
-    of different shapes. `deterministic` removes even that: the requests of one tick of the event loop (that is: all
+    The same seed, prompt and weights give the same tokens whatever else is in flight, up to the rounding of matmuls of
+    different shapes. Requests with `in_round` are free of even that: those of one tick of the event loop (that is: all
     `generate` calls that were ready to run together, as under one `asyncio.gather`) form a round. Rounds are computed
-    one after the other, each sorted by (session_id, seed), from nothing but the round itself: no keys and values are
-    kept between rounds, and its completions are delivered together when the last one is there. So a round's numbers
-    are a function of its requests and the weights; a caller who submits a round at once and waits for all of it
-    gets the same bits in every run on the same machine.
+    one after the other with nothing beside them, each sorted by (session_id, seed), and the completions of a round are
+    delivered together when the last one is there. So a caller who submits a round at once and waits for all of it, and
+    then the next, gets the same bits each time on the same machine.
+
+    `deterministic`: every request is in a round, and no keys and values are kept between rounds, so that a round's
+    numbers are a function of its requests and the weights, whatever was played before.
     """
 
     def __init__(
@@ -89,8 +91,7 @@ class TorchEngine:
         """
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError(f"{max_num_seqs=} and {max_num_batched_tokens=} must be at least 1")
-        context = int(policy.config.max_position_embeddings)
-        self.max_model_len = min(max_model_len or context, context)
+        self.max_model_len = min(max_model_len or policy.context, policy.context)
         self._vocab_size = int(policy.config.vocab_size)
         self._deterministic = deterministic
         self._scheduler = Scheduler(
@@ -109,7 +110,8 @@ class TorchEngine:
         self._stopped: str | None = None  # why
         self._cause: BaseException | None = None  # if an error stopped it
         self._under_way = False  # a turn is submitted or running
-        self._in_flight: dict[Sequence, Pending] = {}  # the compute thread's own, like what follows
+        self._is_round = False  # what is in flight; the compute thread's own, like what follows
+        self._in_flight: dict[Sequence, Pending] = {}
         self._finished: list[tuple[Waiter, Completion]] = []  # not delivered yet
 
     @property
@@ -121,6 +123,8 @@ class TorchEngine:
 
     async def generate(self, request: Request) -> Completion:
         self._refuse_impossible(request)
+        if self._deterministic:
+            request = replace(request, in_round=True)
         loop = asyncio.get_running_loop()
         pending = Pending(loop, loop.create_future(), request)
         self._tick.append(pending)
@@ -171,8 +175,10 @@ class TorchEngine:
 
     def _hand_over(self) -> None:
         tick, self._tick = self._tick, []
-        if tick and not self._send(tick):
-            self._fail(tick)
+        for in_round in (False, True):
+            requests = [pending for pending in tick if pending.request.in_round == in_round]
+            if requests and not self._send(requests):
+                self._fail(requests)
 
     def _send(self, command: Command) -> bool:
         """False if the engine has stopped and nothing will obey it."""
@@ -208,7 +214,7 @@ class TorchEngine:
             if self._stopped is None and not self._scheduler.is_idle:
                 for sequence, completion in self._scheduler.step():
                     self._finished.append((self._in_flight.pop(sequence), completion))
-            if not self._deterministic or self._scheduler.is_idle:
+            if not self._is_round or self._scheduler.is_idle:
                 _settle(self._finished)
                 self._finished = []
             with self._lock:
@@ -229,8 +235,12 @@ class TorchEngine:
             return self._commands.popleft() if self._commands and not self._must_finish_round() else None
 
     def _must_finish_round(self) -> bool:
-        """With `deterministic`, a round begins when the last one is finished and delivered."""
-        return self._deterministic and bool(self._in_flight or self._finished) and isinstance(self._commands[0], list)
+        """A round begins when all before it is finished and delivered, and what comes after it likewise."""
+        following = self._commands[0]
+        if not isinstance(following, list):
+            return False
+        is_apart = self._is_round or following[0].request.in_round
+        return is_apart and bool(self._in_flight or self._finished)
 
     def _obey(self, command: Command) -> None:
         match command:
@@ -243,7 +253,8 @@ class TorchEngine:
                 self._begin(command)
 
     def _begin(self, requests: list[Pending]) -> None:
-        if self._deterministic:
+        self._is_round = requests[0].request.in_round
+        if self._is_round:
             requests = sorted(requests, key=lambda p: (p.request.session_id, p.request.sampling.seed))
         for pending in requests:
             pending.sequence = self._scheduler.add(pending.request)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,9 @@ class KVCache:
     """Room for sequences, allocated as needed, at least doubled each time unless that would exceed `max_bytes`."""
 
     def __init__(self, policy: Policy, *, max_slots: int, max_length: int, max_bytes: int) -> None:
-        config: Any = policy.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, heads, head_dim = policy.cache_shape
         self._max_slots, self._max_length = max_slots, max_length
-        shape = (config.num_hidden_layers, 2, 0, heads, 0, head_dim)
+        shape = (layers, 2, 0, heads, 0, head_dim)
         self._store = torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device)
         self.max_tokens = max_bytes // self.bytes_per_token  # slots times length
 

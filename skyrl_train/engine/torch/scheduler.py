@@ -75,7 +75,9 @@ class Scheduler:
     ) -> None:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
-        self._model = forward_pass(policy, cuda_graphs=cuda_graphs)
+        self._model = forward_pass(policy, cuda_graphs=cuda_graphs, max_length=max_model_len)
+        # A round takes the plain way on a GPU: a replayed step's last bits depend on how far the cache has grown.
+        self._model_of_rounds = GraphedPolicy(policy, None) if isinstance(self._model, GraphedPolicy) else self._model
         self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_turn_ids(policy.module.generation_config, tokenizer)
@@ -215,7 +217,8 @@ class Scheduler:
         ids = torch.tensor([token for seq, chunk in plan for token in seq.tokens[chunk.start : chunk.stop]])
         positions = torch.tensor([position for _, chunk in plan for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(self._cache, [chunk for _, chunk in plan], self._device)
-        hidden = self._model.hidden_states(ids, positions, attention)
+        model = self._model_of_rounds if plan[0][0].request.in_round else self._model
+        hidden = model.hidden_states(ids, positions, attention)
         computed = 0
         for sequence, chunk in plan:
             computed += max(0, min(chunk.stop, len(sequence.request.prompt_ids)) - chunk.start)

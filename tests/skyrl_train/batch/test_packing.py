@@ -42,6 +42,14 @@ def test_seq_mean_token_sum_norm_divides_by_rows_with_tokens_and_a_constant():
     assert_close(weights("0111", "01", "00", reduction="seq_mean_token_sum_norm", max_seq_len=10), expected)
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "seq_mean_token_sum_norm"])
+def test_kl_and_entropy_weigh_the_same_whatever_the_reduction_of_the_policy_loss_is(reduction):
+    batch = pack([sample(mask, trajectory=mask) for mask in ("0111", "01", "00")])
+    batch = with_loss_weights(batch, reduction, 75)
+    assert_close(batch.kl_weights, tensor([0, 1 / 6, 1 / 6, 1 / 6, 0, 1 / 2, 0, 0]))  # each row's mean, then their mean
+    assert_close(batch.entropy_weights, tensor([0, 1 / 4, 1 / 4, 1 / 4, 0, 1 / 4, 0, 0]))
+
+
 def test_a_batch_without_trained_tokens_weighs_nothing():
     for reduction in ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"):
         assert_close(weights("00", "00", reduction=reduction, max_seq_len=4), torch.zeros(4))

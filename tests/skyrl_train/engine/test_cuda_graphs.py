@@ -269,7 +269,7 @@ async def test_an_engine_samples_the_same_through_static_steps(make_engine, monk
     policy = tiny_policy("mistral", sliding_window=24)
     graphed: list[GraphedPolicy] = []
 
-    def forward_pass(policy: Policy, *, cuda_graphs: bool) -> GraphedPolicy:
+    def forward_pass(policy: Policy, *, cuda_graphs: bool, max_length: int) -> GraphedPolicy:
         graphed.append(GraphedPolicy(policy, again if cuda_graphs else None))
         return graphed[-1]
 

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from skyrl_train.algorithms.advantages import add_advantages
+from skyrl_train.algorithms.kl import token_kl
+from skyrl_train.batch.packing import with_loss_weights
 from skyrl_train.config import AlgorithmConfig, OptimizerConfig, TrainerConfig
 from skyrl_train.config.algorithm import OffPolicyCorrectionConfig
 from skyrl_train.config.models import PolicyConfig
@@ -87,14 +89,16 @@ def test_the_gradient_is_that_of_a_padded_batch_in_plain_transformers(reduction,
     mask, advantages, ref = mask[:, 1:].float(), padded(batch.advantages)[:, 1:], padded(batch.ref_logprobs)[:, 1:]
     entropy = -(log_p.exp() * log_p).sum(-1)
     d = logprobs - ref
-    per_token = -(logprobs - logprobs.detach()).exp() * advantages + 0.1 * ((-d).exp() + d - 1) - 0.01 * entropy
-    per_token = per_token * mask
+    per_token = -(logprobs - logprobs.detach()).exp() * advantages * mask
+    kl = (-d).exp() + d - 1
     if reduction == "token_mean":
         loss = per_token.sum() / mask.sum()
     elif reduction == "sequence_mean":
         loss = (per_token.sum(1) / mask.sum(1)).mean()
     else:
         loss = (per_token.sum(1) / 20).mean()
+    # SkyRL's: the KL is a mean over samples and the entropy one over tokens, whatever the reduction of the policy loss
+    loss = loss + 0.1 * ((kl * mask).sum(1) / mask.sum(1)).mean() - 0.01 * (entropy * mask).sum() / mask.sum()
     loss.backward()
     theirs = {name: p.grad for name, p in policy.module.named_parameters()}
     assert relative_difference(ours, theirs) < 1e-5  # two different forward passes, in float32
@@ -210,7 +214,10 @@ def test_the_kl_in_the_loss_has_a_gradient(monkeypatch):
     batch = replace(batch, advantages=torch.zeros(batch.num_tokens))
     gradients, metrics = gradients_of(config, batch, monkeypatch, reference=reference)
     assert sum(float(g.abs().sum()) for g in gradients.values()) > 0.1
-    assert metrics["policy/final_loss"] == pytest.approx(0.5 * metrics["policy/policy_kl"], rel=1e-5)
+    now = learner_for(trainer_config({}, update_epochs_per_batch=2), reference=reference).add_logprobs(batch)
+    kl = token_kl(now.old_logprobs, now.ref_logprobs, batch.loss_mask, "k3")
+    weights = with_loss_weights(batch, "token_mean").kl_weights
+    assert metrics["policy/final_loss"] == pytest.approx(0.5 * float((weights * kl).sum()), rel=1e-4)
     assert metrics["policy/policy_loss"] == 0
 
 
