@@ -16,13 +16,13 @@ from typing import Any
 import skyrl_gym
 from integrations.openenv.catalog import CATALOG, CatalogEntry, InvalidAction, catalog_entry
 from integrations.openenv.client.background import run_in_background
-from integrations.openenv.client.errors import OpenEnvError, ServerError
+from integrations.openenv.client.errors import ConnectionLost, OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
-from skyrl_gym.core import EnvFailure
+from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
 OPEN, CLOSE = "<action>", "</action>"
@@ -74,6 +74,8 @@ class OpenEnv(BaseTextEnv):
             await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
+        except ConnectionLost as lost:
+            raise EnvLost(f"{self.env_name}: {lost}", in_step=False) from lost
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         return with_observation(prompt, text), {"env_name": self.env_name}
@@ -111,6 +113,8 @@ class OpenEnv(BaseTextEnv):
             if refused.code in self.entry.refused_codes:  # the action has the wrong form: the policy's doing
                 return self._answer_invalid(f"The environment does not accept this action: {_reasons(refused)}")
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
+        except ConnectionLost as lost:
+            raise EnvLost(f"{self.env_name}: {lost}", in_step=lost.in_request) from lost
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         if complaint:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 
@@ -11,6 +13,18 @@ class OpenEnvError(Exception):
 
 class SessionLost(OpenEnvError):
     """The session cannot be used any more; a new one starts from `reset`."""
+
+
+class ConnectionLost(SessionLost):
+    """The server went away, or cannot be reached. `in_request`: while it had a request of this session to answer."""
+
+    def __init__(self, message: str, *, in_request: bool) -> None:
+        super().__init__(message)
+        self.in_request = in_request
+
+
+class OutOfDescriptors(OpenEnvError):
+    """This process may open no more files or sockets. It says nothing about the server."""
 
 
 class CapacityReached(SessionLost):
@@ -29,6 +43,22 @@ class ServerError(OpenEnvError):
         self.code = code
         self.message = message
         self.details = details  # pydantic's list of what is wrong with which field, for VALIDATION_ERROR
+
+
+def connection_error(error: OSError, words: str) -> OpenEnvError:
+    """Tell our own lack of file descriptors from a server that cannot be reached."""
+    if error.errno in (errno.EMFILE, errno.ENFILE) or _is_out_of_descriptors():
+        return OutOfDescriptors(f"{words} (this process has no file descriptor left: ulimit -n)")
+    return ConnectionLost(words, in_request=False)
+
+
+def _is_out_of_descriptors() -> bool:
+    """Some errors hide it, such as that of a host name that could not be looked up."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as failed:
+        return failed.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def words_of(error: BaseException) -> str:

@@ -17,6 +17,7 @@ class Member:
 
     server: Server
     capacity: int  # sessions at once, as far as we know
+    era: int = 0  # the fleet's, when it was started
     num_open: int = 0  # our sessions, those that are being opened included
     num_opening: int = 0
     window: int = 1  # how many may be opened at once
