@@ -6,6 +6,8 @@ import errno
 import os
 from typing import Any
 
+MAX_SHOWN_CHARS = 2000  # of what a server says
+
 
 class OpenEnvError(Exception):
     """Something between us and the environment went wrong."""
@@ -27,6 +29,10 @@ class OutOfDescriptors(OpenEnvError):
     """This process may open no more files or sockets. It says nothing about the server."""
 
 
+class FactoryFailed(SessionLost):
+    """The server is there, but could not make the environment. Its answer does not say why."""
+
+
 class CapacityReached(SessionLost):
     """The server had no free slot. It queues nobody: try again later."""
 
@@ -39,9 +45,10 @@ class ServerError(OpenEnvError):
     """The server's error frame. VALIDATION_ERROR: the action has the wrong form; EXECUTION_ERROR: step raised."""
 
     def __init__(self, code: str, message: str, details: list[Any]) -> None:
-        super().__init__(f"the environment's server answered {code}: {message}" + (f" {details}" if details else ""))
+        shown = f" {str(details)[:MAX_SHOWN_CHARS]}" if details else ""
+        super().__init__(f"the environment's server answered {code}: {message[:MAX_SHOWN_CHARS]}{shown}")
         self.code = code
-        self.message = message
+        self.message = message[:MAX_SHOWN_CHARS]
         self.details = details  # pydantic's list of what is wrong with which field, for VALIDATION_ERROR
 
 

@@ -25,6 +25,7 @@ from integrations.openenv.client.deadline import Deadline
 from integrations.openenv.client.errors import (
     CapacityReached,
     ConnectionLost,
+    FactoryFailed,
     OpenEnvError,
     ServerError,
     SessionLost,
@@ -158,6 +159,8 @@ class OpenEnvClient:
                 f"{self.url} is full: {body.get('active_sessions')} of {limit} sessions in use",
                 limit if isinstance(limit, int) and limit > 0 else None,
             )
+        if code == "FACTORY_ERROR":
+            return FactoryFailed(str(self._lose(f"{code}: {text}")))
         if code in FATAL_CODES:
             return self._lose(f"{code}: {text}")
         self._lost = None

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import math
 import os
+import re
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from loguru import logger
 
-from integrations.openenv.client.addresses import is_healthy
+from integrations.openenv.client.addresses import fetch_json, is_healthy
 from integrations.openenv.client.errors import CapacityReached, OpenEnvError, OutOfDescriptors
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.launch import (
@@ -38,6 +40,8 @@ from integrations.openenv.pool.session_budget import SessionBudget
 MAX_FAILURES = 7  # servers in a row that failed since an episode got through; then the environment is given up
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before the second of them is replaced; each pause is twice the one before
 LONGEST_SILENCE_S = 5.0  # of a server that is asked for its health
+LOG_DELAY_S = 0.2  # until what a server has met stands in its log
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|NotFound|Timeout)\b.*|[A-Za-z_][\w.]*: \S.*")
 NO_GROWTH_S = 60.0  # after a further server could not be started beside those that run
 
 
@@ -126,6 +130,22 @@ class Fleet:
         if not member.doubted and member in self.members and not self._closed:
             member.doubted = True
             self._spawn(self._examine(member))
+
+    async def why_no_environment(self, member: Member) -> str:
+        """Return the reason why its server cannot make an environment, in words; asked once for all its sessions."""
+        if member.why_no_environment is None:
+            member.why_no_environment = asyncio.get_running_loop().create_task(self._read_why(member.server))
+        return await asyncio.shield(member.why_no_environment)
+
+    async def _read_why(self, server: Server) -> str:
+        """It tells no client, and over a WebSocket does not log it; an error of GET /state, which makes an environment
+        too, it does log."""
+        with contextlib.suppress(OpenEnvError):
+            await fetch_json(server.url, "/state", self.config.step_timeout_s)
+        await asyncio.sleep(LOG_DELAY_S)
+        words = await asyncio.to_thread(server.last_words)
+        lines = [line for line in words.splitlines() if EXCEPTION.match(line)]
+        return f" It says in its log: {lines[-1][:500]}" if lines else " Its log may say why."
 
     def stop(self) -> list[Server]:
         """No more places. Gives the servers, for the caller to stop; who waits is told."""

@@ -13,7 +13,13 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from integrations.openenv.client.errors import CapacityReached, OpenEnvError, OutOfDescriptors, SessionLost
+from integrations.openenv.client.errors import (
+    CapacityReached,
+    FactoryFailed,
+    OpenEnvError,
+    OutOfDescriptors,
+    SessionLost,
+)
 from integrations.openenv.client.session import open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.server import Server
@@ -66,6 +72,10 @@ class ServerPool:
         except CapacityReached as full:
             fleet.refused(member, full)
             return None
+        except FactoryFailed as failed:
+            words = await fleet.why_no_environment(member)
+            fleet.not_opened(member, doubt=True)
+            raise FactoryFailed(f"{failed}{words}") from failed
         except OutOfDescriptors:
             fleet.out_of_descriptors(member)
             return None

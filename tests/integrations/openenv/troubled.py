@@ -13,7 +13,7 @@ NAME = f"{__name__}:app"
 
 
 class SayAction(Action):
-    """What to do."""
+    """What to do: say a digit, "0", "1", "2", "3", "4", "5" or "6"."""
 
     word: str
 
@@ -39,7 +39,7 @@ class TroubledEnvironment(Environment):
     def reset(self, seed: int | None = None, episode_id: str | None = None, **more: Any) -> SaidObservation:
         if os.environ.get("TROUBLE") == "seed" and seed is None:
             raise ValueError("seed and size must be provided when dataset_name is specified")
-        self._secret = (seed or 0) % 7
+        self._secret = 3 if os.environ.get("TROUBLE") == "one task" else (seed or 0) % 7
         return SaidObservation(text="Guess a digit.")
 
     def step(self, action: SayAction, timeout_s: float | None = None, **more: Any) -> Any:

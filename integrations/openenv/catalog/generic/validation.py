@@ -71,8 +71,9 @@ def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
         if isinstance(schema.get("type"), list):
             kinds = [kind for kind in schema["type"] if kind != "null"] or ["null"]
             schema = {**schema, "type": kinds[0] if len(kinds) == 1 else kinds}
-        if isinstance(schema.get("$ref"), str):
-            target, beside = _pointed_at(schema["$ref"], root), {k: v for k, v in schema.items() if k != "$ref"}
+        reference = schema.get("$ref")
+        if isinstance(reference, str):
+            target, beside = _pointed_at(reference, root), {k: v for k, v in schema.items() if k != "$ref"}
         else:
             options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
             meant = [option for option in options or [] if not _is_null(option)]
