@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skyrl_gym.core import EnvFailure, EnvLost
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # each pause is twice the one before
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # each pause is twice the one before
 LOSSES_ALLOWED = 8  # of what an environment runs on. A loss in the episode's own step counts twice: it may be the cause
 
 

@@ -114,8 +114,8 @@ def test_losses_are_retried_longer_than_failures_and_after_growing_pauses() -> N
         return found
 
     assert pauses(EnvFailure("it broke")) == [0.5, 1.0]
-    assert pauses(EnvLost("gone", in_step=False)) == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert pauses(EnvLost("gone", in_step=True)) == [1.0, 4.0, 16.0, 30.0]
+    assert pauses(EnvLost("gone", in_step=False)) == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
+    assert pauses(EnvLost("gone", in_step=True)) == [1.0, 4.0, 8.0, 8.0]
 
 
 async def test_servers_that_die_together_are_one_failure() -> None:
