@@ -22,6 +22,18 @@ class EnvFailure(Exception):
     """
 
 
+class EnvLost(EnvFailure):
+    """What the environment runs on was lost, such as its server. The rollout waits a moment and plays again, more often
+    than after other failures: a server may take a while to come back.
+
+    in_step: it happened during this episode's own step, which may have been the cause.
+    """
+
+    def __init__(self, message: str, *, in_step: bool) -> None:
+        super().__init__(message)
+        self.in_step = in_step
+
+
 class EnvStepOutput(TypedDict):
     """What one step gives back."""
 

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "hosting": ("client", "config"),
     "pool": ("client", "config", "hosting"),
     "catalog": ("client", "hosting.source"),
-    "servers": ("catalog",),
+    "servers": ("catalog", "client.descriptors"),
     "images": ("client", "hosting", "catalog"),
 }
 FRONT = {"commands", "entrypoints"}

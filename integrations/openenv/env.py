@@ -16,14 +16,14 @@ from typing import Any
 import skyrl_gym
 from integrations.openenv.catalog import CATALOG, CatalogEntry, InvalidAction, catalog_entry
 from integrations.openenv.client.background import run_in_background
-from integrations.openenv.client.errors import OpenEnvError, ServerError
+from integrations.openenv.client.errors import ConnectionLost, OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from integrations.openenv.trust import require_trusted
-from skyrl_gym.core import EnvFailure
+from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
 OPEN, CLOSE = "<action>", "</action>"
@@ -68,17 +68,22 @@ class OpenEnv(BaseTextEnv):
     # The episode
 
     async def init_async(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:
-        reset_kwargs = self.entry.reset_kwargs(self.options)
-        if self.seed is not None:
-            reset_kwargs["seed"] = int(self.seed)
         try:
-            self._lease = await self._leased(self.entry.source(self.options), reset_kwargs)
+            self._lease = await self._leased(self.entry.source(self.options), self.reset_kwargs)
             await self.entry.prepare(self._lease)
             self.last = self._lease.first
             text = self.translator.first_text(self.last)
+        except ConnectionLost as lost:
+            raise EnvLost(f"{self.env_name}: {lost}", in_step=False) from lost
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         return with_observation(prompt, text), {"env_name": self.env_name}
+
+    @property
+    def reset_kwargs(self) -> dict[str, Any]:
+        """Return what the server's reset is given for this episode."""
+        seed = {} if self.seed is None else {"seed": int(self.seed)}
+        return {**self.entry.reset_kwargs(self.options), **seed}
 
     @property
     def waits_for_others(self) -> bool:
@@ -110,9 +115,11 @@ class OpenEnv(BaseTextEnv):
             self.server_reward += self.last.reward or 0.0
             answer = self.translator.answer(self.last, last_turn=self.turns >= self.max_turns)
         except ServerError as refused:
-            if refused.code in self.entry.refused_codes:  # the action has the wrong form: the policy's doing
+            if self.entry.is_refusal(refused, fields):
                 return self._answer_invalid(f"The environment does not accept this action: {_reasons(refused)}")
             raise EnvFailure(f"{self.env_name}: {refused}") from refused
+        except ConnectionLost as lost:
+            raise EnvLost(f"{self.env_name}: {lost}", in_step=lost.in_request) from lost
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         if complaint:
@@ -220,7 +227,7 @@ def _reasons(refused: ServerError) -> str:
         for detail in refused.details
         if isinstance(detail, dict)
     ]
-    return "; ".join(complaints)[:500] or refused.message[:500]
+    return "; ".join(complaints)[:500] or refused.message[:500] or "it does not say why"
 
 
 def with_observation(prompt: ConversationType, text: str) -> ConversationType:

@@ -61,7 +61,7 @@ def dataset_rows(
     entry, num_tasks = catalog_entry(name), num_train + num_validation
     chosen = entry.read_options(options or {})
     if not entry.is_prepared:
-        run_in_background(_show_server(entry, chosen, config or OpenEnvConfig()))
+        run_in_background(_show_server(entry, chosen, config or OpenEnvConfig(), seed))
     tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, chosen)
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
     numbered = list(zip(tasks, seeds, strict=True))
@@ -73,9 +73,10 @@ def dataset_rows(
     return splits["train"], splits["validation"]
 
 
-async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig) -> None:
+async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig, seed: int) -> None:
     """Let an entry that knows its environment only by its server look at one. The server stays, for who plays next."""
-    lease = await shared_pool(config).lease(entry.source(options), **entry.reset_kwargs(options))
+    reset_kwargs = {**entry.reset_kwargs(options), "seed": seed}  # as in training: some resets need one
+    lease = await shared_pool(config).lease(entry.source(options), **reset_kwargs)
     try:
         await entry.prepare(lease)
     finally:

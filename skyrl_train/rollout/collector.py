@@ -14,6 +14,7 @@ from loguru import logger
 import skyrl_gym
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, SamplingParams
+from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import EnvCalls, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.lockstep import Lockstep
@@ -114,15 +115,18 @@ class Collector:
         return trajectory
 
     async def _play_with_retries(self, task: EpisodeTask, lockstep: Lockstep | None) -> Trajectory:
-        failure = ""
-        for attempt in range(self.max_retries + 1):
-            episode = self._episode(task, lockstep, attempt)
+        failure, attempts, pause_s = "", Attempts(self.max_retries), 0.0
+        while pause_s is not None:
+            await asyncio.sleep(pause_s)
+            episode = self._episode(task, lockstep, attempts.num - 1)
             self._playing[task.id] = episode
             try:
                 return await episode.play()
             except EnvFailure as error:
-                failure = str(error)
-                logger.warning(f"episode {task.id}, attempt {attempt + 1} of {self.max_retries + 1}: {failure}")
+                failure, num = str(error), attempts.num
+                pause_s = attempts.pause_s(error)
+                again = "the last" if pause_s is None else f"the next in {pause_s:g} s"
+                logger.warning(f"episode {task.id}, attempt {num}, {again}: {failure}")
         return Trajectory(
             prompt=task.prompt,
             repetition=task.repetition,
@@ -130,7 +134,7 @@ class Collector:
             messages=episode.messages or task.prompt.messages,
             turns=episode.turns,
             end=EpisodeEnd.ENV_FAILURE,
-            num_attempts=self.max_retries + 1,
+            num_attempts=attempts.num,
             failure=failure,
         )
 

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, ClassVar, Protocol
 
 from integrations.openenv.catalog.options import NoOptions, read_options
+from integrations.openenv.client.errors import ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.hosting.source import ServerSource
 
@@ -106,7 +107,6 @@ class CatalogEntry(ABC):
     max_action_chars: ClassVar[int] = 10_000  # longer ones are refused before they reach the server
     options_type: ClassVar[type] = NoOptions  # a frozen dataclass: the environment's options with their defaults
     code_options: ClassVar[frozenset[str]] = frozenset()  # options that decide what code runs
-    refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR"})  # of errors that are the policy's doing
 
     @property
     def data_name(self) -> str:
@@ -143,6 +143,10 @@ class CatalogEntry(ABC):
     def read_options(self, values: Mapping[str, Any]) -> Any:
         """An `options_type` with these values; ValueError names what is unknown or wrong."""
         return read_options(self.options_type, values, self.name)
+
+    def is_refusal(self, error: ServerError, sent: dict[str, Any]) -> bool:
+        """Whether a server's error is the doing of the action that was sent, rather than its own."""
+        return error.code == "VALIDATION_ERROR"
 
     @abstractmethod
     def tasks(self, random: Random, num_tasks: int, options: Any) -> list[Task]:

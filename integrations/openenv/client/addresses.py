@@ -8,15 +8,17 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from integrations.openenv.client.errors import OpenEnvError, words_of
+from integrations.openenv.client.errors import OpenEnvError, OutOfDescriptors, connection_error, words_of
 from integrations.openenv.client.http_request import http_request
 from integrations.openenv.client.unix_socket import get_over_socket, socket_path
 
 
 async def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
-    """Whether GET /health says "healthy" in time. It says nothing about free slots."""
+    """Whether GET /health says "healthy" in time. It says nothing about free slots. OutOfDescriptors: we cannot ask."""
     try:
         return (await fetch_json(url, "/health", timeout_s)).get("status") == "healthy"
+    except OutOfDescriptors:
+        raise
     except OpenEnvError:
         return False
 
@@ -41,7 +43,9 @@ async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
 
     try:
         body = json.loads(await asyncio.to_thread(get))
-    except (OSError, ValueError, HTTPException) as failed:
+    except OSError as failed:
+        raise connection_error(failed, f"GET {address} failed: {words_of(failed)}") from failed
+    except (ValueError, HTTPException) as failed:
         raise OpenEnvError(f"GET {address} failed: {words_of(failed)}") from failed
     if not isinstance(body, dict):
         raise OpenEnvError(f"GET {address} gave {body!r}, not a JSON object")

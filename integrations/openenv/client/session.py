@@ -18,10 +18,20 @@ from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.protocol import State
 
 from integrations.openenv.client.addresses import http_url, websocket_url
 from integrations.openenv.client.deadline import Deadline
-from integrations.openenv.client.errors import CapacityReached, OpenEnvError, ServerError, SessionLost, words_of
+from integrations.openenv.client.errors import (
+    CapacityReached,
+    ConnectionLost,
+    FactoryFailed,
+    OpenEnvError,
+    ServerError,
+    SessionLost,
+    connection_error,
+    words_of,
+)
 from integrations.openenv.client.http_request import LOOPBACK_HOSTS
 from integrations.openenv.client.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.client.unix_socket import socket_path
@@ -61,7 +71,9 @@ class OpenEnvClient:
             self._socket = await self._old_session(refused)
             if self._socket is None:
                 words = f"cannot connect to the environment server at {self.url}: {words_of(refused)}"
-                raise SessionLost(words) from refused
+                if isinstance(refused, OSError):
+                    raise connection_error(refused, words) from refused
+                raise ConnectionLost(words, in_request=False) from refused
         self._lost = None
 
     async def reset(self, **kwargs: Any) -> StepResult:
@@ -113,13 +125,15 @@ class OpenEnvClient:
             raise SessionLost(f"the session with {self.url} cannot be used: {self._lost}")
         frame = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
         self._lost = f"a {kind} request is under way or was interrupted"  # stays true unless the answer arrives
+        was_open = not isinstance(self._socket, ClientConnection) or self._socket.state is State.OPEN
         try:
             with self._deadline:
                 answer = await _exchange(self._socket, frame)
         except TimeoutError:
             raise self._lose(f"no answer to {kind} within {self.step_timeout_s:g} s") from None
         except ConnectionClosed as closed:
-            raise self._lose(f"the connection closed during {kind} ({words_of(closed)})") from closed
+            lost = self._lose(f"the connection closed {'during' if was_open else 'before'} {kind} ({words_of(closed)})")
+            raise ConnectionLost(str(lost), in_request=was_open) from closed
         body = self._body(answer, kind, answer_kind)
         self._lost = None
         return body
@@ -145,6 +159,8 @@ class OpenEnvClient:
                 f"{self.url} is full: {body.get('active_sessions')} of {limit} sessions in use",
                 limit if isinstance(limit, int) and limit > 0 else None,
             )
+        if code == "FACTORY_ERROR":
+            return FactoryFailed(str(self._lose(f"{code}: {text}")))
         if code in FATAL_CODES:
             return self._lose(f"{code}: {text}")
         self._lost = None

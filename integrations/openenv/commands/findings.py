@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, median, pstdev
-from typing import Any, Literal
+from typing import Literal
 
-from integrations.openenv.commands.measure import Measurements, PlayedEpisode
+from integrations.openenv.commands.measure import Measurements, PlayedEpisode, seeds_differ
 
 MAX_TEXT_CHARS = 8000  # about 2000 tokens a turn: small models' context is over after four of them
 SLOW_STEP_MS = 1000.0
 SAME = 1e-6
+MAX_REFUSAL_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,11 @@ def _of_failures(seen: Measurements) -> Iterator[Finding]:
         yield Finding("warn", "no random action is known here, so rewards and repetition were seen with gold only")
     returns = Returns.of(seen.random)
     if returns is not None and returns.invalid > 0.5:
-        yield Finding("warn", f"the server refused {returns.invalid:.0%} of the random actions: its schema says little")
+        words = Counter(refusal for episode in seen.random for refusal in episode.refusals).most_common(1)
+        said = f"; most often: {words[0][0][:MAX_REFUSAL_CHARS]}" if words else ""
+        yield Finding(
+            "warn", f"the server refused {returns.invalid:.0%} of the random actions: its schema says little{said}"
+        )
 
 
 def _of_rewards(seen: Measurements) -> Iterator[Finding]:
@@ -155,7 +161,12 @@ def _of_repetition(seen: Measurements) -> Iterator[Finding]:
     elif _fields_that_differ(seen):
         yield Finding("warn", f"fields that nobody reads differ between repetitions: {_fields_that_differ(seen)}")
     if len(seen.random) > 1 and not _tasks_differ(seen):
-        yield Finding("warn", "every seed gives the same task: the model learns this one only")
+        num_compared = len(seen.elsewhere)
+        yield Finding(
+            "warn",
+            "no two seeds were seen to differ, neither in the first text nor in what came of the same actions "
+            f"({num_compared} episodes): if every seed gives the same task, the model learns this one only",
+        )
 
 
 def _of_texts(seen: Measurements) -> Iterator[Finding]:
@@ -204,10 +215,13 @@ def _fields_that_differ(seen: Measurements) -> str:
 
 
 def _tasks_differ(seen: Measurements) -> bool:
-    tasks: set[Any] = set()
-    for prompt, episode in zip(seen.first_prompts, seen.random, strict=False):
-        tasks.add((prompt, episode.texts[0] if episode.texts else ""))
-    return len(tasks) > 1
+    """By what they show first, what a good player does, or what comes of the same actions: a task may hide its goal."""
+    if seeds_differ(seen):
+        return True
+    return any(
+        (one.texts, one.rewards, one.ended) != (other.texts, other.rewards, other.ended)
+        for one, other in zip(seen.random, seen.elsewhere, strict=False)
+    )
 
 
 def _longest_text(seen: Measurements) -> int:

@@ -23,6 +23,7 @@ from integrations.openenv.hosting.docker_command import containers_of
 from integrations.openenv.hosting.reaping import this_process
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.envs.base_text_env import BaseTextEnvStepOutput
 
 MAX_SESSIONS_TRIED = 16
 TIME_TO_END_S = 5.0  # for the processes of a server that was stopped
@@ -44,6 +45,7 @@ class PlayedEpisode:
     step_s: list[float] = field(default_factory=list)
     ended: bool = False  # by the environment, not by the turns
     num_invalid: int = 0
+    refusals: list[str] = field(default_factory=list)  # what the server, or the reader of actions, said of those
     gold_reward: float | None = None  # what the entry promises its gold player
     failure: str | None = None  # of the environment
 
@@ -63,6 +65,7 @@ class Measurements:
     start_s: float = 0.0
     random: list[PlayedEpisode] = field(default_factory=list)
     again: list[PlayedEpisode] = field(default_factory=list)  # the first of `random`, played again
+    elsewhere: list[PlayedEpisode] = field(default_factory=list)  # `random[:-1]`, action for action on the next task
     gold: list[PlayedEpisode] = field(default_factory=list)
     num_sessions: int = 0  # that the server took at once, of MAX_SESSIONS_TRIED
     num_sessions_again: int = 0  # the same, after all of those were closed
@@ -79,12 +82,17 @@ class WatchedEnv(OpenEnv):
     def __init__(self, config: OpenEnvConfig, row: dict[str, Any]) -> None:
         super().__init__(config, row)
         self.sent: list[dict[str, Any]] = []
+        self.refusals: list[str] = []
 
     def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:
         given, self.fields_to_send = self.fields_to_send, None
         fields = super()._get_openenv_action(env_name, action) if given is None else given
         self.sent.append(fields)
         return fields
+
+    def _answer_invalid(self, message: str, reward: float = 0.0, *, ended: bool = False) -> BaseTextEnvStepOutput:
+        self.refusals.append(message)
+        return super()._answer_invalid(message, reward, ended=ended)
 
 
 async def measure(
@@ -108,6 +116,9 @@ async def measure(
             seen.random.append(await played(config, row, random_player(Random(number), form)))
         for row, first in list(zip(rows, seen.random, strict=True))[:NUM_REPEATED]:
             seen.again.append(await played(config, row, repeating_player(first)))
+        if not seeds_differ(seen):  # by what they show first: then perhaps by what comes of the same actions
+            for row, before_it in zip(rows[1:], seen.random, strict=False):
+                seen.elsewhere.append(await played(config, row, repeating_player(before_it)))
         seen.gold = [await played(config, row, WatchedEnv.gold_action) for row in rows]
         seen.gold = [episode for episode in seen.gold if episode.replies]
         await _count_sessions(config, rows[0], seen)
@@ -122,6 +133,12 @@ async def measure(
     if containers:
         seen.left_containers = sorted(containers & await containers_of(this_process()))
     return seen
+
+
+def seeds_differ(seen: Measurements) -> bool:
+    """Whether two tasks differ in what they show before the first action, or in what a good player does."""
+    firsts = {(prompt, *episode.texts[:1]) for prompt, episode in zip(seen.first_prompts, seen.random, strict=False)}
+    return len(firsts) > 1 or len({tuple(episode.replies) for episode in seen.gold}) > 1
 
 
 async def _left_of(started: set[Process]) -> list[int]:
@@ -156,7 +173,7 @@ async def played(config: OpenEnvConfig, row: dict[str, Any], player: Player) -> 
         episode.failure = str(failed)
     finally:
         await env.close_async()
-    episode.sent, episode.num_invalid = env.sent, env.num_invalid_actions
+    episode.sent, episode.num_invalid, episode.refusals = env.sent, env.num_invalid_actions, env.refusals
     return episode
 
 
@@ -192,7 +209,7 @@ def repeating_player(first: PlayedEpisode) -> Player:
 async def _look(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> ActionForm | None:
     """What the server says of itself; None from servers before 2026, which say nothing."""
     env = WatchedEnv(config, row)
-    lease = await shared_pool(config).lease(env.entry.source(env.options), **env.entry.reset_kwargs(env.options))
+    lease = await shared_pool(config).lease(env.entry.source(env.options), **env.reset_kwargs)
     try:
         about = await describe(lease)
     except OpenEnvError as silent:
@@ -209,12 +226,11 @@ async def _look(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) 
 
 async def _count_sessions(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> None:
     env = WatchedEnv(config, row)
-    kwargs = env.entry.reset_kwargs(env.options)
-    lease = await shared_pool(config).lease(env.entry.source(env.options), **kwargs)  # it keeps the server up
+    lease = await shared_pool(config).lease(env.entry.source(env.options), **env.reset_kwargs)  # it keeps the server up
     try:
-        seen.num_sessions = 1 + await _sessions_at_once(lease.url, kwargs)
+        seen.num_sessions = 1 + await _sessions_at_once(lease.url, env.reset_kwargs)
         await asyncio.sleep(0.5)  # the server learns of a closed connection a moment later
-        seen.num_sessions_again = 1 + await _sessions_at_once(lease.url, kwargs)
+        seen.num_sessions_again = 1 + await _sessions_at_once(lease.url, env.reset_kwargs)
     finally:
         await lease.release()
 

@@ -3,23 +3,27 @@
 Leases wait in the order in which they came. How many sessions a server takes is learned: sessions are opened one at a
 time, then two, four, ... while it accepts; when it says CAPACITY_REACHED it is believed, and another server is started
 (up to `max_servers`), or the lease goes on waiting. A server that fails a session is doubted: nobody is sent to it
-until it has proved that it answers, and one that does not is replaced while the others go on.
+until it has proved that it answers, and one that does not is replaced while the others go on: at once, then after
+pauses that double as long as no episode gets through. A place is also a file descriptor of this process
+(session_budget.py): where those are used up, leases wait as they do for a full server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import math
 import os
+import re
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from loguru import logger
 
-from integrations.openenv.client.addresses import is_healthy
-from integrations.openenv.client.errors import CapacityReached, OpenEnvError
+from integrations.openenv.client.addresses import fetch_json, is_healthy
+from integrations.openenv.client.errors import CapacityReached, OpenEnvError, OutOfDescriptors
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.launch import (
     announce,
@@ -31,9 +35,13 @@ from integrations.openenv.hosting.launch import (
 from integrations.openenv.hosting.server import Server, ServerStartFailed
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.member import Member
+from integrations.openenv.pool.session_budget import SessionBudget
 
-MAX_FAILURES = 5  # servers that failed since an episode got through; then the environment is given up
+MAX_FAILURES = 7  # servers in a row that failed since an episode got through; then the environment is given up
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before the second of them is replaced; each pause is twice the one before
 LONGEST_SILENCE_S = 5.0  # of a server that is asked for its health
+LOG_DELAY_S = 0.2  # until what a server has met stands in its log
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|NotFound|Timeout)\b.*|[A-Za-z_][\w.]*: \S.*")
 NO_GROWTH_S = 60.0  # after a further server could not be started beside those that run
 
 
@@ -48,9 +56,11 @@ class Waiter:
 class Fleet:
     """Gives out places on servers: `place`, then `opened`, `refused` or `failed`, at last `give_back`."""
 
-    def __init__(self, source: ServerSource, config: OpenEnvConfig) -> None:
+    def __init__(self, source: ServerSource, config: OpenEnvConfig, budget: SessionBudget) -> None:
         self.source = source
         self.config = config
+        self._budget = budget
+        budget.on_free.append(self._dispatch)
         self.members: list[Member] = []
         self.num_restarts = 0  # servers started in place of a dead one
         self._runtime: str | None = None
@@ -58,7 +68,8 @@ class Fleet:
         self._waiting: list[Waiter] = []
         self._num_starting = 0
         self._num_dead = 0  # not replaced yet
-        self._num_failures = 0  # servers that did not start or died, since an episode got through
+        self._num_failures = 0  # servers in a row that did not start or died, since an episode got through
+        self._num_eras = 0  # servers that were started before the last failure and fail too are no further failure
         self._last_words = ""
         self._no_growth_until_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,10 +94,20 @@ class Fleet:
 
     def opened(self, member: Member) -> None:
         member.opened()
+        self._budget.grow()
         self._dispatch()
 
     def refused(self, member: Member, full: CapacityReached) -> None:
         member.refused(full.max_sessions, asyncio.get_running_loop().time())
+        self._budget.give_back()
+        self._dispatch()
+
+    def out_of_descriptors(self, member: Member) -> None:
+        """This process could not open the session: no fault of the server, which is asked again a moment later."""
+        self._budget.shrink()
+        self._budget.say_once()
+        member.refused(None, asyncio.get_running_loop().time())
+        self._budget.give_back()
         self._dispatch()
 
     def not_opened(self, member: Member, *, doubt: bool) -> None:
@@ -110,6 +131,22 @@ class Fleet:
             member.doubted = True
             self._spawn(self._examine(member))
 
+    async def why_no_environment(self, member: Member) -> str:
+        """Return the reason why its server cannot make an environment, in words; asked once for all its sessions."""
+        if member.why_no_environment is None:
+            member.why_no_environment = asyncio.get_running_loop().create_task(self._read_why(member.server))
+        return await asyncio.shield(member.why_no_environment)
+
+    async def _read_why(self, server: Server) -> str:
+        """It tells no client, and over a WebSocket does not log it; an error of GET /state, which makes an environment
+        too, it does log."""
+        with contextlib.suppress(OpenEnvError):
+            await fetch_json(server.url, "/state", self.config.step_timeout_s)
+        await asyncio.sleep(LOG_DELAY_S)
+        words = await asyncio.to_thread(server.last_words)
+        lines = [line for line in words.splitlines() if EXCEPTION.match(line)]
+        return f" It says in its log: {lines[-1][:500]}" if lines else " Its log may say why."
+
     def stop(self) -> list[Server]:
         """No more places. Gives the servers, for the caller to stop; who waits is told."""
         self._closed = True
@@ -129,18 +166,22 @@ class Fleet:
     def is_full(self) -> bool:
         """Nothing comes free by itself: no server has a place, none is being started, examined or opened to anyone."""
         coming = self._num_starting or self._num_missing(asyncio.get_running_loop().time())
-        return bool(self.members) and not coming and all(member.is_full for member in self.members)
+        full = all(member.is_full for member in self.members)
+        return bool(self.members) and not coming and (full or self._budget.is_used_up)
 
     def describe(self) -> str:
         """What the servers are doing, for a message."""
         servers = ", ".join(f"{member.num_open} of {member.capacity} sessions open" for member in self.members)
-        return f"{len(self.members)} of at most {self._max_servers} servers run ({servers}), {len(self._waiting)} wait"
+        few = f"; {self._budget.describe()}" if self._budget.is_used_up else ""
+        running = f"{len(self.members)} of at most {self._max_servers} servers run ({servers})"
+        return f"{running}, {len(self._waiting)} wait{few}"
 
     # Who goes where
 
     def _vacate(self, member: Member) -> None:
         member.num_open -= 1
         member.pause_s = member.refused_until_s = 0.0  # a slot has come free: worth an attempt
+        self._budget.give_back()
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -149,12 +190,16 @@ class Fleet:
             return
         now_s = asyncio.get_running_loop().time()
         while self._waiting:
+            if self._budget.is_used_up:
+                self._budget.say_once()
+                return
             free = [member for member in self.members if member.has_place(now_s)]
             if not free:
                 break
             waiter = self._waiting.pop(0)
             if not waiter.place.done():
                 member = min(free, key=lambda member: member.num_open / member.capacity)
+                self._budget.take()
                 member.num_open += 1
                 member.num_opening += 1
                 waiter.place.set_result(member)
@@ -183,17 +228,20 @@ class Fleet:
     # Starts and ends of servers
 
     async def _start(self) -> None:
+        era = self._num_eras
         try:
             if self._num_failures >= MAX_FAILURES:
                 raise ServerStartFailed(
                     f"given up, {MAX_FAILURES} servers in a row failed before an episode got through{self._last_words}"
                 )
+            await self._pause()
+            era = self._num_eras
             runtime = await self._chosen_runtime()
             patience_s = self.config.startup_timeout_s if self._runtime else 0.0
             server = await start_server(self.source, runtime, self.config, patience_s=patience_s)
-        except OpenEnvError as failed:
+        except (OpenEnvError, OSError) as failed:
             self._num_starting -= 1
-            self._start_failed(failed)
+            self._start_failed(failed, era)
             return
         except BaseException:
             self._num_starting -= 1
@@ -206,8 +254,19 @@ class Fleet:
         if self._num_dead:
             self._num_dead -= 1
             self.num_restarts += 1
-        self.members.append(Member(server, self._capacity()))
+        self.members.append(Member(server, self._capacity(), era=era))
         self._dispatch()
+
+    async def _pause(self) -> None:
+        """Wait before a server is started in place of one that died, the longer the more have died in a row."""
+        if self._runtime is None or self.members or self._num_failures < 2:
+            return
+        pause_s = min(FIRST_PAUSE_S * 2 ** (self._num_failures - 2), LONGEST_PAUSE_S)
+        logger.warning(
+            f"{self.source.name}: {self._num_failures} servers in a row failed before an episode got through; the next "
+            f"is started in {pause_s:g} s, and after {MAX_FAILURES} the environment is given up"
+        )
+        await asyncio.sleep(pause_s)
 
     async def _chosen_runtime(self) -> str:
         if self._runtime is not None:
@@ -220,15 +279,24 @@ class Fleet:
         """Of a new server: as large as the others have turned out to be."""
         return min((member.capacity for member in self.members), default=self.config.max_sessions)
 
-    def _start_failed(self, failed: OpenEnvError) -> None:
-        self._num_failures += 1
-        if self._num_failures <= MAX_FAILURES:
-            self._last_words = f"; the last one: {failed}"
+    def _count_failure(self, era: int, words: str) -> None:
+        """Servers that ran side by side and died together are one failure."""
+        if era == self._num_eras and self._num_failures < MAX_FAILURES:
+            self._num_eras += 1
+            self._num_failures += 1
+            self._last_words = words
+
+    def _start_failed(self, failed: Exception, era: int) -> None:
+        given_up = self._num_failures >= MAX_FAILURES
+        self._count_failure(era, f"; the last one: {failed}")
         if self.members:  # the others go on, and take those who wait in turn
             logger.warning(f"{self.source.name}: no further server, {failed}")
             self._no_growth_until_s = asyncio.get_running_loop().time() + NO_GROWTH_S
-        else:
+        elif self._runtime is None or given_up:  # never was one: the reason is known at once
             self._refuse_all(str(failed))
+        else:
+            logger.warning(f"{self.source.name}: {failed}")
+            self._dispatch()
 
     def _refuse_all(self, reason: str) -> None:
         waiting, self._waiting = self._waiting, []
@@ -240,20 +308,30 @@ class Fleet:
         """A doubted server: back among the others if it is well, else replaced."""
         server = member.server
         running = await asyncio.to_thread(lambda: server.is_running)
-        healthy = running and await is_healthy(server.url, min(LONGEST_SILENCE_S, self.config.step_timeout_s))
+        healthy = running and await self._is_healthy(server)
         if healthy and not member.is_hopeless:
             member.doubted = False
         else:
+            running = running and await asyncio.to_thread(lambda: server.is_running)  # it may have been about to end
             what = "is silent" if not healthy else f"lost {member.num_lost_in_a_row} sessions in a row"
             await self._replace(member, what if running else "has ended")
         self._dispatch()
 
+    async def _is_healthy(self, server: Server) -> bool:
+        """Whether it answers in time, asked again as long as this process has no descriptor to ask with."""
+        while True:
+            try:
+                return await is_healthy(server.url, min(LONGEST_SILENCE_S, self.config.step_timeout_s))
+            except OutOfDescriptors:
+                self._budget.say_once()
+                await asyncio.sleep(1.0)
+
     async def _replace(self, member: Member, why: str) -> None:
         self.members.remove(member)
         self._num_dead += 1
-        self._num_failures += 1
-        self._last_words = await asyncio.to_thread(member.server.last_words)
-        logger.warning(f"{self.source.name}: the server at {member.server.url} {why}; it is replaced{self._last_words}")
+        words = await asyncio.to_thread(member.server.last_words)
+        self._count_failure(member.era, f"; the last one {why}{words}")
+        logger.warning(f"{self.source.name}: the server at {member.server.url} {why}; it is replaced{words}")
         await asyncio.to_thread(member.server.stop)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from integrations.openenv.hosting.server import Server
@@ -17,6 +18,7 @@ class Member:
 
     server: Server
     capacity: int  # sessions at once, as far as we know
+    era: int = 0  # the fleet's, when it was started
     num_open: int = 0  # our sessions, those that are being opened included
     num_opening: int = 0
     window: int = 1  # how many may be opened at once
@@ -24,6 +26,7 @@ class Member:
     refused_until_s: float = 0.0
     doubted: bool = False
     num_lost_in_a_row: int = 0
+    why_no_environment: asyncio.Task[str] | None = None  # the end of its log, once it could not make an environment
 
     def has_place(self, now_s: float) -> bool:
         return (

@@ -13,13 +13,20 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from integrations.openenv.client.errors import CapacityReached, OpenEnvError, SessionLost
+from integrations.openenv.client.errors import (
+    CapacityReached,
+    FactoryFailed,
+    OpenEnvError,
+    OutOfDescriptors,
+    SessionLost,
+)
 from integrations.openenv.client.session import open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.server import Server
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.fleet import Fleet, Member
 from integrations.openenv.pool.lease import Lease
+from integrations.openenv.pool.session_budget import SessionBudget
 
 
 class NoFreeSession(OpenEnvError):
@@ -31,6 +38,7 @@ class ServerPool:
 
     def __init__(self, config: OpenEnvConfig) -> None:
         self.config = config
+        self._budget = SessionBudget()
         self._fleets: dict[ServerSource, Fleet] = {}
         self._leases: dict[Lease, ServerSource] = {}
         self._numbers = count()
@@ -43,7 +51,7 @@ class ServerPool:
             raise OpenEnvError("the server pool is closed")
         fleet = self._fleets.get(source)
         if fleet is None:
-            fleet = self._fleets[source] = Fleet(source, self.config)
+            fleet = self._fleets[source] = Fleet(source, self.config, self._budget)
         number = next(self._numbers)
         try:
             async with asyncio.timeout(self.config.lease_timeout_s):
@@ -56,13 +64,20 @@ class ServerPool:
         return lease
 
     async def _opened(self, fleet: Fleet, member: Member, reset_kwargs: dict[str, Any]) -> Lease | None:
-        """None if the server turned out to be full."""
+        """None if the server turned out to be full, or if this process has no descriptor for the session."""
         try:
             session = await open_session(
                 member.server.url, reset_kwargs, deadline_s=0.0, step_timeout_s=self.config.step_timeout_s
             )
         except CapacityReached as full:
             fleet.refused(member, full)
+            return None
+        except FactoryFailed as failed:
+            words = await fleet.why_no_environment(member)
+            fleet.not_opened(member, doubt=True)
+            raise FactoryFailed(f"{failed}{words}") from failed
+        except OutOfDescriptors:
+            fleet.out_of_descriptors(member)
             return None
         except BaseException as failed:
             fleet.not_opened(member, doubt=isinstance(failed, SessionLost))

@@ -15,12 +15,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from integrations.openenv.client.descriptors import num_affordable
 from integrations.openenv.servers.callers import for_local_callers
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DESCRIPTORS_PER_SESSION = 4  # a connection, and the pipes of a worker
 
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
@@ -35,7 +37,7 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
     if arguments.accept_unsafe:
         os.environ["OPENENV_ACCEPT_UNSAFE"] = "1"
     listening, url = _bound(arguments)
-    app = make_app(arguments.max_sessions)
+    app = make_app(_affordable(arguments.max_sessions))
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
     sys.stdout = sys.stderr  # the announcement is the only line on stdout
     import uvicorn
@@ -56,6 +58,15 @@ def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]
             await app(scope, receive, send)
 
     return served
+
+
+def _affordable(max_sessions: int) -> int:
+    """As many sessions as were asked for, if the limit of open files allows them."""
+    most = num_affordable(DESCRIPTORS_PER_SESSION)
+    if most is None or most >= max_sessions:
+        return max_sessions
+    print(f"at most {most} sessions at once, by the limit of open files (ulimit -n)", file=sys.stderr)
+    return most
 
 
 def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:

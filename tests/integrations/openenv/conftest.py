@@ -18,8 +18,8 @@ from integrations.openenv.hosting.server_process import ServerProcess
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def started(module: str) -> Iterator[str]:
-    server = asyncio.run(ServerProcess.start(module, max_sessions=16, timeout_s=90.0))
+def started(module: str, max_sessions: int = 16) -> Iterator[str]:
+    server = asyncio.run(ServerProcess.start(module, max_sessions=max_sessions, timeout_s=90.0))
     yield server.url
     server.stop()
 

@@ -19,10 +19,12 @@ import pytest
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import register_openenv
 from integrations.openenv.hosting.server_process import ServerProcess
+from integrations.openenv.pool import fleet
 from integrations.openenv.pool.server_pool import ServerPool, close_shared_pools, num_server_restarts, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import Completion, Request, SamplingParams
+from skyrl_train.rollout import attempts
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.episode import EpisodeLimits
@@ -159,7 +161,12 @@ async def misbehaving(proxy: Proxy) -> AsyncGenerator[Counter[str]]:
         task.cancel()
 
 
-async def test_100_episodes_over_a_connection_that_cuts_stalls_lies_and_is_full(echo_url: str) -> None:
+async def test_100_episodes_over_a_connection_that_cuts_stalls_lies_and_is_full(
+    echo_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "LONGEST_PAUSE_S", 0.1)  # a fault lasts as long
+    monkeypatch.setattr(fleet, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(fleet, "LONGEST_PAUSE_S", 0.1)
     ended: list[Trajectory] = []
     async with proxy_to(echo_url) as proxy, misbehaving(proxy) as seen:
         config = OpenEnvConfig(url=proxy.url, max_sessions=8, step_timeout_s=1.0)

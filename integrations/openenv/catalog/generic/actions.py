@@ -16,7 +16,8 @@ from typing import Any
 
 from integrations.openenv.catalog.entry import InvalidAction
 from integrations.openenv.catalog.generic.validation import ActionSchema, json_value
-from integrations.openenv.catalog.generic.values import Field, Legal, named
+from integrations.openenv.catalog.generic.values import MAX_WRITTEN_CHARS, Field, Legal, named
+from integrations.openenv.client.errors import OpenEnvError
 
 NOT_THE_POLICYS = {"metadata"}  # of every action in OpenEnv; nothing a policy should write
 MAX_FIELDS_SHOWN = 30
@@ -47,8 +48,17 @@ class ObjectForm(ActionForm):
     kind = "a JSON object"
 
     def __init__(self, schema: dict[str, Any]) -> None:
-        self.members = members(schema)
         self._schema = ActionSchema({**schema, "properties": _without_metadata(schema)})
+        self.members = members(schema)
+        for name in schema.get("required") or []:
+            if name not in {field.name for field in self.members} | NOT_THE_POLICYS:
+                raise OpenEnvError(f"the server's schema requires a field {name[:50]!r} that it does not describe")
+        for field in self.members:
+            if field.required and field.fewest_chars > MAX_WRITTEN_CHARS:
+                raise OpenEnvError(
+                    f"the server's schema requires {field.words()} in {field.name[:50]!r}, and nobody can write that: "
+                    f"an action has at most {MAX_WRITTEN_CHARS} characters"
+                )
 
     def how(self) -> str:
         shown = self.members[:MAX_FIELDS_SHOWN]
@@ -72,16 +82,17 @@ class ObjectForm(ActionForm):
         return {**defaults, **value}
 
     def random_text(self, random: Random, legal: Legal | None) -> str:
-        given = [field for field in self.members if field.required or random.random() < 0.5]
+        writable = [field for field in self.members if field.fewest_chars <= MAX_WRITTEN_CHARS]
+        given = [field for field in writable if field.required or random.random() < 0.5]
         return json.dumps({field.name: field.drawn(random) for field in given})
 
 
 class ValueForm(ActionForm):
     """The value of one field. Fields with a default may be set too, by writing the JSON object instead."""
 
-    def __init__(self, schema: dict[str, Any], field: Field) -> None:
+    def __init__(self, form: ObjectForm, field: Field) -> None:
         self.field = field
-        self.object = ObjectForm(schema)
+        self.object = form
         self.others = [other for other in self.object.members if other.name != field.name]
         self.kind = field.words()
 
@@ -124,11 +135,12 @@ class ValueForm(ActionForm):
 
 def action_form(schema: dict[str, Any]) -> ActionForm:
     """The form for an action's schema: one required field is written plainly, several as an object."""
-    fields = members(schema)
+    form = ObjectForm(schema)
+    fields = form.members
     required = [field for field in fields if field.required] or fields
-    if len(required) == 1 and required[0].kind != "json":
-        return ValueForm(schema, required[0])
-    return ObjectForm(schema)
+    if len(required) == 1 and required[0].kind != "json" and required[0].fewest_chars <= MAX_WRITTEN_CHARS:
+        return ValueForm(form, required[0])
+    return form
 
 
 def members(schema: dict[str, Any]) -> list[Field]:

@@ -8,6 +8,7 @@ from typing import Any
 from integrations.openenv.catalog.entry import OpenSession
 from integrations.openenv.catalog.generic.actions import ActionForm, action_form
 from integrations.openenv.catalog.generic.tools import Tool, ToolForm, call_constants, calls_tools
+from integrations.openenv.catalog.generic.validation import ActionSchema
 from integrations.openenv.client.addresses import fetch_json, schema
 from integrations.openenv.client.errors import OpenEnvError
 
@@ -39,6 +40,7 @@ async def describe(session: OpenSession) -> ServerDescription:
     if not isinstance(action, dict) or not isinstance(action.get("properties"), dict):
         raise OpenEnvError(f"{url}/schema gives no properties of an action: {str(schemas)[:200]}")
     observation = observation if isinstance(observation, dict) else {}
+    ActionSchema(action)  # from here on its keywords have the types that JSON schema gives them
     if calls_tools(action):
         form: ActionForm = ToolForm(await list_tools(session), call_constants(action))
         manual = ""  # of tool calls in general, which says nothing about this environment

@@ -12,15 +12,19 @@ from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from loguru import logger
+
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, OpenSession, Task, Translator
+from integrations.openenv.catalog.generic.blame import caused_by_action
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
 from integrations.openenv.catalog.generic.names import ForeignName
 from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
-from integrations.openenv.client.errors import OpenEnvError
+from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.hosting.source import ServerSource
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
+MAX_SAID = 5  # errors of one server that are logged
 EXAMPLE_SEED = 1  # of the action that the prompt shows
 
 
@@ -41,7 +45,6 @@ class GenericEntry(CatalogEntry):
     options_type: ClassVar[type] = GenericOptions
     code_options: ClassVar[frozenset[str]] = frozenset({"reward", "variables"})
     max_turns: ClassVar[int] = 10
-    refused_codes: ClassVar[frozenset[str]] = frozenset({"VALIDATION_ERROR", "EXECUTION_ERROR"})
 
     def __init__(self, foreign: ForeignName) -> None:
         self.foreign = foreign
@@ -51,6 +54,7 @@ class GenericEntry(CatalogEntry):
         self._description: ServerDescription | None = None
         self._asking: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
         self._asking = WeakKeyDictionary()
+        self._said: set[str] = set()  # errors that were logged
 
     @property
     def data_name(self) -> str:
@@ -79,6 +83,15 @@ class GenericEntry(CatalogEntry):
             if asking is None or asking.done():
                 asking = self._asking[loop] = loop.create_task(describe(session))
             self._description = await asyncio.shield(asking)
+
+    def is_refusal(self, error: ServerError, sent: dict[str, Any]) -> bool:
+        """As far as its words tell; what is charged to the policy is logged once, for a person to judge."""
+        if not caused_by_action(error, sent, set(self.description.action_schema["properties"])):
+            return False
+        if error.code == "EXECUTION_ERROR" and error.message not in self._said and len(self._said) < MAX_SAID:
+            self._said.add(error.message)
+            logger.warning(f"{self.name}: an action is refused, and counts as the policy's mistake: {error.message!r}")
+        return True
 
     def tasks(self, random: Random, num_tasks: int, options: GenericOptions) -> list[Task]:
         """The same words each time: the tasks differ by the seed that the environment is reset with."""

@@ -68,17 +68,25 @@ def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
     for _ in range(MAX_DEPTH):
         if not isinstance(schema, dict):
             return {}
-        if isinstance(schema.get("$ref"), str):
-            target, beside = _pointed_at(schema["$ref"], root), {k: v for k, v in schema.items() if k != "$ref"}
+        if isinstance(schema.get("type"), list):
+            kinds = [kind for kind in schema["type"] if kind != "null"] or ["null"]
+            schema = {**schema, "type": kinds[0] if len(kinds) == 1 else kinds}
+        reference = schema.get("$ref")
+        if isinstance(reference, str):
+            target, beside = _pointed_at(reference, root), {k: v for k, v in schema.items() if k != "$ref"}
         else:
             options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
-            meant = [option for option in options or [] if option != {"type": "null"}]
+            meant = [option for option in options or [] if not _is_null(option)]
             if len(meant) != 1:
                 return schema
             target = meant[0]
             beside = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf")}
         schema = {**target, **beside} if isinstance(target, dict) else beside
     return {}
+
+
+def _is_null(schema: Any) -> bool:
+    return isinstance(schema, dict) and (schema.get("type") in ("null", ["null"]) or schema.get("const", "") is None)
 
 
 def _pointed_at(reference: str, root: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from integrations.openenv.catalog.generic.validation import json_value, resolved
 from integrations.openenv.catalog.words import WORDS
 
 MAX_SHOWN_CHOICES = 40
+MAX_WRITTEN_CHARS = 10_000  # of a field: no action is longer (CatalogEntry.max_action_chars)
 INTEGER = re.compile(r"[-+]?\d{1,18}")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 QUOTED = re.compile(r'"([^"\n]{1,40})"')
@@ -38,11 +39,19 @@ class Field:
     def of(cls, name: str, schema: Any, root: dict[str, Any], *, required: bool) -> Field:
         schema = resolved(schema, root)
         kind = _kind(schema, root)
+        if kind == "list":
+            schema = {**schema, "items": resolved(schema["items"], root)}
         return cls(name, schema, required, kind, _hints(schema, root) if kind == "string" else ())
 
     @property
     def choices(self) -> list[Any]:
         return [self.schema["const"]] if "const" in self.schema else list(self.schema.get("enum") or [])
+
+    @property
+    def fewest_chars(self) -> int:
+        """How long the shortest text is that the schema allows, as far as that is easily seen."""
+        items = self.schema.get("minItems", 0) if self.kind in ("list", "json") else 0
+        return max(2 * items, self.schema.get("minLength", 0) if self.kind == "string" else 0)
 
     def words(self) -> str:
         """What a value must be: "a whole number from 0 to 6"."""
@@ -59,7 +68,8 @@ class Field:
                 return f"a list of numbers{self._length()}, such as [0.5, 1]"
             case "string":
                 return f"a text{self._length()}"
-        return f"JSON of type {self.schema.get('type', 'any')}"
+        kinds = self.schema.get("type", "any")
+        return f"JSON of type {' or '.join(kinds) if isinstance(kinds, list) else kinds}"
 
     def read(self, text: str) -> Any:
         """The value that a text stands for; InvalidAction says what is expected. Its bounds are not looked at."""
@@ -94,7 +104,7 @@ class Field:
                 return random.random() < 0.5
             case "list":
                 length = max(self.schema.get("minItems", 0), min(3, self.schema.get("maxItems", 3)))
-                items = Field.of("", self.schema.get("items") or {"type": "number"}, {}, required=True)
+                items = Field.of("", self.schema["items"], {}, required=True)
                 return [items.drawn(random) for _ in range(length)]
             case "string" if self.hints and random.random() < 0.8:
                 return random.choice(self.hints)
@@ -102,7 +112,9 @@ class Field:
                 length = max(self.schema.get("minLength", 0), 1)
                 words = " ".join(random.choices(WORDS, k=random.randint(1, 5)))
                 return words.ljust(length, "x")[: self.schema.get("maxLength", 1000)]
-        return {"object": {}, "array": []}.get(self.schema.get("type", "object"), {})
+        kinds = self.schema.get("type", "object")
+        drawn = {"array": [], "string": "", "integer": 0, "number": 0, "boolean": True, "null": None}
+        return drawn.get(kinds[0] if isinstance(kinds, list) else kinds, {})
 
     def _choice(self, text: str) -> Any:
         spelled = text.strip("\"'")
@@ -162,11 +174,12 @@ def _kind(schema: dict[str, Any], root: dict[str, Any]) -> str:
 def _bounds(schema: dict[str, Any]) -> tuple[float, float]:
     low = schema.get("minimum", schema.get("exclusiveMinimum", -math.inf))
     high = schema.get("maximum", schema.get("exclusiveMaximum", math.inf))
-    return low, high
+    return (-math.inf if math.isnan(low) else low), (math.inf if math.isnan(high) else high)
 
 
 def _finite(low: float, high: float, *, width: float) -> tuple[float, float]:
     """Bounds to draw between: around 0, or as far as `width` from the one that there is."""
+    low, high = (-math.inf if low == math.inf else low), (math.inf if high == -math.inf else high)
     if math.isinf(low) and math.isinf(high):
         return (0, width) if width > 2 else (-1, 1)
     return (high - width, high) if math.isinf(low) else (low, low + width) if math.isinf(high) else (low, high)

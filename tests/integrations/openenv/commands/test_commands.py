@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from integrations.openenv.catalog import CATALOG
+from tests.integrations.openenv.troubled import NAME
 
 ROOT = Path(__file__).resolve().parents[4]
 COMMAND = [sys.executable, "-m", "integrations.openenv"]
@@ -88,6 +89,22 @@ def test_check_says_why_training_would_fail(echo_url: str) -> None:
     assert "warn  the first observation is empty and all prompts are equal" in shown
     assert "1 to mend." in shown
     assert "nothing could be played" in run("check", "http://127.0.0.1:9", "-n", "2", code=1)
+
+
+@pytest.mark.parametrize(("trouble", "seeds_differ"), [("none", True), ("one task", False)])
+def test_check_sees_by_whole_episodes_whether_seeds_differ(trouble: str, seeds_differ: bool) -> None:
+    """A server that asks the same question each time and keeps the answer to itself."""
+    options = ("--option", f'variables={{"TROUBLE": "{trouble}"}}', "--max-turns", "8")
+    report = json.loads(run("check", NAME, "--json", "-n", "8", *options))
+    assert report["tasks_differ"] is seeds_differ
+    assert any("no two seeds were seen to differ" in found["words"] for found in report["findings"]) is not seeds_differ
+
+
+def test_check_shows_the_words_of_a_server_that_always_fails() -> None:
+    report = run("check", NAME, "-n", "2", "--option", 'variables={"TROUBLE": "bug"}', code=1)
+    assert "EXECUTION_ERROR: 'dict' object has no attribute 'model_dump'" in report
+    report = run("check", NAME, "-n", "2", "--option", 'variables={"TROUBLE": "always"}', code=1)
+    assert "most often: The environment does not accept this action: no data set was loaded" in report
 
 
 def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -> None:

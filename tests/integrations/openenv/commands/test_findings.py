@@ -8,7 +8,8 @@ from integrations.openenv.commands.measure import Measurements, PlayedEpisode
 
 def episode(reward: float, **more: Any) -> PlayedEpisode:
     fields: dict[str, Any] = {"texts": ["board", "end"], "ended": True, "observations": [{"a": 1}, {"a": 2}]}
-    return PlayedEpisode(replies=["x"], sent=[{}], rewards=[reward], step_s=[0.01], **{**fields, **more})
+    fields |= {"replies": ["x"], "rewards": [reward]}
+    return PlayedEpisode(sent=[{}], step_s=[0.01], **{**fields, **more})
 
 
 def measurements(**more: Any) -> Measurements:
@@ -59,7 +60,12 @@ def test_what_training_sees_must_repeat() -> None:
 
 
 def test_an_episode_must_have_a_task_a_length_and_an_end() -> None:
-    assert "every seed gives the same task" in words(first_prompts=["a", "a"])
+    unlike = [episode(1.0, replies=["x"]), episode(1.0, replies=["y"])]
+    assert "no two seeds were seen to differ" in words(first_prompts=["a", "a"])
+    assert "seeds" not in words(first_prompts=["a", "a"], gold=unlike)  # a good player does not do the same
+    assert "(1 episodes)" in words(first_prompts=["a", "a"], elsewhere=[episode(0.0)])
+    for secret in ({"rewards": [1.0]}, {"texts": ["board", "other"]}, {"ended": False}):
+        assert "seeds" not in words(first_prompts=["a", "a"], elsewhere=[episode(0.0, **secret)])
     silent = [episode(reward, texts=["", "end"]) for reward in (0.0, 0.5)]
     assert "the first observation is empty and all prompts are equal" in words(
         first_prompts=["a", "a"], random=silent, again=[]
@@ -79,9 +85,9 @@ def test_the_server_must_give_back_what_it_took() -> None:
 
 def test_failures_and_refusals_are_counted() -> None:
     assert "fail: 1 episodes failed: it died" in words(gold=[episode(1.0), episode(1.0, failure="it died")])
-    assert "refused 100% of the random actions" in words(
-        random=[episode(0.0, num_invalid=1), episode(0.5, num_invalid=1)]
-    )
+    refused = [episode(reward, num_invalid=1, refusals=["no data set was loaded"]) for reward in (0.0, 0.5)]
+    assert "refused 100% of the random actions" in words(random=refused)
+    assert "most often: no data set was loaded" in words(random=refused)
     broken = report(Measurements("env", failure="no server"))
     assert [finding.words for finding in broken.findings] == ["nothing could be played: no server"]
     assert not broken.passed

@@ -241,3 +241,99 @@ def test_any_text_is_an_action_or_explained(text: str, legal: Any) -> None:
 def test_the_form_follows_the_number_of_fields() -> None:
     kinds = {name: type(form) for name, (form, _) in FORMS.items()}
     assert kinds == {**dict.fromkeys(SCHEMAS, ValueForm), "object": ObjectForm}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "written", "read"),
+    [
+        (["string", "null"], "hello", "hello"),
+        (["null", "integer"], "3", 3),
+        (["number"], "0.5", 0.5),
+        (["null"], "null", None),
+        (["string", "integer"], '"hello"', "hello"),
+    ],
+)
+def test_a_list_of_types_is_read_as_what_is_not_null(kinds: list[str], written: str, read: Any) -> None:
+    form = action_form(schema(["x"], x={"type": kinds}))
+    text = written if isinstance(form, ValueForm) else json.dumps({"x": read})
+    assert form.fields(text, None) == {"x": read}
+    assert form.how()
+    form.fields(form.random_text(Random(0), None), None)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        {"type": "array", "items": {"type": "number"}, "minItems": 1_000_000_000},
+        {"type": "array", "items": {"type": "object"}, "minItems": 1_000_000_000},
+        {"type": "string", "minLength": 1_000_000_000},
+    ],
+)
+def test_what_is_too_long_to_be_written_is_refused_or_left_out(x: dict[str, Any]) -> None:
+    with pytest.raises(OpenEnvError, match=r"in 'x', and nobody can write that"):
+        action_form(schema(["x"], x=x))
+    optional = action_form(schema(["y"], y={"type": "integer"}, x=x))
+    assert all(len(optional.random_text(Random(seed), None)) < 100 for seed in range(20))
+
+
+def test_a_required_field_that_is_not_described_is_the_servers_fault() -> None:
+    with pytest.raises(OpenEnvError, match="requires a field 'z' that it does not describe"):
+        action_form(schema(["z"], x={"type": "integer"}))
+
+
+counts = st.sampled_from([0, 0, 1, 2, 3, 10**9])
+numbers = st.one_of(st.integers(-3, 10), st.sampled_from([10**9, -(10**9), 1e308, float("inf"), float("nan"), 0.5]))
+kinds = st.sampled_from(["string", "integer", "number", "boolean", "array", "object", "null"])
+leaves: Any = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.one_of(kinds, st.lists(kinds, min_size=1, max_size=3, unique=True), st.just("whole")),
+        "minimum": numbers,
+        "maximum": numbers,
+        "exclusiveMinimum": numbers,
+        "minItems": counts,
+        "maxItems": counts,
+        "minLength": counts,
+        "maxLength": counts,
+        "enum": st.lists(st.one_of(st.none(), st.text(max_size=3), st.integers(), st.just({})), min_size=1, max_size=3),
+        "const": st.one_of(st.none(), st.integers()),
+        "default": st.one_of(st.none(), st.text(max_size=3)),
+        "description": st.text(max_size=20),
+        "examples": st.lists(st.text(max_size=3)),
+        "$ref": st.sampled_from(["#/properties/a", "#/$defs/loop", "#", "", "http://127.0.0.1:9/x"]),
+    },
+)
+any_schemas: Any = st.recursive(
+    st.one_of(leaves, st.booleans()),
+    lambda inner: st.one_of(
+        st.builds(lambda one, two: {**one, "items": two}, leaves, inner),
+        st.builds(
+            lambda key, some: {key: some},
+            st.sampled_from(["anyOf", "oneOf", "allOf"]),
+            st.lists(inner, min_size=1, max_size=3),
+        ),
+        st.builds(lambda a: {"type": "object", "properties": {"a": a}, "required": ["a"]}, inner),
+    ),
+    max_leaves=5,
+)
+required_names = st.sampled_from([[], ["a"], ["b"], ["a", "b"], ["z"], "a", [{}], None])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(a=any_schemas, b=any_schemas, required=required_names)
+def test_any_schema_is_described_and_played_or_refused_with_a_reason(a: Any, b: Any, required: Any) -> None:
+    of = {"properties": {"a": a, "b": b}, "$defs": {"loop": {"$ref": "#/$defs/loop"}}, "required": required}
+    try:
+        form = action_form(of)
+        calls_tools(of)
+        ToolForm([Tool.from_fields({"name": "t", "inputSchema": of})], {}).random_text(Random(0), None)
+        assert form.how()
+        for seed in range(5):
+            text = form.random_text(Random(seed), None)
+            assert len(text) < 100_000
+            outcome(form, text, None)
+    except OpenEnvError as refused:
+        reason = str(refused)
+    else:
+        reason = ""
+    assert reason.startswith("the server's schema") or not reason
