@@ -50,7 +50,8 @@ class TrainerConfig(Section):
     critic: CriticConfig = field(default_factory=CriticConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     fully_async: FullyAsyncConfig = field(default_factory=FullyAsyncConfig)
-    gradient_checkpointing: bool = True  # compute activations again in backward: less memory, more time
+    # compute activations again in backward: less memory, more time; null: yes, on a GPU where that is faster
+    gradient_checkpointing: bool | None = None
     gradient_checkpointing_use_reentrant: bool = False  # torch's older variant of it
     deterministic: bool = False  # same seed, same machine: the same weights, bit for bit; slower
     seed: int = 42  # data order, environment seeds, sampling
@@ -68,7 +69,8 @@ class TrainerConfig(Section):
     train_batch_size: int = 1024  # prompts per step
     policy_mini_batch_size: int = 256  # prompts per optimizer step
     critic_mini_batch_size: int = 256  # prompts per optimizer step of the critic
-    max_tokens_per_microbatch: int = 8192  # memory per pass: tokens, a shared prefix once; changes no gradient
+    # memory per pass: tokens, a shared prefix once; changes no gradient; null: 8192, on a GPU what is fastest and fits
+    max_tokens_per_microbatch: int | None = None
     micro_train_batch_size_per_gpu: int | None = None  # samples per forward and backward at most; null: no limit
     micro_forward_batch_size_per_gpu: int | None = None  # samples per forward-only pass at most; null: no limit
     update_ref_every_epoch: bool = False  # after an epoch the policy becomes the reference
@@ -92,6 +94,11 @@ class TrainerConfig(Section):
         self.ckpt_path, self.export_path = os.path.expanduser(self.ckpt_path), os.path.expanduser(self.export_path)
         if self.resume_path is not None:
             self.resume_path = os.path.expanduser(self.resume_path)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a pass where no memory plan has chosen."""
+        return 8192 if self.max_tokens_per_microbatch is None else self.max_tokens_per_microbatch
 
     @property
     def loggers(self) -> list[str]:

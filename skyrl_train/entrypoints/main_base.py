@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class BasePPOExp:
         self.device, self.compute_dtype = self.get_device()
         self.model_path = self.get_model_path()
         self.num_embeddings = self.get_num_embeddings()
+        self.memory = self.get_memory_plan()
         self.tokenizer = self.get_tokenizer()
         self.chat_template = self.get_chat_template()
         self.fit_tokenizer()
@@ -116,10 +118,48 @@ class BasePPOExp:
         logger.info(reason)
         return device, dtype
 
+    def get_memory_plan(self) -> Any:
+        """How a GPU's memory is used, decided before anything large is loaded; None on a CPU. Raises ValueError."""
+        if self.device.type != "cuda":
+            return None
+        from skyrl_train.learner.lora import NoSuchModules
+        from skyrl_train.learner.model_memory import meta_module, plan_of_run
+
+        trainer, generator = self.cfg.trainer, self.cfg.generator
+        module = meta_module(self.model_path, self.compute_dtype, trainer.policy.model_config_kwargs)
+        try:
+            return plan_of_run(module, trainer, generator, self.device, reference_weights=self.num_reference_weights())
+        except NoSuchModules as error:
+            raise ValueError(f"trainer.policy.model.lora: {error}") from error
+
+    def num_reference_weights(self) -> int:
+        """Of a reference policy that must be loaded beside the policy."""
+        from skyrl_train.learner.learner import needs_reference
+        from skyrl_train.learner.model_memory import meta_module, num_weights
+
+        trainer = self.cfg.trainer
+        is_under_adapters = trainer.policy.model.lora.rank > 0 and trainer.reference_is_base
+        if is_under_adapters or not needs_reference(trainer.algorithm):
+            return 0
+        return num_weights(meta_module(self.get_reference_path(), self.compute_dtype, trainer.ref.model_config_kwargs))
+
+    @property
+    def trainer_section(self) -> TrainerConfig:
+        """The trainer's section, with what it left to the memory plan."""
+        trainer, memory = self.cfg.trainer, self.memory
+        if memory is None:  # a CPU
+            is_on = trainer.gradient_checkpointing is not False
+            return replace(trainer, max_tokens_per_microbatch=trainer.token_budget, gradient_checkpointing=is_on)
+        return replace(
+            trainer,
+            max_tokens_per_microbatch=memory.token_budget,
+            gradient_checkpointing=memory.gradient_checkpointing,
+        )
+
     def get_policy(self) -> Any:
         from skyrl_train.learner.model import load_policy
 
-        trainer = self.cfg.trainer
+        trainer = self.trainer_section
         if self.device.type == "cpu":
             keep_freed_memory()
         policy = load_policy(
@@ -127,7 +167,7 @@ class BasePPOExp:
             device=self.device,
             compute_dtype=self.compute_dtype,
             model_config_kwargs=trainer.policy.model_config_kwargs,
-            gradient_checkpointing=trainer.gradient_checkpointing,
+            gradient_checkpointing=bool(trainer.gradient_checkpointing),
             max_length=self.max_length,
         )
         if trainer.policy.model.lora.rank > 0:
@@ -148,22 +188,26 @@ class BasePPOExp:
         trained = sum(weight.numel() for weight in policy.weights.values() if weight.requires_grad)
         logger.info(f"training adapters of {trained:,} weights; the model itself stays as it is")
 
+    def get_reference_path(self) -> str:
+        """A folder on this machine, fetched if need be; the policy's own where they are the same."""
+        from skyrl_train.pretrained import resolve_model
+
+        path = self.cfg.trainer.ref.model.path
+        return self.model_path if path == self.cfg.trainer.policy.model.path else str(resolve_model(path))
+
     def get_reference(self, policy: Any) -> Any:
         """A frozen policy to measure the KL from, or None where no KL term has a weight."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.learner.lora import BaseUnderAdapters
         from skyrl_train.learner.model import load_policy
-        from skyrl_train.pretrained import resolve_model
 
         trainer = self.cfg.trainer
         if not needs_reference(trainer.algorithm):
             return None
         if trainer.policy.model.lora.rank > 0 and trainer.reference_is_base:
             return BaseUnderAdapters.of(policy)
-        same = trainer.ref.model.path == trainer.policy.model.path
-        path = self.model_path if same else str(resolve_model(trainer.ref.model.path))
         reference = load_policy(
-            path,
+            self.get_reference_path(),
             device=policy.device,
             compute_dtype=policy.compute_dtype,
             model_config_kwargs=trainer.ref.model_config_kwargs,
@@ -177,7 +221,7 @@ class BasePPOExp:
 
         return Learner(
             policy,
-            self.cfg.trainer,
+            self.trainer_section,
             num_training_steps=self.schedule.num_steps,
             temperature=self.cfg.generator.sampling_params.temperature,
             reference=self.get_reference(policy),
@@ -186,7 +230,12 @@ class BasePPOExp:
     def get_engine(self, policy: Any) -> Any:
         from skyrl_train.engine.torch.engine import TorchEngine
 
-        generator = self.cfg.generator
+        generator, cache = self.cfg.generator, {}
+        if self.memory is not None:
+            cache = {
+                "kv_cache_bytes": self.memory.kv_cache_bytes,
+                "session_cache_bytes": self.memory.session_cache_bytes,
+            }
         return TorchEngine(
             policy,
             self.tokenizer,
@@ -194,6 +243,7 @@ class BasePPOExp:
             max_num_batched_tokens=generator.max_num_batched_tokens,
             deterministic=self.cfg.trainer.deterministic,
             max_model_len=self.max_length,
+            **cache,
         )
 
     def get_collector(self, engine: Any) -> Any:

@@ -144,7 +144,7 @@ class Learner:
         return num_mini_batches * self._trainer.update_epochs_per_batch
 
     def _logprobs(self, policy: Policy, batch: Batch) -> Tensor:
-        budget = Budget(self._trainer.max_tokens_per_microbatch, self._trainer.micro_forward_batch_size_per_gpu)
+        budget = Budget(self._trainer.token_budget, self._trainer.micro_forward_batch_size_per_gpu)
         return logprobs_of(policy, batch, temperature=self._temperature, budget=budget)
 
     def _accumulate_gradient(self, mini_batch: Batch, means: Means, progress: _Progress) -> Tensor:
@@ -155,7 +155,7 @@ class Learner:
             self.objective,
             mini_batch,
             temperature=self._temperature,
-            budget=Budget(self._trainer.max_tokens_per_microbatch, self._trainer.micro_train_batch_size_per_gpu),
+            budget=Budget(self._trainer.token_budget, self._trainer.micro_train_batch_size_per_gpu),
             generator=torch.Generator().manual_seed(seed),
             means=means,
             on_tokens=progress.advance,

@@ -1,0 +1,271 @@
+"""What a run will hold on a GPU, from numbers alone: what fits is chosen, what cannot fit is refused.
+
+    held = weights (+ reference) + float32 masters + moments + gradient      the whole time
+         + activations of a pass + logits                                    in an update
+         + keys and values of sequences in flight and of waiting episodes    the whole time
+
+`memory_plan` is a pure function; `model_memory.py` makes its `ModelMemory` from a model's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skyrl_train.config import GeneratorConfig, TrainerConfig
+
+GIB = 2**30
+TOKEN_BUDGETS = (32_768, 24_576, 16_384, 12_288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
+RECOMPUTED = 4 / 3  # time of an update with checkpointing: the forward pass is computed twice
+HOST_SECONDS_PER_LAYER = 4e-3  # of one pass, forward and backward, whatever its size (H200, torch 2.11)
+FLOPS_PER_SECOND = 4e14  # of products in an update; only the ratio to the line above matters
+FEWEST_REPLIES = 16  # that must fit into the cache at once
+SHARE_OF_CACHE = 1 / 8  # of the device that keys and values should have before passes become larger
+RESERVE_BYTES, RESERVE_SHARE = GIB, 0.04  # fragments, CUDA graphs, kernels' workspaces
+LORA_RANK = 16  # of what is proposed
+
+
+class DoesNotFit(ValueError):
+    """The run needs more memory than is free; the message says what needs it and what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """What of a model decides about memory. Bytes of activations are those that a pass keeps for its backward."""
+
+    num_weights: int  # adapters included
+    num_trained: int
+    head_weights: int  # of the output head, if it is trained, else 0
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    itemsize: int  # bytes of a number in the compute type
+    layer_bytes: int  # activations per token and layer, keys and values of shared prefixes not repeated
+    layer_kv_bytes: int  # keys and values per token and layer
+    has_flash: bool  # attention builds no mask and no scores
+    linear_sides: int = 0  # inputs + outputs of all linear layers but the head, for adapters
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache per token."""
+        return self.num_layers * self.layer_kv_bytes
+
+    def with_adapters(self, rank: int) -> ModelMemory:
+        """The same model, frozen, with adapters of this rank on all linear layers but the head."""
+        adapters = rank * self.linear_sides
+        return replace(self, num_weights=self.num_weights + adapters, num_trained=adapters, head_weights=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What the configuration asks for."""
+
+    longest_sample: int  # tokens of prompt and replies together at most: a pass holds at least one sample
+    keys_per_token: float  # that a pass gathers: a sample sees its prompt's, which its group shares; at most its size
+    max_sequences: int  # in flight at once
+    prefill_tokens: int  # of one step of the engine
+    token_budget: int | None = None  # None: whatever is fastest and fits
+    gradient_checkpointing: bool | None = None  # likewise
+    reference_weights: int = 0  # of a reference model of its own
+
+    @classmethod
+    def of(cls, trainer: TrainerConfig, generator: GeneratorConfig, context: int, reference_weights: int) -> Demands:
+        """context: tokens that the model can read. A history may be max_input_length long when the last turn begins."""
+        history = max(trainer.max_prompt_length, generator.max_input_length)
+        trained = trainer.train_batch_size * generator.n_samples_per_prompt
+        evaluated = trainer.eval_batch_size * generator.eval_n_samples_per_prompt if trainer.eval_interval > 0 else 0
+        return cls(
+            longest_sample=min(history + generator.sampling_params.max_generate_length, context),
+            keys_per_token=generator.n_samples_per_prompt,
+            max_sequences=min(generator.max_num_seqs, max(trained, evaluated)),
+            prefill_tokens=generator.max_num_batched_tokens,
+            token_budget=trainer.max_tokens_per_microbatch,
+            gradient_checkpointing=trainer.gradient_checkpointing,
+            reference_weights=reference_weights,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The GPU. `available` may be less than is free, never more."""
+
+    name: str
+    total: int  # bytes
+    available: int  # bytes
+    logits_bytes: int  # that the learner gives to one chunk of logits
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How the run uses the device. `parts`: bytes by what holds them, at the fullest moment of an update."""
+
+    token_budget: int
+    gradient_checkpointing: bool
+    kv_cache_bytes: int
+    session_cache_bytes: int
+    parts: dict[str, int]
+
+    def line(self, device: Device) -> str:
+        """What the run holds, for a person."""
+        how = "with" if self.gradient_checkpointing else "without"
+        held = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= GIB / 100)
+        return (
+            f"memory of {device.name}, {_gib(device.available)} of {_gib(device.total)} GiB available: {held} GiB; "
+            f"passes of {self.token_budget:,} tokens {how} gradient checkpointing"
+        )
+
+
+def memory_plan(model: ModelMemory, demands: Demands, device: Device) -> MemoryPlan:
+    """The fastest plan that fits. Raises `DoesNotFit`, with every single change of the settings that would fit."""
+    plan = _best(model, demands, device)
+    if plan is None:
+        raise DoesNotFit(_refusal(model, demands, device))
+    return plan
+
+
+def _best(model: ModelMemory, demands: Demands, device: Device) -> MemoryPlan | None:
+    """The fastest of the plans that leave ample room for the cache, else of those that leave some."""
+    candidates = [_plan(model, demands, device, *choice) for choice in _choices(demands)]
+    wanted = min(_most_cache(model, demands), int(SHARE_OF_CACHE * device.total))
+    needed = min(demands.max_sequences, FEWEST_REPLIES) * demands.longest_sample * model.kv_bytes
+    for cache in (max(wanted, needed), needed):
+        fitting = [plan for plan in candidates if plan.kv_cache_bytes >= cache]
+        if fitting:
+            return min(fitting, key=lambda plan: _seconds_per_token(model, plan))
+    return None
+
+
+def _choices(demands: Demands) -> Iterator[tuple[int, bool]]:
+    asked, checkpointing = demands.token_budget, demands.gradient_checkpointing
+    for budget in TOKEN_BUDGETS if asked is None else (asked,):
+        for is_on in (False, True) if checkpointing is None else (checkpointing,):
+            yield budget, is_on
+
+
+def _seconds_per_token(model: ModelMemory, plan: MemoryPlan) -> float:
+    """Of an update: the device's time, and the host's, which a pass costs whatever it holds."""
+    device = 6 * model.num_weights / FLOPS_PER_SECOND
+    host = HOST_SECONDS_PER_LAYER * model.num_layers / plan.token_budget
+    return (device + host) * (RECOMPUTED if plan.gradient_checkpointing else 1)
+
+
+def _plan(model: ModelMemory, demands: Demands, device: Device, token_budget: int, checkpointing: bool) -> MemoryPlan:
+    """The plan for this choice, with a cache of what is left, possibly less than nothing."""
+    parts = _states(model, demands)
+    kept = sum(parts.values())
+    activations, logits = _pass(model, demands, device, max(token_budget, demands.longest_sample), checkpointing)
+    reserve = int(RESERVE_BYTES + RESERVE_SHARE * device.total)
+    in_update = device.available - reserve - kept - activations - logits
+    # While sampling there is no gradient; a cache that grows lies beside the old one, half as large.
+    in_rollout = device.available - reserve - kept + parts["gradient"] - _engine_pass(model, demands)
+    cache = min(in_update, in_rollout * 3 // 4)
+    most = _most_cache(model, demands)
+    kv_cache, sessions = min(cache * 2 // 3, most), min(cache // 3, most)
+    parts |= {"activations": activations, "logits": logits, "cache": kv_cache, "kept turns": sessions}
+    return MemoryPlan(token_budget, checkpointing, kv_cache, sessions, parts | {"reserve": reserve})
+
+
+def _most_cache(model: ModelMemory, demands: Demands) -> int:
+    """Bytes of keys and values if every sequence in flight were as long as they get."""
+    return demands.max_sequences * demands.longest_sample * model.kv_bytes
+
+
+def _states(model: ModelMemory, demands: Demands) -> dict[str, int]:
+    """Bytes of what stays: float32 weights are their own masters (see learner/optimizer.py)."""
+    return {
+        "weights": model.num_weights * model.itemsize,
+        "reference": demands.reference_weights * model.itemsize,
+        "masters": 4 * model.num_trained if model.itemsize < 4 else 0,
+        "moments": 8 * model.num_trained,
+        "gradient": 4 * model.num_trained,
+    }
+
+
+def _pass(
+    model: ModelMemory, demands: Demands, device: Device, num_tokens: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of (activations, logits) when a pass turns round: the last chunk of logits beside all activations.
+
+    With checkpointing the inputs of all layers are kept and one layer is computed again, with about half as much again
+    for the gradients on the way; the logits are gone by then, so the greater of the two counts.
+    """
+    row = num_tokens * model.hidden_size * model.itemsize
+    repeated = (demands.keys_per_token - 1) * model.layer_kv_bytes if model.has_flash else 0
+    layer = int(num_tokens * (model.layer_bytes + repeated))
+    if not model.has_flash:  # a mask in the compute type, kept for backward
+        layer += num_tokens * demands.longest_sample * model.itemsize
+    chunk = min(num_tokens * model.vocab_size * model.itemsize, max(device.logits_bytes, 1))
+    is_whole = chunk >= num_tokens * model.vocab_size * model.itemsize
+    head_gradient = model.head_weights * (model.itemsize if is_whole else model.itemsize + 8)
+    logits = chunk + head_gradient + 4 * row
+    if not checkpointing:
+        return model.num_layers * layer, logits
+    return model.num_layers * row, max(logits, layer * 3 // 2)
+
+
+def _engine_pass(model: ModelMemory, demands: Demands) -> int:
+    """Bytes of one step of the engine: a layer's values, and logits in three float32 copies while sampling."""
+    rows = min(demands.max_sequences, demands.prefill_tokens)
+    return demands.prefill_tokens * model.layer_bytes + rows * model.vocab_size * (model.itemsize + 12)
+
+
+def _refusal(model: ModelMemory, demands: Demands, device: Device) -> str:
+    """One line: the numbers, and what would fit."""
+    states = {name: size for name, size in _states(model, demands).items() if size}
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in states.items())
+    kind = "full fine-tuning" if model.num_trained == model.num_weights else "training adapters"
+    fits = [
+        f"{setting} (passes of {plan.token_budget:,} tokens)" for setting, plan in _what_fits(model, demands, device)
+    ]
+    least = _least_total(model, demands, device)
+    fits.append(f"a GPU of {_gib(least)} GiB (sharing a model between GPUs is not built yet)")
+    return (
+        f"{kind} of {model.num_weights / 1e9:.1f} billion weights does not fit {device.name}: it holds "
+        f"{_gib(sum(states.values()))} GiB ({listed}), with a pass and a cache for samples of "
+        f"{demands.longest_sample:,} tokens about {_gib(least)} GiB, but {_gib(device.available)} of "
+        f"{_gib(device.total)} GiB are available. "
+        f"What fits: {'; or '.join(fits)}"
+    )
+
+
+def _what_fits(model: ModelMemory, demands: Demands, device: Device) -> Iterator[tuple[str, MemoryPlan]]:
+    """Settings that would fit, each with its plan, the smallest change first."""
+    changes: list[tuple[str, ModelMemory, Demands]] = []
+    if demands.gradient_checkpointing is False:
+        changes.append(("trainer.gradient_checkpointing=null", model, replace(demands, gradient_checkpointing=None)))
+    if demands.token_budget is not None:
+        changes.append(("trainer.max_tokens_per_microbatch=null", model, replace(demands, token_budget=None)))
+    free = replace(demands, gradient_checkpointing=None, token_budget=None)
+    if len(changes) == 2:
+        changes.append(("both of them", model, free))
+    if demands.reference_weights:
+        changes.append(("no KL term (trainer.algorithm.use_kl_loss=false)", model, replace(free, reference_weights=0)))
+    for shorter in (demands.longest_sample // 2**halvings for halvings in range(1, 8)):
+        if shorter >= 512 and _best(model, replace(free, longest_sample=shorter), device):
+            says = f"samples of {shorter:,} tokens (trainer.max_prompt_length, generator.max_input_length, "
+            says += "generator.sampling_params.max_generate_length)"
+            changes.append((says, model, replace(free, longest_sample=shorter)))
+            break
+    if model.num_trained == model.num_weights:  # with adapters the base is its own reference
+        adapted = model.with_adapters(LORA_RANK)
+        says = f"adapters, trainer.policy.model.lora.rank={LORA_RANK}"
+        changes.append((says, adapted, replace(free, reference_weights=0)))
+    for setting, changed, demanded in changes:
+        if (plan := _best(changed, demanded, device)) is not None:
+            yield setting, plan
+
+
+def _least_total(model: ModelMemory, demands: Demands, device: Device) -> int:
+    """Bytes of the smallest GPU, to a GiB, on which the most frugal plan for these demands would fit."""
+    low, high = device.total // GIB, 2**16
+    while low < high:
+        middle = (low + high) // 2
+        larger = replace(device, available=middle * GIB, total=middle * GIB)
+        low, high = (low, middle) if _best(model, demands, larger) else (middle + 1, high)
+    return low * GIB
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"

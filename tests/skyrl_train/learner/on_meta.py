@@ -1,0 +1,125 @@
+"""A pass of the learner as on a GPU, on tensors without memory: every operation real but those that only a GPU has.
+
+Instead of the fused kernels stand what they allocate and keep. `LiveBytes` counts the memory that tensors would hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from skyrl_train.learner import attention, blocks, logprobs
+from skyrl_train.learner.attention import ATTENTION_NAME, register_attention
+from skyrl_train.learner.model import Policy
+from skyrl_train.ops import cuda
+from tests.benchmarks.gpu import SHAPES
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of storages on the meta device that are alive now, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if tensor.device.type != "meta" or key in self._seen:
+            return
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+        self._seen[key] = weakref.ref(storage, lambda _: self._freed(key, num_bytes))
+
+    def _freed(self, key: int, num_bytes: int) -> None:
+        del self._seen[key]
+        self.now -= num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+
+class Normed(torch.autograd.Function):
+    """Of liger-kernel 0.8.5: keeps its input and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(grads[0]), torch.empty_like(ctx.saved_tensors[1])
+
+
+class AddedAndNormed(torch.autograd.Function):
+    """Likewise: keeps the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.empty_like(x)
+        ctx.save_for_backward(total, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x), total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        of_x = torch.empty_like(grads[0])
+        return of_x, of_x, torch.empty_like(ctx.saved_tensors[1])
+
+
+class Gated(torch.autograd.Function):
+    """Likewise: keeps gate and up, and writes their gradients over them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch, logits_bytes: int, *, is_fused: bool = True) -> None:
+    """Take the paths of a GPU. `logits_bytes`: of a chunk of logits; `is_fused`: with the library of fused kernels."""
+    patch.setattr(blocks, "_is_fused", lambda hidden: is_fused)
+    patch.setattr(cuda, "normed", lambda x, norm: Normed.apply(x, norm.weight))
+    patch.setattr(cuda, "added_and_normed", lambda x, row, norm: AddedAndNormed.apply(x, row, norm.weight))
+    patch.setattr(cuda, "rotated", lambda query, key, cos, sin: (query, key))
+    patch.setattr(cuda, "gated", Gated.apply)
+    patch.setattr(attention, "has_flash", lambda device, dtype, head_dim: True)
+    patch.setattr(logprobs, "statistics", statistics)
+    patch.setattr(logprobs, "into_gradient", lambda *args: None)
+    patch.setattr(logprobs, "_logits_per_chunk", lambda hidden: logits_bytes // hidden.itemsize)
+
+
+def meta_module(shape: str) -> Any:
+    """A Qwen2 of this shape in bfloat16, as a run builds it before it has weights."""
+    register_attention()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("qwen2", **SHAPES[shape]), dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
+        )
+
+
+def policy_of(module: Any, gradient_checkpointing: bool) -> Policy:
+    blocks.quicken_blocks(module)
+    if gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(module, gradient_checkpointing)
