@@ -159,7 +159,7 @@ class BasePPOExp:
 
         generator, environment = self.cfg.generator, self.cfg.environment
         limits = EpisodeLimits(
-            max_turns=generator.max_turns,
+            max_turns=1 if generator.batched else generator.max_turns,
             max_input_length=generator.max_input_length,
             max_context=engine.max_model_len,
             step_timeout_s=generator.step_timeout_s,

@@ -74,10 +74,12 @@ def test_a_wrong_value_is_refused_alone_and_in_words(override, says):
 
 
 def test_one_turn_reads_nothing_but_the_prompt():
-    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=600")
-    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=500")
-    assert load_config(["generator.max_input_length=600", "generator.max_turns=2"]).generator.max_input_length == 600
-    assert "use at least 512" in refusal("generator.max_input_length=500", "generator.max_turns=2")
+    one_turn, two_turns = "generator.max_turns=1", "generator.max_turns=2"
+    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=600", one_turn)
+    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=500", one_turn)
+    for turns in (two_turns, "generator.max_turns=null"):
+        assert load_config(["generator.max_input_length=600", turns]).generator.max_input_length == 600
+        assert "use at least 512" in refusal("generator.max_input_length=500", turns)
 
 
 def test_batched_is_for_one_turn():
