@@ -148,6 +148,7 @@ class Batch:
     loss_weights: Tensor | None = None  # [T] float32: the loss is sum(loss_weights * token loss), see batch/packing.py
     values: Tensor | None = None  # [T] float32, from a critic
     returns: Tensor | None = None  # [T] float32
+    num_prompt_tokens: Tensor | None = None  # [S] int64: where each sample's response begins
 
     def __post_init__(self) -> None:
         num_tokens, num_samples = self.input_ids.numel(), self.offsets.numel() - 1
@@ -156,9 +157,9 @@ class Batch:
         for name, tensor in self.token_tensors():
             if tensor.shape != (num_tokens,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the batch has {num_tokens} tokens")
-        for name in ("group_index", "trajectory_index"):
-            if getattr(self, name).shape != (num_samples,):
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, not [{num_samples} samples]")
+        for name, tensor in self.sample_tensors():
+            if tensor.shape != (num_samples,):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not [{num_samples} samples]")
 
     TOKEN_FIELDS = (
         "input_ids", "loss_mask", "rollout_logprobs", "rewards", "old_logprobs", "ref_logprobs",
@@ -167,6 +168,12 @@ class Batch:
 
     def token_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.TOKEN_FIELDS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def sample_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("group_index", "trajectory_index", "num_prompt_tokens"):
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
@@ -213,12 +220,10 @@ class Batch:
         return replace(
             self,
             offsets=offsets,
-            group_index=self.group_index[index],
-            trajectory_index=self.trajectory_index[index],
+            **{name: tensor[index] for name, tensor in self.sample_tensors()},
             **{name: tensor[tokens] for name, tensor in self.token_tensors()},
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: tensor.to(device) for name, tensor in self.token_tensors()}
-        index = {name: getattr(self, name).to(device) for name in ("offsets", "group_index", "trajectory_index")}
-        return replace(self, **moved, **index)
+        tensors = [("offsets", self.offsets), *self.sample_tensors(), *self.token_tensors()]
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors})

@@ -36,11 +36,21 @@ class FunctionRegistry:
         if name in cls.functions:
             return cls.functions[name]
         if ":" in name:
-            module, _, attribute = name.partition(":")
-            return getattr(import_module(module), attribute)
+            return cls._imported(name)
         raise ValueError(
             f"Unknown {cls.kind} {name!r}. Available: {', '.join(cls.list_available())}, or a path 'pkg.mod:function'"
         )
+
+    @classmethod
+    def _imported(cls, path: str) -> Function:
+        module, _, attribute = path.partition(":")
+        try:
+            function = getattr(import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"the {cls.kind} {path!r} cannot be imported: {error}") from error
+        if not callable(function):
+            raise ValueError(f"the {cls.kind} {path!r} is {function!r}, which cannot be called")
+        return function
 
     @classmethod
     def list_available(cls) -> list[str]:

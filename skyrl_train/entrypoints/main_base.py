@@ -26,12 +26,19 @@ class BasePPOExp:
 
     def __init__(self, cfg: SkyRLConfig) -> None:
         self.cfg = cfg
+        self.check_functions()
         self.device, self.compute_dtype = self.get_device()
         self.model_path = self.get_model_path()
         self.tokenizer = self.get_tokenizer()
         self.chat_template = self.get_chat_template()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
+
+    def check_functions(self) -> None:
+        """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
+        from skyrl_train.algorithms.trial import check_estimator
+
+        check_estimator(self.cfg.trainer.algorithm)
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
