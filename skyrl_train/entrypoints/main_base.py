@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, env_config_for, load_config, validate_cfg
+from skyrl_train.entrypoints.overrides import check_overrides
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -19,12 +20,13 @@ __all__ = ["BasePPOExp", "config_dir", "main", "validate_cfg"]
 
 
 class BasePPOExp:
-    """Builds the parts of a run. Override a `get_*` to put in a part of your own.
+    """Builds the parts of a run. Override a `get_*` to put in a part of your own; one that nobody calls is refused.
 
     Heavy imports live in the methods, so that a mistyped key is refused before anything heavy is loaded.
     """
 
     def __init__(self, cfg: SkyRLConfig) -> None:
+        check_overrides(self, BasePPOExp)
         self.cfg = cfg
         self.check_functions()
         self.device, self.compute_dtype = self.get_device()
