@@ -65,14 +65,14 @@ class FunctionRegistry:
 
 
 class PolicyLossRegistry(FunctionRegistry):
-    """Functions that return (token_loss [T], metrics); see losses.py for the parameters they may name."""
+    """Functions that return (loss, metrics); see losses.py for the parameters they may name and for what loss is."""
 
     kind = "policy loss"
     config_names = POLICY_LOSSES
 
 
 class AdvantageEstimatorRegistry(FunctionRegistry):
-    """Functions that return (advantages [T], returns [T]); see advantages.py for the parameters they may name."""
+    """Functions that return (advantages, returns); see advantages.py for the parameters they may name."""
 
     kind = "advantage estimator"
     config_names = ADVANTAGE_ESTIMATORS
@@ -103,7 +103,9 @@ def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
     unknown = [
         parameter.name
         for parameter in parameters
-        if parameter.default is parameter.empty and parameter.name not in offered
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_POSITIONAL
+        and parameter.name not in offered
     ]
     if unknown:
         raise TypeError(

@@ -39,8 +39,10 @@ class BasePPOExp:
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
         from skyrl_train.algorithms.trial import check_estimator
+        from skyrl_train.learner.objective import Objective
 
         check_estimator(self.cfg.trainer.algorithm)
+        _ = Objective(self.cfg.trainer.algorithm).style
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
