@@ -9,10 +9,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, env_config_for, load_config, validate_cfg
+from skyrl_train.config import (
+    SkyRLConfig,
+    TrainerConfig,
+    config_dir,
+    env_config_for,
+    is_resolved,
+    load_config,
+    validate_cfg,
+)
 from skyrl_train.entrypoints.overrides import check_overrides
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -25,9 +36,11 @@ class BasePPOExp:
     Heavy imports live in the methods, so that a mistyped key is refused before anything heavy is loaded.
     """
 
-    def __init__(self, cfg: SkyRLConfig) -> None:
+    config_class: ClassVar[type[SkyRLConfig]] = SkyRLConfig  # what a DictConfig of Hydra becomes
+
+    def __init__(self, cfg: SkyRLConfig | DictConfig) -> None:
         check_overrides(self, BasePPOExp)
-        self.cfg = cfg
+        self.cfg = cfg if is_resolved(cfg) else validate_cfg(cfg, self.config_class)
         self.check_functions()
         self.device, self.compute_dtype = self.get_device()
         self.model_path = self.get_model_path()
@@ -326,6 +339,15 @@ def keep_freed_memory() -> None:
 def _refused(error: Exception) -> int:
     print(f"refused: {error}", file=sys.stderr)
     return 2
+
+
+def __getattr__(name: str) -> Any:
+    """`skyrl_entrypoint`, SkyRL's Ray task, made when it is asked for: only who uses Ray waits for its import."""
+    if name == "skyrl_entrypoint":
+        from skyrl_train.cluster.start import skyrl_entrypoint
+
+        return skyrl_entrypoint(BasePPOExp)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,24 +23,24 @@ from tests.tiny_models import tiny_policy
 HERE = __name__
 
 
-def reinforce(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None):
+def reinforce(log_probs, old_log_probs, advantages, config, loss_mask: Any = None, rollout_logprobs=None):
     """SkyRL's documented example: a plain mean over the padded batch, with a dummy clip ratio."""
     return (-log_probs * advantages).mean(), {"clip_ratio": 0.0}
 
 
-def masked_mean(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None):
+def masked_mean(log_probs, old_log_probs, advantages, config, loss_mask: Any = None, rollout_logprobs=None):
     """Old style: the token mean over what it is given."""
     ratio = (log_probs - old_log_probs).exp()
     return -(ratio * advantages * loss_mask).sum() / loss_mask.sum(), {"seen": float(loss_mask.sum())}
 
 
-def sequence_mean(log_probs, old_log_probs, advantages, config, loss_mask=None):
+def sequence_mean(log_probs, old_log_probs, advantages, config, loss_mask: Any = None):
     """Old style: each row's mean, then the mean of the rows. `dim=-1` of a flat tensor would be the whole batch."""
     loss = -(log_probs - old_log_probs).exp() * advantages
     return ((loss * loss_mask).sum(-1) / loss_mask.sum(-1).clamp(min=1)).mean(), 0.25
 
 
-def new_style(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None):
+def new_style(log_probs, old_log_probs, advantages, config, loss_mask: Any = None, rollout_logprobs=None):
     """New style: a masked sum on advantages that were scaled before."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high)
@@ -50,7 +51,7 @@ def per_token(log_probs, old_log_probs, advantages, loss_mask):
     return -(log_probs - old_log_probs).exp() * advantages * loss_mask, {}
 
 
-def other_names(new, old, adv, config, loss_mask=None):
+def other_names(new, old, adv, config, loss_mask: Any = None):
     return per_token(new, old, adv, loss_mask)
 
 

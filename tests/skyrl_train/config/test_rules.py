@@ -16,7 +16,8 @@ def refusal(*overrides: str) -> str:
 def test_prompts_that_do_not_divide_are_explained_with_numbers():
     assert refusal("trainer.train_batch_size=10", "trainer.policy_mini_batch_size=4") == (
         "trainer.train_batch_size=10 prompts cannot be cut into mini batches of trainer.policy_mini_batch_size=4: "
-        "10 = 2 x 4 + 2; nearest that work: 8 or 12"
+        "10 = 2 x 4 + 2; nearest that work: 8 or 12\n"
+        "This would start:\n  trainer.policy_mini_batch_size=4 trainer.train_batch_size=8"
     )
 
 
