@@ -72,6 +72,7 @@ class Trajectory:
     num_attempts: int = 1  # 1 + retries after environment failures
     failure: str | None = None  # the last environment failure, in words
     seconds: float = 0.0
+    samples: list[Sample] | None = None  # where a generator or a hook of the user's says what is trained
 
     @property
     def id(self) -> str:

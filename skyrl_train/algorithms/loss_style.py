@@ -57,10 +57,15 @@ class LossCall:
         return {
             "log_probs": self.log_probs,
             "old_log_probs": self.old_log_probs,
-            "rollout_logprobs": self.batch.rollout_logprobs,
+            "rollout_logprobs": None if self._lacks_rollout_logprobs else self.batch.rollout_logprobs,
             "advantages": self.batch.advantages,
             "loss_mask": self.batch.loss_mask,
         }
+
+    @property
+    def _lacks_rollout_logprobs(self) -> bool:
+        """Whether they came from a generator that did not keep them."""
+        return bool(self.batch.rollout_logprobs.isnan().any())
 
     def flat(self) -> tuple[Any, Metrics]:
         """What the function returns for our layout: (one loss per token [T], or whatever it is, metrics)."""

@@ -18,11 +18,15 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
         input_ids  1 2 5 6 9 7
         loss_mask  0 0 1 1 0 1
 
-    An environment failure gives no sample, and neither does a trajectory in which the policy sampled no token.
+    What a generator or a hook of the user's made is taken as it is. An environment failure gives no sample, and
+    neither does a trajectory in which the policy sampled no token.
     """
     samples: list[Sample] = []
     for trajectory in trajectories:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
+            continue
+        if trajectory.samples is not None:
+            samples += [sample for sample in trajectory.samples if any(sample.loss_mask)]
             continue
         drafts = _drafts(trajectory.turns)
         _check_provenance(trajectory, drafts)

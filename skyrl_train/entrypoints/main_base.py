@@ -200,6 +200,27 @@ class BasePPOExp:
             deterministic=self.cfg.trainer.deterministic,
         )
 
+    def get_generator(self, cfg: Any, tokenizer: Any, inference_engine_client: Any) -> Any:
+        """Override it to play episodes with a GeneratorInterface of your own; None: environments are played as usual.
+
+        `inference_engine_client.generate` samples from the policy.
+        """
+        return None
+
+    def get_episodes(self, engine: Any) -> Any:
+        """What plays the rounds: our collector, or the user's generator behind the same interface."""
+        from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
+        from skyrl_train.rollout.custom_generator import GeneratorCollector
+
+        client = InferenceEngineClient(
+            engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
+        )
+        generator = self.get_generator(self.cfg, self.tokenizer, client)
+        if generator is None:
+            return self.get_collector(engine)
+        needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+        return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+
     def get_trainer(self, run: Any) -> Any:
         from skyrl_train.algorithms.kl import kl_controller
         from skyrl_train.evaluate import Evaluator
@@ -209,7 +230,7 @@ class BasePPOExp:
 
         policy = self.get_policy()
         engine = self.get_engine(policy)
-        collector = self.get_collector(engine)
+        collector = self.get_episodes(engine)
         evaluator = None
         if self.eval_dataset is not None:
             evaluator = Evaluator(self.cfg, self.eval_dataset, collector, run, self.tokenizer.decode)
@@ -224,7 +245,7 @@ class BasePPOExp:
             weights=InProcessWeights(),
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
-            extra_metrics=self.extra_metrics,
+            extra_metrics=lambda: {**getattr(collector, "metrics", {}), **self.extra_metrics()},
         )
 
     @property

@@ -12,7 +12,6 @@ NEVER_CALLED: Mapping[str, str] = {
     "get_cfg_as_str": "the settings of a run are in its report; drop the method",
     "get_colocate_pg": "one process holds all models, so there is no placement group; drop the method",
     "get_inference_client": "override get_engine(policy), which returns the engine that samples",
-    "get_generator": "override get_collector(engine), which returns what plays the episodes",
     "get_tracker": "choose trackers with trainer.logger, or override extra_metrics() to log more with every step",
     "_setup_trainer": "override get_trainer(run) and change what super().get_trainer(run) returns",
     "setup_trainer": "override get_trainer(run) and change what super().get_trainer(run) returns",

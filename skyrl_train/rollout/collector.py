@@ -86,7 +86,7 @@ class Collector:
         finally:
             stall_report.cancel()
         trajectories = [episode.result() for episode in episodes]
-        _refuse_if_all_failed(trajectories)
+        refuse_if_all_failed(trajectories)
         self._tell_of_cuts(len(trajectories))
         n = asked.samples_per_prompt
         return [Group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(asked.prompts)]
@@ -180,7 +180,7 @@ class Collector:
         return "; ".join(shown) or "no episode is being played"
 
 
-def _refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
+def refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
     if trajectories and all(trajectory.end is EpisodeEnd.ENV_FAILURE for trajectory in trajectories):
         last = trajectories[-1]
         raise EveryEpisodeFailed(

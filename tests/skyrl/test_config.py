@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -47,9 +48,9 @@ def test_own_keys_are_read_as_attributes_and_as_items():
     config = load_config(
         [*OVERLONG, "+my.deep={a: [1, 2], b: {c: x}}", "+generator.miniswe_config_path=/x", "++my.k=3"]
     )
-    assert config.trainer.algorithm.overlong_buffer.len == 512  # ty: ignore[missing-attribute]
+    assert config.trainer.algorithm.overlong_buffer.len == 512
     assert config.trainer.algorithm["overlong_buffer"]["penalty_factor"] == 1.0
-    assert (config["my"].deep.b.c, config["my"].k, config.my.deep["a"]) == ("x", 3, [1, 2])  # ty: ignore[missing-attribute]
+    assert (config["my"].deep.b.c, config["my"].k, config.my.deep["a"]) == ("x", 3, [1, 2])
     assert config.generator.get("miniswe_config_path") == "/x"
     assert config.generator.get("nothing", 7) == 7
     assert "my" in config
