@@ -84,6 +84,17 @@ class Trajectory:
         """Sum over turns: the score of the episode."""
         return float(sum(turn.reward for turn in self.turns))
 
+    def plus(self, reward: float) -> Trajectory:
+        """The same episode, paid so much more (less, if negative) at its last sampled token."""
+        if not self.turns:
+            return self
+        samples = self.samples
+        if samples:
+            last = max(i for i, sample in enumerate(samples) if any(sample.loss_mask) or i == 0)
+            samples = [sample.plus(reward) if i == last else sample for i, sample in enumerate(samples)]
+        paid = replace(self.turns[-1], reward=self.turns[-1].reward + reward)
+        return replace(self, turns=[*self.turns[:-1], paid], samples=samples)
+
     @property
     def stop_reason(self) -> str:
         """SkyRL's word for the end: "stop" for an episode that the environment ended, else "length"."""
@@ -126,6 +137,11 @@ class Sample:
             raise ValueError("a sample needs at least one token")
         if self.loss_mask[0]:
             raise ValueError("the first token of a sample has nothing before it, so it cannot be trained on")
+
+    def plus(self, reward: float) -> Sample:
+        """The same row with more reward on its last sampled token."""
+        place = max((i for i, is_sampled in enumerate(self.loss_mask) if is_sampled), default=len(self.rewards) - 1)
+        return replace(self, rewards=[old + reward * (i == place) for i, old in enumerate(self.rewards)])
 
 
 @dataclass(frozen=True)

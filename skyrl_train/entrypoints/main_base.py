@@ -52,8 +52,10 @@ class BasePPOExp:
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
         from skyrl_train.algorithms.trial import check_estimator
+        from skyrl_train.callbacks import check_callbacks
         from skyrl_train.learner.objective import Objective
 
+        self.callbacks = check_callbacks(self.get_callbacks())
         check_estimator(self.cfg.trainer.algorithm)
         _ = Objective(self.cfg.trainer.algorithm).style
 
@@ -221,7 +223,67 @@ class BasePPOExp:
         needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
         return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
 
-    def get_trainer(self, run: Any) -> Any:
+    def get_trainer(
+        self,
+        cfg: Any,
+        tracker: Any,
+        tokenizer: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        inference_engine_client: Any,
+        generator: Any,
+        colocate_pg: Any,
+    ) -> Any:
+        """A RayPPOTrainer: what happens between the episodes and the batch of a step, and at the events of the run."""
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+
+        return RayPPOTrainer(
+            cfg=cfg,
+            tracker=tracker,
+            tokenizer=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            inference_engine_client=inference_engine_client,
+            generator=generator,
+            colocate_pg=colocate_pg,
+        )
+
+    def get_callbacks(self) -> list[Any]:
+        """Override it to return TrainingCallbacks (skyrl_train.utils.callbacks)."""
+        return []
+
+    def shape_rewards(self, groups: list[Any]) -> list[Any]:
+        """Override it to change finished episodes before they become a batch; a coroutine may ask others (a teacher).
+
+        Groups and episodes stay in their order; `Trajectory.plus(reward)` pays an episode more or less.
+        """
+        return groups
+
+    def get_users_trainer(self, run: Any, episodes: Any) -> Any:
+        """What `get_trainer` returned, with the callbacks of `get_callbacks`. RunRefused if it is no RayPPOTrainer."""
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+        from skyrl_train.run import RunRefused
+
+        try:
+            trainer = self.get_trainer(
+                cfg=self.cfg,
+                tracker=run.tracking,
+                tokenizer=self.tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                inference_engine_client=getattr(episodes, "client", None),
+                generator=getattr(episodes, "generator", None),
+                colocate_pg=None,
+            )
+        except ValueError as error:
+            raise RunRefused(str(error)) from error
+        if not isinstance(trainer, RayPPOTrainer):
+            raise RunRefused(f"get_trainer returned {type(trainer).__name__}; it must return a RayPPOTrainer")
+        trainer.callbacks += self.callbacks
+        trainer.total_training_steps = self.schedule.num_steps
+        return trainer
+
+    def build_trainer(self, run: Any) -> Any:
         from skyrl_train.algorithms.kl import kl_controller
         from skyrl_train.evaluate import Evaluator
         from skyrl_train.prompts import TrainPrompts
@@ -246,6 +308,8 @@ class BasePPOExp:
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
             extra_metrics=lambda: {**getattr(collector, "metrics", {}), **self.extra_metrics()},
+            users=self.get_users_trainer(run, collector),
+            shape_rewards=self.shape_rewards,
         )
 
     @property
@@ -290,7 +354,7 @@ class BasePPOExp:
         from skyrl_train import compute
 
         try:
-            trainer = await asyncio.wrap_future(compute.submit(self.get_trainer, run))
+            trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
             await trainer.train()
         finally:
             await self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -175,3 +175,38 @@ def output_of(groups: Sequence[Group], *, one_reward: bool) -> tuple[GeneratorOu
         "is_last_step": None if len(rows) == len(trajectories) else [is_last for _, _, is_last in rows],
     }
     return output, [t.prompt.uid for t, _, _ in rows]
+
+
+def num_episodes_in(groups: Sequence[Group]) -> int:
+    """How many episodes `output_of` speaks of."""
+    return sum(bool(to_samples([t])) for group in groups for t in group.trajectories)
+
+
+def with_output(groups: Sequence[Group], output: GeneratorOutput) -> list[Group]:
+    """The groups that `output_of` was made of, with its rewards and loss masks as they are now."""
+    entries = iter(range(len(output["response_ids"])))
+    return [
+        Group(group.prompt, [_with_entries(trajectory, entries, output) for trajectory in group.trajectories])
+        for group in groups
+    ]
+
+
+def _with_entries(trajectory: Trajectory, entries: Iterator[int], output: GeneratorOutput) -> Trajectory:
+    samples = []
+    before = to_samples([trajectory])
+    for old in before:
+        i = next(entries)
+        new = _sample(output, i, trajectory.prompt, trajectory.id)
+        if new.input_ids != old.input_ids:
+            raise WrongOutput(
+                f"the tokens of entry {i} were changed: what is trained is what was sampled; set its loss mask to 0 "
+                "to leave it out"
+            )
+        samples.append(new)
+    if not before:
+        return trajectory
+    change = sum(sum(new.rewards) - sum(old.rewards) for new, old in zip(samples, before, strict=True))
+    last = trajectory.turns[-1]
+    return replace(
+        trajectory, samples=samples, turns=[*trajectory.turns[:-1], replace(last, reward=last.reward + change)]
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir

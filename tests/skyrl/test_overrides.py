@@ -49,11 +49,9 @@ def test_a_misspelt_hook_is_told_the_one_that_was_meant(name, meant):
 
 
 def test_skyrls_signature_where_ours_differs_is_refused():
-    def get_trainer(self, cfg, tracker, tokenizer, train_dataset, eval_dataset, client, generator, colocate_pg): ...
-
-    text = refusal(get_trainer=get_trainer)
-    assert text.startswith("MyExp.get_trainer(self, cfg, tracker,")
-    assert "cannot be called: it is given (self, run), and there missing a required argument: 'tracker'" in text
+    text = refusal(get_train_dataset=lambda self, sources: None)
+    assert text.startswith("MyExp.get_train_dataset(self, sources) cannot be called: it is given (self), and there ")
+    assert text.endswith("missing a required argument: 'sources'")
 
 
 @pytest.mark.parametrize("wrong", [{}, 3, None])
