@@ -27,6 +27,7 @@ from skyrl_train.config.models import (
 )
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import ConfigError, Problem, Section
+from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     SamplingParams,
@@ -77,6 +78,7 @@ __all__ = [
     "SkyRLLoraConfig",
     "SkyRLTrainConfig",
     "TrainerConfig",
+    "as_settings",
     "config_dir",
     "differences",
     "env_config_for",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import inspect
 import signal
 import sys
 from collections.abc import Sequence
@@ -252,7 +253,7 @@ class BasePPOExp:
         """Override it to return TrainingCallbacks (skyrl_train.utils.callbacks)."""
         return []
 
-    def shape_rewards(self, groups: list[Any]) -> list[Any]:
+    def shape_rewards(self, groups: list[Any]) -> Any:
         """Override it to change finished episodes before they become a batch; a coroutine may ask others (a teacher).
 
         Groups and episodes stay in their order; `Trajectory.plus(reward)` pays an episode more or less.
@@ -390,7 +391,9 @@ def main(
     except (ValueError, OSError) as error:  # of the model or the data
         return _refused(error)
     try:
-        exp.run()
+        result = exp.run()
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
     except RunRefused as error:
         return _refused(error)
     except (KeyboardInterrupt, asyncio.CancelledError):

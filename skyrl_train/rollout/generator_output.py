@@ -153,14 +153,22 @@ def _turns(sample: Sample, tokenizer: Any, stop_reason: str, version: int) -> li
     ]
 
 
-def output_of(groups: Sequence[Group], *, one_reward: bool) -> tuple[GeneratorOutput, list[str]]:
+def output_of(
+    groups: Sequence[Group], *, one_reward: bool, failed_too: bool = False
+) -> tuple[GeneratorOutput, list[str]]:
     """(what SkyRL's generator would have returned for these groups, the uid of each entry).
 
     one_reward: one number per entry, as for `generator.batched=true`, else one per response token. An episode that its
-    environment broke is left out; one whose history was edited is one entry per sample, with is_last_step.
+    environment broke, or in which nothing was sampled, is left out, or with failed_too one masked token whose stop
+    reason says so. One whose history was edited is one entry per sample, with is_last_step.
     """
-    trajectories = [t for group in groups for t in group.trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
-    rows = [(t, sample, sample is own[-1]) for t in trajectories for own in [to_samples([t])] for sample in own]
+    trajectories = [t for group in groups for t in group.trajectories if failed_too or to_samples([t])]
+    rows = [
+        (t, sample, sample is own[-1])
+        for t in trajectories
+        for own in [to_samples([t]) or [_masked_token(t)]]
+        for sample in own
+    ]
     output: GeneratorOutput = {
         "prompt_token_ids": [s.input_ids[: s.num_prompt_tokens] for _, s, _ in rows],
         "response_ids": [s.input_ids[s.num_prompt_tokens :] for _, s, _ in rows],
@@ -168,13 +176,18 @@ def output_of(groups: Sequence[Group], *, one_reward: bool) -> tuple[GeneratorOu
         if one_reward
         else [s.rewards[s.num_prompt_tokens :] for _, s, _ in rows],
         "loss_masks": [[int(bit) for bit in s.loss_mask[s.num_prompt_tokens :]] for _, s, _ in rows],
-        "stop_reasons": [t.stop_reason for t, _, _ in rows],
+        "stop_reasons": [FAILED if t.end is EpisodeEnd.ENV_FAILURE else t.stop_reason for t, _, _ in rows],
         "rollout_metrics": None,
         "rollout_logprobs": [s.rollout_logprobs[s.num_prompt_tokens :] for _, s, _ in rows],
         "trajectory_ids": [TrajectoryID(t.prompt.uid, t.repetition) for t, _, _ in rows],
         "is_last_step": None if len(rows) == len(trajectories) else [is_last for _, _, is_last in rows],
     }
     return output, [t.prompt.uid for t, _, _ in rows]
+
+
+def _masked_token(trajectory: Trajectory) -> Sample:
+    """The row of an episode without any sampled token."""
+    return Sample([0, 0], [False, False], [0.0, 0.0], [0.0, trajectory.reward], 1, trajectory.prompt.uid, trajectory.id)
 
 
 def num_episodes_in(groups: Sequence[Group]) -> int:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from skyrl_gym.envs import deregister, register
 from skyrl_train.batch.samples import to_samples
+from skyrl_train.config import load_config
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.generators import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
+from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl_train.generators.utils import (
     get_response_ids_and_loss_mask_from_messages,
     get_rollout_metrics,
@@ -24,7 +27,7 @@ from skyrl_train.rollout.custom_generator import GeneratorCollector
 from skyrl_train.rollout.filters import zero_reward_on_non_stop
 from skyrl_train.rollout.generator_output import WrongOutput, output_of
 from skyrl_train.types import EpisodeEnd, Group, Prompt
-from tests.fakes import ScriptedEngine
+from tests.fakes import CountdownEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), [{"role": "user", "content": f"task {i}"}], "mine", {"i": i}) for i in range(2)]
@@ -243,7 +246,41 @@ def test_a_sampling_parameter_that_the_engine_lacks_is_refused(tokenizer):
     client = client_for(tokenizer)
     with pytest.raises(ValueError, match="sampling_params presence_penalty are unknown"):
         asyncio.run(client.generate({"prompt_token_ids": [[1]], "sampling_params": {"presence_penalty": 1}}))
-    wrong: InferenceEngineInput
     for wrong in ({}, {"prompts": [], "prompt_token_ids": []}):
         with pytest.raises(ValueError, match="exactly one of"):
-            asyncio.run(client.generate(wrong))
+            asyncio.run(client.generate(wrong))  # ty: ignore[invalid-argument-type]
+
+
+def test_skyrls_own_generator_plays_environments_and_groups_are_fair(tokenizer):
+    register("countdown", CountdownEnv)
+    register("flaky", FlakyEnv)
+    try:
+        engine = ScriptedEngine(tokenizer, lambda request: "2")
+        client = InferenceEngineClient(engine, ChatTemplate(tokenizer), max_model_len=200, seed=1)
+        config = load_config(["generator.max_turns=2", "generator.max_env_retries=0", "trainer.max_prompt_length=100"])
+        generator = SkyRLGymGenerator(config.generator, config.environment.skyrl_gym, client, tokenizer, "m")
+        prompts = [
+            Prompt("a", [{"role": "user", "content": "count"}], "countdown", {"start": 3}),
+            Prompt(
+                "b",
+                [{"role": "user", "content": "count"}],
+                "flaky",
+                {"start": 1, "breaks": 9, "how": "failure", "name": "b"},
+            ),
+        ]
+        asked = Round("train", 3, prompts, 2, SamplingParams(max_tokens=9))
+        groups = asyncio.run(GeneratorCollector(generator, client).collect(asked))
+        generator.close()
+    finally:
+        deregister("countdown")
+        deregister("flaky")
+    first, second = groups
+    assert [t.reward for t in first.trajectories] == [1.0, 1.0]
+    [sample] = to_samples(first.trajectories[:1])
+    assert tokenizer.decode([i for i, bit in zip(sample.input_ids, sample.loss_mask, strict=True) if bit]) == (
+        "2<|im_end|>2<|im_end|>"
+    )
+    assert [t.end for t in second.trajectories] == [EpisodeEnd.ENV_FAILURE] * 2
+    with pytest.raises(ValueError, match="agent_loop is never called"):
+        mine: Any = type("Mine", (SkyRLGymGenerator,), {"agent_loop": None})
+        mine(config.generator, None, client, tokenizer)

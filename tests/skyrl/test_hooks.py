@@ -13,6 +13,7 @@ import torch
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
+from skyrl_train.entrypoints.main_generate import EvalOnlyEntrypoint
 from skyrl_train.generators.base import GeneratorOutput
 from skyrl_train.metrics import read_metrics
 from skyrl_train.ray_ppo_trainer import NEVER_CALLED
@@ -205,6 +206,24 @@ def test_what_get_trainer_may_not_return_is_refused(folder, capsys):
 def test_a_callback_that_would_never_be_called_is_refused(callback, says):
     with pytest.raises(ValueError, match=says):
         RayPPOTrainer(None, None, None, None, callbacks=[callback])
+
+
+def test_a_run_that_only_evaluates_learns_nothing_and_returns_its_metrics(folder):
+    seen: list[dict[str, float]] = []
+
+    class EvalExp(EvalOnlyEntrypoint):
+        async def run(self):
+            seen.append(await super().run())
+            return seen[0]
+
+    status, where = run(folder, EvalExp, "generator.eval_n_samples_per_prompt=2")
+    assert status == 0
+    [line] = read_metrics(where / "metrics.jsonl")
+    assert line["step"] == 0
+    assert line["eval/all/avg_score"] == seen[0]["eval/all/avg_score"]
+    dumped = where / "exports" / "dumped_evals" / "eval_only"
+    assert len((dumped / "unknown.jsonl").read_text().splitlines()) == 8
+    assert run(folder, EvalExp, "data.val_data=[]")[0] == 2
 
 
 def group() -> Group:
