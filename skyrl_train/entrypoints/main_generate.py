@@ -22,7 +22,7 @@ class EvalOnlyEntrypoint(BasePPOExp):
             raise ValueError("data.val_data=[] is empty: there is nothing to evaluate; give at least one file")
         return self._dataset(self.cfg.data.val_data)
 
-    async def run(self) -> dict[str, float]:  # ty: ignore[incompatible-method-override]
+    async def run(self) -> dict[str, float]:
         """Evaluate, log the metrics at step 0, and return them. Files stand under dumped_evals/eval_only."""
         from pathlib import Path
 

@@ -281,6 +281,6 @@ def test_skyrls_own_generator_plays_environments_and_groups_are_fair(tokenizer):
         "2<|im_end|>2<|im_end|>"
     )
     assert [t.end for t in second.trajectories] == [EpisodeEnd.ENV_FAILURE] * 2
+    mine: Any = type("Mine", (SkyRLGymGenerator,), {"agent_loop": None})
     with pytest.raises(ValueError, match="agent_loop is never called"):
-        mine: Any = type("Mine", (SkyRLGymGenerator,), {"agent_loop": None})
         mine(config.generator, None, client, tokenizer)
