@@ -28,7 +28,8 @@ class Evaluator:
     run: Run
     decode: Callable[[list[int]], str]
 
-    async def evaluate(self, global_step: int) -> dict[str, float]:
+    async def evaluate(self, global_step: int | None) -> dict[str, float]:
+        """The metrics after this step; None: of a run that only evaluates."""
         generator, trainer = self.config.generator, self.config.trainer
         samples_per_prompt = generator.eval_n_samples_per_prompt
         groups: list[Group] = []
@@ -37,7 +38,7 @@ class Evaluator:
         for prompts in self.prompts.batches(trainer.eval_batch_size):
             asked = Round("eval", 0, prompts, samples_per_prompt, sampling, reproducible=True)
             groups += await self.collector.collect(asked, on_episode)
-        self.run.keep("eval", global_step, groups)
+        self.run.keep("eval", global_step or 0, groups)
         metrics = eval_metrics(groups)
         if trainer.dump_eval_results:
             dump_eval_results(trainer.export_path, groups, metrics, global_step, self.decode)

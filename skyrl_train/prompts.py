@@ -217,6 +217,11 @@ def row_prompt(place: str, row: Row, messages: list[Message], uid: str, default_
     if not isinstance(env_class, str):
         raise DataError(f"{place}: env_class must be the name of an environment, got {env_class!r}")
     extras = {key: value for key, value in row.items() if key not in ("prompt", "env_class")}
+    limit = extras.get("max_turns")
+    if limit is not None and (
+        isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1 or limit % 1
+    ):
+        raise DataError(f"{place}: max_turns={limit!r} must be a whole number of at least 1, or left out")
     return Prompt(uid=uid, messages=messages, env_class=env_class, env_extras=extras)
 
 

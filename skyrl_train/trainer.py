@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
 from skyrl_train.batch.packing import pack
-from skyrl_train.batch.samples import to_samples
+from skyrl_train.batch.samples import check_shaped, to_samples
+from skyrl_train.callbacks import CallbackInput
 from skyrl_train.checkpoint import State, random_states, set_random_states
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
@@ -22,6 +24,7 @@ from skyrl_train.evaluate import Evaluator
 from skyrl_train.learner.learner import Learner
 from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
+from skyrl_train.ray_ppo_trainer import RayPPOTrainer
 from skyrl_train.records.files import whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
@@ -53,6 +56,8 @@ class Trainer:
     run: Run
     kl_controller: KLController
     extra_metrics: Callable[[], Metrics] = dict  # an experiment's own, asked once a step
+    users: RayPPOTrainer | None = None  # the user's hook and callbacks, as SkyRL has them
+    shape_rewards: Callable[[list[Group]], Any] | None = None  # the experiment's hook
     global_step: int = 0
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
@@ -65,27 +70,37 @@ class Trainer:
         """From wherever the run stands to its last step; leaves nothing running, however it ends."""
         try:
             await self.restore()
+            self._fire("on_train_start")
             if self.global_step == 0 and self.config.trainer.eval_before_train:
                 with self.run.profile.step(0):
                     self.run.log(0, await self.evaluate())
             while self.global_step < self.total_training_steps:
                 with self.run.profile.step(self.global_step + 1):
                     await self.recorded_step()
+            self._fire("on_train_end")
         finally:
             await self.close()
 
     async def recorded_step(self) -> None:
         """A step, and whatever is due after it."""
+        if self._begins_epoch():
+            self._fire("on_epoch_start", step=self.global_step + 1)
+        self._fire("on_step_start", step=self.global_step + 1)
         metrics = await self.timed_step()
-        if self._is_due(self.config.trainer.eval_interval):
+        self._fire("on_step_end", metrics=metrics)
+        if self._is_due(self.config.trainer.eval_interval) or (self.users and self.users.control.should_evaluate):
             metrics |= await self.evaluate()
-        self.run.log(self.global_step, metrics | self._clock())
+        logs = metrics | self._clock()
+        self._fire("on_log", logs=logs)
+        self.run.log(self.global_step, logs)
+        if self._ends_epoch():
+            self._fire("on_epoch_end", metrics=metrics)
         await self.save()
 
     async def step(self) -> Metrics:
         """One walk; `global_step` still counts the steps before it."""
         prompts = self.prompts.take(self.global_step + 1)
-        groups = await self._collect(prompts)  # prompt -> episode -> trajectory
+        groups = await self._shaped(await self._collect(prompts))  # prompt -> episode -> trajectory
         batch = pack(self._to_samples(groups))  # -> sample -> batch
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
@@ -109,15 +124,21 @@ class Trainer:
         """Empty without validation data."""
         if self.evaluator is None:
             return {}
+        self._fire("on_eval_start")
         with self._timed("eval"):
-            return await self.evaluator.evaluate(self.global_step)
+            metrics = await self.evaluator.evaluate(self.global_step)
+        self._fire("on_eval_end", metrics=metrics)
+        return metrics
 
     async def save(self) -> None:
         """Checkpoint and export, if this step is due for them. Everything recorded so far is on the disk first."""
         trainer = self.config.trainer
-        if self._is_due(trainer.ckpt_interval):
+        if self._is_due(trainer.ckpt_interval) or (self.users and self.users.control.should_save):
             with span("checkpoint"):
                 await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
+            self._fire("on_save", ckpt_path=str(self.run.checkpoints.path(self.global_step)))
+        if self.users is not None:
+            self.users.control.reset()
         if self._is_due(trainer.hf_save_interval):
             with span("export"):
                 await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
@@ -168,6 +189,26 @@ class Trainer:
         self.run.keep("train", step, groups)
         return groups
 
+    async def _shaped(self, groups: list[Group]) -> list[Group]:
+        """The one hook of users between episodes and batch; what comes back must be the same episodes."""
+        before = [trajectory.id for group in groups for trajectory in group.trajectories]
+        if self.users is not None:
+            groups = self.users.shaped(groups)
+        if self.shape_rewards is not None:
+            answer = self.shape_rewards(groups)
+            groups = await answer if inspect.isawaitable(answer) else answer
+        check_shaped(groups, before)
+        return groups
+
+    def _fire(self, event: str, *, step: int | None = None, **fields: Any) -> None:
+        """Call an event of the user's callbacks."""
+        if self.users is None:
+            return
+        schedule, now = self.prompts.schedule, self.global_step if step is None else step
+        self.users.global_step = now
+        epoch = max(now - 1, 0) // schedule.steps_per_epoch
+        self.users.fire(event, CallbackInput(now, epoch, schedule.num_steps, schedule.steps_per_epoch, **fields))
+
     def _to_samples(self, groups: list[Group]) -> list[Sample]:
         generator = self.config.generator
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -203,6 +244,9 @@ class Trainer:
         """Every `interval` steps and at the last one; never if the interval is not positive."""
         return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
 
+    def _begins_epoch(self) -> bool:
+        return self.global_step % self.prompts.schedule.steps_per_epoch == 0
+
     def _ends_epoch(self) -> bool:
         """At the last step, too: the run may be taken up again with more epochs."""
         return self.global_step % self.prompts.schedule.steps_per_epoch == 0
@@ -210,6 +254,7 @@ class Trainer:
     def _clock(self) -> Metrics:
         return (
             self.extra_metrics()
+            | (self.users.taken_metrics() if self.users else {})
             | self.timings
             | {
                 "trainer/epoch": (self.global_step - 1) // self.prompts.schedule.steps_per_epoch,

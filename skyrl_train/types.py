@@ -72,6 +72,7 @@ class Trajectory:
     num_attempts: int = 1  # 1 + retries after environment failures
     failure: str | None = None  # the last environment failure, in words
     seconds: float = 0.0
+    samples: list[Sample] | None = None  # where a generator or a hook of the user's says what is trained
 
     @property
     def id(self) -> str:
@@ -82,6 +83,17 @@ class Trajectory:
     def reward(self) -> float:
         """Sum over turns: the score of the episode."""
         return float(sum(turn.reward for turn in self.turns))
+
+    def plus(self, reward: float) -> Trajectory:
+        """The same episode, paid so much more (less, if negative) at its last sampled token."""
+        if not self.turns:
+            return self
+        samples = self.samples
+        if samples:
+            last = max(i for i, sample in enumerate(samples) if any(sample.loss_mask) or i == 0)
+            samples = [sample.plus(reward) if i == last else sample for i, sample in enumerate(samples)]
+        paid = replace(self.turns[-1], reward=self.turns[-1].reward + reward)
+        return replace(self, turns=[*self.turns[:-1], paid], samples=samples)
 
     @property
     def stop_reason(self) -> str:
@@ -126,6 +138,11 @@ class Sample:
         if self.loss_mask[0]:
             raise ValueError("the first token of a sample has nothing before it, so it cannot be trained on")
 
+    def plus(self, reward: float) -> Sample:
+        """The same row with more reward on its last sampled token."""
+        place = max((i for i, is_sampled in enumerate(self.loss_mask) if is_sampled), default=len(self.rewards) - 1)
+        return replace(self, rewards=[old + reward * (i == place) for i, old in enumerate(self.rewards)])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -150,6 +167,7 @@ class Batch:
     entropy_weights: Tensor | None = None  # [T] float32: and for the entropy term
     values: Tensor | None = None  # [T] float32, from a critic
     returns: Tensor | None = None  # [T] float32
+    num_prompt_tokens: Tensor | None = None  # [S] int64: where each sample's response begins
 
     def __post_init__(self) -> None:
         num_tokens, num_samples = self.input_ids.numel(), self.offsets.numel() - 1
@@ -158,9 +176,9 @@ class Batch:
         for name, tensor in self.token_tensors():
             if tensor.shape != (num_tokens,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the batch has {num_tokens} tokens")
-        for name in ("group_index", "trajectory_index"):
-            if getattr(self, name).shape != (num_samples,):
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, not [{num_samples} samples]")
+        for name, tensor in self.sample_tensors():
+            if tensor.shape != (num_samples,):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not [{num_samples} samples]")
 
     TOKEN_FIELDS = (
         "input_ids", "loss_mask", "rollout_logprobs", "rewards", "old_logprobs", "ref_logprobs",
@@ -169,6 +187,12 @@ class Batch:
 
     def token_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.TOKEN_FIELDS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def sample_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("group_index", "trajectory_index", "num_prompt_tokens"):
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
@@ -215,12 +239,10 @@ class Batch:
         return replace(
             self,
             offsets=offsets,
-            group_index=self.group_index[index],
-            trajectory_index=self.trajectory_index[index],
+            **{name: tensor[index] for name, tensor in self.sample_tensors()},
             **{name: tensor[tokens] for name, tensor in self.token_tensors()},
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: tensor.to(device) for name, tensor in self.token_tensors()}
-        index = {name: getattr(self, name).to(device) for name in ("offsets", "group_index", "trajectory_index")}
-        return replace(self, **moved, **index)
+        tensors = [("offsets", self.offsets), *self.sample_tensors(), *self.token_tensors()]
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors})

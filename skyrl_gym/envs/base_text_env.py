@@ -30,7 +30,8 @@ class BaseTextEnv(Env[ConversationType, str]):
     A registered environment is constructed as `Env(env_config=..., extras=...)`. `env_config` is the section
     `environment.skyrl_gym.<id>` of the configuration, or empty. `extras` is the dataset row without `prompt` and
     `env_class`, plus
-      max_turns  the turn limit of the run,
+      max_turns  the turn limit of the row or of the run; absent where neither has one, so read it with
+                 extras.get("max_turns", my_own). The episode ends when `step` says done, at the latest there,
       seed       an int, the same for all episodes of one prompt and for retries: whatever an environment draws at
                  random it draws from this seed, so that the episodes of a group are comparable.
     The constructor copies what it needs and changes neither argument. It stays cheap: a server, a container or a file

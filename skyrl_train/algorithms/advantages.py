@@ -1,15 +1,16 @@
 """How much better than expected was each trajectory, or each token.
 
-An advantage estimator is any function that returns (advantages, returns), both [T]. It is called with those of the
-following that it names as parameters (T tokens, S samples):
+An advantage estimator is any function that returns (advantages, returns). It is called with those of the following
+that it names as parameters. Ours are flat, and so is what it returns then (T tokens, S samples):
     batch                the whole Batch
-    token_level_rewards  [T]
-    response_mask        [T] bool, the batch's loss_mask
+    rewards, loss_mask   [T] float, [T] bool
     sample_index         [T], which sample each token belongs to
-    index                [S], which prompt
+    group_index          [S], which prompt
     trajectory_index     [S], which trajectory
     values               [T] from a critic, or None
     config, grpo_norm_by_std, gamma, lambd
+A function that names none of them but SkyRL's `token_level_rewards`, `response_mask`, `index` (or takes **kwargs alone)
+gets and returns [trajectories, response tokens]: see skyrl_style.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from skyrl_train.algorithms.kl import with_kl_in_rewards
 from skyrl_train.algorithms.masked import masked_mean, whiten
 from skyrl_train.algorithms.registry import AdvantageEstimatorRegistry, call_with_named, register_advantage_estimator
+from skyrl_train.algorithms.skyrl_style import call_estimator, checked_pair, is_skyrl_style
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -38,32 +40,38 @@ def add_advantages(batch: Batch, algorithm: AlgorithmConfig, kl_coefficient: flo
         batch = zero_variance_filter(batch)
     if kl_coefficient is not None:
         batch = with_kl_in_rewards(batch, kl_coefficient, algorithm.kl_estimator_type)
-    estimator = AdvantageEstimatorRegistry.get(algorithm.advantage_estimator)
-    advantages, returns = call_with_named(
-        estimator,
-        {
-            "batch": batch,
-            "token_level_rewards": batch.rewards,
-            "response_mask": batch.loss_mask,
-            "sample_index": batch.sample_index,
-            "index": batch.group_index,
-            "trajectory_index": batch.trajectory_index,
-            "values": batch.values,
-            "config": algorithm,
-            "grpo_norm_by_std": algorithm.grpo_norm_by_std,
-            "gamma": algorithm.gamma,
-            "lambd": algorithm.lambd,
-        },
-    )
-    if advantages.shape != batch.loss_mask.shape:
-        raise ValueError(
-            f"advantage estimator {algorithm.advantage_estimator!r} returned shape {tuple(advantages.shape)}; "
-            f"it must give one number per token, [{batch.num_tokens}]"
-        )
+    advantages, returns = estimated(batch, algorithm)
     advantages = torch.where(batch.loss_mask, advantages, 0.0)
     if algorithm.advantage_batch_normalize:
         advantages = normalize_advantages(advantages, batch.loss_mask)
     return replace(batch, advantages=advantages.float(), returns=torch.where(batch.loss_mask, returns, 0.0).float())
+
+
+def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), both [T], of the estimator that the configuration names."""
+    estimator = AdvantageEstimatorRegistry.get(algorithm.advantage_estimator)
+    settings = {
+        "values": batch.values,
+        "config": algorithm,
+        "grpo_norm_by_std": algorithm.grpo_norm_by_std,
+        "gamma": algorithm.gamma,
+        "lambd": algorithm.lambd,
+    }
+    if is_skyrl_style(estimator):
+        return call_estimator(estimator, batch, settings)
+    answer = call_with_named(
+        estimator,
+        {
+            "batch": batch,
+            "rewards": batch.rewards,
+            "loss_mask": batch.loss_mask,
+            "sample_index": batch.sample_index,
+            "group_index": batch.group_index,
+            "trajectory_index": batch.trajectory_index,
+            **settings,
+        },
+    )
+    return checked_pair(answer, estimator, (batch.num_tokens,), "tokens")
 
 
 def advantage_metrics(batch: Batch) -> dict[str, float]:

@@ -7,6 +7,8 @@ names as parameters (T tokens; a [T] tensor holds junk wherever loss_mask is Fal
     sample_index   [T], which sample each token belongs to
     generator      torch.Generator, seeded by trainer.seed and the step
     config         trainer.algorithm, and each of its values under its own name: eps_clip_low, tau_pos, ...
+A loss from outside that does not ask for sample_index gets SkyRL's tensors instead, [samples, response tokens] with
+loss_mask float and 0 in the padding, and returns one loss per token or SkyRL's scalar: see loss_style.py.
 Metrics are means over the masked tokens, or end in _max or _min.
 
 In the formulas r = exp(log_probs - old_log_probs) and A the advantage of the token.

@@ -36,11 +36,21 @@ class FunctionRegistry:
         if name in cls.functions:
             return cls.functions[name]
         if ":" in name:
-            module, _, attribute = name.partition(":")
-            return getattr(import_module(module), attribute)
+            return cls._imported(name)
         raise ValueError(
             f"Unknown {cls.kind} {name!r}. Available: {', '.join(cls.list_available())}, or a path 'pkg.mod:function'"
         )
+
+    @classmethod
+    def _imported(cls, path: str) -> Function:
+        module, _, attribute = path.partition(":")
+        try:
+            function = getattr(import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"the {cls.kind} {path!r} cannot be imported: {error}") from error
+        if not callable(function):
+            raise ValueError(f"the {cls.kind} {path!r} is {function!r}, which cannot be called")
+        return function
 
     @classmethod
     def list_available(cls) -> list[str]:
@@ -55,14 +65,14 @@ class FunctionRegistry:
 
 
 class PolicyLossRegistry(FunctionRegistry):
-    """Functions that return (token_loss [T], metrics); see losses.py for the parameters they may name."""
+    """Functions that return (loss, metrics); see losses.py for the parameters they may name and for what loss is."""
 
     kind = "policy loss"
     config_names = POLICY_LOSSES
 
 
 class AdvantageEstimatorRegistry(FunctionRegistry):
-    """Functions that return (advantages [T], returns [T]); see advantages.py for the parameters they may name."""
+    """Functions that return (advantages, returns); see advantages.py for the parameters they may name."""
 
     kind = "advantage estimator"
     config_names = ADVANTAGE_ESTIMATORS
@@ -93,7 +103,9 @@ def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
     unknown = [
         parameter.name
         for parameter in parameters
-        if parameter.default is parameter.empty and parameter.name not in offered
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_POSITIONAL
+        and parameter.name not in offered
     ]
     if unknown:
         raise TypeError(

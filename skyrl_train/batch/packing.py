@@ -32,6 +32,7 @@ def pack(samples: list[Sample]) -> Batch:
         rewards=torch.tensor([x for sample in samples for x in sample.rewards], dtype=torch.float32),
         group_index=_numbered([sample.group_id for sample in samples]),
         trajectory_index=_numbered([sample.trajectory_id for sample in samples]),
+        num_prompt_tokens=torch.tensor([sample.num_prompt_tokens for sample in samples], dtype=torch.long),
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from skyrl_train.types import EpisodeEnd, Sample, Trajectory, Turn
+from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory, Turn
 
 
 def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
@@ -18,16 +18,38 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
         input_ids  1 2 5 6 9 7
         loss_mask  0 0 1 1 0 1
 
-    An environment failure gives no sample, and neither does a trajectory in which the policy sampled no token.
+    What a generator or a hook of the user's made is taken as it is. An environment failure gives no sample, and
+    neither does a trajectory in which the policy sampled no token.
     """
     samples: list[Sample] = []
     for trajectory in trajectories:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
+        if trajectory.samples is not None:
+            samples += trajectory.samples  # also masked ones: their reward counts in the mean of the group
+            continue
         drafts = _drafts(trajectory.turns)
         _check_provenance(trajectory, drafts)
         samples += [draft.sample(trajectory) for draft in drafts if any(draft.loss_mask)]
     return samples
+
+
+def check_shaped(groups: Sequence[Group], before: list[str]) -> None:
+    """ValueError unless these are the episodes that a user's hook was given, with rewards that reach their tokens."""
+    if not all(isinstance(group, Group) for group in groups):
+        raise ValueError("shape_rewards must return the list of groups that it was given, changed or not")
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    if [trajectory.id for trajectory in trajectories] != before:
+        raise ValueError(f"shape_rewards was given {len(before)} episodes and returned {len(trajectories)} or others")
+    for trajectory in trajectories:
+        if trajectory.samples is None:
+            continue
+        placed = sum(sum(sample.rewards) for sample in trajectory.samples)
+        if abs(placed - trajectory.reward) > 1e-6 * max(1.0, abs(placed)):
+            raise ValueError(
+                f"episode {trajectory.id}: its turns were paid {trajectory.reward}, its samples {placed}, and only "
+                "those are trained; change the reward with Trajectory.plus"
+            )
 
 
 def num_unplaced_rewards(trajectories: Iterable[Trajectory]) -> int:

@@ -1,14 +1,43 @@
 """Every option once: dataclasses with type, default, meaning and rule, and the functions that load and check them."""
 
-from skyrl_train.config.algorithm import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, AlgorithmConfig
+from skyrl_train.config.algorithm import (
+    ADVANTAGE_ESTIMATORS,
+    POLICY_LOSSES,
+    AlgorithmConfig,
+    CISPOConfig,
+    ClipCovConfig,
+    DynamicSamplingConfig,
+    KLCovConfig,
+    KLCtrlConfig,
+    OffPolicyCorrectionConfig,
+    SAPOConfig,
+)
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRLGymConfig, env_config_for
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
-from skyrl_train.config.load import load_config, validate_cfg
-from skyrl_train.config.models import LoraConfig, ModelConfig, OptimizerConfig, PolicyConfig, RefConfig
+from skyrl_train.config.load import is_resolved, load_config, validate_cfg
+from skyrl_train.config.models import (
+    CriticConfig,
+    FSDPConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RefConfig,
+)
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import ConfigError, Problem, Section
-from skyrl_train.config.trainer import TrainerConfig
+from skyrl_train.config.settings import as_settings
+from skyrl_train.config.skyrl_names import (
+    BaseConfig,
+    SamplingParams,
+    SkyRLLoraConfig,
+    SkyRLTrainConfig,
+    get_config_as_dict,
+    get_config_as_yaml_str,
+    make_config,
+)
+from skyrl_train.config.trainer import FullyAsyncConfig, PlacementConfig, TrainerConfig
 from skyrl_train.config.tree import differences, to_flat_dict, to_yaml
 from skyrl_train.config.utils import config_dir, get_default_config
 
@@ -16,29 +45,49 @@ __all__ = [
     "ADVANTAGE_ESTIMATORS",
     "POLICY_LOSSES",
     "AlgorithmConfig",
+    "BaseConfig",
+    "CISPOConfig",
     "ChatTemplateConfig",
+    "ClipCovConfig",
     "ConfigError",
+    "CriticConfig",
     "DataConfig",
+    "DynamicSamplingConfig",
     "EnvSettings",
     "EnvironmentConfig",
     "EvalSamplingConfig",
+    "FSDPConfig",
+    "FullyAsyncConfig",
     "GeneratorConfig",
+    "KLCovConfig",
+    "KLCtrlConfig",
     "LoraConfig",
     "ModelConfig",
+    "OffPolicyCorrectionConfig",
     "OptimizerConfig",
+    "PlacementConfig",
     "PolicyConfig",
     "Problem",
     "RefConfig",
+    "SAPOConfig",
     "SamplingConfig",
+    "SamplingParams",
     "Section",
     "SkyRLConfig",
     "SkyRLGymConfig",
+    "SkyRLLoraConfig",
+    "SkyRLTrainConfig",
     "TrainerConfig",
+    "as_settings",
     "config_dir",
     "differences",
     "env_config_for",
+    "get_config_as_dict",
+    "get_config_as_yaml_str",
     "get_default_config",
+    "is_resolved",
     "load_config",
+    "make_config",
     "to_flat_dict",
     "to_yaml",
     "validate_cfg",

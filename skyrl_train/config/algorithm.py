@@ -172,6 +172,7 @@ class AlgorithmConfig(Section):
                 "use_kl_in_reward",
                 "would count the KL twice beside use_kl_loss=true (its default); "
                 "add trainer.algorithm.use_kl_loss=false, or drop use_kl_in_reward",
+                ("trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.use_kl_loss=false"),
             )
         yield from self._correction_rules()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,19 +14,30 @@ from omegaconf.errors import OmegaConfBaseException
 
 from skyrl_train.config.nearest import nearest_keys
 from skyrl_train.config.refused import reason_against
-from skyrl_train.config.section import NO_VALUE, ConfigError, Problem, Section, is_section, subsections
+from skyrl_train.config.renamed import SECTION as MOVED_SECTION
+from skyrl_train.config.renamed import renamed
+from skyrl_train.config.section import NO_VALUE, ConfigError, Problem, Section, is_section, shown, subsections, written
+from skyrl_train.config.settings import as_settings, plain_copy
 from skyrl_train.config.tree import leaves
 
 Root = TypeVar("Root", bound=Section)
 
 
-def build(root: type[Root], settings: Iterable[tuple[str, Any]], problems: Iterable[Problem] = ()) -> Root:
-    """The tree of `root` with these settings (`("trainer.epochs", 2)`), all rules checked, or a ConfigError."""
+def build(
+    root: type[Root],
+    settings: Iterable[tuple[str, Any]],
+    problems: Iterable[Problem] = (),
+    may_add: Callable[[str], bool] = lambda key: False,
+) -> Root:
+    """The tree of `root` with these settings (`("trainer.epochs", 2)`), all rules checked, or a ConfigError.
+
+    may_add: whether a key that the tree does not have is one of the user's own.
+    """
     found = list(problems)
     defaults = root()
     tree = copy.deepcopy(typed_defaults(root))
     for key, value in settings:
-        found += assigned(tree, defaults, key, value)
+        found += assigned(tree, defaults, key, value, may_add)
     config = materialised(tree, typed_defaults(root), defaults, "", found)
     for path, section in subsections(config):
         found += [problem.under(path) for problem in broken_rules(section)]
@@ -51,19 +63,57 @@ def broken_rules(section: Any) -> list[Problem]:
     return []
 
 
-def assigned(tree: DictConfig, defaults: Any, key: str, value: Any) -> list[Problem]:
+def assigned(
+    tree: DictConfig, defaults: Any, key: str, value: Any, may_add: Callable[[str], bool] = lambda key: False
+) -> list[Problem]:
     """Set one key, or each key of a mapping given for a section. Returns what stood against it."""
+    key = renamed(key)
+    if key == MOVED_SECTION and isinstance(value, Mapping):
+        return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item, may_add)]
     section, names = defaults, key.split(".")
     for position, name in enumerate(names):
-        content = getattr(section, name, NO_VALUE)
+        content = vars(section).get(name, NO_VALUE)
         if content is NO_VALUE and not getattr(section, "takes_any_key", False):
-            return [unknown(key, value, defaults)]
+            return (
+                added(tree, section, key, value, position, defaults)
+                if may_add(key)
+                else [unknown(key, value, defaults)]
+            )
         if not is_section(content):
             return set_leaf(tree, section, key, value, ".".join(names[: position + 1]), defaults)
         section = content
     if isinstance(value, Mapping):
-        return [problem for name, item in value.items() for problem in assigned(tree, defaults, f"{key}.{name}", item)]
+        return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item, may_add)]
     return [Problem(key, value, f"is a section; set one of its keys: {', '.join(vars(section))}")]
+
+
+def added(tree: DictConfig, section: Any, key: str, value: Any, position: int, defaults: Any) -> list[Problem]:
+    """Set a key of the user's own, which `section` lacks at `position`; not one that looks like a slip of the pen.
+
+    A new name beside others is compared with those, a new setting in a known section with every key of the tree.
+    """
+    names = key.split(".")
+    name, is_setting = names[position], position == len(names) - 1 and not isinstance(value, Mapping)
+    if reason_against(key) is not None:
+        return [unknown(key, value, defaults)]
+    if not all(part.isidentifier() for part in names) or hasattr(type(section), name):
+        return [Problem(key, NO_VALUE, f"cannot be a key of your own: {name!r} is no free name; take another one")]
+    near = difflib.get_close_matches(name, vars(section), n=1, cutoff=0.85)
+    meant = [".".join([*names[:position], other, *names[position + 1 :]]) for other in near]
+    if is_setting and not meant:
+        meant = nearest_known(key, defaults)
+    if meant:
+        return [
+            Problem(
+                key,
+                NO_VALUE,
+                f"looks like {' or '.join(meant)}; write that, or put a key of your own under a name of its own: "
+                f"+my.{names[-1]}={shown(value)}",
+                (written(meant[0], value),) if not isinstance(value, Mapping) else (),
+            )
+        ]
+    OmegaConf.update(tree, key, plain_copy(value), merge=True, force_add=True)
+    return []
 
 
 def set_leaf(tree: DictConfig, section: Any, key: str, value: Any, leaf: str, defaults: Any) -> list[Problem]:
@@ -89,6 +139,8 @@ def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str
         default = getattr(defaults, name, None)
         if is_section(default):
             value = materialised(node[name], standin[name], default, f"{path}{name}.", found)
+        elif name not in vars(defaults) and not getattr(defaults, "takes_any_key", False):
+            value = as_settings(plain(node, name))  # the user's own
         else:
             try:
                 value = plain(node, name)
@@ -111,9 +163,21 @@ def unknown(key: str, value: Any, defaults: Any) -> Problem:
     reason = reason_against(key)
     if reason is not None:
         return Problem(key, value, reason)
-    near = nearest_keys(key, [known for known, _ in leaves(defaults) if reason_against(known) is None])
-    hint = f"did you mean {' or '.join(near)}?" if near else "`python -m skyrl_train.config` lists every key"
-    return Problem(key, NO_VALUE, f"is not a key of the configuration; {hint}")
+    near = nearest_known(key, defaults)
+    if near:
+        fix = () if isinstance(value, Mapping) else (written(near[0], value),)
+        return Problem(key, NO_VALUE, f"is not a key of the configuration; did you mean {' or '.join(near)}?", fix)
+    setting = "" if isinstance(value, Mapping) else f"={shown(value)}"
+    return Problem(
+        key,
+        NO_VALUE,
+        f"is not a key of the configuration; a key of your own is written +{key}{setting}, and "
+        "`python -m skyrl_train.config` lists every key",
+    )
+
+
+def nearest_known(key: str, defaults: Any) -> list[str]:
+    return nearest_keys(key, [known for known, _ in leaves(defaults) if reason_against(known) is None])
 
 
 def takes_mapping(hint: Any) -> bool:
@@ -131,7 +195,7 @@ def expected(hint: Any) -> str:
     named = []
     for part in alternatives(hint):
         if get_origin(part) is list:
-            named.append(lists[get_args(part)[0]])
+            named.append(lists.get(get_args(part)[0], "a list"))
         else:
-            named.append("a mapping such as {a: 1}" if get_origin(part) is dict else words[part])
+            named.append("a mapping such as {a: 1}" if get_origin(part) is dict else words.get(part, str(part)))
     return " or ".join(named)

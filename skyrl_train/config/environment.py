@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from skyrl_train.config.section import Problem, Section, is_section
+from skyrl_train.config.settings import EnvSettings, as_settings
 
 
 @dataclass
@@ -61,15 +62,6 @@ class EnvironmentConfig(Section):
             yield self.problem("env_class", "is empty; name a registered environment")
 
 
-class EnvSettings(dict[str, Any]):
-    """What an environment's constructor gets as env_config: read as settings["topk"] or as settings.topk."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
-        raise AttributeError(f"this environment has no setting {name!r}; it has {sorted(self)}")
-
-
 def env_config_for(environment: EnvironmentConfig, env_id: str) -> EnvSettings:
     """The settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
     for section in (environment.skyrl_gym, environment):
@@ -77,12 +69,3 @@ def env_config_for(environment: EnvironmentConfig, env_id: str) -> EnvSettings:
         if isinstance(settings, dict) or is_section(settings):
             return as_settings(settings)
     return EnvSettings()
-
-
-def as_settings(value: Any) -> Any:
-    """A section or mapping as EnvSettings, all the way down."""
-    if is_section(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        return EnvSettings({key: as_settings(item) for key, item in value.items()})
-    return value

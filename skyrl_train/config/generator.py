@@ -106,7 +106,7 @@ class GeneratorConfig(Section):
     http_endpoint_host: str = "127.0.0.1"  # its host
     http_endpoint_port: int = 8000  # its port
     served_model_name: str | None = None  # its model name
-    max_turns: int = 1  # turns of an episode at most, unless the row says otherwise
+    max_turns: int | None = None  # turns of an episode at most; a row's own max_turns wins; null: until done
     max_env_retries: int = 2  # fresh starts of an episode whose environment broke
     step_timeout_s: float = 60.0  # seconds one answer of an environment may take
     episode_timeout_s: float = 600.0  # seconds one episode may take
@@ -139,7 +139,7 @@ class GeneratorConfig(Section):
                 "temperature", "is greedy: training would explore nothing; only eval_sampling_params may use 0"
             )
             yield problem.under("sampling_params")
-        if self.batched and self.max_turns > 1:
+        if self.batched and (self.max_turns or 1) > 1:
             yield self.problem(
                 "batched", f"plays one turn per prompt, but generator.max_turns={self.max_turns}; drop batched=true"
             )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from loguru import logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from skyrl_train.config.build import build
+from skyrl_train.config.corrected import advice_to_paste
+from skyrl_train.config.refused import lies_in
 from skyrl_train.config.root import SkyRLConfig
-from skyrl_train.config.section import NO_VALUE, Problem
+from skyrl_train.config.section import NO_VALUE, ConfigError, Problem, is_interpolation
 from skyrl_train.config.tree import leaves
 from skyrl_train.config.validation import advice
 
@@ -20,10 +23,40 @@ Root = TypeVar("Root", bound=SkyRLConfig)
 
 
 def load_config(overrides: Sequence[str], root: type[Root] = SkyRLConfig) -> Root:  # ty: ignore[invalid-parameter-default]
-    """The tree after overrides in Hydra's grammar (`trainer.epochs=2`; `+key=value` is the same as `key=value`).
+    """The tree after overrides in Hydra's grammar (`trainer.epochs=2`).
 
-    Every problem is reported in one ConfigError.
+    `+key=value` is the same as `key=value` where the tree has the key, else a key of the user's own, which only the
+    user's code reads. Every problem is reported in one ConfigError, which ends with the corrected command.
     """
+    try:
+        return advised(_tree_of(overrides, root))
+    except ConfigError as error:
+        raise ConfigError(error.problems, advice_to_paste(overrides, lambda texts: _tree_of(texts, root))) from None
+
+
+def validate_cfg(config: DictConfig | SkyRLConfig, root: type[SkyRLConfig] = SkyRLConfig) -> SkyRLConfig:
+    """The typed, resolved and checked tree of a configuration that Hydra composed or that was made by hand.
+
+    Keys that the tree does not have are the user's own (+my.key=value), unless they look like one that it has.
+    """
+    if isinstance(config, SkyRLConfig):
+        return advised(build(type(config), list(leaves(config)), may_add=lambda key: True))
+    settings: Any = OmegaConf.to_container(config, resolve=False)
+    try:
+        return advised(build(root, settings.items(), may_add=lambda key: True))
+    except ConfigError as error:
+        typed = sys.argv[1:]
+        if not typed or not all("=" in text for text in typed):
+            raise
+        raise ConfigError(error.problems, advice_to_paste(typed, lambda texts: _tree_of(texts, root))) from None
+
+
+def is_resolved(config: object) -> TypeGuard[SkyRLConfig]:
+    """Whether this is a typed tree in which no value waits for another ("${trainer.max_prompt_length}")."""
+    return isinstance(config, SkyRLConfig) and not any(is_interpolation(value) for _, value in leaves(config))
+
+
+def _tree_of(overrides: Sequence[str], root: type[Root]) -> Root:
     parser = OverridesParser.create()
     settings: list[tuple[str, Any]] = []
     problems: list[Problem] = []
@@ -33,14 +66,8 @@ def load_config(overrides: Sequence[str], root: type[Root] = SkyRLConfig) -> Roo
             problems.append(parsed)
         else:
             settings.append(parsed)
-    return advised(build(root, settings, problems))
-
-
-def validate_cfg(config: DictConfig | SkyRLConfig, root: type[SkyRLConfig] = SkyRLConfig) -> SkyRLConfig:
-    """The typed, resolved and checked tree of a configuration that Hydra composed or that was made by hand."""
-    if isinstance(config, SkyRLConfig):
-        return advised(build(type(config), list(leaves(config))))
-    return advised(root.from_dict_config(config))
+    added = {text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")}
+    return build(root, settings, problems, may_add=lambda key: any(lies_in(key, own) for own in added))
 
 
 def parsed_override(parser: OverridesParser, text: str) -> tuple[str, Any] | Problem:

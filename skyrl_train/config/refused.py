@@ -6,7 +6,7 @@ whoever sets one reads a reason and not just "unknown".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from skyrl_train.config.algorithm import OWN_ESTIMATORS, OWN_LOSSES
@@ -33,6 +33,7 @@ NO_DYNAMIC = "is not possible yet; use trainer.algorithm.dynamic_sampling.type=n
 NO_DYNAMIC += "trainer.algorithm.zero_variance_filter=true to leave groups of equal rewards out of the loss"
 NO_TIS = "is an old name; use trainer.algorithm.off_policy_correction.tis_ratio_type=token and its "
 NO_TIS += "token_tis_ratio_clip_high"
+NO_PADDING = "has nothing to do: samples are always laid end to end without padding; drop it"
 ROPE = "is not read; use trainer.policy.model_config_kwargs, which changes the model's own configuration"
 PER_CALL = "is not a sampling parameter of the torch engine; those it has are listed by "
 PER_CALL += "`python -m skyrl_train.config --search sampling_params`"
@@ -64,7 +65,7 @@ REFUSED: dict[str, str] = {
     "trainer.fully_async": NO_ASYNC,
     "trainer.gradient_checkpointing_use_reentrant": "is not possible: torch's newer, non-reentrant form is always used",
     "trainer.log_path": "has nothing to do: there is no cluster; a run's files lie in trainer.ckpt_path; drop it",
-    "trainer.use_sample_packing": "has nothing to do: samples are always laid end to end without padding; drop it",
+    "trainer.use_sample_packing": NO_PADDING,
     "trainer.flash_attn": "has nothing to do: torch's own attention takes its fastest kernel; drop it",
     "trainer.disable_fast_tokenizer": "has nothing to do: the tokenizer is the one transformers picks; drop it",
     "trainer.dump_data_batch": "has nothing to do: every trajectory is kept in the run folder anyway; drop it",
@@ -105,7 +106,19 @@ REFUSED: dict[str, str] = {
     "generator.eval_sampling_params.additional_kwargs": PER_CALL,
     "generator.sampling_params.seed": SEED,
     "generator.eval_sampling_params.seed": SEED,
+    "generator.inference_engine": NO_VLLM,
+    "trainer.remove_microbatch_padding": NO_PADDING,
     "hydra": "is a setting of Hydra itself, which only reads your overrides here; drop it",
+}
+
+# What to set in place of a refused setting, where it is another key: called with the refused value.
+INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
+    "trainer.algorithm.use_tis": lambda value: ("trainer.algorithm.off_policy_correction.tis_ratio_type=token",),
+    "trainer.algorithm.tis_imp_ratio_cap": lambda value: (
+        "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
+        f"trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high={value}",
+    ),
+    "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
 LOSS = "trainer.algorithm.policy_loss_type"
@@ -160,7 +173,7 @@ def keys_without_effect(config: Section) -> Iterator[Problem]:
             continue
         reason = reason_against(key)
         if reason is not None:
-            yield Problem(key, value, reason)
+            yield Problem(key, value, reason, INSTEAD.get(key, lambda _: ())(value))
             continue
         for prefix, condition in ACTS_ONLY_WITH.items():
             if lies_in(key, prefix) and not holds(condition, values):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from skyrl_train.config.build import build
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
-from skyrl_train.config.section import Problem, Section, is_interpolation
+from skyrl_train.config.section import Problem, Section, is_interpolation, written
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import leaves
 from skyrl_train.config.validation import problems_across_sections
@@ -32,6 +32,14 @@ class SkyRLConfig(Section):
         """The typed tree of what Hydra composed; keys that are left out keep their defaults."""
         settings: Any = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
         return build(cls, settings.items())
+
+    @classmethod
+    def from_cli_overrides(cls, args: Sequence[str] | Mapping[str, Any]) -> Self:
+        """The tree after overrides: ["trainer.epochs=2"] or {"trainer.epochs": 2}. Refusals end with what to paste."""
+        from skyrl_train.config.load import load_config  # which imports this module
+
+        texts = [written(key, value) for key, value in args.items()] if isinstance(args, Mapping) else list(args)
+        return load_config(texts, cls)
 
     def settle(self) -> None:
         algorithm, generator = self.trainer.algorithm, self.generator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, ClassVar
 
 NO_VALUE: Any = object()  # a problem of the key itself
@@ -16,10 +16,11 @@ class Problem:
     key: str
     value: Any
     says: str
+    fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `key` are dropped
 
     def under(self, section: str) -> Problem:
         """The same problem, seen from the section that holds it."""
-        return Problem(".".join(filter(None, (section, self.key))), self.value, self.says)
+        return replace(self, key=".".join(filter(None, (section, self.key))))
 
     def __str__(self) -> str:
         setting = self.key if self.value is NO_VALUE else f"{self.key}={shown(self.value)}"
@@ -29,16 +30,15 @@ class Problem:
 class ConfigError(ValueError):
     """Every problem of one configuration, in one readable message."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: Iterable[Problem], to_paste: str = "") -> None:
+        self.problems, self.to_paste = list(problems), to_paste
         lines = [str(problem) for problem in self.problems]
-        if len(lines) == 1:
-            super().__init__(lines[0])
-        else:
-            super().__init__("\n".join([f"{len(lines)} problems in the configuration:", *(f"- {x}" for x in lines)]))
+        if len(lines) > 1:
+            lines = [f"{len(lines)} problems in the configuration:", *(f"- {line}" for line in lines)]
+        super().__init__("\n".join(lines) + to_paste)
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
-        return type(self), (self.problems,)
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem], str]]:
+        return type(self), (self.problems, self.to_paste)
 
 
 class Section:
@@ -67,8 +67,18 @@ class Section:
         """What is wrong with this section."""
         return iter(())
 
-    def problem(self, key: str, says: str) -> Problem:
-        return Problem(key, getattr(self, key), says)
+    def problem(self, key: str, says: str, fix: tuple[str, ...] = ()) -> Problem:
+        return Problem(key, getattr(self, key), says, fix)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a mapping's get: SkyRL's users read sections of Hydra in this way."""
+        return vars(self).get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in vars(self)
 
     def at_least(self, minimum: float, *keys: str) -> Iterator[Problem]:
         for key in keys:
@@ -90,6 +100,14 @@ class Section:
 
 def is_interpolation(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
+
+
+def written(key: str, value: Any) -> str:
+    """`key=value` as Hydra's grammar reads it back."""
+    text = shown(value)
+    if isinstance(value, str) and not (value and all(letter.isalnum() or letter in "_-./:+" for letter in value)):
+        text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={text}"
 
 
 def shown(value: Any) -> str:

@@ -142,6 +142,7 @@ class TrainerConfig(Section):
                 "policy_mini_batch_size",
                 f"is more than the trainer.train_batch_size={train} prompts of a step; "
                 f"set it to {train} or to a divisor of {train}",
+                (f"trainer.policy_mini_batch_size={train}",),
             )
         elif train % mini:
             whole, rest = divmod(train, mini)
@@ -149,6 +150,7 @@ class TrainerConfig(Section):
                 "train_batch_size",
                 f"prompts cannot be cut into mini batches of trainer.policy_mini_batch_size={mini}: "
                 f"{train} = {whole} x {mini} + {rest}; nearest that work: {whole * mini} or {(whole + 1) * mini}",
+                (f"trainer.train_batch_size={whole * mini}",),
             )
 
     def _resume_rules(self) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from skyrl_train.config.section import is_interpolation, is_section
+from skyrl_train.config.settings import plain_copy
 
 ABSENT = "(absent)"  # stands for the value of a key that only the other configuration has
 
@@ -49,7 +50,7 @@ def to_yaml(config: Any) -> str:
 
 
 def nested(section: Any) -> dict[str, Any]:
-    return {name: nested(value) if is_section(value) else value for name, value in vars(section).items()}
+    return {name: nested(value) if is_section(value) else plain_copy(value) for name, value in vars(section).items()}
 
 
 def defaults_of(config: Any) -> dict[str, Any]:

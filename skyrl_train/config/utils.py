@@ -12,7 +12,10 @@ from skyrl_train.config.root import SkyRLConfig
 # @hydra.main(config_path=config_dir, config_name="ppo_base_config", version_base=None): the folder holds no YAML,
 # Hydra finds the tree in its ConfigStore.
 config_dir = str(Path(__file__).parent)
-ConfigStore.instance().store(name="ppo_base_config", node=SkyRLConfig)
+# As plain nodes, so that Hydra lets +my.key=value pass; `validate_cfg` checks types, too.
+ConfigStore.instance().store(
+    name="ppo_base_config", node=OmegaConf.to_container(OmegaConf.structured(SkyRLConfig), resolve=False)
+)
 
 
 def get_default_config() -> DictConfig:

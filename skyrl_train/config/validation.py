@@ -109,7 +109,7 @@ def advice(config: SkyRLConfig) -> Iterator[str]:
             f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"
         )
     stops = generator.sampling_params.stop
-    if generator.max_turns > 1 and stops and not generator.append_eos_token_after_stop_str_in_multi_turn:
+    if generator.max_turns != 1 and stops and not generator.append_eos_token_after_stop_str_in_multi_turn:
         yield (
             "turns that end on a stop string stay open in the chat, because "
             "generator.append_eos_token_after_stop_str_in_multi_turn=false"

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import inspect
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, env_config_for, load_config, validate_cfg
+from skyrl_train.config import (
+    SkyRLConfig,
+    TrainerConfig,
+    config_dir,
+    env_config_for,
+    is_resolved,
+    load_config,
+    validate_cfg,
+)
+from skyrl_train.entrypoints.overrides import check_overrides
 from skyrl_train.records.visible import make_errors_visible, visible
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -21,13 +34,17 @@ __all__ = ["BasePPOExp", "config_dir", "main", "validate_cfg"]
 
 
 class BasePPOExp:
-    """Builds the parts of a run. Override a `get_*` to put in a part of your own.
+    """Builds the parts of a run. Override a `get_*` to put in a part of your own; one that nobody calls is refused.
 
     Heavy imports live in the methods, so that a mistyped key is refused before anything heavy is loaded.
     """
 
-    def __init__(self, cfg: SkyRLConfig) -> None:
-        self.cfg = cfg
+    config_class: ClassVar[type[SkyRLConfig]] = SkyRLConfig  # what a DictConfig of Hydra becomes
+
+    def __init__(self, cfg: SkyRLConfig | DictConfig) -> None:
+        check_overrides(self, BasePPOExp)
+        self.cfg = cfg if is_resolved(cfg) else validate_cfg(cfg, self.config_class)
+        self.check_functions()
         self.device, self.compute_dtype = self.get_device()
         self.model_path = self.get_model_path()
         self.num_embeddings = self.get_num_embeddings()
@@ -38,6 +55,16 @@ class BasePPOExp:
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.check_conversations()
+
+    def check_functions(self) -> None:
+        """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
+        from skyrl_train.algorithms.trial import check_estimator
+        from skyrl_train.callbacks import check_callbacks
+        from skyrl_train.learner.objective import Objective
+
+        self.callbacks = check_callbacks(self.get_callbacks())
+        check_estimator(self.cfg.trainer.algorithm)
+        _ = Objective(self.cfg.trainer.algorithm).style
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
@@ -71,7 +98,7 @@ class BasePPOExp:
             template_kwargs=generator.chat_template_kwargs,
             append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
             end_ids=end_of_turn_ids(generation_config, self.tokenizer),
-            grows=generator.max_turns > 1,
+            grows=generator.max_turns != 1 and not generator.batched,
             keep_thinking=generator.chat_template.keep_thinking,
         )
 
@@ -79,8 +106,10 @@ class BasePPOExp:
         """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
         kinds = set()
         for prompt in [*self.train_dataset, *(self.eval_dataset or [])]:
-            max_turns = prompt.env_extras.get("max_turns") or self.cfg.generator.max_turns
-            kinds.add((tuple(message["role"] for message in prompt.messages), int(max_turns) > 1))
+            max_turns = 1 if self.cfg.generator.batched else self.cfg.generator.max_turns
+            if (own_limit := prompt.env_extras.get("max_turns")) is not None:
+                max_turns = int(own_limit)
+            kinds.add((tuple(message["role"] for message in prompt.messages), max_turns != 1))
         for roles, grows in sorted(kinds):
             self.chat_template.check(roles, grows=grows)
 
@@ -252,7 +281,7 @@ class BasePPOExp:
 
         generator, environment = self.cfg.generator, self.cfg.environment
         limits = EpisodeLimits(
-            max_turns=generator.max_turns,
+            max_turns=1 if generator.batched else generator.max_turns,
             max_input_length=generator.max_input_length,
             max_context=engine.max_model_len,
             step_timeout_s=generator.step_timeout_s,
@@ -269,7 +298,88 @@ class BasePPOExp:
             deterministic=self.cfg.trainer.deterministic,
         )
 
-    def get_trainer(self, run: Any) -> Any:
+    def get_generator(self, cfg: Any, tokenizer: Any, inference_engine_client: Any) -> Any:
+        """Override it to play episodes with a GeneratorInterface of your own; None: environments are played as usual.
+
+        `inference_engine_client.generate` samples from the policy.
+        """
+        return None
+
+    def get_episodes(self, engine: Any) -> Any:
+        """What plays the rounds: our collector, or the user's generator behind the same interface."""
+        from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
+        from skyrl_train.rollout.custom_generator import GeneratorCollector
+
+        client = InferenceEngineClient(
+            engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
+        )
+        generator = self.get_generator(self.cfg, self.tokenizer, client)
+        if generator is None:
+            return self.get_collector(engine)
+        needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+        return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+
+    def get_trainer(
+        self,
+        cfg: Any,
+        tracker: Any,
+        tokenizer: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        inference_engine_client: Any,
+        generator: Any,
+        colocate_pg: Any,
+    ) -> Any:
+        """A RayPPOTrainer: what happens between the episodes and the batch of a step, and at the events of the run."""
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+
+        return RayPPOTrainer(
+            cfg=cfg,
+            tracker=tracker,
+            tokenizer=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            inference_engine_client=inference_engine_client,
+            generator=generator,
+            colocate_pg=colocate_pg,
+        )
+
+    def get_callbacks(self) -> list[Any]:
+        """Override it to return TrainingCallbacks (skyrl_train.utils.callbacks)."""
+        return []
+
+    def shape_rewards(self, groups: list[Any]) -> Any:
+        """Override it to change finished episodes before they become a batch; a coroutine may ask others (a teacher).
+
+        Groups and episodes stay in their order; `Trajectory.plus(reward)` pays an episode more or less.
+        """
+        return groups
+
+    def get_users_trainer(self, run: Any, episodes: Any) -> Any:
+        """What `get_trainer` returned, with the callbacks of `get_callbacks`. RunRefused if it is no RayPPOTrainer."""
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+        from skyrl_train.run import RunRefused
+
+        try:
+            trainer = self.get_trainer(
+                cfg=self.cfg,
+                tracker=run.tracking,
+                tokenizer=self.tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                inference_engine_client=getattr(episodes, "client", None),
+                generator=getattr(episodes, "generator", None),
+                colocate_pg=None,
+            )
+        except ValueError as error:
+            raise RunRefused(str(error)) from error
+        if not isinstance(trainer, RayPPOTrainer):
+            raise RunRefused(f"get_trainer returned {type(trainer).__name__}; it must return a RayPPOTrainer")
+        trainer.callbacks += self.callbacks
+        trainer.total_training_steps = self.schedule.num_steps
+        return trainer
+
+    def build_trainer(self, run: Any) -> Any:
         from skyrl_train.algorithms.kl import kl_controller
         from skyrl_train.evaluate import Evaluator
         from skyrl_train.prompts import TrainPrompts
@@ -278,7 +388,7 @@ class BasePPOExp:
 
         policy = self.get_policy()
         engine = self.get_engine(policy)
-        collector = self.get_collector(engine)
+        collector = self.get_episodes(engine)
         evaluator = None
         if self.eval_dataset is not None:
             evaluator = Evaluator(self.cfg, self.eval_dataset, collector, run, self.tokenizer.decode)
@@ -293,7 +403,9 @@ class BasePPOExp:
             weights=InProcessWeights(),
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
-            extra_metrics=self.extra_metrics,
+            extra_metrics=lambda: {**getattr(collector, "metrics", {}), **self.extra_metrics()},
+            users=self.get_users_trainer(run, collector),
+            shape_rewards=self.shape_rewards,
         )
 
     @property
@@ -338,7 +450,7 @@ class BasePPOExp:
         from skyrl_train import compute
 
         try:
-            trainer = await asyncio.wrap_future(compute.submit(self.get_trainer, run))
+            trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
             await trainer.train()
         finally:
             await self.close()
@@ -376,7 +488,9 @@ def main(
     except (ValueError, OSError) as error:  # of the model or the data
         return _refused(error)
     try:
-        exp.run()
+        result = exp.run()
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
     except (RunRefused, ModelRefused) as error:
         return _refused(error)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -410,6 +524,15 @@ def keep_freed_memory() -> None:
 def _refused(error: Exception) -> int:
     print(visible(f"refused: {error}"), file=sys.stderr)
     return 2
+
+
+def __getattr__(name: str) -> Any:
+    """`skyrl_entrypoint`, SkyRL's Ray task, made when it is asked for: only who uses Ray waits for its import."""
+    if name == "skyrl_entrypoint":
+        from skyrl_train.cluster.start import skyrl_entrypoint
+
+        return skyrl_entrypoint(BasePPOExp)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from skyrl_train.algorithms import PolicyLossRegistry
 from skyrl_train.algorithms.kl import token_kl
+from skyrl_train.algorithms.loss_style import LossCall, LossStyle, Returns, loss_style
 from skyrl_train.algorithms.masked import masked_mean, masked_std
 from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask
-from skyrl_train.algorithms.registry import call_with_named
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -31,9 +32,21 @@ class Objective:
 
     algorithm: AlgorithmConfig
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., Any]:
         return PolicyLossRegistry.get(self.algorithm.policy_loss_type)
+
+    @cached_property
+    def style(self) -> LossStyle:
+        """How the loss is called; a user's is tried once. ValueError if it returns nothing that can be minimised."""
+        style = loss_style(self.function, self._settings(torch.Generator().manual_seed(0)))
+        if style.returns is not Returns.TOKENS and self.algorithm.off_policy_correction.is_on:
+            raise ValueError(
+                f"trainer.algorithm.policy_loss_type={self.algorithm.policy_loss_type} returns one number, so its "
+                "tokens cannot be corrected; set off_policy_correction.tis_ratio_type and sequence_mask_metric to null "
+                "(the loss itself may use rollout_logprobs), or return one loss per token"
+            )
+        return style
 
     @property
     def needs_reference(self) -> bool:
@@ -52,30 +65,23 @@ class Objective:
 
     @property
     def is_of_whole_mini_batch(self) -> bool:
-        return getattr(self.function, "of_whole_mini_batch", False)
+        return self.style.returns is Returns.MEAN or getattr(self.function, "of_whole_mini_batch", False)
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The policy's term: (scalar, metrics). Without old_logprobs the policy has not moved since the old ones."""
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        token_loss, metrics = call_with_named(
-            self.function,
-            {
-                **_settings(self.algorithm),
-                "config": self.algorithm,
-                "log_probs": logprobs,
-                "old_log_probs": old_logprobs,
-                "rollout_logprobs": batch.rollout_logprobs,
-                "advantages": batch.advantages,
-                "loss_mask": batch.loss_mask,
-                "sample_index": batch.sample_index,
-                "generator": generator,
-            },
-        )
-        if token_loss.shape != logprobs.shape:
+        style = self.style
+        given = scaled_by_loss_weights(batch) if style.returns is Returns.SUM else batch
+        call = LossCall(self.function, given, logprobs, old_logprobs, self._settings(generator))
+        token_loss, metrics = call.padded() if style.is_padded else call.flat()
+        shape = logprobs.shape if style.returns is Returns.TOKENS else ()
+        if token_loss.shape != shape:
             raise ValueError(
-                f"policy loss {self.algorithm.policy_loss_type!r} returned shape {tuple(token_loss.shape)}; it must "
-                f"return one loss per token, [{batch.num_tokens}], and leave the reduction to trainer.algorithm"
+                f"policy loss {self.algorithm.policy_loss_type!r} returned a loss of shape {list(token_loss.shape)} "
+                f"for a batch of {batch.num_tokens} tokens, and one of another kind when it was tried at the start"
             )
+        if style.returns is not Returns.TOKENS:
+            return token_loss, {f"loss_metrics/{name}": value for name, value in metrics.items()}
         weights, tis_metrics = self._importance_weights(batch, old_logprobs)
         metrics = {f"loss_metrics/{name}": float(value) for name, value in (metrics | tis_metrics).items()}
         return weighted_sum(token_loss if weights is None else token_loss * weights, batch), metrics
@@ -148,6 +154,13 @@ class Objective:
             name = f"rollout_train_logprobs_abs_diff_turn_{number + 1}"
             yield {name: float(masked_mean(difference, here))}, int(here.sum())
 
+    def _settings(self, generator: torch.Generator) -> dict[str, Any]:
+        """What a loss may ask for beside tensors: every value of the section, and of those that belong to one loss."""
+        algorithm = self.algorithm
+        sections = (algorithm, algorithm.sapo, algorithm.cispo, algorithm.clip_cov, algorithm.kl_cov)
+        values = {field.name: getattr(section, field.name) for section in sections for field in fields(section)}
+        return {**values, "config": algorithm, "generator": generator}
+
     def _importance_weights(self, batch: Batch, old_logprobs: Tensor) -> tuple[Tensor | None, Metrics]:
         correction = self.algorithm.off_policy_correction
         level = correction.tis_ratio_type
@@ -175,7 +188,8 @@ def _masked_sum(token_values: Tensor, batch: Batch, weights: Tensor | None) -> T
     return (weights * torch.where(batch.loss_mask, token_values, 0.0)).sum()
 
 
-def _settings(algorithm: AlgorithmConfig) -> dict[str, Any]:
-    """Every value of the section under its own name, and those of the sections that belong to one loss."""
-    sections = (algorithm, algorithm.sapo, algorithm.cispo, algorithm.clip_cov, algorithm.kl_cov)
-    return {field.name: getattr(section, field.name) for section in sections for field in fields(section)}
+def scaled_by_loss_weights(batch: Batch) -> Batch:
+    """The batch with advantages * loss_weights: a masked sum over it is the loss, however the batch is cut."""
+    if batch.loss_weights is None or batch.advantages is None:
+        raise ValueError("the batch has no loss_weights or no advantages; both are made before the update")
+    return replace(batch, advantages=batch.advantages * batch.loss_weights)

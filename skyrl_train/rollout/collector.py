@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, SamplingParams
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.episode import EnvCalls, Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.episode import Cut, EnvCalls, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
@@ -71,12 +72,15 @@ class Collector:
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._playing: dict[str, Episode] = {}
         self._last_end = time.monotonic()
+        self._cuts: Counter[Cut] = Counter()  # of the round that is being played
+        self._told: set[Cut] = set()
 
     async def collect(self, asked: Round, on_episode: OnEpisode | None = None) -> list[Group]:
         """All episodes of the round, in the order of its prompts. Failed episodes are in it, typed ENV_FAILURE."""
         tasks = [self._task(asked, prompt, i) for prompt in asked.prompts for i in range(asked.samples_per_prompt)]
         lockstep = Lockstep(len(tasks)) if self.deterministic or asked.reproducible else None
         self._last_end = time.monotonic()
+        self._cuts.clear()
         stall_report = asyncio.create_task(self._report_stalls())
         try:
             async with asyncio.TaskGroup() as playing:
@@ -84,7 +88,8 @@ class Collector:
         finally:
             stall_report.cancel()
         trajectories = [episode.result() for episode in episodes]
-        _refuse_if_all_failed(trajectories)
+        refuse_if_all_failed(trajectories)
+        self._tell_of_cuts(len(trajectories))
         n = asked.samples_per_prompt
         return [Group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(asked.prompts)]
 
@@ -121,7 +126,10 @@ class Collector:
             episode = self._episode(task, lockstep, attempts.num - 1)
             self._playing[task.id] = episode
             try:
-                return await episode.play()
+                trajectory = await episode.play()
+                if episode.cut is not None:
+                    self._cuts[episode.cut] += 1
+                return trajectory
             except EnvFailure as error:
                 failure, num = str(error), attempts.num
                 pause_s = attempts.pause_s(error)
@@ -152,6 +160,23 @@ class Collector:
             if idle_s >= STALL_REPORT_S and self._playing:
                 logger.warning(f"no episode ended for {idle_s:.0f} s; {self.who_waits_for_what()}")
 
+    def _tell_of_cuts(self, num_episodes: int) -> None:
+        """Warn once of each limit of the run that ended episodes before their environment said done."""
+        for cut in self._cuts.keys() - self._told:
+            self._told.add(cut)
+            if cut is Cut.TURNS:
+                where = "at the turn limit (generator.max_turns, or the row's own max_turns)"
+                do = "raise it, or set no limit (generator.max_turns=null) so that the environment's done decides"
+            else:
+                where = f"because their history was longer than {self._longest_input} tokens"
+                do = "raise generator.max_input_length, or take a model with a longer context"
+            share = f"{self._cuts[cut]} of {num_episodes} episodes ({self._cuts[cut] / num_episodes:.0%})"
+            logger.warning(f"{share} of this round were cut {where} before the environment was done; {do}")
+
+    @property
+    def _longest_input(self) -> int:
+        return min(self.limits.max_input_length, self.limits.max_context - 1)
+
     def who_waits_for_what(self) -> str:
         waits: dict[str, list[str]] = {}
         for episode_id, episode in self._playing.items():
@@ -160,7 +185,7 @@ class Collector:
         return "; ".join(shown) or "no episode is being played"
 
 
-def _refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
+def refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
     if trajectories and all(trajectory.end is EpisodeEnd.ENV_FAILURE for trajectory in trajectories):
         last = trajectories[-1]
         raise EveryEpisodeFailed(

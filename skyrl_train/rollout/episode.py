@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, Future
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -31,11 +32,18 @@ MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) ->
 class EpisodeLimits:
     """Where an episode stops, whatever the policy and the environment do."""
 
-    max_turns: int
+    max_turns: int | None  # None: the environment's `done` decides, unless the row has a max_turns
     max_input_length: int  # tokens; a turn is not started on a longer input
     max_context: int  # tokens the model can read, reply included
     step_timeout_s: float  # for one call of the environment
     episode_timeout_s: float  # for all calls of one episode together
+
+
+class Cut(StrEnum):
+    """The limits of the run (or of the row) that end an episode before its environment says done."""
+
+    TURNS = "turns"
+    INPUT = "input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +70,12 @@ class EnvCalls:
     """
 
     def __init__(self, make_env: MakeEnv, task: EpisodeTask, limits: EpisodeLimits, executor: Executor) -> None:
-        extras = copy.deepcopy(task.prompt.env_extras)  # the row's own values win, and no episode sees another's edits
-        extras.setdefault("max_turns", limits.max_turns)
+        extras = _Extras(copy.deepcopy(task.prompt.env_extras))  # so that no episode sees another's edits
+        own_limit = extras.pop("max_turns", None)  # the row's own values win
+        self.max_turns = limits.max_turns if own_limit is None else int(own_limit)
+        if self.max_turns is not None:
+            extras["max_turns"] = self.max_turns
         extras.setdefault("seed", task.env_seed)
-        self.max_turns = int(extras["max_turns"])
         self._make = partial(make_env, task.prompt.env_class, extras)
         self._name = task.prompt.env_class
         self._env: BaseTextEnv | None = None
@@ -147,6 +157,18 @@ class EnvCalls:
         return task.result()
 
 
+class _Extras(dict[str, Any]):
+    """The columns of a row. Where nobody set a turn limit, "max_turns" is absent, so an environment takes its own.
+
+    An environment without a limit of its own reads extras["max_turns"] unasked and gets 1, SkyRL's default.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        if key == "max_turns":
+            return 1
+        raise KeyError(key)
+
+
 @dataclass
 class Episode:
     """Plays one EpisodeTask once. `waits_for` says at any moment what the episode waits for."""
@@ -161,6 +183,7 @@ class Episode:
     waits_for: str = "its start"
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    cut: Cut | None = None  # what the run did to an episode that its environment would have gone on with
 
     async def play(self) -> Trajectory:
         """Raises EnvFailure if the environment broke; the environment is closed on every path."""
@@ -202,6 +225,7 @@ class Episode:
         while True:
             sampling = self._next_sampling(chat)
             if sampling is None:
+                self.cut = Cut.INPUT
                 await self._cut_short()
                 return EpisodeEnd.OUT_OF_TOKENS
             if self.lockstep is not None:
@@ -213,9 +237,12 @@ class Episode:
                 completion = await self.engine.generate(request)
             self.waits_for = "the environment's step"
             step = await self.env.step(completion.text)
-            over = step["done"] or len(self.turns) + 1 >= self.env.max_turns
+            is_last = self.env.max_turns is not None and len(self.turns) + 1 >= self.env.max_turns
+            over = step["done"] or is_last
             self._record(chat, completion, step, over)
             if over:
+                if not step["done"]:
+                    self.cut = Cut.TURNS
                 return _how_it_ended(completion, step)
 
     async def _cut_short(self) -> None:

@@ -12,7 +12,10 @@ def zero_reward_on_non_stop(trajectory: Trajectory) -> Trajectory:
     """The same trajectory; without reward if a length limit ended it."""
     if trajectory.stop_reason == "stop":
         return trajectory
-    return replace(trajectory, turns=[replace(turn, reward=0.0) for turn in trajectory.turns])
+    samples = trajectory.samples
+    if samples is not None:
+        samples = [replace(sample, rewards=[0.0] * len(sample.rewards)) for sample in samples]
+    return replace(trajectory, turns=[replace(turn, reward=0.0) for turn in trajectory.turns], samples=samples)
 
 
 def mask_overlong(samples: Iterable[Sample], trajectories: Iterable[Trajectory]) -> list[Sample]:

@@ -22,8 +22,8 @@ OVERRIDES = (
 class Learn(OpenEnvExp):
     """The experiment, which says how far it is after every step."""
 
-    def get_trainer(self, run: Any) -> Any:
-        trainer = super().get_trainer(run)
+    def build_trainer(self, run: Any) -> Any:
+        trainer = super().build_trainer(run)
         step, began = trainer.timed_step, []
 
         async def timed_step() -> dict[str, float]:

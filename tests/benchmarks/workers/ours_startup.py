@@ -48,8 +48,8 @@ def main() -> int:
             threading.Thread(target=report_first_token, args=(engine,), daemon=True).start()
             return engine
 
-        def get_trainer(self, run: Any) -> Any:
-            trainer = super().get_trainer(run)
+        def build_trainer(self, run: Any) -> Any:
+            trainer = super().build_trainer(run)
             reached("learner")
             return trainer
 

@@ -13,8 +13,8 @@ from tests.benchmarks.workers.turns import NoMoreTurns, Turns, settings
 class InTurns(BasePPOExp):
     """A training run, a turn per step."""
 
-    def get_trainer(self, run: Any) -> Any:
-        trainer, turns = super().get_trainer(run), Turns()
+    def build_trainer(self, run: Any) -> Any:
+        trainer, turns = super().build_trainer(run), Turns()
         step = trainer.timed_step
 
         async def timed_step() -> dict[str, float]:

@@ -142,13 +142,13 @@ def test_metrics_are_means_over_trained_tokens():
     assert metrics == expected
 
 
-def half_the_reward(token_level_rewards, response_mask, config, **others):
-    assert {"index", "values", "sample_index", "trajectory_index", "grpo_norm_by_std", "gamma", "lambd"} <= set(others)
-    return token_level_rewards * config.gamma / 2 + 7, token_level_rewards
+def half_the_reward(rewards, loss_mask, sample_index, config, **others):
+    assert {"batch", "group_index", "values", "trajectory_index", "grpo_norm_by_std", "gamma", "lambd"} == set(others)
+    return rewards * config.gamma / 2 + 7, rewards
 
 
-def a_row_each(token_level_rewards):
-    return token_level_rewards.reshape(-1, 3), token_level_rewards
+def a_row_each(rewards):
+    return rewards.reshape(-1, 3), rewards
 
 
 def test_the_estimator_is_taken_from_the_configuration():
@@ -168,7 +168,10 @@ def test_a_custom_estimator_comes_in_by_import_path_and_its_junk_is_masked():
 
 
 def test_a_custom_estimator_with_another_shape_is_refused():
-    with pytest.raises(ValueError, match="one number per token"):
+    with pytest.raises(
+        ValueError,
+        match=r"returned \(a tensor \[1, 3\], a tensor \[3\]\); it must return \(advantages, returns\), both \[3\]",
+    ):
         add_advantages(scored(("a", 4.0)), AlgorithmConfig(advantage_estimator=f"{__name__}:a_row_each"))
 
 

@@ -95,7 +95,8 @@ def test_an_unknown_key_is_told_the_one_that_was_meant(key, meant):
 
 
 def test_an_unknown_key_far_from_all_is_told_where_they_are_listed():
-    assert problem("+my.own.thing=1").endswith("`python -m skyrl_train.config` lists every key")
+    text = problem("my.own.thing=1")
+    assert text.endswith("is written +my.own.thing=1, and `python -m skyrl_train.config` lists every key")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ def refusal(*overrides: str) -> str:
 def test_prompts_that_do_not_divide_are_explained_with_numbers():
     assert refusal("trainer.train_batch_size=10", "trainer.policy_mini_batch_size=4") == (
         "trainer.train_batch_size=10 prompts cannot be cut into mini batches of trainer.policy_mini_batch_size=4: "
-        "10 = 2 x 4 + 2; nearest that work: 8 or 12"
+        "10 = 2 x 4 + 2; nearest that work: 8 or 12\n"
+        "This would start:\n  trainer.policy_mini_batch_size=4 trainer.train_batch_size=8"
     )
 
 
@@ -74,10 +75,12 @@ def test_a_wrong_value_is_refused_alone_and_in_words(override, says):
 
 
 def test_one_turn_reads_nothing_but_the_prompt():
-    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=600")
-    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=500")
-    assert load_config(["generator.max_input_length=600", "generator.max_turns=2"]).generator.max_input_length == 600
-    assert "use at least 512" in refusal("generator.max_input_length=500", "generator.max_turns=2")
+    one_turn, two_turns = "generator.max_turns=1", "generator.max_turns=2"
+    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=600", one_turn)
+    assert "must equal trainer.max_prompt_length=512" in refusal("generator.max_input_length=500", one_turn)
+    for turns in (two_turns, "generator.max_turns=null"):
+        assert load_config(["generator.max_input_length=600", turns]).generator.max_input_length == 600
+        assert "use at least 512" in refusal("generator.max_input_length=500", turns)
 
 
 def test_batched_is_for_one_turn():

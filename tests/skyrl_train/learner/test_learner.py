@@ -315,7 +315,7 @@ def a_custom_loss(log_probs, advantages, config):
 
 
 def a_reduced_loss(log_probs, advantages):
-    return (log_probs * advantages).sum(), {}
+    return (log_probs * advantages).sum(-1), {}  # one number per row
 
 
 def test_a_custom_loss_comes_in_by_import_path(monkeypatch):
@@ -341,7 +341,7 @@ def test_junk_of_a_custom_loss_outside_the_mask_counts_nothing(monkeypatch):
     assert metrics["policy/grad_norm"] == pytest.approx(expected_metrics["policy/grad_norm"])
 
 
-def test_a_custom_loss_that_reduces_is_refused():
+def test_a_custom_loss_that_reduces_its_rows_is_refused():
     config = trainer_config({**PLAIN, "policy_loss_type": f"{__name__}:a_reduced_loss"})
     learner = learner_for(config)
     with pytest.raises(ValueError, match="one loss per token"):

@@ -1,0 +1,196 @@
+"""How a policy loss is called and what it returns, found by calling it on a small batch before anything is loaded.
+
+    returns    what it is                                   what is done with it
+    TOKENS     one loss per token                           weighed by trainer.algorithm.loss_reduction and summed
+    MEAN       SkyRL's scalar: a mean over the batch        called once on the whole mini batch, so that no cut shows
+    SUM        a masked sum on advantages scaled before     called on advantages * loss_weights; the sums add up
+A mean keeps its gradient when every sample is given twice, a sum doubles it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyrl_train.algorithms.padded import sample_rows
+from skyrl_train.algorithms.registry import Function, call_with_named
+from skyrl_train.algorithms.skyrl_style import FLAT_NAMES, is_ours, kind_of, name_of
+from skyrl_train.algorithms.trial_batch import trial_batch
+from skyrl_train.types import Batch
+
+Metrics = dict[str, float]
+WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # what another shape or dtype makes code raise
+
+
+class Returns(StrEnum):
+    """What a policy loss returns beside its metrics."""
+
+    TOKENS = "tokens"
+    MEAN = "mean"
+    SUM = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class LossStyle:
+    """Whether the tensors are padded to [samples, response tokens], and what comes back."""
+
+    is_padded: bool
+    returns: Returns
+
+
+@dataclass(frozen=True, slots=True)
+class LossCall:
+    """A policy loss with everything it may ask for."""
+
+    function: Function
+    batch: Batch  # with advantages
+    log_probs: Tensor  # [T], with a gradient
+    old_log_probs: Tensor  # [T]
+    settings: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {
+            "log_probs": self.log_probs,
+            "old_log_probs": self.old_log_probs,
+            "rollout_logprobs": None if self._lacks_rollout_logprobs else self.batch.rollout_logprobs,
+            "advantages": self.batch.advantages,
+            "loss_mask": self.batch.loss_mask,
+        }
+
+    @property
+    def _lacks_rollout_logprobs(self) -> bool:
+        """Whether they came from a generator that did not keep them."""
+        return bool(self.batch.rollout_logprobs.isnan().any())
+
+    def flat(self) -> tuple[Any, Metrics]:
+        """What the function returns for our layout: (one loss per token [T], or whatever it is, metrics)."""
+        return self._answered({**self.tensors(), "sample_index": self.batch.sample_index})
+
+    def padded(self) -> tuple[Any, Metrics]:
+        """What it returns for SkyRL's: a loss per token is put back to [T], all else is as it came."""
+        rows = sample_rows(self.batch)
+        tensors = {name: None if x is None else rows.pad(x) for name, x in self.tensors().items()}
+        mask = tensors["loss_mask"]
+        assert mask is not None
+        loss, metrics = self._answered({**tensors, "loss_mask": mask.float()})
+        if isinstance(loss, Tensor) and tuple(loss.shape) == rows.shape:
+            loss = rows.unpad(loss)
+        return loss, metrics
+
+    def _answered(self, tensors: dict[str, Any]) -> tuple[Any, Metrics]:
+        offered = {**self.settings, **tensors}
+        by_position = ("log_probs", "old_log_probs", "advantages")
+        parameters = [p.name for p in signature(self.function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not set(by_position) & set(parameters):  # SkyRL passes these three without their names
+            offered |= {theirs: tensors[ours] for theirs, ours in zip(parameters[:3], by_position, strict=False)}
+        answer = call_with_named(self.function, offered)
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
+            raise ValueError(
+                f"the policy loss {name_of(self.function)} returned {kind_of(answer)}; it must return (loss, metrics)"
+            )
+        loss, metrics = answer
+        if metrics is None:
+            return loss, {}
+        if not isinstance(metrics, dict):  # SkyRL's oldest form returns its clip ratio alone
+            metrics = {"clip_ratio": metrics}
+        return loss, {str(name): float(value) for name, value in metrics.items()}
+
+
+def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
+    """Find out how to call a policy loss. ValueError if it returns nothing that can be minimised.
+
+    A loss of ours is flat, and so is one that asks for `sample_index`. Any other one gets SkyRL's padded tensors and,
+    where those do not suit it, the flat ones.
+    """
+    if is_ours(function):
+        return LossStyle(is_padded=False, returns=Returns.TOKENS)
+    if FLAT_NAMES & set(signature(function).parameters):
+        return _style_of_flat(function, settings)
+    try:
+        loss, _ = _trial_call(function, settings).padded()
+    except WRONG_FOR_TENSORS as error:
+        try:
+            return _style_of_flat(function, settings)
+        except WRONG_FOR_TENSORS:
+            error.add_note(f"while the policy loss {name_of(function)} was tried on a small batch")
+            raise error from None
+    if isinstance(loss, Tensor) and loss.shape == trial_batch().loss_mask.shape:
+        _gradient_of(loss.sum(), function)
+        return LossStyle(is_padded=True, returns=Returns.TOKENS)
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return LossStyle(is_padded=True, returns=_mean_or_sum(function, settings))
+    raise ValueError(
+        f"the policy loss {name_of(function)} returned {kind_of(loss)} as its loss for log_probs "
+        f"{list(sample_rows(trial_batch()).shape)} [samples, response tokens]; it must return one loss per token, of "
+        "that shape, or one number: a mean over the batch or a masked sum"
+    )
+
+
+def _style_of_flat(function: Function, settings: dict[str, Any]) -> LossStyle:
+    call = _trial_call(function, settings)
+    loss, _ = call.flat()
+    if not isinstance(loss, Tensor) or loss.shape != call.log_probs.shape:
+        raise ValueError(
+            f"the policy loss {name_of(function)} returned {kind_of(loss)} as its loss for log_probs "
+            f"{list(call.log_probs.shape)}; one that asks for sample_index must return one loss per token, of that "
+            "shape, and leave the reduction to trainer.algorithm.loss_reduction"
+        )
+    _gradient_of(loss.sum(), function)
+    return LossStyle(is_padded=False, returns=Returns.TOKENS)
+
+
+def _mean_or_sum(function: Function, settings: dict[str, Any]) -> Returns:
+    once, twice = _size_of_gradient(function, settings), _size_of_gradient(function, settings, copies=2)
+    if once == 0:
+        raise ValueError(f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing")
+    if 0.75 < twice / once < 1.25:
+        return Returns.MEAN
+    scaled = _size_of_gradient(function, settings, advantage_scale=2.0)
+    if 1.5 < twice / once < 2.5 and 1.9 < scaled / once < 2.1:
+        return Returns.SUM
+    raise ValueError(
+        f"the policy loss {name_of(function)} returned one number that is neither a mean over the batch nor a masked "
+        f"sum that scales with the advantages (twice the samples: {twice / once:.2f} times the gradient; twice the "
+        f"advantages: {scaled / once:.2f} times); return one loss per token instead"
+    )
+
+
+def _size_of_gradient(
+    function: Function, settings: dict[str, Any], *, copies: int = 1, advantage_scale: float = 1.0
+) -> float:
+    call = _trial_call(function, settings, copies=copies, advantage_scale=advantage_scale)
+    loss, _ = call.padded()
+    [gradient] = torch.autograd.grad(_gradient_of(loss, function), call.log_probs)
+    return float(gradient.abs().sum())
+
+
+def _gradient_of(loss: Tensor, function: Function) -> Tensor:
+    """The loss itself, if a gradient leads through it."""
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the policy loss {name_of(function)} has no gradient with respect to log_probs: it would train nothing; "
+            "compute it without torch.no_grad() and without detach()"
+        )
+    return loss
+
+
+def _trial_call(
+    function: Function, settings: dict[str, Any], *, copies: int = 1, advantage_scale: float = 1.0
+) -> LossCall:
+    batch = trial_batch(copies)
+    num_tokens = batch.num_tokens
+    steps = torch.arange(num_tokens // copies).repeat(copies)
+    log_probs = torch.where(batch.loss_mask, -0.5 - 0.1 * (steps % 5), 0.0).requires_grad_()
+    old_log_probs = torch.where(batch.loss_mask, log_probs.detach() + 0.04 * (steps % 3 - 1), 0.0)
+    advantages = torch.where(batch.loss_mask, advantage_scale * torch.where(steps % 4 == 0, -0.7, 1.0), 0.0)
+    batch = replace(
+        batch,
+        advantages=advantages,
+        rollout_logprobs=torch.where(batch.loss_mask, log_probs.detach() - 0.01, 0.0),
+    )
+    return LossCall(function, batch, log_probs, old_log_probs, settings)

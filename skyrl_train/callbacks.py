@@ -1,0 +1,73 @@
+"""Callbacks: a user's code at the events of a run, without a subclass of anything else. The names are SkyRL's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class CallbackInput:
+    """Where the run is. `metrics` comes with step and eval ends, `logs` with on_log, `ckpt_path` with on_save."""
+
+    global_step: int  # finished steps; in on_step_start the step that begins
+    epoch: int
+    total_steps: int
+    steps_per_epoch: int
+    batch: Any = None  # the trained batch, in on_step_end
+    metrics: Metrics | None = None
+    logs: Metrics | None = None  # what is about to be logged; a callback may add to it
+    ckpt_path: str | None = None
+
+
+@dataclass
+class TrainingControl:
+    """What a callback may ask for; the trainer does it after the step and sets the flags back."""
+
+    should_save: bool = False
+    should_evaluate: bool = False
+
+    def reset(self) -> None:
+        self.should_save = self.should_evaluate = False
+
+
+class TrainingCallback:
+    """Override the events you care about. `trainer` has cfg, tracker, tokenizer and global_step."""
+
+    def on_train_start(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_train_end(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_epoch_start(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_epoch_end(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_step_start(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_step_end(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_eval_start(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_eval_end(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_save(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+    def on_log(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
+
+
+EVENTS = {name for name in vars(TrainingCallback) if name.startswith("on_")}
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> list[TrainingCallback]:
+    """The callbacks as a list. ValueError for what is no callback, or has an event that never comes."""
+    checked = list(callbacks)
+    for callback in checked:
+        name = type(callback).__name__
+        if not isinstance(callback, TrainingCallback):
+            raise ValueError(
+                f"{name} is no TrainingCallback; derive it from skyrl_train.utils.callbacks.TrainingCallback"
+            )
+        vain = sorted(method for method in dir(callback) if method.startswith("on_") and method not in EVENTS)
+        if vain:
+            raise ValueError(f"{name}.{', '.join(vain)} is never called; the events are {', '.join(sorted(EVENTS))}")
+        for event in EVENTS:
+            try:
+                inspect.signature(getattr(callback, event)).bind(None, None, None)
+            except TypeError as error:
+                raise ValueError(f"{name}.{event} must take (trainer, callback_input, control): {error}") from error
+    return checked

@@ -1,0 +1,1 @@
+"""Ray, and nothing else in the project knows it."""

@@ -1,0 +1,68 @@
+"""Start Ray for SkyRL's mains, which run inside a Ray task; its workers know what the driver registered."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from skyrl_train.algorithms import AdvantageEstimatorRegistry, PolicyLossRegistry
+from skyrl_train.algorithms.skyrl_style import is_ours
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from skyrl_train.config import SkyRLConfig
+
+Functions = dict[str, Any]
+
+
+def initialize_ray(cfg: DictConfig | SkyRLConfig | None = None) -> None:
+    """Start Ray on this machine, unless it runs. Workers get the registered functions and all processor cores.
+
+    Ray sets the number of threads of a task with num_cpus=1 to one, and the run computes in that task.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    functions = registered_by_users()
+
+    def set_up_worker() -> None:  # Ray takes a function alone, nothing else that can be called
+        register_all(*functions)
+
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    ray.init(
+        include_dashboard=False,
+        runtime_env={
+            "env_vars": {"OMP_NUM_THREADS": threads},
+            "worker_process_setup_hook": set_up_worker,
+        },
+    )
+
+
+def skyrl_entrypoint(experiment: type) -> Any:
+    """SkyRL's Ray task: `ray.get(skyrl_entrypoint.remote(cfg))` builds the experiment in a worker and runs it."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def skyrl_entrypoint(cfg: Any) -> None:
+        experiment(cfg).run()
+
+    return skyrl_entrypoint
+
+
+def registered_by_users() -> tuple[Functions, Functions]:
+    """(estimators, losses) that are not the project's own. Environments are registered inside the task."""
+    estimators, losses = AdvantageEstimatorRegistry.functions, PolicyLossRegistry.functions
+    return (
+        {name: function for name, function in estimators.items() if not is_ours(function)},
+        {name: function for name, function in losses.items() if not is_ours(function)},
+    )
+
+
+def register_all(estimators: Functions, losses: Functions) -> None:
+    """Register in this process what is not registered yet."""
+    for registry, functions in ((AdvantageEstimatorRegistry, estimators), (PolicyLossRegistry, losses)):
+        for name, function in functions.items():
+            if name not in registry.functions:
+                registry.register(name, function)

@@ -1,0 +1,61 @@
+"""The command that would be accepted: what is refused is dropped or replaced until the configuration is valid."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from skyrl_train.config.refused import lies_in
+from skyrl_train.config.renamed import renamed
+from skyrl_train.config.section import ConfigError, Problem
+
+MAX_ROUNDS = 8  # a correction may bring up a rule that could not be asked before
+
+
+def corrected(overrides: Sequence[str], check: Callable[[Sequence[str]], object]) -> list[str] | None:
+    """Overrides that `check` accepts: as given, without or with other values for what it refuses.
+
+    None if there are none to be found. `check` raises ConfigError.
+    """
+    current = list(overrides)
+    for _ in range(MAX_ROUNDS):
+        try:
+            check(current)
+        except ConfigError as error:
+            changed = current
+            for problem in error.problems:
+                changed = without(problem, changed)
+            if changed == current:
+                return None
+            current = changed
+        else:
+            return current
+    return None
+
+
+def without(problem: Problem, overrides: list[str]) -> list[str]:
+    """The overrides without those that cause the problem, and with what the problem says to set instead."""
+    kept = [text for text in overrides if not _is_about(problem, text)]
+    return kept + [setting for setting in problem.fix if setting not in kept]
+
+
+def _is_about(problem: Problem, override: str) -> bool:
+    key = renamed(override.lstrip("+~").partition("=")[0])
+    return override == problem.key or lies_in(key, problem.key) or lies_in(problem.key, key)
+
+
+def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
+    """The command line of this process with other overrides; the overrides alone where it was not called with them."""
+    typed = sys.argv[1:]
+    if typed and list(instead_of) == typed and sys.orig_argv[-len(typed) :] == typed:
+        return shlex.join([*sys.orig_argv[: -len(typed)], *overrides])
+    return shlex.join(overrides)
+
+
+def advice_to_paste(overrides: Sequence[str], check: Callable[[Sequence[str]], object]) -> str:
+    """The end of a refusal: the corrected command, or nothing where no correction is known."""
+    found = corrected(overrides, check)
+    if not found:
+        return ""
+    return f"\nThis would start:\n  {as_command(found, overrides)}"

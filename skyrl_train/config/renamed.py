@@ -1,0 +1,31 @@
+"""Keys of the newest SkyRL that stand in another section here: generator.inference_engine.* lies in generator."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from skyrl_train.config.generator import GeneratorConfig
+
+SECTION = "generator.inference_engine"
+OTHER_NAMES = {
+    "num_engines": "num_inference_engines",
+    "tensor_parallel_size": "inference_engine_tensor_parallel_size",
+    "pipeline_parallel_size": "inference_engine_pipeline_parallel_size",
+    "expert_parallel_size": "inference_engine_expert_parallel_size",
+    "data_parallel_size": "inference_engine_data_parallel_size",
+    "remote_urls": "remote_inference_engine_urls",
+}
+KNOWN = {field.name for field in fields(GeneratorConfig)}
+
+
+def renamed(key: str) -> str:
+    """The key of this tree that means the same; the key itself where there is none.
+
+    generator.inference_engine.num_engines -> generator.num_inference_engines
+    """
+    section, _, rest = key.partition(f"{SECTION}.")
+    if section or not rest:
+        return key
+    name, dot, below = rest.partition(".")
+    name = OTHER_NAMES.get(name, name)
+    return f"generator.{name}{dot}{below}" if name in KNOWN else key

@@ -1,0 +1,60 @@
+"""`python -m skyrl_train.entrypoints.main_generate key=value ...`: evaluate the policy as it is, learn nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from skyrl_train.entrypoints.main_base import BasePPOExp, main
+
+__all__ = ["EvalOnlyEntrypoint"]
+
+
+class EvalOnlyEntrypoint(BasePPOExp):
+    """Plays the validation prompts once. There is no training data, no learner and no optimizer state."""
+
+    def get_train_dataset(self) -> Any:
+        return None
+
+    def get_eval_dataset(self) -> Any:
+        if not self.cfg.data.val_data:
+            raise ValueError("data.val_data=[] is empty: there is nothing to evaluate; give at least one file")
+        return self._dataset(self.cfg.data.val_data)
+
+    async def run(self) -> dict[str, float]:
+        """Evaluate, log the metrics at step 0, and return them. Files stand under dumped_evals/eval_only."""
+        from pathlib import Path
+
+        from skyrl_train.run import Run, run_info
+
+        environment = ", ".join(sorted({prompt.data_source for prompt in self.eval_dataset}))
+        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
+        info = run_info(self.cfg, Path(self.model_path).name, environment, device, 0)
+        with Run.open(self.cfg, self.tokenizer, info) as run:
+            metrics = await self._evaluate(run)
+            run.finish()
+        return metrics
+
+    async def _evaluate(self, run: Any) -> dict[str, float]:
+        from skyrl_train import compute
+        from skyrl_train.evaluate import Evaluator
+
+        try:
+            policy = await asyncio.wrap_future(compute.submit(self.get_policy))
+            engine = self.get_engine(policy)
+            try:
+                episodes = self.get_episodes(engine)
+                evaluator = Evaluator(self.cfg, self.eval_dataset, episodes, run, self.tokenizer.decode)
+                metrics = await evaluator.evaluate(None)
+                run.log(0, metrics)
+                episodes.close()
+                return metrics
+            finally:
+                await engine.close()
+        finally:
+            await self.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(experiment=EvalOnlyEntrypoint))

@@ -1,0 +1,27 @@
+"""What SkyRL's engines take and return."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+from skyrl_train.generators.base import ConversationType
+
+__all__ = ["ConversationType", "InferenceEngineInput", "InferenceEngineOutput"]
+
+
+class InferenceEngineInput(TypedDict):
+    """Exactly one of `prompts` and `prompt_token_ids`; one session id per prompt keeps an episode's cache."""
+
+    prompts: NotRequired[list[ConversationType] | None]
+    prompt_token_ids: NotRequired[list[list[int]] | None]
+    sampling_params: NotRequired[dict[str, Any] | None]
+    session_ids: NotRequired[list[Any] | None]
+
+
+class InferenceEngineOutput(TypedDict):
+    """One entry per prompt."""
+
+    responses: list[str]  # decoded without special tokens
+    response_ids: list[list[int]]
+    stop_reasons: list[str]  # stop, length or abort
+    response_logprobs: list[list[float]] | None

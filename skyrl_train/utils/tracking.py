@@ -1,0 +1,5 @@
+"""SkyRL's import path `skyrl_train.utils.tracking`."""
+
+from skyrl_train.tracking import Tracking
+
+__all__ = ["Tracking"]

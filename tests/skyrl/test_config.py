@@ -1,0 +1,245 @@
+"""Configuration as SkyRL's users give it: keys of their own, a root class, the renamed section, and what to paste."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from skyrl_train.config import (
+    AlgorithmConfig,
+    BaseConfig,
+    ConfigError,
+    GeneratorConfig,
+    SkyRLConfig,
+    SkyRLTrainConfig,
+    TrainerConfig,
+    config_dir,
+    get_config_as_dict,
+    get_config_as_yaml_str,
+    load_config,
+    make_config,
+    to_flat_dict,
+    validate_cfg,
+)
+
+OVERLONG = ["+trainer.algorithm.overlong_buffer.len=512", "+trainer.algorithm.overlong_buffer.penalty_factor=1.0"]
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    return str(caught.value)
+
+
+def to_paste(*overrides: str) -> list[str]:
+    text = refusal(*overrides)
+    before, _, command = text.partition("\nThis would start:\n")
+    assert before, text
+    return shlex.split(command)
+
+
+def test_own_keys_are_read_as_attributes_and_as_items():
+    config = load_config(
+        [*OVERLONG, "+my.deep={a: [1, 2], b: {c: x}}", "+generator.miniswe_config_path=/x", "++my.k=3"]
+    )
+    assert config.trainer.algorithm.overlong_buffer.len == 512
+    assert config.trainer.algorithm["overlong_buffer"]["penalty_factor"] == 1.0
+    assert (config["my"].deep.b.c, config["my"].k, config.my.deep["a"]) == ("x", 3, [1, 2])
+    assert config.generator.get("miniswe_config_path") == "/x"
+    assert config.generator.get("nothing", 7) == 7
+    assert "my" in config
+    flat = to_flat_dict(config)
+    assert flat["trainer.algorithm.overlong_buffer.len"] == 512
+    assert flat["my.deep.b.c"] == "x"
+    assert to_flat_dict(validate_cfg(config)) == flat
+    assert "overlong_buffer" in get_config_as_yaml_str(config)
+    assert get_config_as_dict(config)["generator"]["miniswe_config_path"] == "/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("+trainer.epoch=2", "trainer.epochs"),
+        ("+trainr.epochs=2", "trainer.epochs"),
+        ("+generator.temperature=0.5", "generator.sampling_params.temperature"),
+        ("+lr=3", "trainer.policy.optimizer_config.lr"),
+        ("+trainer.algorithm.eps_clip_hgih=0.3", "trainer.algorithm.eps_clip_high"),
+    ],
+)
+def test_a_plus_does_not_hide_a_slip_of_the_pen(override, meant):
+    text = refusal(override)
+    assert f"looks like {meant}" in text
+    assert "of its own: +my." in text
+
+
+@pytest.mark.parametrize("override", ["+trainer.rules.x=1", "+generator.get=1", "+trainer.problems=2", "+my-key.x=1"])
+def test_a_key_that_would_hide_something_is_refused(override):
+    assert "is no free name" in refusal(override)
+
+
+@pytest.mark.parametrize("override", ["+trainer.policy.megatron_config.x=1", "+trainer.critic.model.path=y"])
+def test_a_plus_does_not_make_a_refused_key_ones_own(override):
+    text = refusal(override)
+    assert any(way_out in text for way_out in ("drop it", "use "))
+
+
+def test_what_hydra_composed_keeps_own_keys_and_their_types_are_checked():
+    with initialize_config_dir(config_dir, version_base=None):
+        composed = compose("ppo_base_config", overrides=[*OVERLONG, "+my.key=1", "trainer.epochs=2"])
+        wrong = compose("ppo_base_config", overrides=["trainer.epochs=many"])
+    assert composed.generator.max_input_length == 512
+    config = validate_cfg(composed)
+    assert (config.trainer.epochs, config["my"].key, config.trainer.algorithm["overlong_buffer"].len) == (2, 1, 512)
+    with pytest.raises(ConfigError, match=r"trainer.epochs=many has the wrong type"):
+        validate_cfg(wrong)
+
+
+def test_a_hand_made_tree_may_not_hold_a_slip_either():
+    with pytest.raises(ConfigError, match=r"looks like trainer.epochs"):
+        validate_cfg(OmegaConf.create({"trainer": {"epoch": 2}}))
+    with pytest.raises(ConfigError, match="is not a key of the configuration"):
+        SkyRLConfig.from_dict_config(OmegaConf.create({"my": {"key": 2}}))
+
+
+@dataclass
+class Buffer(BaseConfig):
+    length: int = 512
+    factor: float = 1.0
+
+
+@dataclass
+class DAPOAlgorithmConfig(AlgorithmConfig):
+    overlong_buffer_len: int = 512
+    buffer: Buffer = field(default_factory=Buffer)
+    sizes: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class MyGenerator(GeneratorConfig):
+    traj_dir: str = "/tmp/t"
+
+
+@dataclass
+class MyTrainer(TrainerConfig):
+    patience: int = 3
+
+
+def test_a_root_class_of_ones_own_is_made_as_the_newest_skyrl_makes_it():
+    root = make_config(algorithm_cls=DAPOAlgorithmConfig, generator_cls=MyGenerator)
+    config = root.from_cli_overrides(
+        ["trainer.algorithm.overlong_buffer_len=7", "trainer.algorithm.buffer.factor=2", "generator.traj_dir=/x"]
+    )
+    assert isinstance(config, SkyRLTrainConfig)
+    assert isinstance(config.trainer.algorithm, DAPOAlgorithmConfig)
+    assert (config.trainer.algorithm.overlong_buffer_len, config.trainer.algorithm.buffer.factor) == (7, 2.0)
+    assert config.generator.get("traj_dir") == "/x"
+    assert make_config(trainer_cls=MyTrainer).from_cli_overrides({"trainer.patience": 4}).trainer["patience"] == 4
+    with pytest.raises(ConfigError, match=r"trainer.algorithm.overlong_buffer_len=x has the wrong type"):
+        root.from_cli_overrides({"trainer.algorithm.overlong_buffer_len": "x"})
+    with pytest.raises(ConfigError, match=r"trainer.algorithm.sizes=x has the wrong type: expected a list"):
+        root.from_cli_overrides({"trainer.algorithm.sizes": "x"})
+
+
+def test_overrides_may_be_a_dictionary():
+    config = SkyRLTrainConfig.from_cli_overrides(
+        {"trainer.run_name": "it's a test", "data.train_data": ["a b.jsonl"], "trainer.resume_mode": None}
+    )
+    assert (config.trainer.run_name, config.data.train_data) == ("it's a test", ["a b.jsonl"])
+    assert config.trainer.resume_mode is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("num_engines=2", "generator.num_inference_engines=2"),
+        ("tensor_parallel_size=4", "generator.inference_engine_tensor_parallel_size=4"),
+        ("remote_urls=[a]", "generator.remote_inference_engine_urls=[a]"),
+        ("backend=vllm", "generator.backend=vllm"),
+        ("gpu_memory_utilization=0.5", "generator.gpu_memory_utilization=0.5"),
+        ("engine_init_kwargs.max_model_len=9", "generator.engine_init_kwargs={max_model_len:9}"),
+        ("enable_http_endpoint=true", "generator.enable_http_endpoint=true"),
+    ],
+)
+def test_the_renamed_section_is_refused_as_the_old_one_is(theirs, ours):
+    assert refusal(f"generator.inference_engine.{theirs}").startswith(ours)
+
+
+def test_the_renamed_section_is_understood():
+    section = "generator.inference_engine"
+    config = load_config([f"{section}.max_num_seqs=8", f"{section}.num_engines=1", f"{section}.backend=torch"])
+    assert config.generator.max_num_seqs == 8
+    assert load_config([f"{section}={{max_num_seqs: 9, num_engines: 1}}"]).generator.max_num_seqs == 9
+    assert "is for vLLM" in refusal(f"{section}.distributed_executor_backend=ray")
+
+
+def test_a_launch_command_of_skyrl_ends_with_one_that_starts():
+    typed = [
+        "data.train_data=['/d/train.parquet']",
+        "trainer.algorithm.advantage_estimator=grpo",
+        "trainer.policy.model.path=Qwen/Qwen2.5-1.5B-Instruct",
+        "trainer.placement.colocate_all=false",
+        "trainer.strategy=fsdp2",
+        "trainer.placement.policy_num_gpus_per_node=4",
+        "generator.inference_engine.num_engines=4",
+        "generator.inference_engine.backend=vllm",
+        "generator.num_inference_engines=4",
+        "generator.gpu_memory_utilization=0.85",
+        "trainer.epochs=20",
+        "trainer.train_batch_size=1024",
+        "trainer.policy_mini_batch_size=256",
+        "trainer.flash_attn=true",
+        "+trainer.algorithm.overlong_buffer.len=512",
+        "trainer.run_name='a run'",
+    ]
+    pasted = to_paste(*typed)
+    assert pasted == [typed[i] for i in (0, 1, 2, 10, 11, 12, 14, 15)]
+    assert load_config(pasted).trainer.algorithm["overlong_buffer"].len == 512
+
+
+@pytest.mark.parametrize(
+    ("typed", "pasted"),
+    [
+        (["trainer.epoch=2", "trainer.seed=1"], ["trainer.seed=1", "trainer.epochs=2"]),
+        (["trainer.train_batch_size=8"], ["trainer.train_batch_size=8", "trainer.policy_mini_batch_size=8"]),
+        (
+            ["trainer.algorithm.use_kl_in_reward=true"],
+            ["trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.use_kl_loss=false"],
+        ),
+        (
+            ["trainer.algorithm.use_tis=true", "trainer.algorithm.tis_imp_ratio_cap=3.0"],
+            [
+                "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
+                "trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high=3.0",
+            ],
+        ),
+        (["trainer.epochs=0", "trainer.seed=x", "trainer.seed=5"], []),
+        (["trainer.seed=7", "--help", "trainer.run_name=[1"], ["trainer.seed=7"]),
+        (["trainer.run_nam='my run'", "trainer.seed=7"], ["trainer.seed=7", "trainer.run_name='my run'"]),
+        (
+            ["trainer.seed=7", "trainer.algorithm.policy_loss_type=regular", "trainer.algorithm.clip_ratio_c=2.0"],
+            ["trainer.seed=7", "trainer.algorithm.policy_loss_type=regular"],
+        ),
+    ],
+)
+def test_what_is_pasted_is_accepted(typed, pasted):
+    if pasted:
+        assert to_paste(*typed) == pasted
+        load_config(pasted)
+    else:
+        assert "This would start" not in refusal(*typed)
+
+
+def test_the_command_is_the_one_of_this_process(monkeypatch):
+    typed = ["trainer.strategy=fsdp2", "trainer.run_name='a b'"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *typed])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "my.main", *typed])
+    assert refusal(*typed).splitlines()[-1] == """  python -m my.main 'trainer.run_name='"'"'a b'"'"''"""
+    with initialize_config_dir(config_dir, version_base=None):
+        composed = compose("ppo_base_config", overrides=typed)
+    with pytest.raises(ConfigError, match=r"This would start:\n  python -m my.main"):
+        validate_cfg(composed)

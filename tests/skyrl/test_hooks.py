@@ -1,0 +1,257 @@
+"""The hook between episodes and batch, the callbacks, and a generator of one's own: whole small runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import skyrl_gym
+from skyrl_gym.envs import register
+from skyrl_train.entrypoints.main_base import BasePPOExp, main
+from skyrl_train.entrypoints.main_generate import EvalOnlyEntrypoint
+from skyrl_train.generators.base import GeneratorOutput
+from skyrl_train.metrics import read_metrics
+from skyrl_train.ray_ppo_trainer import NEVER_CALLED
+from skyrl_train.records.trajectories import read_trajectories, trajectory_files
+from skyrl_train.rollout.generator_output import output_of, with_output
+from skyrl_train.trainer import RayPPOTrainer
+from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
+from skyrl_train.utils.callbacks import CallbackInput, TrainingCallback, TrainingControl
+from tests.fakes import EvenEnv
+from tests.skyrl.test_generators import SingleTurn
+from tests.tiny_models import save_tiny_model
+
+
+class OneTurn(EvenEnv):
+    def step(self, action: str) -> Any:
+        return {**super().step(action), "done": True}
+
+
+class DAPOTrainer(RayPPOTrainer):
+    """SkyRL's documented example: the last tokens before the length limit cost more and more."""
+
+    @torch.no_grad()
+    def postprocess_generator_output(self, generator_output: GeneratorOutput, uids: list[str]) -> GeneratorOutput:
+        buffer: Any = self.cfg.trainer.algorithm.overlong_buffer
+        rewards: Any = generator_output["rewards"]
+        assert not isinstance(rewards[0], list), "we assume verifiable sequence level rewards here"
+        longest = self.cfg.generator.sampling_params.max_generate_length
+        for i, response in enumerate(generator_output["response_ids"]):
+            exceeded = len(response) - (longest - buffer.len)
+            rewards[i] -= max(exceeded, 0) / buffer.len * buffer.penalty_factor
+        generator_output["rewards"] = rewards
+        self.all_metrics["mine/longest"] = float(max(map(len, generator_output["response_ids"])))
+        return super().postprocess_generator_output(generator_output, uids)
+
+
+class Notes(TrainingCallback):
+    """Writes down every event, asks for one evaluation and one checkpoint, and adds to the log."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def on_step_end(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None:
+        self._note("step_end", callback_input)
+        assert callback_input.metrics is not None
+        assert "policy/grad_norm" in callback_input.metrics
+        assert trainer.global_step == callback_input.global_step
+        control.should_evaluate = control.should_save = callback_input.global_step == 1
+
+    def on_log(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None:
+        assert callback_input.logs is not None
+        callback_input.logs["mine/step"] = callback_input.global_step
+
+    def on_save(self, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None:
+        assert callback_input.ckpt_path is not None
+        assert Path(callback_input.ckpt_path).is_dir()
+        self._note("save", callback_input)
+
+    def _note(self, event: str, where: CallbackInput) -> None:
+        self.events.append((event, where.global_step))
+
+
+def _noting(event: str) -> Any:
+    return lambda self, trainer, callback_input, control: self._note(event.removeprefix("on_"), callback_input)
+
+
+for _event in ("on_train_start", "on_train_end", "on_epoch_start", "on_epoch_end", "on_step_start", "on_eval_end"):
+    setattr(Notes, _event, _noting(_event))
+
+
+def run(folder: Path, experiment: type[BasePPOExp], *more: str) -> tuple[int, Path]:
+    if not (folder / "model").exists():
+        save_tiny_model(folder / "model")
+        rows = [{"prompt": [{"role": "user", "content": f"task {i}"}]} for i in range(4)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = folder / experiment.__name__
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    register("one_turn", OneTurn)
+    try:
+        status = main(
+            [
+                f"data.train_data=['{folder}/data.jsonl']",
+                f"data.val_data=['{folder}/data.jsonl']",
+                f"trainer.policy.model.path={folder}/model",
+                f"trainer.ckpt_path={where}",
+                f"trainer.export_path={where}/exports",
+                "trainer.device=cpu",
+                "trainer.bf16=false",
+                "environment.env_class=one_turn",
+                "trainer.train_batch_size=2",
+                "trainer.policy_mini_batch_size=2",
+                "trainer.algorithm.use_kl_loss=false",
+                "trainer.policy.optimizer_config.lr=1e-3",
+                "trainer.eval_before_train=false",
+                "trainer.eval_interval=10",
+                "generator.n_samples_per_prompt=4",
+                "generator.sampling_params.max_generate_length=8",
+                *more,
+            ],
+            experiment,
+        )
+    finally:
+        skyrl_gym.envs.deregister("one_turn")
+        torch.set_num_threads(threads)
+    return status, where
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hooks")
+
+
+def test_dapos_overlong_penalty_and_callbacks_run_as_skyrls_documents_write_them(folder):
+    notes = Notes()
+
+    class DAPOExp(BasePPOExp):
+        def get_trainer(self, *args, **kwargs):
+            return DAPOTrainer(*args, **kwargs)
+
+        def get_callbacks(self):
+            return [notes]
+
+    buffer = "+trainer.algorithm.overlong_buffer"
+    status, where = run(folder, DAPOExp, "generator.batched=true", f"{buffer}.len=4", f"{buffer}.penalty_factor=100.0")
+    assert status == 0
+    lines = read_metrics(where / "metrics.jsonl")
+    assert [line["mine/step"] for line in lines] == [1, 2]
+    for line in lines:
+        played = read_trajectories(trajectory_files(where, "train")[line["step"]])
+        assert line["mine/longest"] == 8.0
+        lengths = [sum(len(s.ids) for s in episode.segments if s.sampled) for episode in played]
+        penalties = [100 * max(length - 4, 0) / 4 for length in lengths]
+        earned = [episode.reward for episode in played]  # the records hold what the environment paid
+        expected = sum(earned) / len(earned) - sum(penalties) / len(penalties)
+        assert line["loss/avg_final_rewards"] == pytest.approx(expected, abs=1e-4)
+        assert line["reward/avg_raw_reward"] == pytest.approx(expected, abs=1e-4)
+    assert notes.events == [
+        ("train_start", 0), ("epoch_start", 1), ("step_start", 1), ("step_end", 1), ("eval_end", 1), ("save", 1),
+        ("step_start", 2), ("step_end", 2), ("eval_end", 2), ("epoch_end", 2), ("save", 2), ("train_end", 2),
+    ]  # fmt: skip
+
+
+def test_a_generator_and_a_hook_of_ones_own_train(folder):
+    class GeneratorExp(BasePPOExp):
+        def get_generator(self, cfg, tokenizer, inference_engine_client):
+            return SingleTurn(inference_engine_client, tokenizer)
+
+        async def shape_rewards(self, groups):
+            return [Group(group.prompt, [t.plus(10.0 * t.repetition) for t in group.trajectories]) for group in groups]
+
+    status, where = run(folder, GeneratorExp, "trainer.ckpt_interval=-1")
+    assert status == 0
+    lines = read_metrics(where / "metrics.jsonl")
+    for line in lines:
+        assert line["mine/calls"] == 1.0
+        assert line["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4
+        assert line["policy/grad_norm"] > 0
+        played = read_trajectories(trajectory_files(where, "train")[line["step"]])
+        earned = sum(episode.reward for episode in played) / len(played)
+        assert line["loss/avg_final_rewards"] == pytest.approx(earned + 15.0, abs=1e-4)  # 10 * mean of 0, 1, 2, 3
+
+
+@pytest.mark.parametrize("name", sorted(NEVER_CALLED))
+def test_a_trainer_that_overrides_what_nobody_calls_is_refused(name):
+    cls = type("MyTrainer", (RayPPOTrainer,), {name: lambda self: None})
+    with pytest.raises(ValueError, match=f"MyTrainer.{name} is never called: "):
+        cls(None, None, None, None)
+
+
+def test_what_get_trainer_may_not_return_is_refused(folder, capsys):
+    class WrongTrainerExp(BasePPOExp):
+        def get_trainer(self, *args, **kwargs):
+            return "a trainer"
+
+    assert run(folder, WrongTrainerExp)[0] == 2
+    assert "refused: get_trainer returned str; it must return a RayPPOTrainer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("callback", "says"),
+    [
+        (object(), "object is no TrainingCallback"),
+        (
+            type("A", (TrainingCallback,), {"on_step_ends": lambda *a: None})(),
+            r"A.on_step_ends is never called; the ev",
+        ),
+        (type("B", (TrainingCallback,), {"on_step_end": lambda self, trainer: None})(), r"B.on_step_end must take"),
+    ],
+)
+def test_a_callback_that_would_never_be_called_is_refused(callback, says):
+    with pytest.raises(ValueError, match=says):
+        RayPPOTrainer(None, None, None, None, callbacks=[callback])
+
+
+def test_a_run_that_only_evaluates_learns_nothing_and_returns_its_metrics(folder):
+    seen: list[dict[str, float]] = []
+
+    class EvalExp(EvalOnlyEntrypoint):
+        async def run(self):
+            seen.append(await super().run())
+            return seen[0]
+
+    status, where = run(folder, EvalExp, "generator.eval_n_samples_per_prompt=2")
+    assert status == 0
+    [line] = read_metrics(where / "metrics.jsonl")
+    assert line["step"] == 0
+    assert line["eval/all/avg_score"] == seen[0]["eval/all/avg_score"]
+    dumped = where / "exports" / "dumped_evals" / "eval_only"
+    assert len((dumped / "unknown.jsonl").read_text().splitlines()) == 8
+    assert run(folder, EvalExp, "data.val_data=[]")[0] == 2
+
+
+def group() -> Group:
+    prompt = Prompt("0", [{"role": "user", "content": "x"}], "one_turn")
+    turn = Turn([1, 2], [3, 4], [-0.1, -0.2], 1.0, "ab", "stop", 0)
+    return Group(prompt, [Trajectory(prompt, 0, 0, prompt.messages, [turn], EpisodeEnd.FINISHED)])
+
+
+def test_tokens_that_were_changed_are_refused():
+    output, _ = output_of([group()], one_reward=True)
+    output["response_ids"][0][0] = 9
+    with pytest.raises(ValueError, match="the tokens of entry 0 were changed"):
+        with_output([group()], output)
+
+
+def test_a_hook_returns_the_episodes_it_was_given():
+    from skyrl_train.batch.samples import check_shaped
+
+    check_shaped([group()], ["0_0"])
+    with pytest.raises(ValueError, match="was given 2 episodes and returned 1"):
+        check_shaped([group()], ["0_0", "0_1"])
+    with pytest.raises(ValueError, match="must return the list of groups"):
+        check_shaped([None], ["0_0"])  # ty: ignore[invalid-argument-type]
+    output, _ = output_of([group()], one_reward=True)
+    [shaped] = with_output([group()], output)
+    [trajectory] = shaped.trajectories
+    assert trajectory.plus(2.0).reward == 3.0
+    check_shaped([Group(shaped.prompt, [trajectory.plus(2.0)])], ["0_0"])
+    wrong = replace(trajectory, turns=[])
+    with pytest.raises(ValueError, match=r"its turns were paid 0.0, its samples 1.0"):
+        check_shaped([Group(shaped.prompt, [wrong])], ["0_0"])

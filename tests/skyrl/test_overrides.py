@@ -1,0 +1,83 @@
+"""A subclass that overrides what nobody calls is refused before anything is loaded, with the name to use instead."""
+
+from __future__ import annotations
+
+import pytest
+
+from skyrl_train.config import load_config
+from skyrl_train.entrypoints.main_base import BasePPOExp
+from skyrl_train.entrypoints.overrides import NEVER_CALLED
+
+
+def refusal(**methods) -> str:
+    experiment = type("MyExp", (BasePPOExp,), methods)
+    with pytest.raises(ValueError) as caught:
+        experiment(load_config([]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(NEVER_CALLED))
+def test_skyrls_methods_that_nobody_calls_are_refused_with_what_to_do(name):
+    text = refusal(**{name: lambda self, *args: None})
+    assert text == f"MyExp.{name} is never called: {NEVER_CALLED[name]}"
+    hooks = [word.partition("(")[0] for word in NEVER_CALLED[name].split() if word.startswith("get_")]
+    assert all(hasattr(BasePPOExp, hook) for hook in hooks)
+
+
+def test_a_parents_override_is_found_and_all_are_told_at_once():
+    class Mixin:
+        def get_colocate_pg(self, timeout=180): ...
+
+    class Parent(Mixin, BasePPOExp):
+        def _setup_trainer(self): ...
+
+    class Child(Parent):
+        pass
+
+    with pytest.raises(ValueError) as caught:
+        Child(load_config([]))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("test_a_parents_override_is_found_and_all_are_told_at_once.<locals>.Parent._setup_trainer")
+    assert "Mixin.get_colocate_pg is never called: one process holds all models" in second
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("get_tokeniser", "get_tokenizer"), ("get_train_dataet", "get_train_dataset")]
+)
+def test_a_misspelt_hook_is_told_the_one_that_was_meant(name, meant):
+    assert refusal(**{name: lambda self: None}) == f"MyExp.{name} is never called; did you mean {meant}?"
+
+
+def test_skyrls_signature_where_ours_differs_is_refused():
+    text = refusal(get_train_dataset=lambda self, sources: None)
+    assert text.startswith("MyExp.get_train_dataset(self, sources) cannot be called: it is given (self), and there ")
+    assert text.endswith("missing a required argument: 'sources'")
+
+
+@pytest.mark.parametrize("wrong", [{}, 3, None])
+def test_a_hook_that_is_no_method_is_refused(wrong):
+    assert "MyExp.extra_metrics must be a method" in refusal(extra_metrics=wrong)
+
+
+def test_what_is_called_and_methods_of_ones_own_are_welcome(tmp_path):
+    class MyExp(BasePPOExp):
+        color = "blue"
+
+        def get_tokenizer(self, padding_side="left"):
+            return self.get_tokenizr()
+
+        def get_tokenizr(self):  # close to a hook, but called
+            raise OSError("reached")
+
+        @staticmethod
+        def extra_metrics():
+            return {}
+
+        async def close(self): ...
+
+        def score(self): ...
+
+    config = load_config([f"trainer.policy.model.path={tmp_path}", "trainer.device=cpu"])
+    MyExp.get_model_path = lambda self: str(tmp_path)
+    with pytest.raises(OSError, match="reached"):
+        MyExp(config)
