@@ -32,6 +32,7 @@ class BasePPOExp:
         self.chat_template = self.get_chat_template()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
+        self.schedule = self.get_schedule()
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
@@ -203,8 +204,8 @@ class BasePPOExp:
             extra_metrics=self.extra_metrics,
         )
 
-    @property
-    def schedule(self) -> Any:
+    def get_schedule(self) -> Any:
+        """Refuses a data set that is smaller than a batch."""
         from skyrl_train.prompts import PromptSchedule
 
         trainer = self.cfg.trainer
@@ -260,6 +261,7 @@ class BasePPOExp:
             trainer.max_prompt_length,
             self.cfg.environment.env_class,
             self.chat_template.template_kwargs,
+            look_up=look_up_environment,
         )
 
 
@@ -268,11 +270,15 @@ def main(
     experiment: type[BasePPOExp] = BasePPOExp,
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
-    """Exit status: 0 done, 2 refused before training, 130 interrupted. What breaks otherwise shows its traceback."""
+    """Exit status: 0 done, 1 no environment works, 2 refused before training, 130 interrupted.
+
+    What breaks otherwise shows its traceback.
+    """
     try:
         cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
     except ValueError as error:
         return _refused(error)
+    from skyrl_train.rollout.collector import EveryEpisodeFailed
     from skyrl_train.run import RunRefused, log_to
 
     log_to(sys.stderr)
@@ -284,6 +290,9 @@ def main(
         exp.run()
     except RunRefused as error:
         return _refused(error)
+    except EveryEpisodeFailed as error:
+        print(f"stopped: {error}\n{_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
         return 130
@@ -297,6 +306,13 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
     if steps:
         return f"the same command goes on after step {steps[-1]}, the newest checkpoint in {trainer.ckpt_path}"
     return f"no checkpoint was due yet (trainer.ckpt_interval={trainer.ckpt_interval}): the same command begins again"
+
+
+def look_up_environment(env_class: str) -> None:
+    """Raises if no environment is registered under this id, or if what is registered cannot be imported."""
+    from skyrl_gym.envs.registration import load_entry_point, spec
+
+    load_entry_point(spec(env_class).entry_point)
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,9 @@ import skyrl_gym
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.episode import EnvCalls, Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
+from skyrl_train.rollout.episode import Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.failures import Failures
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
@@ -68,21 +70,23 @@ class Collector:
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._playing: dict[str, Episode] = {}
+        self._failures = Failures()
         self._last_end = time.monotonic()
 
     async def collect(self, asked: Round, on_episode: OnEpisode | None = None) -> list[Group]:
         """All episodes of the round, in the order of its prompts. Failed episodes are in it, typed ENV_FAILURE."""
         tasks = [self._task(asked, prompt, i) for prompt in asked.prompts for i in range(asked.samples_per_prompt)]
         lockstep = Lockstep(len(tasks)) if self.deterministic else None
-        self._last_end = time.monotonic()
+        self._last_end, self._failures = time.monotonic(), Failures()
         stall_report = asyncio.create_task(self._report_stalls())
         try:
             async with asyncio.TaskGroup() as playing:
                 episodes = [playing.create_task(self._play(task, lockstep, on_episode)) for task in tasks]
         finally:
             stall_report.cancel()
+            self._failures.say_how_many()
         trajectories = [episode.result() for episode in episodes]
-        _refuse_if_all_failed(trajectories)
+        _refuse_if_all_failed(trajectories, self._failures)
         n = asked.samples_per_prompt
         return [Group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(asked.prompts)]
 
@@ -120,16 +124,20 @@ class Collector:
             try:
                 return await episode.play()
             except EnvFailure as error:
-                failure = str(error)
-                logger.warning(f"episode {task.id}, attempt {attempt + 1} of {self.max_retries + 1}: {failure}")
+                repeats, failure = _repeats_itself(error, failure), str(error)
+            is_last = repeats or attempt == self.max_retries
+            what_now = "it is not played again" if is_last else f"attempt {attempt + 1} of {self.max_retries + 1}"
+            self._failures.add(task.id, failure, what_now)
+            if is_last:
+                break
         return Trajectory(
             prompt=task.prompt,
             repetition=task.repetition,
-            seed=task.env_seed,
+            seed=episode.env.seed,
             messages=episode.messages or task.prompt.messages,
             turns=episode.turns,
             end=EpisodeEnd.ENV_FAILURE,
-            num_attempts=self.max_retries + 1,
+            num_attempts=attempt + 1,
             failure=failure,
         )
 
@@ -155,10 +163,16 @@ class Collector:
         return "; ".join(shown) or "no episode is being played"
 
 
-def _refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
+def _repeats_itself(error: EnvFailure, failure_before: str) -> bool:
+    """Whether playing the episode again would meet the same mistake."""
+    return isinstance(error, BrokenEnv) and (error.is_mistake or str(error) == failure_before)
+
+
+def _refuse_if_all_failed(trajectories: list[Trajectory], failures: Failures) -> None:
     if trajectories and all(trajectory.end is EpisodeEnd.ENV_FAILURE for trajectory in trajectories):
-        last = trajectories[-1]
+        words, count = failures.commonest()
+        num_attempts = sum(trajectory.num_attempts for trajectory in trajectories)
         raise EveryEpisodeFailed(
-            f"all {len(trajectories)} episodes failed in the environment {last.prompt.env_class!r}, each "
-            f"{last.num_attempts} times; the last one: {last.failure}"
+            f"all {len(trajectories)} episodes of a round failed in their environments, in {num_attempts} attempts. "
+            f"{count} of these failed like this:\n{' '.join(words.split())}"
         )
