@@ -46,16 +46,21 @@ class BasePPOExp:
         return load_tokenizer(self.model_path)
 
     def get_chat_template(self) -> Any:
+        from jinja2 import TemplateError
+
         from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
 
         generator = self.cfg.generator
-        return ChatTemplate(
-            self.tokenizer,
-            one_message=not generator.use_conversation_multi_turn,
-            template=read_chat_template(generator.chat_template.source, generator.chat_template.name_or_path),
-            template_kwargs=generator.chat_template_kwargs,
-            append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
-        )
+        try:
+            return ChatTemplate(
+                self.tokenizer,
+                one_message=not generator.use_conversation_multi_turn,
+                template=read_chat_template(generator.chat_template.source, generator.chat_template.name_or_path),
+                template_kwargs=generator.chat_template_kwargs,
+                append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot print a question and its answer: {error}") from error
 
     def get_train_dataset(self) -> Any:
         return self._dataset(self.cfg.data.train_data)
