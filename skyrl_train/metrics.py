@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from skyrl_gym.metrics import aggregate_for_environment
+from loguru import logger
+
+from skyrl_gym.contract import Outcome, checked_metrics
+from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
 from skyrl_train.records.episode import num_response_tokens
 from skyrl_train.records.files import whole_folder
 from skyrl_train.records.run_folder import METRICS
+from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
@@ -116,8 +120,18 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
     for env_class, episodes in by_env.items():
         prefix = "environment" if len(by_env) == 1 else f"environment/{env_class}"
         if episodes:
-            found |= {f"{prefix}/{key}": value for key, value in aggregate_for_environment(env_class, episodes).items()}
+            found |= {f"{prefix}/{key}": value for key, value in _aggregated(env_class, episodes).items()}
     return found
+
+
+def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
+    """As the environment's class wishes; the means where its `aggregate_metrics` breaks, which must not end a run."""
+    with Outcome() as outcome:
+        outcome.value = checked_metrics(aggregate_for_environment(env_class, episodes))
+    if outcome.error is not None:
+        logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")
+        outcome.value = default_aggregate_metrics(episodes)
+    return {key: value for key, value in outcome.value.items() if isinstance(value, int | float)}
 
 
 def reduce_metrics(parts: Iterable[Metrics]) -> Metrics:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from jinja2 import TemplateError
 from loguru import logger
 from tqdm import tqdm
 
+from skyrl_gym.contract import WrongAnswer, checked_messages
+from skyrl_train.rollout.env_calls import MISTAKES, words_of
 from skyrl_train.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -34,10 +37,12 @@ class PromptDataset(Sequence[Prompt]):
     """The rows of all sources, one after the other, without those whose prompt is too long.
 
     sources: .parquet, .json or .jsonl files, or names on the hub as name[:split] (split "train" if left out). A row
-    has `prompt` (a list of {role, content}), perhaps `env_class`, and any other columns, which the environment gets.
+    has `prompt` (a list of {role, content}), perhaps `env_class`, `max_turns` and `seed`, and any other columns, which
+    the environment gets. In these four null is the same as not given.
     The length of a prompt is counted in tokens of the chat template, generation prompt included; `template_kwargs`
     are further arguments of apply_chat_template (`generator.chat_template_kwargs`, or a `chat_template`). A prompt's
-    uid is its position among the rows that were kept.
+    uid is its position among the rows that were kept. `look_up` raises for an env_class that is no environment; it is
+    called once for each, before the tokens are counted.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class PromptDataset(Sequence[Prompt]):
         max_prompt_length: int,
         default_env_class: str,
         template_kwargs: Mapping[str, Any] | None = None,
+        look_up: Callable[[str], Any] | None = None,
     ) -> None:
         rows = [(place, row) for source in sources for place, row in read_source(source)]
         names = ", ".join(sources)
@@ -54,13 +60,17 @@ class PromptDataset(Sequence[Prompt]):
             raise DataError("the model's tokenizer has no chat template; take an instruct model, or give a template")
         if not rows:
             raise DataError(f"no rows in {names or 'an empty list of sources'}")
+        prompts = [(place, row_prompt(place, row, default_env_class)) for place, row in rows]
+        if look_up is not None:
+            refuse_unknown_environments(prompts, look_up)
         self._prompts: list[Prompt] = []
         shortest_dropped = None
-        for place, row in tqdm(rows, desc="counting prompt tokens", unit="rows", delay=SECONDS_BEFORE_PROGRESS_BAR):
-            messages = row_messages(place, row)
-            length = templated_length(tokenizer, messages, template_kwargs or {}, place)
+        for place, prompt in tqdm(
+            prompts, desc="counting prompt tokens", unit="rows", delay=SECONDS_BEFORE_PROGRESS_BAR
+        ):
+            length = templated_length(tokenizer, prompt.messages, template_kwargs or {}, place)
             if length <= max_prompt_length:
-                self._prompts.append(row_prompt(place, row, messages, str(len(self._prompts)), default_env_class))
+                self._prompts.append(replace(prompt, uid=str(len(self._prompts))))
             else:
                 shortest_dropped = min(length, shortest_dropped or length)
         self.num_dropped = len(rows) - len(self._prompts)
@@ -172,19 +182,27 @@ def read_source(source: str) -> Iterator[tuple[str, Row]]:
 def parquet_rows(path: Path) -> list[Row]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # OSError: pages that are cut or do not decompress
+        raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}; write or copy it again") from error
 
 
 def json_rows(path: Path) -> list[Row]:
-    """A JSON array of objects, or one object per line."""
-    text = path.read_text(encoding="utf-8")
+    """A JSON array of objects, or one object per line. In UTF-8, with or without a byte order mark."""
     try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is neither a JSON array nor one JSON object per line: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not written in UTF-8 ({error}): convert it, or write it again") from error
+    if text.lstrip().startswith("["):
+        return _json(text, str(path))
+    lines = enumerate(text.split("\n"), start=1)
+    return [_json(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is neither a JSON array nor one JSON object per line: {error}") from error
 
 
 def hub_rows(source: str) -> Iterator[Row]:
@@ -209,20 +227,59 @@ def row_messages(place: str, row: Row) -> list[Message]:
     if not is_list or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
         wanted = '[{"role": "user", "content": "..."}, ...]'
         raise DataError(f"{place}: prompt must be a list of messages {wanted}, got {str(messages)[:80]!r}")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        return checked_messages(plain)
+    except WrongAnswer as wrong:  # half a surrogate pair, a nested value that is no JSON
+        raise DataError(f"{place}: prompt: {wrong}") from None
 
 
-def row_prompt(place: str, row: Row, messages: list[Message], uid: str, default_env_class: str) -> Prompt:
-    env_class = row.get("env_class") or default_env_class
+def row_prompt(place: str, row: Row, default_env_class: str) -> Prompt:
+    """The row as a prompt that has no uid yet."""
+    messages = row_messages(place, row)
+    given = None if _is_null(row.get("env_class")) else row["env_class"]
+    env_class = given or default_env_class
     if not isinstance(env_class, str):
         raise DataError(f"{place}: env_class must be the name of an environment, got {env_class!r}")
-    extras = {key: value for key, value in row.items() if key not in ("prompt", "env_class")}
-    limit = extras.get("max_turns")
-    if limit is not None and (
-        isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1 or limit % 1
-    ):
-        raise DataError(f"{place}: max_turns={limit!r} must be a whole number of at least 1, or left out")
-    return Prompt(uid=uid, messages=messages, env_class=env_class, env_extras=extras)
+    extras = {key: value for key, value in row.items() if key not in ("prompt", "env_class", "max_turns", "seed")}
+    for column, least in (("max_turns", 1), ("seed", None)):
+        if not _is_null(row.get(column)):
+            extras[column] = _whole_number(place, column, row[column], least)
+    return Prompt(uid="", messages=messages, env_class=env_class, env_extras=extras)
+
+
+def refuse_unknown_environments(prompts: Sequence[tuple[str, Prompt]], look_up: Callable[[str], Any]) -> None:
+    """Look up every env_class once. DataError names those that are no environment, with their first rows."""
+    first_places: dict[str, str] = {}
+    for place, prompt in prompts:
+        first_places.setdefault(prompt.env_class, place)
+    wrong = []
+    for env_class, place in first_places.items():
+        try:
+            look_up(env_class)
+        except (*MISTAKES, OSError, RuntimeError, ValueError) as error:
+            wrong.append(f"{place}: env_class={env_class!r}: {words_of(error, with_place=False)}")
+    if wrong:
+        raise DataError("; ".join(wrong))
+
+
+def _whole_number(place: str, column: str, value: Any, least: int | None) -> int:
+    """A number column in which some rows are null comes from pandas as floats: 3.0 is 3."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, bool) or not isinstance(whole, int):
+        raise DataError(f"{place}: {column} must be a whole number or null, got {str(value)[:80]!r}")
+    if least is not None and whole < least:
+        raise DataError(f"{place}: {column}={whole} must be at least {least}")
+    return whole
+
+
+def _is_null(value: Any) -> bool:
+    """None, and what pandas writes for it among numbers."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def templated_length(
@@ -233,6 +290,6 @@ def templated_length(
         token_ids = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False, **template_kwargs
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{place}: the chat template refuses the prompt: {error}") from error
     return len(token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class Run:
         trainer, folder = config.trainer, Path(config.trainer.ckpt_path)
         flat = to_flat_dict(config)
         closing.enter_context(run_lock(folder))
+        dumps = trainer.dump_eval_results and trainer.eval_interval > 0 and bool(config.data.val_data)
+        if trainer.hf_save_interval > 0 or dumps:
+            require_writable("trainer.export_path", Path(trainer.export_path))
         checkpoints = Checkpoints(folder, trainer.max_ckpts_to_keep)
         start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME)
         write_run_info(folder, info)
@@ -127,6 +131,15 @@ class Run:
         summary = write_summary(self.folder)
         self.progress.console.print(closing_panel(summary))
         return summary
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """ValueError if nothing can be written there. Makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written into ({error.strerror}); give another folder") from error
 
 
 def run_info(config: SkyRLConfig, model: str, environment: str, device: str, total_steps: int) -> RunInfo:

@@ -105,9 +105,9 @@ class FlakyEnv(CountdownEnv):
 
     def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
         super().__init__(env_config, extras)
-        name = str(extras["name"])
-        self.attempts[name] = self.attempts.get(name, 0) + 1
-        self.broken = self.attempts[name] <= int(extras["breaks"])
+        self.name = str(extras["name"])
+        self.attempts[self.name] = self.attempts.get(self.name, 0) + 1
+        self.broken = self.attempts[self.name] <= int(extras["breaks"])
         self.how = extras["how"]
 
     def init(self, prompt: Any) -> Any:
@@ -116,6 +116,10 @@ class FlakyEnv(CountdownEnv):
                 raise EnvFailure("the server is gone")
             if self.how == "bug":
                 raise KeyError("a bug in the environment")
+            if self.how == "unlucky":
+                raise RuntimeError(f"attempt {self.attempts[self.name]} had no luck")
+            if self.how == "the same again":
+                raise RuntimeError("no luck")
             time.sleep(0.5)
         return super().init(prompt)
 

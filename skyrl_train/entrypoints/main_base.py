@@ -55,6 +55,7 @@ class BasePPOExp:
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.check_conversations()
+        self.schedule = self.get_schedule()
 
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
@@ -85,22 +86,27 @@ class BasePPOExp:
         return load_tokenizer(self.model_path)
 
     def get_chat_template(self) -> Any:
+        from jinja2 import TemplateError
+
         from skyrl_train.end_of_turn import end_of_turn_ids, read_generation_config
         from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
 
         generator = self.cfg.generator
         config_kwargs = self.cfg.trainer.policy.model_config_kwargs or {}
         generation_config = read_generation_config(self.model_path, **config_kwargs)
-        return ChatTemplate(
-            self.tokenizer,
-            one_message=not generator.use_conversation_multi_turn,
-            template=read_chat_template(generator.chat_template.source, generator.chat_template.name_or_path),
-            template_kwargs=generator.chat_template_kwargs,
-            append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
-            end_ids=end_of_turn_ids(generation_config, self.tokenizer),
-            grows=generator.max_turns != 1 and not generator.batched,
-            keep_thinking=generator.chat_template.keep_thinking,
-        )
+        try:
+            return ChatTemplate(
+                self.tokenizer,
+                one_message=not generator.use_conversation_multi_turn,
+                template=read_chat_template(generator.chat_template.source, generator.chat_template.name_or_path),
+                template_kwargs=generator.chat_template_kwargs,
+                append_eos_after_stop_string=generator.append_eos_token_after_stop_str_in_multi_turn,
+                end_ids=end_of_turn_ids(generation_config, self.tokenizer),
+                grows=generator.max_turns != 1 and not generator.batched,
+                keep_thinking=generator.chat_template.keep_thinking,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot print a question and its answer: {error}") from error
 
     def check_conversations(self) -> None:
         """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
@@ -408,8 +414,8 @@ class BasePPOExp:
             shape_rewards=self.shape_rewards,
         )
 
-    @property
-    def schedule(self) -> Any:
+    def get_schedule(self) -> Any:
+        """Refuses a data set that is smaller than a batch."""
         from skyrl_train.prompts import PromptSchedule
 
         trainer = self.cfg.trainer
@@ -465,6 +471,7 @@ class BasePPOExp:
             trainer.max_prompt_length,
             self.cfg.environment.env_class,
             self.chat_template.template_kwargs,
+            look_up=look_up_environment,
         )
 
 
@@ -473,13 +480,17 @@ def main(
     experiment: type[BasePPOExp] = BasePPOExp,
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
-    """Exit status: 0 done, 2 refused before training, 130 interrupted. What breaks otherwise shows its traceback."""
+    """Exit status: 0 done, 1 no environment works, 2 refused before training, 130 interrupted.
+
+    What breaks otherwise shows its traceback.
+    """
     make_errors_visible()
     try:
         cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
     except ValueError as error:
         return _refused(error)
     from skyrl_train.learner.refusal import ModelRefused
+    from skyrl_train.rollout.collector import EveryEpisodeFailed
     from skyrl_train.run import RunRefused, log_to
 
     log_to(sys.stderr)
@@ -493,6 +504,9 @@ def main(
             asyncio.run(result)
     except (RunRefused, ModelRefused) as error:
         return _refused(error)
+    except EveryEpisodeFailed as error:
+        print(f"stopped: {error}\n{_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
         return 130
@@ -506,6 +520,13 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
     if steps:
         return f"the same command goes on after step {steps[-1]}, the newest checkpoint in {trainer.ckpt_path}"
     return f"no checkpoint was due yet (trainer.ckpt_interval={trainer.ckpt_interval}): the same command begins again"
+
+
+def look_up_environment(env_class: str) -> None:
+    """Raises if no environment is registered under this id, or if what is registered cannot be imported."""
+    from skyrl_gym.envs.registration import load_entry_point, spec
+
+    load_entry_point(spec(env_class).entry_point)
 
 
 def keep_freed_memory() -> None:

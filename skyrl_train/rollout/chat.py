@@ -47,7 +47,10 @@ def read_chat_template(source: str, name_or_path: str | None) -> str | None:
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         raise ValueError(f"generator.chat_template.name_or_path={name_or_path!r}: there is no such file")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"generator.chat_template.name_or_path={path} is not written in UTF-8 ({error})") from error
 
 
 class ChatTemplate:

@@ -17,7 +17,9 @@ from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, SamplingParams
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.episode import Cut, EnvCalls, Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
+from skyrl_train.rollout.episode import Cut, Episode, EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.failures import Failures
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
@@ -71,6 +73,7 @@ class Collector:
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._playing: dict[str, Episode] = {}
+        self._failures = Failures()
         self._last_end = time.monotonic()
         self._cuts: Counter[Cut] = Counter()  # of the round that is being played
         self._told: set[Cut] = set()
@@ -79,7 +82,7 @@ class Collector:
         """All episodes of the round, in the order of its prompts. Failed episodes are in it, typed ENV_FAILURE."""
         tasks = [self._task(asked, prompt, i) for prompt in asked.prompts for i in range(asked.samples_per_prompt)]
         lockstep = Lockstep(len(tasks)) if self.deterministic or asked.reproducible else None
-        self._last_end = time.monotonic()
+        self._last_end, self._failures = time.monotonic(), Failures()
         self._cuts.clear()
         stall_report = asyncio.create_task(self._report_stalls())
         try:
@@ -87,8 +90,9 @@ class Collector:
                 episodes = [playing.create_task(self._play(task, lockstep, on_episode)) for task in tasks]
         finally:
             stall_report.cancel()
+            self._failures.say_how_many()
         trajectories = [episode.result() for episode in episodes]
-        refuse_if_all_failed(trajectories)
+        refuse_if_all_failed(trajectories, self._failures)
         self._tell_of_cuts(len(trajectories))
         n = asked.samples_per_prompt
         return [Group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(asked.prompts)]
@@ -131,14 +135,14 @@ class Collector:
                     self._cuts[episode.cut] += 1
                 return trajectory
             except EnvFailure as error:
-                failure, num = str(error), attempts.num
-                pause_s = attempts.pause_s(error)
-                again = "the last" if pause_s is None else f"the next in {pause_s:g} s"
-                logger.warning(f"episode {task.id}, attempt {num}, {again}: {failure}")
+                repeats, failure = _repeats_itself(error, failure), str(error)
+                pause_s = None if repeats else attempts.pause_s(error)
+                what_now = "it is not played again" if pause_s is None else f"it is played again in {pause_s:g} s"
+                self._failures.add(task.id, failure, what_now)
         return Trajectory(
             prompt=task.prompt,
             repetition=task.repetition,
-            seed=task.env_seed,
+            seed=episode.env.seed,
             messages=episode.messages or task.prompt.messages,
             turns=episode.turns,
             end=EpisodeEnd.ENV_FAILURE,
@@ -185,10 +189,17 @@ class Collector:
         return "; ".join(shown) or "no episode is being played"
 
 
-def refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
+def _repeats_itself(error: EnvFailure, failure: str) -> bool:
+    """Whether playing the episode again would meet the same mistake. failure: the words of the one before."""
+    return isinstance(error, BrokenEnv) and (error.is_mistake or str(error) == failure)
+
+
+def refuse_if_all_failed(trajectories: list[Trajectory], failures: Failures | None = None) -> None:
+    """failures: of all attempts, where they were counted; else the last one of each episode counts."""
     if trajectories and all(trajectory.end is EpisodeEnd.ENV_FAILURE for trajectory in trajectories):
-        last = trajectories[-1]
+        words, count = (failures or Failures.of(trajectory.failure or "" for trajectory in trajectories)).commonest()
+        num_attempts = sum(trajectory.num_attempts for trajectory in trajectories)
         raise EveryEpisodeFailed(
-            f"all {len(trajectories)} episodes failed in the environment {last.prompt.env_class!r}, each "
-            f"{last.num_attempts} times; the last one: {last.failure}"
+            f"all {len(trajectories)} episodes of a round failed in their environments, in {num_attempts} attempts. "
+            f"{count} of these failed like this:\n{' '.join(words.split())}"
         )

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Executor, Future
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
-from loguru import logger
+from jinja2 import TemplateError
 
-from skyrl_gym.core import EnvFailure
-from skyrl_gym.envs.base_text_env import BaseTextEnv
+from skyrl_gym.contract import Step, short
 from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
 from skyrl_train.rollout.chat import Chat, ChatTemplate
+from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import span
 from skyrl_train.types import EpisodeEnd, Message, Prompt, Trajectory, Turn
-
-MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,113 +56,6 @@ class EpisodeTask:
         return f"{self.prompt.uid}_{self.repetition}"
 
 
-class EnvCalls:
-    """One environment behind deadlines. Whatever it raises, and every time-out, becomes an EnvFailure.
-
-    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks the rest.
-    A thread that hangs cannot be ended from outside; its episode goes on without it.
-    """
-
-    def __init__(self, make_env: MakeEnv, task: EpisodeTask, limits: EpisodeLimits, executor: Executor) -> None:
-        extras = _Extras(copy.deepcopy(task.prompt.env_extras))  # so that no episode sees another's edits
-        own_limit = extras.pop("max_turns", None)  # the row's own values win
-        self.max_turns = limits.max_turns if own_limit is None else int(own_limit)
-        if self.max_turns is not None:
-            extras["max_turns"] = self.max_turns
-        extras.setdefault("seed", task.env_seed)
-        self._make = partial(make_env, task.prompt.env_class, extras)
-        self._name = task.prompt.env_class
-        self._env: BaseTextEnv | None = None
-        self._executor = executor
-        self._in_thread: Future[Any] | None = None  # the last call that was given to the executor
-        self._step_timeout_s = limits.step_timeout_s
-        self._seconds_left = limits.episode_timeout_s
-
-    @property
-    def waits_for_others(self) -> bool:
-        return self._env is not None and self._env.waits_for_others
-
-    async def init(self, messages: list[Message]) -> list[Message]:
-        env = await self._answer("constructor", self._threaded(self._constructed))
-        init = env.init_async if env.is_async else partial(self._threaded, env.init)
-        conversation, _ = await self._answer("init", init(copy.deepcopy(messages)), env.init_timeout_s)
-        return conversation
-
-    async def step(self, action: str) -> dict[str, Any]:
-        assert self._env is not None
-        step = self._env.step_async if self._env.is_async else partial(self._threaded, self._env.step)
-        return await self._answer("step", step(action))
-
-    async def cut_short(self) -> float:
-        assert self._env is not None
-        return float(await self._answer("cut_short", self._threaded(self._env.cut_short)))
-
-    async def metrics(self) -> dict[str, Any]:
-        assert self._env is not None
-        return await self._answer("get_metrics", self._threaded(self._env.get_metrics))
-
-    async def close(self) -> None:
-        """Runs on every path, has deadlines of its own, and never hides how the episode ended.
-
-        A call that a cancelled or timed-out episode left in a thread ends first, so that nothing opens after the close.
-        """
-        if self._in_thread is not None and not self._in_thread.cancelled():
-            await asyncio.wait([asyncio.wrap_future(self._in_thread)], timeout=self._step_timeout_s)
-        if self._env is None:
-            return
-        close = self._env.close_async if self._env.is_async else partial(self._threaded, self._env.close)
-        self._env, task = None, asyncio.ensure_future(close())
-        await asyncio.wait([task], timeout=self._step_timeout_s)
-        if not task.done():
-            task.cancel()
-            logger.warning(f"{self._name}: close took longer than {self._step_timeout_s:.1f} s")
-        elif not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning(f"{self._name}: close raised {error!r}")
-
-    def _constructed(self) -> BaseTextEnv:
-        """Kept at once, in the thread: an environment that nobody waits for any more is closed all the same."""
-        self._env = self._make()
-        return self._env
-
-    async def _threaded(self, call: Callable[..., Any], *args: Any) -> Any:
-        self._in_thread = self._executor.submit(call, *args)
-        return await asyncio.wrap_future(self._in_thread)
-
-    async def _answer(self, what: str, call: Awaitable[Any], own_timeout_s: float | None = None) -> Any:
-        started = time.monotonic()
-        timeout_s = own_timeout_s or min(self._step_timeout_s, self._seconds_left)
-        task = asyncio.ensure_future(call)
-        try:
-            with span(f"environment {what}"):
-                await asyncio.wait([task], timeout=timeout_s)
-        finally:  # also when this episode is cancelled: nothing may go on behind its back
-            if not task.done():
-                task.cancel()
-        if own_timeout_s is None:
-            self._seconds_left -= time.monotonic() - started
-        if not task.done() or task.cancelled():
-            raise EnvFailure(f"{self._name}: {what} took longer than {timeout_s:.1f} s")
-        error = task.exception()
-        if isinstance(error, EnvFailure):
-            raise error
-        if error is not None:
-            where = "".join(traceback.format_exception(error)[-3:]).strip()
-            raise EnvFailure(f"{self._name}: {what} raised {where}") from error
-        return task.result()
-
-
-class _Extras(dict[str, Any]):
-    """The columns of a row. Where nobody set a turn limit, "max_turns" is absent, so an environment takes its own.
-
-    An environment without a limit of its own reads extras["max_turns"] unasked and gets 1, SkyRL's default.
-    """
-
-    def __missing__(self, key: str) -> Any:
-        if key == "max_turns":
-            return 1
-        raise KeyError(key)
-
-
 @dataclass
 class Episode:
     """Plays one EpisodeTask once. `waits_for` says at any moment what the episode waits for."""
@@ -192,7 +79,9 @@ class Episode:
             self.waits_for = "the environment's init"
             async with self._beginning():
                 self.messages = await self.env.init(self.task.prompt.messages)
-            end = await self._turns(self.template.start(self.messages))
+            with self._rendering(self.messages):
+                chat = self.template.start(self.messages)
+            end = await self._turns(chat)
             self.waits_for = "the environment's metrics"
             metrics = await self.env.metrics()
         finally:
@@ -203,7 +92,7 @@ class Episode:
         return Trajectory(
             prompt=self.task.prompt,
             repetition=self.task.repetition,
-            seed=int(self.task.prompt.env_extras.get("seed", self.task.env_seed)),
+            seed=self.env.seed,
             messages=self.messages,
             turns=self.turns,
             end=end,
@@ -238,10 +127,10 @@ class Episode:
             self.waits_for = "the environment's step"
             step = await self.env.step(completion.text)
             is_last = self.env.max_turns is not None and len(self.turns) + 1 >= self.env.max_turns
-            over = step["done"] or is_last
+            over = step.done or is_last
             self._record(chat, completion, step, over)
             if over:
-                if not step["done"]:
+                if not step.done:
                     self.cut = Cut.TURNS
                 return _how_it_ended(completion, step)
 
@@ -261,27 +150,37 @@ class Episode:
         seed = derive_seed(self.task.sampling_seed, "turn", len(self.turns))
         return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), seed=seed)
 
-    def _record(self, chat: Chat, completion: Completion, step: dict[str, Any], over: bool) -> None:
+    def _record(self, chat: Chat, completion: Completion, step: Step, over: bool) -> None:
         reply_ids, logprobs = (completion.response_ids, completion.logprobs) if over else chat.kept(completion)
         self.turns.append(
             Turn(
                 prompt_ids=chat.ids,
                 response_ids=reply_ids,
                 logprobs=logprobs,
-                reward=float(step["reward"]),
+                reward=step.reward,
                 text=completion.text,
                 stop_reason=completion.stop_reason,
                 policy_version=completion.policy_version,
-                observation=step["observations"],
+                observation=step.observations,
             )
         )
         if over:
             return
-        edited = step.get("postprocessed_action")
-        if edited is None or edited == completion.text:
-            chat.append(reply_ids, step["observations"])
-        else:
-            chat.append_edited(edited, step["observations"])
+        edited = step.postprocessed_action
+        with self._rendering(step.observations):
+            if edited is None or edited == completion.text:
+                chat.append(reply_ids, step.observations)
+            else:
+                chat.append_edited(edited, step.observations)
+
+    @contextmanager
+    def _rendering(self, messages: list[Message]) -> Generator[None]:
+        """The prompt was rendered when the data was read, so what the template refuses is what the environment said."""
+        try:
+            yield
+        except (TemplateError, TypeError, ValueError) as error:
+            name, said = self.task.prompt.env_class, short(messages)
+            raise BrokenEnv(f"{name}: the chat template refuses its messages {said}: {error}") from error
 
 
 async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
@@ -297,9 +196,9 @@ async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
         raise asyncio.CancelledError
 
 
-def _how_it_ended(completion: Completion, step: dict[str, Any]) -> EpisodeEnd:
+def _how_it_ended(completion: Completion, step: Step) -> EpisodeEnd:
     if completion.stop_reason == "length":
         return EpisodeEnd.OUT_OF_TOKENS
-    if step.get("truncated") or not step["done"]:
+    if step.truncated or not step.done:
         return EpisodeEnd.OUT_OF_TURNS
     return EpisodeEnd.FINISHED

@@ -54,6 +54,27 @@ def test_parquet_written_by_pandas_gives_plain_python_values(tmp_path):
     assert type(prompt.env_extras["extra_info"]["index"]) is int
 
 
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_means_not_given_in_every_column_that_the_trainer_reads(tmp_path, null):
+    given = row("a", env_class="mine", max_turns=3, seed=7, data_source="math", hint="h")
+    pd.DataFrame([given, row("b", max_turns=null, seed=null)]).to_parquet(tmp_path / "x.parquet")
+    first, second = dataset(str(tmp_path / "x.parquet"))
+    assert first.env_extras == {
+        "max_turns": 3,
+        "seed": 7,
+        "data_source": "math",
+        "hint": "h",
+    }  # pandas made them 3.0, 7.0
+    assert type(first.env_extras["seed"]) is int
+    assert (second.env_class, second.data_source) == ("default_env", "unknown")
+    assert second.env_extras == {"data_source": None, "hint": None}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row("a")).encode())
+    assert len(dataset(str(tmp_path / "x.jsonl"))) == 1
+
+
 def test_columns_that_parquet_fills_up_with_null_do_not_enter_messages(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "bot"}]
     pd.DataFrame([{"prompt": messages}]).to_parquet(tmp_path / "x.parquet")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from integrations.openenv.catalog.atari_games import GameOptions
 from integrations.openenv.catalog.atari_views import VIEWS, Sight, changes, picture, words_of
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator, paid
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.client.session import StepResult
 
@@ -166,7 +166,7 @@ class AtariTranslator(Translator):
         return AtariAction(0, game.game, game.obs_type, game.full_action_space).fields()
 
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
-        points = result.reward or 0.0
+        points = paid(result, "atari_env")
         progress = self.sight.progress if self.sight else 0.0
         self.num_steps += 1
         self.score += points

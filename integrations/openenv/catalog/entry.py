@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, ClassVar, Protocol
 
 from integrations.openenv.catalog.options import NoOptions, read_options
-from integrations.openenv.client.errors import ServerError
+from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.hosting.source import ServerSource
 
@@ -31,6 +31,13 @@ class Task:
     solution: str | None = None  # the content of an <action> tag that earns full reward in one turn, if there is one
     seed: int | None = None  # of the environment's reset; None takes one from the data set's seed
     options: Mapping[str, Any] = field(default_factory=dict)  # of the environment, those that are not the default
+
+
+def paid(result: StepResult, name: str) -> float:
+    """The reward of a step, for an environment whose server pays every step."""
+    if result.reward is None:
+        raise OpenEnvError(f"{name}: a step without a reward (null, which is also how a server writes NaN)")
+    return result.reward
 
 
 class OpenSession(Protocol):

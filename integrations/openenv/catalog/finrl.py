@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, ClassVar, Self
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, Task, Translator, paid
 from integrations.openenv.catalog.finrl_options import SP500_STOCKS, FinRLOptions
 from integrations.openenv.catalog.orders import read_orders
 from integrations.openenv.client.errors import OpenEnvError
@@ -149,7 +149,7 @@ class FinRLTranslator(Translator):
         self.turn += 1
         self.invested.append(1.0 - self.now.cash / self.now.value if self.now.value > 0 else 0.0)
         change = self.now.value - before.value - (self._market_value(self.now) - market_before)
-        reward = self._shaped(change / self.first.value) if self.options.shaped_reward else result.reward or 0.0
+        reward = self._shaped(change / self.first.value) if self.options.shaped_reward else paid(result, "finrl_env")
         self.earned += reward
         self.success = result.done and self.now.value >= self._market_value(self.now) - 1e-6 * self.first.value
         return Answer(self._last_text(self.now) if result.done else self._text(self.now), reward, result.done)

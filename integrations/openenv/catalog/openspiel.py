@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any, ClassVar
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator, paid
 from integrations.openenv.catalog.games import GAMES, OpenSpielObservation, game_of
 from integrations.openenv.catalog.games.game import spoken
 from integrations.openenv.client.session import StepResult
@@ -142,9 +142,9 @@ class OpenSpielTranslator(Translator):
 
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
         before, seen = self._seen(), OpenSpielObservation.from_fields(result.observation)
-        paid = result.reward or 0.0
-        self.seen, self.total = seen, self.total + paid
-        reward = self.game.shaped(before, seen, paid) if self.options.is_shaped else paid
+        points = paid(result, "openspiel_env")
+        self.seen, self.total = seen, self.total + points
+        reward = self.game.shaped(before, seen, points) if self.options.is_shaped else points
         if not result.done:
             return Answer(self.game.view(seen), reward, ended=False)
         self.success = self.game.won(seen, self.total)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, ClassVar, Literal, Self
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator
+from integrations.openenv.catalog.entry import Answer, CatalogEntry, InvalidAction, Messages, Task, Translator, paid
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.client.session import StepResult
 
@@ -216,12 +216,10 @@ class SumoTranslator(Translator):
         seen = SumoObservation.from_fields(result.observation)
         if (seen.num_phases, len(seen.queues)) != (self.seen.num_phases, len(self.seen.queues)):
             raise OpenEnvError("sumo_rl_env: the observation's form changed within an episode")
-        if result.reward is None:
-            raise OpenEnvError("sumo_rl_env: a step without a reward")
         self.seen = seen
         shaped = self._shaped_reward()
         self.success = result.done and self.sum_waiting <= LOW_WAITING * self.num_steps
-        reward = shaped if self.options.shaped_reward else result.reward
+        reward = shaped if self.options.shaped_reward else paid(result, "sumo_rl_env")
         return Answer("" if result.done else self.junction.text(seen), reward, result.done)
 
     def unfinished_reward(self) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -35,6 +34,7 @@ from integrations.openenv.client.errors import (
 from integrations.openenv.client.http_request import LOOPBACK_HOSTS
 from integrations.openenv.client.old_http import WS_REFUSED, OldHttpSession, speaks_old_http
 from integrations.openenv.client.unix_socket import socket_path
+from skyrl_gym.contract import WrongAnswer, checked_reward
 
 MAX_FRAME_BYTES = 100 * 1024 * 1024  # what the official client accepts; an Atari screen as JSON is 0.2 MB
 FATAL_CODES = {"CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"}  # the server closes the connection behind these
@@ -45,7 +45,7 @@ class StepResult:
     """What `reset` and `step` give back."""
 
     observation: dict[str, Any]
-    reward: float | None  # None: the server pays nothing here (or NaN, which JSON cannot carry)
+    reward: float | None  # None: the server pays nothing here; the official server also writes NaN as null
     done: bool
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class OpenEnvClient:
 
     async def reset(self, **kwargs: Any) -> StepResult:
         """Start the episode. The server drops keywords that the environment's reset does not take, `seed` included."""
-        return _step_result(await self._request("reset", "observation", kwargs), self._lose)
+        return _step_result(await self._request("reset", "observation", kwargs), self._lose, is_paid=False)
 
     async def step(self, action: dict[str, Any]) -> StepResult:
         """Act. `action` holds the fields of the environment's action."""
@@ -236,14 +236,21 @@ async def _exchange(socket: ClientConnection | OldHttpSession, frame: str) -> st
     return await socket.recv()
 
 
-def _step_result(body: dict[str, Any], lose: Any) -> StepResult:
+def _step_result(body: dict[str, Any], lose: Any, *, is_paid: bool = True) -> StepResult:
+    """is_paid: the reward is learned from, so a number that cannot be is no answer. Of reset it is left out."""
     observation, reward, done = body.get("observation"), body.get("reward"), body.get("done", False)
     if not isinstance(observation, dict) or not isinstance(done, bool) or not isinstance(reward, int | float | None):
         raise lose(f"an observation frame with a wrong type in it: {str(body)[:200]}")
+    try:
+        paid = None if reward is None else checked_reward(reward)
+    except WrongAnswer as wrong:
+        if is_paid:
+            raise lose(str(wrong)) from None
+        paid = None
     metadata = body.get("metadata") or observation.get("metadata") or {}
     return StepResult(
         observation=observation,
-        reward=float(reward) if reward is not None and math.isfinite(reward) else None,
+        reward=paid,
         done=done,
         metadata=metadata if isinstance(metadata, dict) else {"metadata": metadata},
     )

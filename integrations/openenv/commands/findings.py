@@ -146,6 +146,13 @@ def _of_rewards(seen: Measurements) -> Iterator[Finding]:
         )
     if gold is not None and promise is not None and gold.low < promise - SAME:
         yield Finding("fail", f"the gold player earned {gold.low:g} where {promise:g} is promised")
+    num_unpaid = _unpaid_now_and_then(seen)
+    if num_unpaid:
+        yield Finding(
+            "warn",
+            f"the server paid null in {num_unpaid} turns, but a number in others like them: null counts as 0. "
+            "If it computes NaN or infinity there, mend it: JSON has no word for these, so servers write null",
+        )
     if gold is None:
         yield Finding("warn", "no gold player is known, so nobody showed here that the task can be solved")
 
@@ -212,6 +219,15 @@ def _fields_that_differ(seen: Measurements) -> str:
         if name != "metadata" and a.get(name) != b.get(name)
     }
     return ", ".join(sorted(names))
+
+
+def _unpaid_now_and_then(seen: Measurements) -> int:
+    """Turns without a reward from the server, where it paid in other turns of the same kind: last ones, or others."""
+    last, others = [], []
+    for episode in (*seen.random, *seen.gold):
+        others += episode.paid[:-1] if episode.ended else episode.paid
+        last += episode.paid[-1:] if episode.ended else []
+    return sum(kind.count(False) for kind in (last, others) if any(kind))
 
 
 def _tasks_differ(seen: Measurements) -> bool:

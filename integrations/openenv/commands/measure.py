@@ -22,6 +22,7 @@ from integrations.openenv.hosting.containers import Container, watchman_pid
 from integrations.openenv.hosting.docker_command import containers_of
 from integrations.openenv.hosting.reaping import this_process
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
+from skyrl_gym.contract import wrong_step
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnvStepOutput
 
@@ -42,6 +43,7 @@ class PlayedEpisode:
     texts: list[str] = field(default_factory=list)  # what the model reads: the first, then one a turn
     observations: list[dict[str, Any]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    paid: list[bool] = field(default_factory=list)  # whether the server gave a reward in the turn, and not null
     step_s: list[float] = field(default_factory=list)
     ended: bool = False  # by the environment, not by the turns
     num_invalid: int = 0
@@ -163,10 +165,14 @@ async def played(config: OpenEnvConfig, row: dict[str, Any], player: Player) -> 
             start = time.perf_counter()
             output = await env.step_async(reply)
             episode.step_s.append(time.perf_counter() - start)
+            if wrong := wrong_step(output):
+                episode.failure = f"wrong answer of step: {wrong}"
+                break
             episode.replies.append(reply)
             episode.texts.append("\n".join(message["content"] for message in output["observations"]))
             episode.observations.append(output["metadata"]["observation"])
-            episode.rewards.append(output["reward"] or 0.0)
+            episode.rewards.append(output["reward"])
+            episode.paid.append(output["metadata"]["server_reward"] is not None)
             ended = output["done"]
             episode.ended = ended and not output.get("truncated")
     except EnvFailure as failed:

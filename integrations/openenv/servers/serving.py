@@ -38,6 +38,7 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
         os.environ["OPENENV_ACCEPT_UNSAFE"] = "1"
     listening, url = _bound(arguments)
     app = make_app(_affordable(arguments.max_sessions))
+    write_nan_as_such()
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
     sys.stdout = sys.stderr  # the announcement is the only line on stdout
     import uvicorn
@@ -47,6 +48,16 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
         _without_late_closes(app), None if arguments.uds else arguments.host, arguments.allow_host
     )
     uvicorn.Server(uvicorn.Config(local, **config)).run(sockets=[listening])
+
+
+def write_nan_as_such() -> None:
+    """Let openenv-core write NaN and infinity by their names, not as null, which a client would take for no reward."""
+    try:
+        from openenv.core.env_server.types import WSObservationResponse
+    except ImportError:  # an app of another kind, or from before 2026
+        return
+    WSObservationResponse.model_config["ser_json_inf_nan"] = "constants"
+    WSObservationResponse.model_rebuild(force=True)
 
 
 def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:

@@ -129,7 +129,14 @@ def test_the_rows_own_turn_limit_and_seed_win(tokenizer):
     assert trajectory.seed == trajectory.env_metrics["seed"] == 7
 
 
-@pytest.mark.parametrize("how", ["failure", "bug"])
+def test_null_for_the_turn_limit_and_the_seed_means_not_given(tokenizer):
+    groups, _ = play(countdown_prompts(9, max_turns=None, seed=None), lambda request: "?", tokenizer)
+    (trajectory,) = groups[0].trajectories
+    assert len(trajectory.turns) == LIMITS.max_turns
+    assert trajectory.seed == trajectory.env_metrics["seed"] is not None
+
+
+@pytest.mark.parametrize("how", ["failure", "unlucky"])
 def test_a_broken_environment_is_retried_with_the_same_seed_and_counted(tokenizer, how):
     groups, _ = play([flaky("a", 2, how), flaky("b", 0)], lambda request: "0", tokenizer)
     first, second = groups[0].trajectories[0], groups[1].trajectories[0]

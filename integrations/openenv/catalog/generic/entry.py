@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from integrations.openenv.catalog.generic.observation import legal_actions, obse
 from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.hosting.source import ServerSource
+from skyrl_gym.contract import WrongAnswer, checked_reward
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
 MAX_SAID = 5  # errors of one server that are logged
@@ -133,6 +133,7 @@ class GenericTranslator(Translator):
         self.options = options
         self.reward_function = load_function(options.reward) if options.reward else None
         self.earned = 0.0
+        self.num_unpaid = 0  # turns for which the server paid null, which counts as 0
         self._last: dict[str, Any] = {}
         self._action: dict[str, Any] = {}
 
@@ -146,15 +147,23 @@ class GenericTranslator(Translator):
 
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
         self._last = result.observation
+        self.num_unpaid += result.reward is None
         reward = result.reward or 0.0
         if self.reward_function is not None:
-            reward = float(self.reward_function(self._action, result.observation, reward, result.done))
-            if not math.isfinite(reward):
-                raise ValueError(f"option reward={self.options.reward!r} gave {reward}, which cannot be learned from")
+            reward = self._judged(self.reward_function(self._action, result.observation, reward, result.done))
         self.earned += reward
         threshold = self.options.success
         self.success = (result.done and self.earned > 0) if threshold is None else self.earned >= threshold
         return Answer(observation_text(result.observation), reward, result.done)
+
+    def _judged(self, reward: Any) -> float:
+        try:
+            return checked_reward(reward)
+        except WrongAnswer as wrong:
+            raise OpenEnvError(f"option reward={self.options.reward!r}: {wrong}") from None
+
+    def metrics(self) -> dict[str, float]:
+        return {"unpaid_turns": self.num_unpaid}
 
     def random_action(self, random: Random) -> str | None:
         return self.entry.description.form.random_text(random, legal_actions(self._last))

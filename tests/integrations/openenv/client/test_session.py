@@ -181,3 +181,20 @@ def test_the_client_needs_neither_openenv_nor_pydantic() -> None:
     code = "import sys, integrations.openenv.client.session, json; print(json.dumps(list(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert not {"openenv", "pydantic", "gradio", "torch", "ray"} & set(modules)
+
+
+@pytest.mark.parametrize("reward", ["NaN", "Infinity", "-1e999", "1e12", "true", '"1"', "[0.1]", "9" * 400])
+async def test_a_reward_that_cannot_be_learned_from_is_no_answer(reward: str) -> None:
+    async def pays(socket: ServerConnection) -> None:
+        await socket.recv()
+        await socket.send(observation_frame(0))
+        await socket.recv()
+        await socket.send(observation_frame(1, reward))
+
+    async with fake_server(pays) as url, OpenEnvClient(url) as client:
+        await client.reset()
+        if reward == "true":
+            assert (await client.step({})).reward == 1.0
+        else:
+            with pytest.raises(SessionLost, match=r"reward must |a wrong type"):
+                await client.step({})

@@ -91,3 +91,10 @@ def test_failures_and_refusals_are_counted() -> None:
     broken = report(Measurements("env", failure="no server"))
     assert [finding.words for finding in broken.findings] == ["nothing could be played: no server"]
     assert not broken.passed
+
+
+def test_null_for_a_reward_now_and_then_is_told_for_it_may_be_nan() -> None:
+    paid_at_the_end = [episode(1.0, paid=[False, False, True]), episode(0.5, paid=[False, True])]
+    assert "null" not in words(gold=paid_at_the_end)
+    assert "warn: the server paid null in 1 turns" in words(gold=[episode(1.0, paid=[True, False, True])])
+    assert "warn: the server paid null in 1 turns" in words(gold=[*paid_at_the_end, episode(1.0, paid=[False])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -69,7 +70,7 @@ def test_the_task_and_its_reward_come_from_options(template_folder: Path) -> Non
 
 
 def test_a_reward_that_is_no_number_is_the_functions_fault(template_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"reward_of_nothing' gave nan"):
+    with pytest.raises(EnvFailure, match=r"reward_of_nothing': reward must be a finite float, not nan"):
         episode(str(template_folder), "hello", reward=f"{__name__}:reward_of_nothing")
     entry = catalog_entry(str(template_folder))
     for path in ("no_such_module:fn", f"{__name__}:missing", "reward"):
@@ -164,3 +165,23 @@ def test_environments_of_openenvs_repository_are_played(folder: str, kind: str, 
     (_, *outputs), metrics, _ = episode(name, legal, form.random_text(random, None))
     assert metrics["turns"] == len(outputs) == 2
     assert outputs[0]["metadata"]["observation"]
+
+
+@pytest.mark.parametrize("paid", ["float('nan')", "float('-inf')", "1e300"])
+def test_a_reward_that_cannot_be_learned_from_is_the_environments_failure(
+    template_folder: Path, tmp_path: Path, paid: str
+) -> None:
+    folder = shutil.copytree(template_folder, tmp_path / "my_env")
+    server = folder / "server" / "my_env_environment.py"
+    text = server.read_text()
+    assert "reward = length * 0.1" in text
+    server.write_text(text.replace("reward = length * 0.1", f"reward = {paid} if 'x' in message else length * 0.1"))
+    (_, hello), _, _ = episode(str(folder), "hello")
+    assert hello["reward"] == pytest.approx(0.5)
+    with pytest.raises(EnvFailure, match="reward must "):
+        episode(str(folder), "x")
+
+
+def test_turns_that_a_server_pays_null_are_counted(echo_url: str) -> None:
+    _, metrics, _ = episode(echo_url, '{"tool": "echo_message", "arguments": {"message": "hi"}}')
+    assert (metrics["unpaid_turns"], metrics["server_reward"]) == (1, 0.0)

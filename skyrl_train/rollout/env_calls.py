@@ -1,0 +1,251 @@
+"""One environment behind deadlines and checks: whatever it does instead of a right answer becomes an EnvFailure."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import sysconfig
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from loguru import logger
+
+from skyrl_gym.contract import (
+    Messages,
+    NotANumberToLearnFrom,
+    Outcome,
+    Step,
+    WrongAnswer,
+    checked_close,
+    checked_init,
+    checked_metrics,
+    checked_reward,
+    checked_step,
+    short,
+)
+from skyrl_gym.core import EnvFailure, EnvLost
+from skyrl_gym.envs.base_text_env import BaseTextEnv
+from skyrl_gym.error import Error as RegistryError
+from skyrl_train.records.visible import shortened, visible
+from skyrl_train.spans import span
+from skyrl_train.types import Message
+
+if TYPE_CHECKING:
+    from skyrl_train.rollout.episode import EpisodeLimits, EpisodeTask
+
+MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
+MAX_WORDS = 1000  # characters of a failure that are kept
+# Raised by wrong code: the same episode played again meets them again.
+MISTAKES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
+    RecursionError, RegistryError, StopIteration, SyntaxError, SystemExit, TypeError,
+)  # fmt: skip
+
+
+class BrokenEnv(EnvFailure):
+    """The environment's code is wrong: the same error twice in an episode will come again.
+
+    is_mistake: that is certain from the kind of error, so once is enough.
+    """
+
+    def __init__(self, words: str, is_mistake: bool = False) -> None:
+        super().__init__(words)
+        self.is_mistake = is_mistake
+
+
+class EnvCalls:
+    """One environment behind deadlines. Whatever it raises, a wrong answer and every time-out become an EnvFailure.
+
+    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks the rest.
+    A thread that hangs cannot be ended from outside; its episode goes on without it.
+    """
+
+    def __init__(self, make_env: MakeEnv, task: EpisodeTask, limits: EpisodeLimits, executor: Executor) -> None:
+        extras = _Extras(copy.deepcopy(task.prompt.env_extras))  # so that no episode sees another's edits
+        own_limit, own_seed = extras.pop("max_turns", None), extras.pop("seed", None)  # null means not given
+        self.max_turns = limits.max_turns if own_limit is None else int(own_limit)
+        self.seed = task.env_seed if own_seed is None else int(own_seed)
+        extras["seed"] = self.seed
+        if self.max_turns is not None:
+            extras["max_turns"] = self.max_turns
+        self._make = partial(make_env, task.prompt.env_class, extras)
+        self._name = task.prompt.env_class
+        self._env: BaseTextEnv | None = None
+        self._executor = executor
+        self._in_thread: Future[Any] | None = None  # the last call that was given to the executor
+        self._step_timeout_s = limits.step_timeout_s
+        self._seconds_left = limits.episode_timeout_s
+
+    @property
+    def waits_for_others(self) -> bool:
+        with Outcome() as asked:
+            asked.value = self._env is not None and self._env.waits_for_others
+        return asked.value is True
+
+    async def init(self, messages: list[Message]) -> Messages:
+        env = await self._answer("the constructor", self._threaded(self._constructed, _as_it_is))
+        prompt = copy.deepcopy(messages)
+        if env.is_async:
+            call = self._awaited(partial(env.init_async, prompt), checked_init)
+        else:
+            call = self._threaded(partial(env.init, prompt), checked_init)
+        return await self._answer("init", call, env.init_timeout_s)
+
+    async def step(self, action: str) -> Step:
+        assert self._env is not None
+        if self._env.is_async:
+            call = self._awaited(partial(self._env.step_async, action), checked_step)
+        else:
+            call = self._threaded(partial(self._env.step, action), checked_step)
+        return await self._answer("step", call)
+
+    async def cut_short(self) -> float:
+        assert self._env is not None
+        return await self._answer("cut_short", self._threaded(self._env.cut_short, checked_reward))
+
+    async def metrics(self) -> dict[str, Any]:
+        assert self._env is not None
+        return await self._answer("get_metrics", self._threaded(self._env.get_metrics, checked_metrics))
+
+    async def close(self) -> None:
+        """Runs on every path, has deadlines of its own, and never hides how the episode ended.
+
+        A call that a cancelled or timed-out episode left in a thread ends first, so that nothing opens after the close.
+        """
+        if self._in_thread is not None and not self._in_thread.cancelled():
+            await asyncio.wait([asyncio.wrap_future(self._in_thread)], timeout=self._step_timeout_s)
+        env, self._env = self._env, None
+        if env is None:
+            return
+        if env.is_async:
+            close = self._awaited(env.close_async, checked_close)
+        else:
+            close = self._threaded(env.close, checked_close)
+        task = asyncio.ensure_future(close)
+        await asyncio.wait([task], timeout=self._step_timeout_s)
+        if not task.done():
+            task.cancel()
+            logger.warning(f"{self._name}: close took longer than {self._step_timeout_s:.1f} s")
+        elif (error := _raised(task)) is not None:
+            logger.warning(f"{self._name}: close raised {words_of(error)}")
+
+    def _constructed(self) -> BaseTextEnv:
+        """Kept at once, in the thread: an environment that nobody waits for any more is closed all the same."""
+        env = self._make()
+        if not isinstance(env, BaseTextEnv):
+            raise WrongAnswer(f"made a {type(env).__name__}, which is no skyrl_gym.envs.base_text_env.BaseTextEnv")
+        self._env = env
+        if not isinstance(env.init_timeout_s, int | float | None):
+            raise WrongAnswer(f"init_timeout_s must be a number of seconds or None, not {short(env.init_timeout_s)}")
+        return env
+
+    async def _threaded(self, call: Callable[[], Any], check: Callable[[Any], Any]) -> Outcome:
+        self._in_thread = self._executor.submit(_outcome, call, check)
+        return await asyncio.wrap_future(self._in_thread)
+
+    async def _awaited(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> Outcome:
+        with Outcome() as outcome:
+            outcome.value = check(await call())
+        if isinstance(outcome.error, asyncio.CancelledError | GeneratorExit):
+            raise outcome.error  # this task is cancelled or closed
+        return outcome
+
+    async def _answer(self, what: str, call: Awaitable[Outcome], own_timeout_s: float | None = None) -> Any:
+        started = time.monotonic()
+        timeout_s = own_timeout_s or min(self._step_timeout_s, self._seconds_left)
+        task = asyncio.ensure_future(call)
+        try:
+            with span(f"environment {what.removeprefix('the ')}"):
+                await asyncio.wait([task], timeout=timeout_s)
+        finally:  # also when this episode is cancelled: nothing may go on behind its back
+            if not task.done():
+                task.cancel()
+        if own_timeout_s is None:
+            self._seconds_left -= time.monotonic() - started
+        if not task.done():
+            raise EnvFailure(f"{self._name}: {what} took longer than {timeout_s:.1f} s")
+        error = _raised(task)
+        if error is not None:
+            raise failure(error, self._name, what) from error
+        return task.result().value
+
+
+class _Extras(dict[str, Any]):
+    """The columns of a row. Where nobody set a turn limit, "max_turns" is absent, so an environment takes its own.
+
+    An environment without a limit of its own reads extras["max_turns"] unasked and gets 1, SkyRL's default.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        if key == "max_turns":
+            return 1
+        raise KeyError(key)
+
+
+def failure(error: BaseException, name: str, what: str) -> EnvFailure:
+    """What an environment raised in `what`, or the check of its answer, as its failure.
+
+    A BrokenEnv where Python itself says that the code is wrong. The operating system, a library's own exceptions and
+    numbers may be right the next time.
+    """
+    if isinstance(error, EnvLost):
+        return EnvLost(_said(error), in_step=error.in_step)
+    if isinstance(error, EnvFailure):
+        return EnvFailure(_said(error))
+    if isinstance(error, WrongAnswer):
+        words = f"{name}: wrong answer of {what}: {_said(error)}"
+        return EnvFailure(words) if isinstance(error, NotANumberToLearnFrom) else BrokenEnv(words)
+    words = f"{name}: {what} raised {words_of(error)}"
+    is_mistake = isinstance(error, MISTAKES) or what == "the constructor"  # which opens nothing, see BaseTextEnv
+    by_chance = isinstance(error, OSError) or type(error).__module__ != "builtins"
+    return EnvFailure(words) if by_chance and not isinstance(error, MISTAKES) else BrokenEnv(words, is_mistake)
+
+
+def words_of(error: BaseException, *, with_place: bool = True) -> str:
+    """`NameError: name 'x' is not defined (my_env.py:12 in step: return x)`, on one line."""
+    described = traceback.TracebackException.from_exception(error)
+    lines = "".join(described.format_exception_only()).split("\n")
+    words = " ".join(line.strip() for line in lines if line.strip())
+    place = _place(described.stack) if with_place else ""
+    return _kept(words) + (f" ({_kept(place)})" if place else "")
+
+
+def _place(stack: traceback.StackSummary) -> str:
+    """The innermost frame that is neither Python's nor a library's; else the innermost."""
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    own = [frame for frame in stack if not frame.filename.startswith(libraries)]
+    if not stack:
+        return ""
+    frame = (own or list(stack))[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def _said(error: BaseException) -> str:
+    with Outcome() as said:
+        said.value = str(error)
+    return _kept(said.value if said.error is None else f"{type(error).__name__}, which cannot be printed")
+
+
+def _kept(words: str) -> str:
+    return visible(shortened(words, MAX_WORDS))
+
+
+def _raised(task: asyncio.Future[Outcome]) -> BaseException | None:
+    """What the environment raised in a task that is done, CancelledError and GeneratorExit included."""
+    if task.cancelled():
+        return asyncio.CancelledError("its own")
+    return task.exception() or task.result().error
+
+
+def _outcome(call: Callable[[], Any], check: Callable[[Any], Any]) -> Outcome:
+    with Outcome() as outcome:
+        outcome.value = check(call())
+    return outcome
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer

@@ -1,0 +1,64 @@
+"""The environment failures of one round: each kind is said once, and counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+MAX_KINDS_SAID = 5  # a round; more are only counted
+MAX_KEY_CHARS = 160  # of a failure's words that tell its kind
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9]+")  # what differs between failures of one kind: ports, pids, ids, seconds
+
+
+@dataclass
+class Failures:
+    """Two failures are of one kind if they read the same but for their numbers."""
+
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> attempts that failed so
+    firsts: dict[str, str] = field(default_factory=dict)  # kind -> the words of its first failure
+
+    @staticmethod
+    def of(failures: Iterable[str]) -> Failures:
+        """Counted, without a word in the log."""
+        counted = Failures()
+        for words in failures:
+            counted.count(words)
+        return counted
+
+    def count(self, words: str) -> bool:
+        """Return whether they are the first of their kind."""
+        kind = kind_of(words)
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.firsts.setdefault(kind, words)
+        return self.counts[kind] == 1
+
+    def add(self, episode_id: str, words: str, what_now: str) -> None:
+        """what_now: what becomes of the episode, for the log."""
+        if self.count(words) and len(self.firsts) <= MAX_KINDS_SAID:
+            logger.warning(f"episode {episode_id} failed ({what_now}): {words}")
+
+    def say_how_many(self) -> None:
+        """After the round: how often each kind came again."""
+        for number, (kind, count) in enumerate(self.counts.items()):
+            if number < MAX_KINDS_SAID and count > 1:
+                logger.warning(f"and {count - 1} more like it: {_beginning(self.firsts[kind])}")
+        unsaid = list(self.counts.values())[MAX_KINDS_SAID:]
+        if unsaid:
+            logger.warning(f"and {sum(unsaid)} failures of {len(unsaid)} other kinds")
+
+    def commonest(self) -> tuple[str, int]:
+        """The words of the commonest kind and how often it came."""
+        kind = max(self.counts, key=lambda kind: self.counts[kind])
+        return self.firsts[kind], self.counts[kind]
+
+
+def kind_of(words: str) -> str:
+    return _VARYING.sub("#", words)[:MAX_KEY_CHARS]
+
+
+def _beginning(words: str) -> str:
+    first_line = words.split("\n", 1)[0]
+    return first_line if len(first_line) <= MAX_KEY_CHARS else f"{first_line[:MAX_KEY_CHARS]}…"
