@@ -65,6 +65,27 @@ class BasePPOExp:
             return None
         return self._dataset(self.cfg.data.val_data)
 
+    def get_contents(self) -> dict[str, dict[str, str]]:
+        """What the files that the settings name hold (contents.py): a checkpoint goes on only with the same."""
+        from skyrl_train.contents import model_contents, prompt_contents, template_contents
+        from skyrl_train.learner.learner import needs_reference
+        from skyrl_train.pretrained import resolve_model
+
+        trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
+        policy = model_contents(self.model_path)
+        contents = {
+            "trainer.policy.model.path": policy,
+            "data.train_data": prompt_contents(self.train_dataset),
+            "generator.chat_template.name_or_path": template_contents(template or self.tokenizer.chat_template),
+        }
+        if self.eval_dataset is not None:
+            contents["data.val_data"] = prompt_contents(self.eval_dataset)
+        if trainer.ref.model.path == trainer.policy.model.path:
+            contents["trainer.ref.model.path"] = policy
+        elif needs_reference(trainer.algorithm):
+            contents["trainer.ref.model.path"] = model_contents(resolve_model(trainer.ref.model.path))
+        return contents
+
     def get_device(self) -> tuple[Any, Any]:
         """Device and compute dtype; the reason for the choice is printed."""
         from loguru import logger
@@ -228,7 +249,7 @@ class BasePPOExp:
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
-        with Run.open(self.cfg, self.tokenizer, info) as run:
+        with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
             if run.start.step >= total_steps:
                 run.progress.print(
                     f"this run is complete: {run.start.step} of {total_steps} steps. To go on, raise trainer.epochs; "

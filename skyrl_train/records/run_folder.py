@@ -53,13 +53,9 @@ def run_lock(folder: Path) -> Generator[None]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    steps = []
-    for path in folder.glob("global_step_*"):
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and (path / "trainer_state.pt").is_file():
-            steps.append(int(match[1]))
-    return sorted(steps)
+    """Steps with a checkpoint, ascending. A damaged one counts: loading it says so, passing over it would not."""
+    found = [(path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("global_step_*")]
+    return sorted(int(match[1]) for path, match in found if match and path.is_dir() and any(path.iterdir()))
 
 
 def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:

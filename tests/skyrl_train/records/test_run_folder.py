@@ -29,9 +29,9 @@ def test_a_second_trainer_is_refused_and_told_who_holds_the_folder(tmp_path):
     assert second(tmp_path).stdout == "got it\n"
 
 
-def test_only_complete_checkpoints_count(tmp_path):
+def test_every_folder_with_a_checkpoints_name_counts_that_holds_anything(tmp_path):
     for name in ("global_step_2", "global_step_10", "global_step_3.writing", "global_step_x"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.pt").touch()
+        (tmp_path / name / "digests.txt").touch()
     (tmp_path / "global_step_99").mkdir()
     assert checkpoint_steps(tmp_path) == [2, 10]
