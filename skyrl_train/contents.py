@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from xxhash import xxh3_128
 
@@ -31,7 +32,7 @@ def prompt_contents(prompts: Iterable[Prompt]) -> dict[str, str]:
     """Number and digest of the rows that are played, in their order, whatever file they came from."""
     digest, count = xxh3_128(), 0
     for prompt in prompts:
-        row = dumps([prompt.messages, prompt.env_class, prompt.env_extras], default=repr)
+        row = dumps([prompt.messages, prompt.env_class, prompt.env_extras], default=_plain)
         digest.update(f"{row}\n".encode())
         count += 1
     return {"rows": str(count), "their digest": digest.hexdigest()}
@@ -51,6 +52,15 @@ def changed_contents(old: Contents, new: Contents) -> dict[str, str]:
             shown = "; ".join(_change(part, old[key].get(part), new[key].get(part)) for part in parts[:MAX_SHOWN])
             changes[key] = shown + (f"; and {len(parts) - MAX_SHOWN} more" if len(parts) > MAX_SHOWN else "")
     return changes
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that JSON has no word for: the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def _change(part: str, old: str | None, new: str | None) -> str:
