@@ -206,15 +206,22 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out."""
+    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out.
+
+    Raises ValueError with the number of a line that is damaged.
+    """
     steps: dict[int, dict[str, Any]] = {}
     path = Path(path)
     if not path.exists():
         return []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
             fields = {key: _NOT_FINITE.get(value, value) for key, value in json.loads(line).items()}
-            steps.setdefault(fields["step"], {}).update(fields)
+            steps.setdefault(int(fields["step"]), {}).update(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
     return [steps[step] for step in sorted(steps)]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.temporary_folders import PROGRAM, temporary_folder
 
 MAX_OUTPUT = 16_000  # characters that are read of each of stdout and stderr
 _MEMORY_BYTES = 1 << 30
@@ -67,12 +68,12 @@ def run_python(code: str, *, stdin: str = "", timeout_s: float, max_output: int 
     }
     command = [sys.executable, "-I", "-c", _START, *(str(part) for limit in limits.items() for part in limit)]
     with (
-        tempfile.TemporaryDirectory(prefix="skyrl_gym_", ignore_cleanup_errors=True) as folder,
+        temporary_folder(PROGRAM) as folder,
         tempfile.TemporaryFile() as output,
         tempfile.TemporaryFile() as errors,
         tempfile.TemporaryFile() as given,
     ):
-        Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
+        (folder / "program.py").write_bytes(code.encode("utf-8", "replace"))
         given.write(stdin.encode("utf-8", "replace"))
         given.seek(0)
         exit_code = _exit_code(command, folder, given, output, errors, timeout_s)
@@ -89,7 +90,7 @@ def _process_limit() -> dict[str, int]:
 
 
 def _exit_code(
-    command: list[str], folder: str, given: BinaryIO, output: BinaryIO, errors: BinaryIO, timeout_s: float
+    command: list[str], folder: Path, given: BinaryIO, output: BinaryIO, errors: BinaryIO, timeout_s: float
 ) -> int | None:
     single_threaded = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # many programs run at once
     try:
