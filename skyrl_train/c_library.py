@@ -37,15 +37,15 @@ def compiled_library(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     if (compiler := c_compiler()) is None:
         raise NoCompiler("there is no C compiler on the PATH")
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    with temporary_folder(COMPILER) as folder:
-        unit, library = f"{folder}/unit.o", f"{folder}/library.so"
-        try:
+    try:
+        with temporary_folder(COMPILER) as folder:
+            unit, library = f"{folder}/unit.o", f"{folder}/library.so"
             _run([*compiler.split(), *FLAGS, *wide, *definitions, f"-I{HEADERS}", "-c", str(source), "-o", unit])
             _run([*compiler.split(), "-shared", unit, "-lm", "-o", library])
             return ctypes.CDLL(library)
-        except (OSError, subprocess.SubprocessError) as error:
-            words = getattr(error, "stderr", None) or str(error)
-            raise NoCompiler(f"{compiler} cannot build {source.name}: {words.strip()}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", None) or str(error)
+        raise NoCompiler(f"{compiler} cannot build {source.name}: {words.strip()}") from error
 
 
 def _run(command: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from skyrl_gym.metrics import aggregate_for_environment
 from skyrl_train.records.episode import num_response_tokens
-from skyrl_train.records.files import whole_folder
+from skyrl_train.records.files import naming, whole_folder
 from skyrl_train.records.run_folder import METRICS
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
@@ -152,7 +152,7 @@ def dump_eval_results(
     """`dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and the metrics."""
     name = "eval_only" if step is None else f"global_step_{step}_evals"
     path = Path(export_path) / "dumped_evals" / name
-    with whole_folder(path) as unfinished:
+    with naming(path), whole_folder(path) as unfinished:
         for group in groups:
             lines = [json.dumps(_eval_line(t, decode), default=str) for t in group.trajectories]
             with (unfinished / f"{_file_name(group.prompt.data_source)}.jsonl").open("a") as file:
@@ -198,11 +198,13 @@ class MetricsLog:
 
     def log(self, step: int, metrics: Metrics) -> None:
         line = {"step": step, "time": time.time(), "elapsed_s": round(self.elapsed_s, 3), **_to_json(metrics)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

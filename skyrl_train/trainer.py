@@ -22,7 +22,7 @@ from skyrl_train.evaluate import Evaluator
 from skyrl_train.learner.learner import Learner
 from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
-from skyrl_train.records.files import whole_folder
+from skyrl_train.records.files import naming, whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.sampling import sampling_params
@@ -124,7 +124,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face format, whole or not at all."""
-        with whole_folder(folder / "policy") as unfinished:
+        with naming(folder / "policy"), whole_folder(folder / "policy") as unfinished:
             self.learner.save_pretrained(unfinished, self.tokenizer)
 
     def state(self) -> State:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from integrations.openenv.commands import check, doctor, play, serve
 from integrations.openenv.commands import list as list_command
+from skyrl_train.console import lasting_output
 
 COMMANDS = {
     "list": (list_command, "the environments and their options"),
@@ -28,7 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:]))
     arguments = parser.parse_args(words)
     try:
-        return COMMANDS[arguments.command][0].run(arguments)
+        with lasting_output():
+            return COMMANDS[arguments.command][0].run(arguments)
     except ValueError as refused:  # an unknown environment or option
         print(f"{parser.prog} {arguments.command}: {refused}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, env_config_for, load_config, validate_cfg
+from skyrl_train.console import lasting_output
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 __all__ = ["BasePPOExp", "config_dir", "main", "validate_cfg"]
@@ -260,9 +264,13 @@ class BasePPOExp:
             return run.finish()
 
     async def _train(self, run: Any) -> None:
-        """SIGTERM ends a run as Ctrl-C does: the task is cancelled, and everything it opened is closed."""
-        with suppress(NotImplementedError):  # where the platform's event loop has no signal handlers
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # ty: ignore
+        """SIGTERM and SIGHUP end a run as Ctrl-C does: the task is cancelled, and everything it opened is closed.
+
+        A SIGHUP that is ignored, as under nohup, stays ignored.
+        """
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)  # ty: ignore
         from skyrl_train import compute
 
         try:
@@ -289,9 +297,17 @@ def main(
     experiment: type[BasePPOExp] = BasePPOExp,
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
-    """Exit status: 0 done, 2 refused before training, 130 interrupted. What breaks otherwise shows its traceback."""
+    """Exit status: 0 done, 1 broken off (no room on the disk), 2 refused before training, 130 interrupted.
+
+    What breaks otherwise shows its traceback.
+    """
+    with lasting_output():
+        return _main(sys.argv[1:] if arguments is None else arguments, experiment, root)
+
+
+def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[SkyRLConfig]) -> int:
     try:
-        cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
+        cfg = load_config(arguments, root)
     except ValueError as error:
         return _refused(error)
     from skyrl_train.run import RunRefused, log_to
@@ -308,7 +324,22 @@ def main(
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is None:
+            raise
+        print(f"broken off: cannot write {error.filename}: {error.strerror}{_room(error)}", file=sys.stderr)
+        print(f"When there is room, {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _room(error: OSError) -> str:
+    """ " (0 MB free there)", if the system says."""
+    folder = Path(error.filename).absolute()
+    folder = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), folder)
+    with suppress(OSError):
+        return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free there)"
+    return ""
 
 
 def _how_to_go_on(trainer: TrainerConfig) -> str:
