@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+_FAILURES = (OSError, ValueError)  # ValueError: the stream was closed
+
 
 @contextmanager
 def lasting_output() -> Generator[None]:
@@ -35,20 +37,20 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         if not self._is_none:
-            with suppress(OSError):
+            with suppress(*_FAILURES):
                 self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with suppress(*_FAILURES):
             self._stream.flush()
 
     def settle(self) -> None:
         """Let go of what could not be written: the interpreter would try again at its end, and exit with status 120."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):  # ValueError: it was closed
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        except _FAILURES:
+            with suppress(*_FAILURES), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:

@@ -158,7 +158,7 @@ def test_a_full_disk_says_so_and_which_file(given, tmp_path, capfd, monkeypatch,
 def test_a_full_disk_names_the_metrics(tmp_path):
     log = MetricsLog(tmp_path)
     log._file.close()
-    log._file = Path("/dev/full").open("w")
+    log._file = Path("/dev/full").open("w")  # noqa: SIM115 - close() is what is tested
     with pytest.raises(OSError, match=r"No space left on device: '\S+/metrics.jsonl'"):
         log.log(1, {"a": 1.0})
     with pytest.raises(OSError, match=r"metrics.jsonl"):
