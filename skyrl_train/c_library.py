@@ -12,9 +12,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from skyrl_gym.temporary_folders import COMPILER, temporary_folder
 
 FREE_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")  # a NaN stays one
 FLAGS = ("-O3", "-march=native", *FREE_ORDER, "-fopenmp", "-fPIC")
@@ -36,15 +37,15 @@ def compiled_library(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     if (compiler := c_compiler()) is None:
         raise NoCompiler("there is no C compiler on the PATH")
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    with tempfile.TemporaryDirectory(prefix="skyrl-c-") as folder:
-        unit, library = f"{folder}/unit.o", f"{folder}/library.so"
-        try:
+    try:
+        with temporary_folder(COMPILER) as folder:
+            unit, library = f"{folder}/unit.o", f"{folder}/library.so"
             _run([*compiler.split(), *FLAGS, *wide, *definitions, f"-I{HEADERS}", "-c", str(source), "-o", unit])
             _run([*compiler.split(), "-shared", unit, "-lm", "-o", library])
             return ctypes.CDLL(library)
-        except (OSError, subprocess.SubprocessError) as error:
-            words = getattr(error, "stderr", None) or str(error)
-            raise NoCompiler(f"{compiler} cannot build {source.name}: {words.strip()}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", None) or str(error)
+        raise NoCompiler(f"{compiler} cannot build {source.name}: {words.strip()}") from error
 
 
 def _run(command: list[str]) -> None:

@@ -1,29 +1,35 @@
 """Checkpoints: everything a step depends on, written so that a kill at any moment leaves a usable newest one.
 
-    {folder}/global_step_N/trainer_state.pt     global_step, config as a plain dictionary, random states, counters
-                           data.pt              position in the data
-                           policy/model.pt ...  whatever else the caller names
-    {folder}/latest_ckpt_global_step.txt        N, written after the folder is complete
+    {folder}/global_step_N/digests.txt                  the format, and the digest of every other file
+                           trainer_state.safetensors    global_step, config and contents, random states, counters
+                           data.safetensors             position in the data
+                           policy/learner.safetensors   whatever else the caller names
+    {folder}/latest_ckpt_global_step.txt                N, written after the folder is complete
 
-Files hold tensors and plain data only, so they load with `weights_only=True`: opening a checkpoint runs no code.
+A folder gets its name once all of it is on the disk. So one that lacks a file, or whose file is not what its digest
+says, is damaged: it is refused and never passed over, and the newest whole one before it is named. No file holds
+anything but tensors and plain data: opening a checkpoint runs no code.
 """
 
 from __future__ import annotations
 
-import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from loguru import logger
-from torch import Tensor
 
+from skyrl_train.checkpoint_parts import SUFFIX, read_part, write_part
+from skyrl_train.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
 from skyrl_train.records.files import remove_folder, remove_leftovers, whole_folder, write_whole
 from skyrl_train.records.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
-State = dict[str, Any]  # "trainer_state", "data", "policy/model", ... -> tensors and plain data
+State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
+FORMAT = 2  # 1 kept pickles
+_HEADER = "# skyrl checkpoint, format {}"
 
 
 class Checkpoints:
@@ -38,7 +44,7 @@ class Checkpoints:
     def save(self, step: int, state: State) -> Path:
         """Write `global_step_{step}`. A step that is already saved is not written again."""
         path = self.path(step)
-        if (path / "trainer_state.pt").is_file():
+        if (path / DIGESTS).is_file():
             return path
         if "trainer_state" not in state:
             raise ValueError(f"a checkpoint needs 'trainer_state', got {sorted(state)}")
@@ -47,28 +53,33 @@ class Checkpoints:
             raise ValueError(f"trainer_state says step {state['trainer_state']['global_step']}, save() says {step}")
         with whole_folder(path) as unfinished:
             for name, value in state.items():
-                _refuse_objects(value, name)
-                target = unfinished / f"{name}.pt"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _write(value, target)
+                write_part(value, unfinished / f"{name}{SUFFIX}")
+            write_digests(unfinished, _HEADER.format(FORMAT))
         write_whole(self.folder / LATEST, str(step).encode())
         self._remove_old()
         return path
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint. The text file is only a hint: a kill may come between folder and file."""
+        """The newest checkpoint. The text file is only a hint: a kill may come between folder and file."""
         newest = max(checkpoint_steps(self.folder), default=None)
         hint = self._hint()
-        if hint is not None and newest is not None and hint != newest:
-            order = "ahead of" if hint > newest else "behind"
-            logger.warning(f"{LATEST} says {hint}, {order} the newest complete checkpoint; using global_step_{newest}")
+        if hint is not None and newest is not None and hint != str(newest):
+            logger.warning(
+                f"{self.folder / LATEST} says {hint!r}; going by the newest checkpoint, global_step_{newest}"
+            )
         return newest
 
     def load(self, which: int | Path) -> tuple[int, State]:
-        """Step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU."""
+        """Step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU.
+
+        Raises ValueError if it is damaged or of another format; the message names the file and what to resume from.
+        """
         path = self.path(which) if isinstance(which, int) else which
         step = checkpoint_step(path)
-        state = {p.relative_to(path).with_suffix("").as_posix(): _read(p, path) for p in sorted(path.rglob("*.pt"))}
+        try:
+            state = {name.removesuffix(SUFFIX): read_part(path / name) for name in whole_parts(path)}
+        except Damaged as error:
+            raise ValueError(f"{error}. {_other_checkpoint(path)}") from error
         written = state["trainer_state"].get("global_step")
         if written != step:
             logger.warning(f"{path} was written at step {written}; the folder's name wins: resuming at step {step}")
@@ -82,12 +93,11 @@ class Checkpoints:
         """Remove what killed saves left; only the process that holds the run's lock may call this."""
         return remove_leftovers(self.folder)
 
-    def _hint(self) -> int | None:
+    def _hint(self) -> str | None:
         try:
-            text = (self.folder / LATEST).read_text().strip()
+            return (self.folder / LATEST).read_text(encoding="utf-8", errors="backslashreplace").strip()
         except FileNotFoundError:
             return None
-        return int(text) if text.isdigit() else None
 
     def _remove_old(self) -> None:
         if self.max_to_keep > 0:
@@ -96,15 +106,49 @@ class Checkpoints:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a complete checkpoint folder; errors say what is wrong with the folder."""
+    """The step in the name of a checkpoint's folder; errors say what is wrong with the folder."""
     match = CHECKPOINT_NAME.fullmatch(path.name)
     if not match:
         raise ValueError(f"{path} is not a checkpoint: the folder's name must be global_step_<number>")
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {path}")
-    if not (path / "trainer_state.pt").is_file():
-        raise FileNotFoundError(f"{path} holds no trainer_state.pt, so it is not a complete checkpoint")
     return int(match[1])
+
+
+def whole_parts(path: Path) -> list[str]:
+    """The names of a checkpoint's files, each of them read and as it was written. Raises Damaged otherwise."""
+    if (path / "trainer_state.pt").exists() and not (path / DIGESTS).exists():
+        raise Damaged(f"{path} has format 1, of an earlier version of this program; this one reads format {FORMAT}")
+    header, digests = read_digests(path)
+    if header != _HEADER.format(FORMAT):
+        other = re.fullmatch(_HEADER.format(r"(\d+)"), header)
+        reason = f"names format {other[1]}, this program reads format {FORMAT}" if other else "is damaged"
+        raise Damaged(f"{path / DIGESTS} {reason}")
+    check_digests(path, digests, SUFFIX)
+    if f"trainer_state{SUFFIX}" not in digests:
+        raise Damaged(f"{path / f'trainer_state{SUFFIX}'} is missing")
+    return [name for name in digests if name.endswith(SUFFIX)]
+
+
+def _other_checkpoint(damaged: Path) -> str:
+    """What to do instead of resuming from this one: the newest whole checkpoint before it, or a new start."""
+    for step in reversed(checkpoint_steps(damaged.parent)):
+        path = damaged.with_name(f"global_step_{step}")
+        if path.name == damaged.name or step > checkpoint_step(damaged):
+            continue
+        try:
+            whole_parts(path)
+        except (Damaged, OSError):
+            continue
+        return (
+            f"{path.name} before it is whole: go on from there with trainer.resume_mode=from_path "
+            f"trainer.resume_path={path} (what came after it is moved aside, not deleted)"
+        )
+    return (
+        f"No earlier checkpoint in {damaged.parent} is whole: name another one with trainer.resume_mode=from_path "
+        "trainer.resume_path=<global_step_N folder>, or start afresh with trainer.resume_mode=none (the run is moved "
+        "aside, not deleted)"
+    )
 
 
 def random_states() -> dict[str, Any]:
@@ -128,41 +172,3 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _refuse_objects(value: Any, where: str) -> None:
-    """Raise if loading `value` would need more than tensors and plain data; `where` is the path to it."""
-    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes):
-        return
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"checkpoint: a key of {where} is a {type(key).__name__} ({key!r}); use str or int")
-            _refuse_objects(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _refuse_objects(item, f"{where}[{i}]")
-    else:
-        raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; only tensors and plain data can be saved")
-
-
-def _write(value: Any, path: Path) -> None:
-    """Without checksums, which torch.load does not look at and which take longer than the writing."""
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with path.open("wb") as file:
-            torch.save(value, file)
-    finally:
-        torch.serialization.set_crc32_options(checksums)
-
-
-def _read(path: Path, checkpoint: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error) or "empty file").splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read ({reason}); it is damaged or cut short. Move {checkpoint} away to use an older "
-            "checkpoint, or name one with trainer.resume_mode=from_path trainer.resume_path=<global_step_N folder>"
-        ) from error

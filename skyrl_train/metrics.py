@@ -14,7 +14,7 @@ from loguru import logger
 from skyrl_gym.contract import Outcome, checked_metrics
 from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
 from skyrl_train.records.episode import num_response_tokens
-from skyrl_train.records.files import whole_folder
+from skyrl_train.records.files import naming, whole_folder
 from skyrl_train.records.run_folder import METRICS
 from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
@@ -166,7 +166,7 @@ def dump_eval_results(
     """`dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and the metrics."""
     name = "eval_only" if step is None else f"global_step_{step}_evals"
     path = Path(export_path) / "dumped_evals" / name
-    with whole_folder(path) as unfinished:
+    with naming(path), whole_folder(path) as unfinished:
         for group in groups:
             lines = [json.dumps(_eval_line(t, decode), default=str) for t in group.trajectories]
             with (unfinished / f"{_file_name(group.prompt.data_source)}.jsonl").open("a") as file:
@@ -212,23 +212,32 @@ class MetricsLog:
 
     def log(self, step: int, metrics: Metrics) -> None:
         line = {"step": step, "time": time.time(), "elapsed_s": round(self.elapsed_s, 3), **_to_json(metrics)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out."""
+    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out.
+
+    Raises ValueError with the number of a line that is damaged.
+    """
     steps: dict[int, dict[str, Any]] = {}
     path = Path(path)
     if not path.exists():
         return []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
             fields = {key: _NOT_FINITE.get(value, value) for key, value in json.loads(line).items()}
-            steps.setdefault(fields["step"], {}).update(fields)
+            steps.setdefault(int(fields["step"]), {}).update(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
     return [steps[step] for step in sorted(steps)]
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from loguru import logger
 
+from skyrl_train.records.files import naming
+
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED_NAMES = (PACKAGED_MODEL, "SmolLM2-135M-Instruct")
 GPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -93,7 +95,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     _remove_leftovers(folder.parent)
     logger.info(f"Converting {gguf.name} to {folder} (once, about 15 s) ...")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent, ignore_cleanup_errors=True)
+    with naming(folder), scratch_folder as scratch:
         whole = Path(scratch) / folder.name
         _write_hugging_face(gguf, whole)
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.checkpoint import Checkpoints, State, checkpoint_step
+from skyrl_train.contents import Contents, changed_contents
 from skyrl_train.records.run_folder import move_aside, rewind
 
 
@@ -26,11 +27,14 @@ def start_run(
     resume_path: str | None,
     config: dict[str, Any],
     may_change: Collection[str] = (),
+    contents: Contents | None = None,
 ) -> RunStart:
     """Find and load the checkpoint to start from, and bring the run's folder to the state it had at that step.
 
     config: flat, "trainer.seed" -> value; it must agree with the checkpoint's but for the keys in `may_change`.
-    Nothing in the folder is touched before the checkpoint is loaded and agreed with. The caller holds the run's lock.
+    contents: what the settings that name a file or a folder stand for (contents.py); it must agree, too, and where it
+    does, the name may differ. Nothing in the folder is touched before the checkpoint is loaded and agreed with. The
+    caller holds the run's lock.
     """
     found = find_checkpoint(checkpoints, resume_mode, resume_path)
     folder = checkpoints.folder
@@ -42,9 +46,12 @@ def start_run(
         moved = move_aside(folder)
         return RunStart(0, notes=(f"the earlier run in {folder} was moved to {moved}",) if moved else ())
     step, state = checkpoints.load(found)
-    check_same_run(state["trainer_state"].get("config", {}), config, may_change)
+    saved = state["trainer_state"]
+    then, now = saved.get("contents", {}), contents or {}
+    check_same_run(saved.get("config", {}), config, {*may_change, *(then.keys() & now.keys())})
+    harmless = check_same_contents(then, now, may_change)
     checkpoints.remove_leftovers()
-    notes = [f"resuming after step {step} from {found}"]
+    notes = [f"resuming after step {step} from {found}", *harmless]
     own = found.resolve().parent == folder.resolve()
     moved = rewind(folder, step) if own else move_aside(folder)
     if moved:
@@ -89,6 +96,19 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], may_change: Collect
             "Set them back to go on with that run, start one elsewhere with another trainer.ckpt_path (CKPT_PATH), or "
             "start afresh here with trainer.resume_mode=none (the old run is moved aside, not deleted)"
         )
+
+
+def check_same_contents(old: Contents, new: Contents, may_change: Collection[str] = ()) -> list[str]:
+    """Raise if what a setting stands for is not what the run began with. Returns the changes that do no harm, said."""
+    changed = changed_contents(old, new)
+    refused = [f"  {key}: {change}" for key, change in changed.items() if key not in may_change]
+    if refused:
+        raise ValueError(
+            "the checkpoint belongs to a run on other files:\n" + "\n".join(refused) + "\n"
+            "Put back what the run began with to go on with it, start one elsewhere with another trainer.ckpt_path "
+            "(CKPT_PATH), or start afresh here with trainer.resume_mode=none (the old run is moved aside, not deleted)"
+        )
+    return [f"{key} is not what it was, so compare with care: {change}" for key, change in changed.items()]
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from rich.console import Console
 from skyrl_train.checkpoint import Checkpoints, State
 from skyrl_train.config import SkyRLConfig, to_flat_dict
 from skyrl_train.config.tree import defaults_of
+from skyrl_train.contents import Contents
 from skyrl_train.metrics import Metrics, MetricsLog
 from skyrl_train.progress import RunProgress
 from skyrl_train.records.profile import Profile
@@ -39,7 +40,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
     "trainer.micro_forward_batch_size_per_gpu", "trainer.gradient_checkpointing",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_num_seqs",
-    "generator.max_num_batched_tokens", "generator.max_env_retries",
+    "generator.max_num_batched_tokens", "generator.max_env_retries", "generator.model_name",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
     "environment.skyrl_gym.max_env_workers",
 )  # fmt: skip
@@ -56,6 +57,7 @@ class Run:
     folder: Path
     start: RunStart
     config: dict[str, Any]  # flat
+    contents: Contents
     checkpoints: Checkpoints
     metrics: MetricsLog
     trajectories: TrajectoryStore
@@ -65,14 +67,15 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo) -> Generator[Run]:
+    def open(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, contents: Contents) -> Generator[Run]:
         """Lock the folder, find where to start, and keep everything until the block ends, on every path.
 
+        contents: what the files that the config names hold (contents.py); a run goes on only with the same.
         Raises RunRefused if the run cannot start like this; nothing in the folder is lost then.
         """
         with ExitStack() as closing:
             try:
-                run = cls._opened(config, tokenizer, info, closing)
+                run = cls._opened(config, tokenizer, info, contents, closing)
             except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
                 raise RunRefused(str(error)) from error
             for note in run.start.notes:
@@ -80,7 +83,7 @@ class Run:
             yield run
 
     @classmethod
-    def _opened(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, closing: ExitStack) -> Run:
+    def _opened(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, contents: Contents, closing: ExitStack) -> Run:
         trainer, folder = config.trainer, Path(config.trainer.ckpt_path)
         flat = to_flat_dict(config)
         closing.enter_context(run_lock(folder))
@@ -88,7 +91,7 @@ class Run:
         if trainer.hf_save_interval > 0 or dumps:
             require_writable("trainer.export_path", Path(trainer.export_path))
         checkpoints = Checkpoints(folder, trainer.max_ckpts_to_keep)
-        start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME)
+        start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)
         write_run_info(folder, info)
         tracking = Tracking(
             trainer.project_name, trainer.run_name, trainer.loggers, flat, folder=folder, resumed_at=start.step
@@ -103,7 +106,7 @@ class Run:
         closing.enter_context(progress)
         closing.enter_context(_logs_above_the_bars(progress))
         profile = Profile(folder, enabled=trainer.profile)
-        return cls(folder, start, flat, checkpoints, metrics, trajectories, tracking, progress, profile)
+        return cls(folder, start, flat, contents, checkpoints, metrics, trajectories, tracking, progress, profile)
 
     def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:
         self.trajectories.add(phase, step, [trajectory for group in groups for trajectory in group.trajectories])
@@ -116,7 +119,7 @@ class Run:
     def save_checkpoint(self, step: int, state: State) -> None:
         """Everything recorded of the steps up to this one is on the disk before the checkpoint is."""
         self.trajectories.flush()
-        state["trainer_state"]["config"] = self.config
+        state["trainer_state"] |= {"config": self.config, "contents": self.contents}
         self.checkpoints.save(step, state)
 
     def phase(self, name: str, total: int, unit: str) -> Callable[..., None]:

@@ -25,11 +25,11 @@ from skyrl_train.learner.learner import Learner
 from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.ray_ppo_trainer import RayPPOTrainer
-from skyrl_train.records.files import whole_folder
+from skyrl_train.records.files import naming, whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.sampling import sampling_params
-from skyrl_train.run import Run
+from skyrl_train.run import Run, RunRefused
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.in_process import InProcessWeights
@@ -145,7 +145,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The policy in Hugging Face format, whole or not at all."""
-        with whole_folder(folder / "policy") as unfinished:
+        with naming(folder / "policy"), whole_folder(folder / "policy") as unfinished:
             self.learner.save_pretrained(unfinished, self.tokenizer)
 
     def state(self) -> State:
@@ -166,7 +166,10 @@ class Trainer:
         start = self.run.start
         if start.state:
             saved = start.state["trainer_state"]
-            self.learner.load_state_dict(start.state["policy/learner"])
+            try:
+                self.learner.load_state_dict(start.state["policy/learner"])
+            except (KeyError, ValueError) as error:  # of another model or another optimizer
+                raise RunRefused(f"the checkpoint of step {start.step} does not fit this run: {error}") from error
             self.kl_controller.load_state_dict(saved["kl_controller"])
             set_random_states(saved["random"])
             self.global_step, self.num_tokens = start.step, saved["num_tokens"]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from integrations.openenv.commands import check, doctor, play, serve
 from integrations.openenv.commands import list as list_command
+from skyrl_train.console import lasting_output
 from skyrl_train.records.visible import make_errors_visible, visible
 
 COMMANDS = {
@@ -30,7 +31,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     make_errors_visible()
     try:
-        return COMMANDS[arguments.command][0].run(arguments)
+        with lasting_output():
+            return COMMANDS[arguments.command][0].run(arguments)
     except ValueError as refused:  # an unknown environment or option
         print(visible(f"{parser.prog} {arguments.command}: {refused}"), file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import textwrap
 
 from skyrl_train.config.reference import Entry, entries
 from skyrl_train.config.root import SkyRLConfig
+from skyrl_train.console import lasting_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,7 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--search", metavar="WORD", default="", help="only keys whose name or meaning holds WORD")
     word = parser.parse_args(arguments).search
     rows = [entry for entry in entries(SkyRLConfig) if entry.matches(word)]
-    print("\n".join(map(as_text, rows)) if rows else f"no key or meaning holds {word!r}")
+    with lasting_output():
+        print("\n".join(map(as_text, rows)) if rows else f"no key or meaning holds {word!r}")
     return 0 if rows else 1
 
 

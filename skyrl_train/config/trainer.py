@@ -125,6 +125,12 @@ class TrainerConfig(Section):
         for key in ("ckpt_path", "export_path"):
             if "://" in getattr(self, key):
                 yield self.problem(key, "is not a local folder; write there, and copy the folder afterwards")
+        if self.hf_save_interval > 0 and os.path.realpath(self.export_path) == os.path.realpath(self.ckpt_path):
+            yield self.problem(
+                "export_path",
+                "is trainer.ckpt_path, too: an export would replace a part of the checkpoint of its step; "
+                f"set trainer.export_path={os.path.join(self.ckpt_path, 'exports')}",
+            )
         if not all(name in LOGGERS for name in self.loggers):
             yield self.problem("logger", "must be one of " + ", ".join(LOGGERS) + ", or a list of them")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import inspect
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,12 +24,14 @@ from skyrl_train.config import (
     load_config,
     validate_cfg,
 )
+from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.overrides import check_overrides
 from skyrl_train.records.visible import make_errors_visible, visible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 __all__ = ["BasePPOExp", "config_dir", "main", "validate_cfg"]
@@ -141,6 +145,27 @@ class BasePPOExp:
         if self.cfg.trainer.eval_interval <= 0 or not self.cfg.data.val_data:
             return None
         return self._dataset(self.cfg.data.val_data)
+
+    def get_contents(self) -> dict[str, dict[str, str]]:
+        """What the files that the settings name hold (contents.py): a checkpoint goes on only with the same."""
+        from skyrl_train.contents import model_contents, prompt_contents, template_contents
+        from skyrl_train.learner.learner import needs_reference
+        from skyrl_train.pretrained import resolve_model
+
+        trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
+        policy = model_contents(self.model_path)
+        contents = {
+            "trainer.policy.model.path": policy,
+            "data.train_data": prompt_contents(self.train_dataset),
+            "generator.chat_template.name_or_path": template_contents(template or self.tokenizer.chat_template),
+        }
+        if self.eval_dataset is not None:
+            contents["data.val_data"] = prompt_contents(self.eval_dataset)
+        if trainer.ref.model.path == trainer.policy.model.path:
+            contents["trainer.ref.model.path"] = policy
+        elif needs_reference(trainer.algorithm):
+            contents["trainer.ref.model.path"] = model_contents(resolve_model(trainer.ref.model.path))
+        return contents
 
     def get_device(self) -> tuple[Any, Any]:
         """Device and compute dtype; the reason for the choice is printed."""
@@ -439,7 +464,7 @@ class BasePPOExp:
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
-        with Run.open(self.cfg, self.tokenizer, info) as run:
+        with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
             if run.start.step >= total_steps:
                 run.progress.print(
                     f"this run is complete: {run.start.step} of {total_steps} steps. To go on, raise trainer.epochs; "
@@ -450,9 +475,13 @@ class BasePPOExp:
             return run.finish()
 
     async def _train(self, run: Any) -> None:
-        """SIGTERM ends a run as Ctrl-C does: the task is cancelled, and everything it opened is closed."""
-        with suppress(NotImplementedError):  # where the platform's event loop has no signal handlers
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # ty: ignore
+        """SIGTERM and SIGHUP end a run as Ctrl-C does: the task is cancelled, and everything it opened is closed.
+
+        A SIGHUP that is ignored, as under nohup, stays ignored.
+        """
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)  # ty: ignore
         from skyrl_train import compute
 
         try:
@@ -480,13 +509,17 @@ def main(
     experiment: type[BasePPOExp] = BasePPOExp,
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
-    """Exit status: 0 done, 1 no environment works, 2 refused before training, 130 interrupted.
-
-    What breaks otherwise shows its traceback.
+    """Exit status: 0 done, 1 broken off (no environment works, no room on the disk), 2 refused before training,
+    130 interrupted. What breaks otherwise shows its traceback.
     """
     make_errors_visible()
+    with lasting_output():
+        return _main(sys.argv[1:] if arguments is None else arguments, experiment, root)
+
+
+def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[SkyRLConfig]) -> int:
     try:
-        cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
+        cfg = load_config(arguments, root)
     except ValueError as error:
         return _refused(error)
     from skyrl_train.learner.refusal import ModelRefused
@@ -510,7 +543,22 @@ def main(
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is None:
+            raise
+        print(f"broken off: cannot write {error.filename}: {error.strerror}{_room(error)}", file=sys.stderr)
+        print(f"When there is room, {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _room(error: OSError) -> str:
+    """ " (0 MB free there)", if the system says."""
+    folder = Path(error.filename).absolute()
+    folder = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), folder)
+    with suppress(OSError):
+        return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free there)"
+    return ""
 
 
 def _how_to_go_on(trainer: TrainerConfig) -> str:

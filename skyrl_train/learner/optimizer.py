@@ -88,6 +88,12 @@ class MasterOptimizer:
                 "resume with the model that wrote the checkpoint"
             )
         for name, master in self.masters.items():
+            if masters[name].shape != master.shape:
+                raise ValueError(
+                    f"the checkpoint's {name} is {list(masters[name].shape)}, the model's {list(master.shape)}: "
+                    "resume with the model that wrote the checkpoint"
+                )
+        for name, master in self.masters.items():
             master.copy_(masters[name])
         self._adamw.load_state_dict(state["adamw"])
         self._schedule.load_state_dict(state["schedule"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from skyrl_train.console import lasting_output
 from skyrl_train.records.report import write_report
 from skyrl_train.records.show import show
 from skyrl_train.records.visible import visible
@@ -15,6 +16,11 @@ from skyrl_train.records.visible import visible
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    with lasting_output():
+        return _look(options)
+
+
+def _look(options: argparse.Namespace) -> int:
     try:
         if options.command == "report":
             print(write_report(options.run_folder))

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 WRITING, REMOVING = ".writing", ".removing"  # names that only an unfinished write or removal leaves behind
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Put the path into an OSError that has none: a full disk is met while writing, where Python knows no name.
+
+    What safetensors says of the system becomes an OSError, too.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: after a crash it holds the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + WRITING)
-    with unfinished.open("wb") as file:
+    with naming(path), unfinished.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -83,6 +104,7 @@ def sync_folder(folder: Path) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

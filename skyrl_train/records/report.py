@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
 from skyrl_train.metrics import read_metrics, tokens_per_second
 from skyrl_train.progress import clock
 from skyrl_train.records.charts import Chart, Point, line_chart, stacked_bars
@@ -114,10 +116,16 @@ def _episodes_section(folder: Path) -> str:
     files = trajectory_files(folder, "train") or trajectory_files(folder, "eval")
     if not files:
         return ""
-    columns = [(step, _best_typical_worst(files[step])) for step in dict.fromkeys((min(files), max(files)))]
+    columns, damaged = [], ""
+    for step in dict.fromkeys((min(files), max(files))):
+        try:
+            columns.append((step, _best_typical_worst(files[step])))
+        except ValueError as error:
+            logger.warning(f"the report shows no episodes of step {step}: {error}")
+            damaged += f'<p class="soft">No episodes of step {step}: {escaped(str(error))}</p>'
     columns = [(step, picked) for step, picked in columns if picked]
     if not columns:
-        return ""
+        return f"<h2>Episodes</h2>{damaged}" if damaged else ""
     cells = [f"<h3>{'Early' if i == 0 else 'Late'}: step {step}</h3>" for i, (step, _) in enumerate(columns)]
     for label in ("Best", "Typical", "Worst"):
         cells += [episode_card(label, picked[label]) if label in picked else "<span></span>" for _, picked in columns]
@@ -127,7 +135,7 @@ def _episodes_section(folder: Path) -> str:
         "<span>grey: given to it</span><span>hover a token for its id and logprob</span></div>"
     )
     one = " one" if len(columns) == 1 else ""
-    return f'<h2>Episodes</h2>{legend}<div class="episodes{one}">{"".join(cells)}</div>'
+    return f'<h2>Episodes</h2>{damaged}{legend}<div class="episodes{one}">{"".join(cells)}</div>'
 
 
 def _best_typical_worst(path: Path) -> dict[str, EpisodeRecord]:
@@ -177,10 +185,13 @@ def _failures(folder: Path, steps: list[Line]) -> Iterator[tuple[int, str]]:
     with_failures = [line["step"] for line in steps if line.get("generate/env_failures", 0) and line["step"] in files]
     found = 0
     for step in with_failures[:MAX_FAILURE_FILES]:
-        for episode in iterate_trajectories(files[step]):
-            if episode.failure and found < MAX_FAILURES:
-                found += 1
-                yield step, shortened(episode.failure, 300)
+        try:
+            failures = [episode.failure for episode in iterate_trajectories(files[step]) if episode.failure]
+        except ValueError as error:
+            failures = [str(error)]
+        for failure in failures[: MAX_FAILURES - found]:
+            found += 1
+            yield step, shortened(failure, 300)
 
 
 def _settings_section(info: RunInfo) -> str:

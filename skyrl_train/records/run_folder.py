@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loguru import logger
 
 from skyrl_train.records.files import write_whole
 
@@ -53,13 +56,9 @@ def run_lock(folder: Path) -> Generator[None]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    steps = []
-    for path in folder.glob("global_step_*"):
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and (path / "trainer_state.pt").is_file():
-            steps.append(int(match[1]))
-    return sorted(steps)
+    """Steps with a checkpoint, ascending. A damaged one counts: loading it says so, passing over it would not."""
+    found = [(path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("global_step_*")]
+    return sorted(int(match[1]) for path, match in found if match and path.is_dir() and any(path.iterdir()))
 
 
 def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
@@ -121,22 +120,31 @@ def rewind(folder: Path, step: int | None) -> Path | None:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; a torn last line, left by a killed writer, goes too."""
+    """Keep the lines of steps up to `last_step`; a torn last line, left by a killed writer, goes too.
+
+    So does a damaged one, which is said.
+    """
     if not path.exists():
         return
     content = path.read_bytes()
-    kept = b"".join(line for line in content.splitlines(keepends=True) if _line_step(line) <= last_step)
+    lines = content.splitlines(keepends=True)
+    steps = [_line_step(line) for line in lines]
+    for number, (line, step) in enumerate(zip(lines, steps, strict=True), start=1):
+        if step == math.inf and line.endswith(b"\n"):
+            logger.warning(f"line {number} of {path} is damaged and was removed: its step is missing in the report")
+    kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= last_step)
     if kept != content:
         write_whole(path, kept)
 
 
 def _line_step(line: bytes) -> float:
+    """Infinity for a line that is not whole."""
     if not line.endswith(b"\n"):
-        return float("inf")
+        return math.inf
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return float("inf")
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _next_previous(folder: Path) -> Path:

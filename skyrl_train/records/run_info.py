@@ -32,9 +32,14 @@ def write_run_info(run_folder: Path | str, info: RunInfo) -> None:
 
 
 def read_run_info(run_folder: Path | str) -> RunInfo:
-    """Without the file: words that fit any run."""
+    """Without the file: words that fit any run. ValueError if it is damaged."""
     path = Path(run_folder) / RUN_INFO
-    return RunInfo(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else RunInfo()
+    if not path.exists():
+        return RunInfo()
+    try:
+        return RunInfo(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, the report is written without it") from error
 
 
 def changed_settings(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, list[Any]]:

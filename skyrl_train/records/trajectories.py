@@ -1,6 +1,9 @@
 """The store of every episode: one compressed file per step, written by a thread of its own.
 
 trajectories/train_step_000001.jsonl.zst    trajectories/eval_step_000000.jsonl.zst
+
+A file ends with the number of its episodes, in a frame that zstd skips; without it, a file that was cut between two
+frames would look whole.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import zstandard
 
@@ -21,6 +24,7 @@ from skyrl_train.records.tokens import TokenTexts
 from skyrl_train.types import Trajectory
 
 Phase = Literal["train", "eval"]
+_END = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little")  # a skippable frame (RFC 8878, 3.1.2) of 8 bytes: the number
 MAX_WAITING = 4  # calls of add() that may wait for the disk before add() itself waits
 
 
@@ -30,7 +34,7 @@ class TrajectoryStore:
     def __init__(self, run_folder: Path | str, tokenizer: Any) -> None:
         self.folder = Path(run_folder) / TRAJECTORIES
         self.token_texts = TokenTexts(tokenizer)
-        self.begun: set[Path] = set()  # files of this process: a further add() appends; older ones are replaced
+        self.begun: dict[Path, int] = {}  # episodes in files of this process: add() appends; older ones are replaced
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trajectories")
         self.waiting: deque[Future[None]] = deque()
 
@@ -53,11 +57,14 @@ class TrajectoryStore:
 
     def _write(self, phase: Phase, step: int, trajectories: list[Trajectory]) -> None:
         path = trajectory_path(self.folder.parent, phase, step)
-        before = path.read_bytes() if path in self.begun else b""
+        num_before = self.begun.get(path)
+        before = b"" if num_before is None else path.read_bytes()[: -len(_end(0))]
         lines = (episode_record(t, phase, step, self.token_texts).to_json() for t in trajectories)
         text = "".join(f"{line}\n" for line in lines)
-        write_whole(path, before + zstandard.ZstdCompressor(level=3, write_checksum=True).compress(text.encode()))
-        self.begun.add(path)
+        added = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(text.encode())
+        number = (num_before or 0) + len(trajectories)
+        write_whole(path, before + added + _end(number))
+        self.begun[path] = number
 
 
 def trajectory_path(run_folder: Path, phase: Phase, step: int) -> Path:
@@ -70,14 +77,31 @@ def read_trajectories(path: Path | str) -> list[EpisodeRecord]:
 
 
 def iterate_trajectories(path: Path) -> Iterator[EpisodeRecord]:
-    """As `read_trajectories`, one episode in memory at a time."""
+    """As `read_trajectories`, one episode in memory at a time. ValueError if the file is not as it was written."""
     with path.open("rb") as file:
+        wanted, found = _number_at_the_end(file), 0
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         try:
             for line in io.TextIOWrapper(reader, encoding="utf-8"):
                 yield EpisodeRecord.from_json(line)
-        except zstandard.ZstdError as error:
+                found += 1
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, the other steps can still be read") from error
+    if found != wanted:
+        words = "is cut short" if wanted is None else f"is damaged: {found} of {wanted} episodes can be read"
+        raise ValueError(f"{path} {words}; remove it, the other steps can still be read")
+
+
+def _end(number: int) -> bytes:
+    return _END + number.to_bytes(8, "little")
+
+
+def _number_at_the_end(file: BinaryIO) -> int | None:
+    """Of episodes; None if the file does not end as it should. The file stands at its start again afterwards."""
+    file.seek(-min(len(_end(0)), file.seek(0, io.SEEK_END)), io.SEEK_END)
+    end = file.read()
+    file.seek(0)
+    return int.from_bytes(end[len(_END) :], "little") if end.startswith(_END) and len(end) == len(_end(0)) else None
 
 
 def trajectory_files(run_folder: Path | str, phase: Phase | None = None) -> dict[int, Path]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import random
+import shutil
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 
 from skyrl_train.checkpoint import Checkpoints, random_states, set_random_states
+from skyrl_train.digests import write_digests
 from skyrl_train.records.files import whole_folder
 
 
@@ -22,6 +27,15 @@ def state(step: int) -> dict:
         "data": {"position": step * 4},
         "policy/model": {"w": torch.full((3,), float(step))},
     }
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Warnings, as they come."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="WARNING")
+    yield lines
+    logger.remove(sink)
 
 
 def test_a_saved_state_comes_back_as_it_was(tmp_path):
@@ -59,35 +73,145 @@ def test_objects_are_refused_with_the_path_to_them(tmp_path):
     assert list(tmp_path.iterdir()) == []  # the half-written folder is gone
 
 
-def test_the_newest_complete_checkpoint_wins_over_the_text_file(tmp_path):
+def test_every_kind_of_plain_data_comes_back_as_it_was(tmp_path):
+    value = {
+        "tuple": (1, [2.5, None], {"x": (True,)}),
+        "integer keys": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "$tensor": "a key like one of ours",
+        "numbers": [0.1, -0.0, 1e-300, float("inf"), 2**80],
+        "text": "☃ \n\x00 \ud800",
+    }
+    Checkpoints(tmp_path).save(1, {"trainer_state": value})
+    loaded = Checkpoints(tmp_path).load(1)[1]["trainer_state"]
+    assert repr(loaded) == repr({"global_step": 1, **value})
+    assert math.copysign(1, loaded["numbers"][1]) == -1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_tensors_of_any_type_and_layout_come_back_bit_for_bit(tmp_path, dtype):
+    whole = (torch.randn(6, 4) * 3).to(dtype)
+    tensors = {
+        "whole": whole,
+        "same": whole,
+        "part": whole[2:],
+        "turned": whole.T,
+        "empty": whole[:0],
+        "one": whole[0, 0],
+    }
+    Checkpoints(tmp_path).save(1, {"trainer_state": {}, "policy/learner": tensors})
+    loaded = Checkpoints(tmp_path).load(1)[1]["policy/learner"]
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], tensor)
+    loaded["whole"].zero_()  # what is loaded is the caller's own: no tensor and no file shares its memory
+    assert torch.equal(loaded["same"], whole)
+    assert torch.equal(Checkpoints(tmp_path).load(1)[1]["policy/learner"]["whole"], whole)
+
+
+def test_the_newest_checkpoint_wins_over_the_text_file_which_is_said(tmp_path, logged):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None
     for step in (2, 4):
         checkpoints.save(step, state(step))
-    (tmp_path / "global_step_9").mkdir()  # not complete: no trainer_state.pt
-    for hint in ("2", "9", "", "4"):
-        (tmp_path / "latest_ckpt_global_step.txt").write_text(hint)
+    (tmp_path / "global_step_9").mkdir()  # nothing in it: made by hand, or for an export
+    assert checkpoints.latest() == 4
+    assert logged == []
+    for hint in (b"2", b"9", b"", b"4\xb4", b"\x00\xff", "²".encode(), b"-4", b"t"):
+        (tmp_path / "latest_ckpt_global_step.txt").write_bytes(hint)
+        logged.clear()
         assert checkpoints.latest() == 4
+        assert "latest_ckpt_global_step.txt says" in logged[0]
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 100, 700])
-def test_a_truncated_file_is_named(tmp_path, kept_bytes):
+def flipped(path: Path, bit: int) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    return bytes(content)
+
+
+def test_no_flipped_bit_in_any_file_loads(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    file = checkpoints.save(1, state(1)) / "policy" / "model.pt"
-    file.write_bytes(file.read_bytes()[:kept_bytes])
-    with pytest.raises(ValueError, match=r"policy/model\.pt cannot be read .* cut short"):
+    folder = checkpoints.save(1, state(1) | {"policy/learner": {"w": torch.randn(50, 50)}})
+    rng = random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert [path.relative_to(folder).as_posix() for path in files] == [
+        "data.safetensors", "digests.txt",
+        "policy/learner.safetensors", "policy/model.safetensors", "trainer_state.safetensors",
+    ]  # fmt: skip
+    for path in files:
+        whole = path.read_bytes()
+        for bit in rng.sample(range(8 * len(whole)), k=200):
+            path.write_bytes(flipped(path, bit))
+            with pytest.raises(ValueError, match=r"No earlier checkpoint"):
+                checkpoints.load(1)
+            path.write_bytes(whole)
+    checkpoints.load(1)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["trainer_state.safetensors", "policy/model.safetensors", "digests.txt"])
+def test_a_file_cut_anywhere_is_named_and_the_checkpoint_before_it_offered(tmp_path, name, share):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    for step in (2, 3):
+        file = checkpoints.path(step) / name
+        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"global_step_3/{name} .*global_step_1 before it is whole") as caught:
+        checkpoints.load(checkpoints.latest() or 0)
+    assert f"trainer.resume_mode=from_path trainer.resume_path={checkpoints.path(1)} " in str(caught.value)
+
+
+def rewritten_digests(folder: Path, change: Callable[[str], str]) -> None:
+    (folder / "digests.txt").write_text(change((folder / "digests.txt").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "trainer_state.safetensors").unlink(), r"trainer_state\.safetensors is missing"),
+        (lambda f: (f / "policy/model.safetensors").unlink(), r"policy/model\.safetensors is missing"),
+        (lambda f: (f / "digests.txt").unlink(), r"digests\.txt is missing"),
+        (lambda f: (f / "digests.txt").write_bytes(b"\xff\xfe"), r"digests\.txt is damaged"),
+        (lambda f: (f / "data.safetensors").rename(f / "moved"), r"data\.safetensors is missing"),
+        (
+            lambda f: rewritten_digests(f, lambda text: "".join(text.splitlines(keepends=True)[:-1])),
+            r"trainer_state\.safetensors is not listed in digests\.txt",
+        ),
+        (
+            lambda f: rewritten_digests(f, lambda text: text.replace("format 2", "format 3")),
+            r"digests\.txt names format 3, this program reads format 2",
+        ),
+        (
+            lambda f: [(f / "digests.txt").unlink(), (f / "trainer_state.pt").touch()],
+            r"global_step_1 has format 1, of an earlier version",
+        ),
+        (
+            lambda f: shutil.copy(f / "policy/model.safetensors", f / "data.safetensors"),
+            r"data\.safetensors is damaged or cut short",
+        ),
+    ],
+)
+def test_whatever_is_wrong_with_a_file_is_said_with_its_name(tmp_path, damage, words):
+    checkpoints = Checkpoints(tmp_path)
+    damage(checkpoints.save(1, state(1)))
+    assert checkpoints.latest() == 1  # and not silently an earlier one
+    with pytest.raises(ValueError, match=words):
         checkpoints.load(1)
 
 
-def test_loading_runs_no_code(tmp_path):
+def test_a_file_with_right_digest_that_is_no_part_of_a_checkpoint_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
     checkpoints = Checkpoints(tmp_path)
     folder = checkpoints.save(1, state(1))
-    torch.save(Evil(), folder / "data.pt")
-    with pytest.raises(ValueError, match=r"data\.pt cannot be read"):
+    torch.save(Evil(), folder / "data.safetensors")
+    header = (folder / "digests.txt").read_text().partition("\n")[0]
+    (folder / "digests.txt").unlink()
+    write_digests(folder, header)
+    with pytest.raises(ValueError, match=r"data\.safetensors is not a part of a checkpoint"):
         checkpoints.load(1)
     assert not (tmp_path / "owned").exists()
 

@@ -104,7 +104,7 @@ def test_a_server_killed_in_mid_run_is_replaced_and_its_episodes_are_played_agai
     assert summary["steps"] == NUM_STEPS
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_process(trainer, tmp_path, how):
     wait_for_step(tmp_path / "run", 1, trainer)
     family = psutil.Process(trainer.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""One trainer per folder, and only complete checkpoints."""
+"""One trainer per folder; what is damaged in it is named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 import subprocess
 import sys
 
-from skyrl_train.records.run_folder import checkpoint_steps, run_lock
+import pytest
+from loguru import logger
+
+from skyrl_train.metrics import read_metrics
+from skyrl_train.records.run_folder import checkpoint_steps, run_lock, truncate_metrics
+from skyrl_train.records.run_info import read_run_info
 
 CODE = """
 import sys
@@ -29,9 +34,31 @@ def test_a_second_trainer_is_refused_and_told_who_holds_the_folder(tmp_path):
     assert second(tmp_path).stdout == "got it\n"
 
 
-def test_only_complete_checkpoints_count(tmp_path):
+def test_every_folder_with_a_checkpoints_name_counts_that_holds_anything(tmp_path):
     for name in ("global_step_2", "global_step_10", "global_step_3.writing", "global_step_x"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.pt").touch()
+        (tmp_path / name / "digests.txt").touch()
     (tmp_path / "global_step_99").mkdir()
     assert checkpoint_steps(tmp_path) == [2, 10]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00\n", b'{"step": \n', b"[1]\n", b'{"stop": 2}\n', b'{"step": null}\n'])
+def test_a_damaged_line_of_the_metrics_is_named_and_a_resumed_run_goes_on_without_it(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + damage + b'{"step": 3}\n{"step": 4, "re')
+    with pytest.raises(ValueError, match=r"line 3 of \S+metrics.jsonl is damaged"):
+        read_metrics(path)
+    lines = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="WARNING")
+    truncate_metrics(path, 3)
+    logger.remove(sink)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 3]
+    assert "line 3 of" in lines[0]
+    assert len(lines) == 1
+
+
+def test_a_damaged_run_json_is_named(tmp_path):
+    for damage in (b"", b"\xff", b"[]", b'{"modell": 1}'):
+        (tmp_path / "run.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            read_run_info(tmp_path)

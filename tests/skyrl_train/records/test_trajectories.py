@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
+import pandas
 import pytest
 from rich.console import Console
 
 from skyrl_train.records.__main__ import main
 from skyrl_train.records.episode import num_response_tokens, segments
+from skyrl_train.records.report import write_report
 from skyrl_train.records.show import show
 from skyrl_train.records.tokens import TokenTexts
 from skyrl_train.records.trajectories import TrajectoryStore, read_trajectories, trajectory_files
@@ -90,13 +93,61 @@ def test_characters_of_several_tokens_stand_at_their_last_token():
     assert "".join(texts(ids(odd))) == odd
 
 
-def test_a_damaged_file_is_named(store, tmp_path):
-    store.add("train", 1, [trajectory(["a"], [0.0])])
+def test_a_file_cut_anywhere_is_named_and_never_read_as_a_shorter_one(store, tmp_path, capsys):
+    sizes = []
+    for text in "abc":
+        store.add("train", 1, [trajectory([text], [0.0])])
+        store.flush()
+        (path,) = trajectory_files(tmp_path).values()
+        sizes.append(path.stat().st_size)
+    whole = path.read_bytes()
+    assert main(["show", str(tmp_path)]) == 0
+    assert "3 episodes" in capsys.readouterr().out
+    frame_ends = [0, *(size - 16 for size in sizes), sizes[-1] - 16]
+    for length in (*frame_ends, *range(1, len(whole), 13), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"train_step_000001\S+ is (cut short|damaged)"):
+            read_trajectories(path)
+    assert main(["show", str(tmp_path)]) == 1
+    assert "train_step_000001.jsonl.zst is cut short" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_named_or_changes_nothing(store, tmp_path):
+    store.add("train", 1, [trajectory(["a"], [0.0]), trajectory(["b"], [1.0])])
     store.flush()
     (path,) = trajectory_files(tmp_path).values()
-    path.write_bytes(path.read_bytes()[:10] + b"rubbish" + path.read_bytes()[17:])
-    with pytest.raises(ValueError, match="train_step_000001"):
-        read_trajectories(path)
+    whole, episodes = path.read_bytes(), read_trajectories(path)
+    harmless = 0  # the format leaves some bits free
+    for bit in random.Random(0).sample(range(8 * len(whole)), k=200):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            read = read_trajectories(path)
+        except ValueError:
+            continue
+        assert read == episodes
+        harmless += 1
+    assert harmless < 20
+
+
+def test_the_report_is_written_without_what_a_damaged_file_held(store, tmp_path):
+    for step in (1, 2):
+        store.add("train", step, [trajectory([f"reply of step {step}"], [0.0])])
+    store.flush()
+    path = trajectory_files(tmp_path)[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    page = write_report(tmp_path).read_text()
+    assert "train_step_000002.jsonl.zst is cut short" in page
+    assert "Early: step 1" in page
+
+
+def test_the_files_can_be_read_by_other_programs(store, tmp_path):
+    store.add("train", 1, [trajectory(["a"], [0.0]), trajectory(["b"], [1.0])])
+    store.add("train", 1, [trajectory(["c"], [0.5])])
+    store.flush()
+    (path,) = trajectory_files(tmp_path).values()
+    assert pandas.read_json(path, lines=True, compression="zstd").reward.tolist() == [0.0, 1.0, 0.5]
 
 
 def test_show_prints_the_best_first_and_no_control_characters(store, tmp_path, capsys):
