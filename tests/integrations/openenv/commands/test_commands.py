@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_check_says_why_training_would_fail(echo_url: str) -> None:
     assert "warn  the first observation is empty and all prompts are equal" in shown
     assert "1 to mend." in shown
     assert "nothing could be played" in run("check", "http://127.0.0.1:9", "-n", "2", code=1)
+
+
+def test_check_shows_a_reward_that_cannot_be_learned_from(template_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(template_folder, tmp_path / "my_env")
+    server = folder / "server" / "my_env_environment.py"
+    server.write_text(server.read_text().replace("reward = length * 0.1", "reward = float('nan')"))
+    shown = run("check", str(folder), "-n", "2", code=1)
+    assert "episodes failed: " in shown
+    assert "reward must be a finite float, not nan" in shown
 
 
 def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -> None:
