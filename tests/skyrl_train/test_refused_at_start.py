@@ -84,7 +84,7 @@ def damaged(content: bytes) -> bytes:
 
 
 def parquet(*given: dict[str, Any]) -> bytes:
-    return pd.DataFrame(list(given)).to_parquet()  # ty: ignore[invalid-explicit-return]
+    return pd.DataFrame(list(given)).to_parquet()
 
 
 @pytest.mark.parametrize(
