@@ -6,14 +6,14 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import skyrl_gym
-from skyrl_gym.contract import short, wrong_messages, wrong_step
+from skyrl_gym.contract import Outcome, short, wrong_messages, wrong_step
 from skyrl_gym.envs.base_text_env import BaseTextEnv, ConversationType
 from skyrl_gym.envs.registration import load_entry_point
 
@@ -121,7 +121,7 @@ class _Episode:
 
 
 class _Check:
-    """Collects in `seen`, for each fact, what contradicts it. Exceptions come back as values (asyncio.gather)."""
+    """Collects in `seen`, for each fact, what contradicts it. Exceptions come back as values."""
 
     MAKES = "Env(env_config=..., extras=...) makes a BaseTextEnv"
     INPUTS = "the given prompt, extras and env_config are left as they were"
@@ -170,11 +170,14 @@ class _Check:
 
     async def call(self, fact: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
         """The result, or an exception, which contradicts `fact`. Sync methods run in a thread, as in a rollout."""
-        work = call(*args) if inspect.iscoroutinefunction(call) else asyncio.to_thread(call, *args)
-        (result,) = await asyncio.gather(cast("Awaitable[Any]", work), return_exceptions=True)
-        raised = isinstance(result, BaseException)
-        self.expect(fact, not raised, f"{what} raised {type(result).__name__}: {short(result)}" if raised else "")
-        return result
+        if inspect.iscoroutinefunction(call):
+            with Outcome() as outcome:
+                outcome.value = await call(*args)
+        else:
+            outcome = await asyncio.to_thread(Outcome.of, partial(call, *args))
+        error = outcome.error
+        self.expect(fact, error is None, f"{what} raised {type(error).__name__}: {short(error)}")
+        return outcome.value if error is None else error
 
     async def make(self) -> BaseTextEnv | None:
         config, extras = copy.deepcopy(self.env_config), copy.deepcopy(self.extras)

@@ -49,6 +49,12 @@ class Outcome(AbstractContextManager["Outcome"]):
         self.value: Any = None
         self.error: BaseException | None = None
 
+    @classmethod
+    def of(cls, call: Callable[[], Any]) -> Outcome:
+        with cls() as outcome:
+            outcome.value = call()
+        return outcome
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
@@ -153,8 +159,7 @@ def wrong_step(answer: Any) -> str:
 
 def short(value: Any) -> str:
     """At most 80 characters of a value, in ASCII; its type where it cannot be written."""
-    with Outcome() as written:
-        written.value = str(value)
+    written = Outcome.of(lambda: str(value))
     text = f"a {type(value).__name__}" if written.error else written.value
     return json.dumps(text if len(text) <= 80 else text[:60] + f"… ({len(text)} characters)")
 

@@ -18,7 +18,8 @@ class EnvFailure(Exception):
     """The environment itself broke: a dead server, a time-out, a missing database.
 
     Raised by `init` and `step`, never for something the policy wrote. It is nobody's reward: the rollout plays the
-    episode again on a fresh environment with the same seed, and counts it.
+    episode again on a fresh environment with the same seed, and counts it. Any other exception and an answer of the
+    wrong form (skyrl_gym/contract.py) count as the same; but a mistake in the code, such as a KeyError, is not retried.
     """
 
 

@@ -126,8 +126,7 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
     """As the environment's class wishes; the means where its `aggregate_metrics` breaks, which must not end a run."""
-    with Outcome() as outcome:
-        outcome.value = checked_metrics(aggregate_for_environment(env_class, episodes))
+    outcome = Outcome.of(lambda: checked_metrics(aggregate_for_environment(env_class, episodes)))
     if outcome.error is not None:
         logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")
         outcome.value = default_aggregate_metrics(episodes)

@@ -118,8 +118,6 @@ class FlakyEnv(CountdownEnv):
                 raise KeyError("a bug in the environment")
             if self.how == "unlucky":
                 raise RuntimeError(f"attempt {self.attempts[self.name]} had no luck")
-            if self.how == "the same again":
-                raise RuntimeError("no luck")
             time.sleep(0.5)
         return super().init(prompt)
 

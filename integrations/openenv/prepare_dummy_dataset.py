@@ -116,7 +116,7 @@ def task_of_row(row: Mapping[str, Any]) -> Task:
         ground_truth=truth,
         solution=extra_info.get("solution"),
         seed=row.get("seed"),
-        options=options,
+        options={name: value for name, value in options.items() if value is not None},  # null means not given
     )
 
 

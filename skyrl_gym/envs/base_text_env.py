@@ -17,7 +17,7 @@ class BaseTextEnvStepOutput(TypedDict):
     """What one step of a text environment gives back."""
 
     observations: ConversationType  # what the environment says next; empty when it has nothing to say
-    reward: float  # of this turn; the score of an episode is the sum over its turns
+    reward: float  # of this turn, finite and within ±1e9; the score of an episode is the sum over its turns
     done: bool
     metadata: dict[str, Any]
     postprocessed_action: NotRequired[str | None]  # the action as it shall stand in the history, if not as written

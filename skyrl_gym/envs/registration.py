@@ -75,8 +75,8 @@ def spec(id: str) -> EnvSpec:
     if id not in registry:
         known = ", ".join(sorted(registry)) or "none"
         raise error.Error(
-            f"no environment {id!r} is registered; known: {known}. Yours becomes known with "
-            "skyrl_gym.register(id, entry_point) before the run starts"
+            f"no environment {id!r} is registered; known: {known} (pprint_registry() prints them). "
+            "Yours becomes known with skyrl_gym.register(id, entry_point) before the run starts"
         )
     return registry[id]
 

@@ -107,7 +107,7 @@ class GeneratorConfig(Section):
     http_endpoint_port: int = 8000  # its port
     served_model_name: str | None = None  # its model name
     max_turns: int | None = None  # turns of an episode at most; a row's own max_turns wins; null: until done
-    max_env_retries: int = 2  # fresh starts of an episode whose environment broke
+    max_env_retries: int = 2  # fresh starts of an episode whose environment broke, unless it would break again
     step_timeout_s: float = 60.0  # seconds one answer of an environment may take
     episode_timeout_s: float = 600.0  # seconds one episode may take
     chat_template: ChatTemplateConfig = field(default_factory=ChatTemplateConfig)

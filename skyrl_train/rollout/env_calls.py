@@ -82,9 +82,8 @@ class EnvCalls:
 
     @property
     def waits_for_others(self) -> bool:
-        with Outcome() as asked:
-            asked.value = self._env is not None and self._env.waits_for_others
-        return asked.value is True
+        env = self._env
+        return env is not None and Outcome.of(lambda: env.waits_for_others).value is True
 
     async def init(self, messages: list[Message]) -> Messages:
         env = await self._answer("the constructor", self._threaded(self._constructed, _as_it_is))
@@ -144,7 +143,7 @@ class EnvCalls:
         return env
 
     async def _threaded(self, call: Callable[[], Any], check: Callable[[Any], Any]) -> Outcome:
-        self._in_thread = self._executor.submit(_outcome, call, check)
+        self._in_thread = self._executor.submit(Outcome.of, lambda: check(call()))
         return await asyncio.wrap_future(self._in_thread)
 
     async def _awaited(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> Outcome:
@@ -225,8 +224,7 @@ def _place(stack: traceback.StackSummary) -> str:
 
 
 def _said(error: BaseException) -> str:
-    with Outcome() as said:
-        said.value = str(error)
+    said = Outcome.of(lambda: str(error))
     return _kept(said.value if said.error is None else f"{type(error).__name__}, which cannot be printed")
 
 
@@ -239,12 +237,6 @@ def _raised(task: asyncio.Future[Outcome]) -> BaseException | None:
     if task.cancelled():
         return asyncio.CancelledError("its own")
     return task.exception() or task.result().error
-
-
-def _outcome(call: Callable[[], Any], check: Callable[[Any], Any]) -> Outcome:
-    with Outcome() as outcome:
-        outcome.value = check(call())
-    return outcome
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -91,6 +91,26 @@ class Raises(Good):
         return super().step(action)
 
 
+class Exits(Good):
+    def step(self, action):
+        raise SystemExit(2)
+
+
+class RunsOutOfAnswers(Good):
+    def step(self, action):
+        return next(iter([]))
+
+
+class ExitsOnTheLoop(OnlyAsync):
+    async def step_async(self, action):
+        raise SystemExit(2)
+
+
+class NothingBack(Good):
+    def step(self, action):
+        pass
+
+
 class BlamesTheServer(Good):
     def step(self, action):
         if action == "":
@@ -162,6 +182,10 @@ def test_a_good_environment_passes(kind):
         (NoRole, "step returns", "needs role and content"),
         (SpeaksSurrogates, "step returns", "cannot be encoded"),
         (Raises, "no string raises", "KeyError"),
+        (Exits, "no string raises", "SystemExit"),
+        (RunsOutOfAnswers, "no string raises", "StopIteration"),
+        (ExitsOnTheLoop, "no string raises", "SystemExit"),
+        (NothingBack, "step returns", "it must return a dict"),
         (BlamesTheServer, "no string raises", "EnvFailure"),
         (NanReward, "step returns", "finite float, not nan"),
         (NoMetadata, "step returns", "metadata"),

@@ -33,7 +33,7 @@ class SQLEnv(BaseTextEnv):
         super().__init__()
         if extras.get("data") not in _FOLDERS:
             raise ValueError(f"the row's data={extras.get('data')!r} must be one of {sorted(_FOLDERS)}")
-        if "db_id" not in extras or not env_config.get("db_path"):
+        if extras.get("db_id") is None or not env_config.get("db_path"):
             raise ValueError("text2sql needs the row's db_id and environment.skyrl_gym.text2sql.db_path")
         self.max_turns = turn_limit(extras, default=5)
         self.truth = str(ground_truth(extras))

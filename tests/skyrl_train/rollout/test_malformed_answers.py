@@ -378,3 +378,10 @@ def test_a_template_that_refuses_what_the_environment_says_is_the_environments_f
     assert even.end is EpisodeEnd.FINISHED
     assert "the chat template refuses its messages" in str(odd.failure)
     assert "no tools here" in str(odd.failure)
+
+
+@pytest.mark.parametrize("value", [raising(SystemExit()), raising(RuntimeError("x")), coroutine, lambda: None])
+def test_episodes_in_lockstep_do_not_wait_for_a_broken_one(value):
+    odd, even = (group.trajectories[0] for group in play({"step": value}, deterministic=True))
+    assert odd.end is EpisodeEnd.ENV_FAILURE
+    assert even.end is EpisodeEnd.FINISHED

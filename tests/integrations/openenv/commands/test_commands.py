@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,15 @@ def test_check_shows_the_words_of_a_server_that_always_fails() -> None:
     assert "EXECUTION_ERROR: 'dict' object has no attribute 'model_dump'" in report
     report = run("check", NAME, "-n", "2", "--option", 'variables={"TROUBLE": "always"}', code=1)
     assert "most often: The environment does not accept this action: no data set was loaded" in report
+
+
+def test_check_shows_a_reward_that_cannot_be_learned_from(template_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(template_folder, tmp_path / "my_env")
+    server = folder / "server" / "my_env_environment.py"
+    server.write_text(server.read_text().replace("reward = length * 0.1", "reward = float('nan')"))
+    shown = run("check", str(folder), "-n", "2", code=1)
+    assert "episodes failed: " in shown
+    assert "reward must be a finite float, not nan" in shown
 
 
 def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -> None:
