@@ -217,6 +217,7 @@ def test_the_kl_in_the_loss_has_a_gradient(monkeypatch):
     now = learner_for(trainer_config({}, update_epochs_per_batch=2), reference=reference).add_logprobs(batch)
     kl = token_kl(now.old_logprobs, now.ref_logprobs, batch.loss_mask, "k3")
     weights = with_loss_weights(batch, "token_mean").kl_weights
+    assert weights is not None
     assert metrics["policy/final_loss"] == pytest.approx(0.5 * float((weights * kl).sum()), rel=1e-4)
     assert metrics["policy/policy_loss"] == 0
 
