@@ -64,7 +64,7 @@ class BaseTextEnv(Env[ConversationType, str]):
     def waits_for_others(self) -> bool:
         """Whether `init` waits for a session and gets one only when another episode has ended.
 
-        With `trainer.deterministic` the other episodes wait for this one's `init` unless it says so.
+        In evaluation (and with `trainer.deterministic`) others wait for this one's `init` unless it says so.
         """
         return False
 

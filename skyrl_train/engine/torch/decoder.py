@@ -52,9 +52,10 @@ def forward_pass(policy: Policy, *, cuda_graphs: bool = True, max_length: int | 
     family, long = type(policy.module).__name__, min(SHORT + 2, max_length or policy.context)
     try:
         expected = packed_prompts_and_steps(policy, long)
-        for model in _candidates(policy, cuda_graphs):
+        for model in _candidates(policy):
             if distance(prompts_and_steps(model, policy, long), expected) <= allowed_distance(policy.compute_dtype):
-                return model
+                has_graphs = cuda_graphs and isinstance(model, GraphedPolicy)
+                return GraphedPolicy(policy, CudaGraphs(policy.device)) if has_graphs else model
     except FOREIGN_ERRORS as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ModelRefused(
@@ -63,10 +64,10 @@ def forward_pass(policy: Policy, *, cuda_graphs: bool = True, max_length: int | 
     raise ModelRefused(f"{family} is not supported: token by token over a cache it computes other numbers than at once")
 
 
-def _candidates(policy: Policy, cuda_graphs: bool) -> Iterator[ForwardPass]:
-    """Yield the fastest first."""
+def _candidates(policy: Policy) -> Iterator[ForwardPass]:
+    """Yield the fastest first. On a GPU without graphs, whose every replay is compared with the plain pass anyway."""
     if policy.device.type == "cuda":
-        yield GraphedPolicy(policy, CudaGraphs(policy.device) if cuda_graphs else None)
+        yield GraphedPolicy(policy, None)
         return
     packs = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if packs and has_known_blocks(policy.config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,3 +134,31 @@ async def test_a_deterministic_round_waits_for_the_one_before_and_arrives_whole(
     assert arrived == ["short", "long", "next round"]
     assert all(task.done() for task in first)
     assert engine.stats().steps == 30 + 1  # a shared step would make it 30
+
+
+async def test_a_round_is_computed_beside_nothing_else(make_engine):
+    engine = make_engine()
+
+    async def turn(num_tokens: int, session_id: str, *, in_round: bool) -> None:
+        request = ask("a", session_id, min_tokens=num_tokens, max_tokens=num_tokens)
+        await engine.generate(replace(request, in_round=in_round))
+
+    free = asyncio.create_task(turn(30, "free", in_round=False))
+    await until_step(engine, 1)
+    together = [asyncio.create_task(turn(n, f"round {n}", in_round=True)) for n in (4, 7)]
+    late = asyncio.create_task(turn(5, "late", in_round=False))  # of the same tick: it needs no round of its own
+    await asyncio.gather(free, *together, late)
+    assert engine.stats().steps == 30 + 7  # "late" joins "free"; the round waits for both and has its steps alone
+
+
+async def test_what_else_is_in_flight_changes_the_bits_of_no_round(make_engine):
+    """A long prompt is cut where the budget of a step ends, and its parts meet other kernels than the whole."""
+    policy = tiny_policy(compute_dtype=torch.bfloat16)
+    request = replace(ask("long " * 60, max_tokens=3, min_tokens=3, temperature=0.0), in_round=True)
+    outcomes = []
+    for beside in (0, 100, 300):
+        engine = make_engine(policy, max_num_batched_tokens=310)
+        wanted = [ask("b" * beside, "other", max_tokens=9, min_tokens=9)] * (beside > 0) + [request] * 2
+        completions = await answers(engine, wanted)
+        outcomes.append([completion.logprobs for completion in completions[-2:]])
+    assert outcomes[0] == outcomes[1] == outcomes[2]
