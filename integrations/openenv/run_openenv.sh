@@ -13,6 +13,7 @@
 #   LOGGER             console, tensorboard, wandb, mlflow, trackio, swanlab   (console)
 #   MAX_TURNS          turns of one episode                                    (1)
 #   INFERENCE_BACKEND  torch                                                   (torch)
+#   CPU_TORCH          1 = PyTorch's CPU build from PyTorch's own index        (what PyPI has: with CUDA, 2.7 GB more)
 # Further arguments are configuration keys, for example trainer.seed=1 trainer.policy.optimizer_config.lr=2e-5.
 set -euo pipefail
 
@@ -46,6 +47,33 @@ if ((NUM_GPUS > gpus_here)); then
     "leave NUM_GPUS out to train on what is here, or set NUM_GPUS=$((gpus_here > 0 ? 1 : 0))"
 fi
 ((NUM_GPUS <= 1)) || refuse "NUM_GPUS=$NUM_GPUS: training on several GPUs is not built yet" "set NUM_GPUS=1"
+CPU_TORCH="${CPU_TORCH:-0}"
+[[ "$CPU_TORCH" == [01] ]] || refuse "CPU_TORCH=$CPU_TORCH is neither 0 nor 1" "leave it out, or set CPU_TORCH=1"
+
+# Which build of torch will be installed: that in a folder of wheels which uv or pip knows, else PyPI's, with CUDA 13.
+export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
+torch_version=$(sed -n 's/^    "torch==\(.*\)",.*$/\1/p' "$ROOT/pyproject.toml")
+torch_build="" # cpu, cu126, ...; empty: PyPI's
+for folder in ${UV_FIND_LINKS//,/ }; do
+  for wheel in "$folder"/torch-"$torch_version"+*.whl; do
+    [[ ! -e "$wheel" ]] || { torch_build="${wheel##*+}" && torch_build="${torch_build%%-*}" && torch_folder="$folder"; }
+  done
+done
+if ((NUM_GPUS > 0)); then
+  [[ "$CPU_TORCH" == 0 ]] || refuse "CPU_TORCH=1 cannot train on a GPU" "leave CPU_TORCH out, or set NUM_GPUS=0"
+  [[ "$torch_build" != cpu ]] ||
+    refuse "UV_FIND_LINKS or PIP_FIND_LINKS names $torch_folder, whose torch $torch_version+cpu finds no GPU" \
+      "take that wheel or the variable away, or set NUM_GPUS=0 to train on the processor"
+  cuda=13 needed=580
+  [[ "$torch_build" != cu12* ]] || cuda=12 needed=525
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
+  if [[ "$driver" =~ ^([0-9]+)\. ]] && ((10#${BASH_REMATCH[1]} < needed)); then
+    refuse "the NVIDIA driver is $driver, but torch $torch_version with CUDA $cuda needs $needed or later" \
+      "update the driver, or set NUM_GPUS=0 to train on the processor" \
+      "or put a wheel of torch $torch_version+cu126 (driver 525 or later) into a folder, and name that in UV_FIND_LINKS"
+  fi
+fi
+
 INFERENCE_BACKEND="${INFERENCE_BACKEND:-torch}"
 [[ "$INFERENCE_BACKEND" == torch ]] ||
   refuse "INFERENCE_BACKEND=$INFERENCE_BACKEND is not built yet" "leave it out, or set INFERENCE_BACKEND=torch"
@@ -99,12 +127,32 @@ if [[ -z "$UV" ]]; then
   UV="$(find_uv)"
   [[ -n "$UV" ]] || refuse "uv could not be installed" "install it yourself (pip install uv), then type the same again"
 fi
-# A folder of wheels that pip knows of (a CPU build of PyTorch, say) is known to uv as well.
-export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
 export PYTHONUNBUFFERED=1
-uv_run=("$UV" run --project "$ROOT")
+extras=()
+((NUM_GPUS == 0)) || extras+=(cuda) # fused kernels
 if grep -q "^${ENV_ID//_/-} = \[" "$ROOT/pyproject.toml"; then # the engine behind our own server of it
-  uv_run+=(--extra "${ENV_ID//_/-}")
+  extras+=("${ENV_ID//_/-}")
+fi
+uv_run=("$UV" run --project "$ROOT" ${extras[@]+"${extras[@]/#/--extra=}"})
+
+venv="${UV_PROJECT_ENVIRONMENT:-$ROOT/.venv}"
+if ! compgen -G "$venv/lib/python*/site-packages/torch" >/dev/null; then
+  if ((NUM_GPUS > 0)); then
+    echo "Installing into $venv: about 5.6 GB, mostly torch and CUDA's libraries" >&2
+  elif [[ "$CPU_TORCH" == 1 || "$torch_build" == cpu || "$(uname -s)" != Linux ]]; then
+    echo "Installing into $venv: about 2 GB" >&2
+  else
+    echo "Installing into $venv: about 5.6 GB, 2.7 of them CUDA's libraries, of no use without a GPU." >&2
+    echo "CPU_TORCH=1 takes PyTorch's CPU build from PyTorch's own index instead: about 2 GB in all" >&2
+  fi
+fi
+if [[ "$CPU_TORCH" == 1 && "$torch_build" != cpu ]]; then
+  # uv takes torch alone from that index, which may not say when a file was uploaded: no date bounds torch here.
+  [[ -d "$venv" ]] || "$UV" venv --quiet --project "$ROOT" "$venv"
+  listed=$(IFS=, && echo "${extras[*]-}")
+  "$UV" pip install --quiet --directory "$ROOT" --python "$venv" --torch-backend cpu \
+    --exclude-newer-package torch=false --editable "$ROOT${listed:+[$listed]}"
+  uv_run+=(--no-sync) # uv run would put PyPI's build in its place
 fi
 
 # --- Data set and training --------------------------------------------------------------------------------------------
@@ -124,15 +172,15 @@ recipe=(
   generator.n_samples_per_prompt=8
   trainer.policy.optimizer_config.lr=1e-5
   trainer.algorithm.use_kl_loss=false
-  trainer.gradient_checkpointing=false
   trainer.eval_interval=5
   trainer.max_ckpts_to_keep=1
 )
 if [[ "$DEVICE" == cpu ]]; then
   # With 135M weights a run holds 3.7 GiB at 2048 tokens a pass and at most 4.8 at 4096, which is about 7% faster.
   memory_kb="$(awk '/^MemTotal:/ {print $2}' /proc/meminfo 2>/dev/null || true)"
-  recipe+=(trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 ? 4096 : 2048)))
-fi
+  recipe+=(trainer.gradient_checkpointing=false
+    trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 ? 4096 : 2048)))
+fi # on a GPU the memory plan decides both
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;

@@ -5,11 +5,13 @@ Both call `hidden_states` and `logits` on the same weights; only the attention o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from skyrl_train.learner.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
@@ -150,13 +152,47 @@ def wrap_module(
 def choose_device(wanted: str) -> torch.device:
     """ "auto": the GPU if there is one, else the CPU."""
     device = torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "auto" and device.type == "cpu" and nvidia_driver() is not None:
+        logger.warning(f"training on the CPU, although there is an NVIDIA driver: {_why_no_gpu()}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={wanted}, but torch finds no CUDA GPU on this machine; use device=cpu or device=auto")
+        raise ValueError(f"device={wanted}, but torch finds no CUDA GPU on this machine: {_why_no_gpu()}")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={wanted} is not supported; use auto, cpu or cuda")
     if device.type == "cuda":  # it plans each new shape for 60 ms to 1.7 s (H200), and here most shapes are new
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def _why_no_gpu() -> str:
+    """What torch and the driver say of themselves, and what to do."""
+    ours, cuda, driver = f"torch {torch.__version__}", torch.version.cuda, nvidia_driver()
+    if cuda is None:
+        return (
+            f"{ours} is a build without CUDA; install one with it (a +cpu wheel in a folder that UV_FIND_LINKS or "
+            "PIP_FIND_LINKS names is taken before PyPI's), or use device=cpu"
+        )
+    needed = 580 if int(cuda.partition(".")[0]) >= 13 else 525
+    if driver is None:
+        return f"{ours} has CUDA {cuda}, but there is no NVIDIA driver; use device=cpu"
+    if int(driver.partition(".")[0]) < needed:
+        return (
+            f"{ours} has CUDA {cuda}, which needs NVIDIA driver {needed} or later, but this one is {driver}; update "
+            "the driver, install a torch for an older CUDA, or use device=cpu"
+        )
+    return (
+        f"{ours} has CUDA {cuda}, and NVIDIA driver {driver} is new enough; see nvidia-smi and CUDA_VISIBLE_DEVICES "
+        "for the GPUs that this process may use, or use device=cpu"
+    )
+
+
+def nvidia_driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The version of the loaded NVIDIA driver."""
+    try:
+        text = told.read_text()
+    except OSError:
+        return None
+    found = re.search(r"NVRM version:.*?\s(\d+\.[\d.]*\d)", text)
+    return found and found[1]
 
 
 def choose_compute_dtype(device: torch.device, wanted: bool | None) -> tuple[torch.dtype, str]:

@@ -76,7 +76,7 @@ def test_the_plan_is_the_peak_of_a_pass(monkeypatch, shape, lora, is_fused, chec
     demands = Demands(512, keys_per_token=512 / 288, max_sequences=56, prefill_tokens=8192)
     states = memory_plan._states(model, demands)
     planned = sum(memory_plan._pass(model, demands, H200, 16_128, checkpointing)) + sum(states.values())
-    assert planned - states["moments"] == pytest.approx(peak, rel=0.1)
+    assert planned - states["moments"] == pytest.approx(peak, rel=0.06)
 
 
 @pytest.mark.parametrize(("shape", "allocated_gib"), [("qwen2.5-0.5b", 25.9), ("qwen2.5-1.5b", 56.4)])
