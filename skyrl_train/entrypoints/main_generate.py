@@ -31,7 +31,7 @@ class EvalOnlyEntrypoint(BasePPOExp):
         environment = ", ".join(sorted({prompt.data_source for prompt in self.eval_dataset}))
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, 0)
-        with Run.open(self.cfg, self.tokenizer, info) as run:
+        with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
             metrics = await self._evaluate(run)
             run.finish()
         return metrics
