@@ -6,8 +6,8 @@ Import it only where `ops.cuda.has_triton()`.
 from __future__ import annotations
 
 import torch
-import triton  # ty: ignore[import-not-found]
-import triton.language as tl  # ty: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from skyrl_train.ops.cuda_decode import on
