@@ -82,8 +82,7 @@ def _helpful_switches(template: ChatTemplate, roles: Sequence[str]) -> Iterator[
     sets = [{name: value for name, value in switches.items() if value is not None} for switches in tried]
     for switches in sorted(sets, key=len):
         if switches and _grows(template.changed(switches, keep_thinking=template.keep_thinking), roles):
-            listed = ", ".join(f"{name}: {str(value).lower()}" for name, value in switches.items())
-            yield f"generator.chat_template_kwargs={{{listed}}}"
+            yield " ".join(f"generator.chat_template_kwargs.{name}={str(v).lower()}" for name, v in switches.items())
             break
     if not template.keep_thinking and _grows(template.changed({}, keep_thinking=True), roles):
         yield "generator.chat_template.keep_thinking=true (earlier turns stay as the model read and said them)"

@@ -36,10 +36,10 @@ OPENINGS = [
     [message("user", "Where to?"), message("assistant", "home"), message("user", "And now?")],
 ]
 CHATML, LLAMA, GEMMA = ["<|im_end|>", "<|endoftext|>"], ["<|end_of_text|>", "<|eot_id|>"], ["<eos>", "<end_of_turn>"]
-SWITCH = re.compile(r"(\w+): (true|false)")
+SWITCH = re.compile(r"chat_template_kwargs\.(\w+)=(true|false)")
 GLM, PHI = ["<|endoftext|>", "<|user|>", "<|observation|>"], ["<|endoftext|>", "<|end|>"]
 # README's table: template -> the published ends (the tokenizer's own first), and the setting that several turns need.
-AS_IT_IS, NO_THINKING, KEEP, REFUSED = "nothing", "enable_thinking: false", "keep_thinking=true", "refused"
+AS_IT_IS, NO_THINKING, KEEP, REFUSED = "nothing", "enable_thinking=false", "keep_thinking=true", "refused"
 FAMILIES = {
     "Qwen-Qwen2.5-7B-Instruct": (CHATML, AS_IT_IS),
     "Qwen-Qwen3-0.6B": (CHATML, AS_IT_IS),
