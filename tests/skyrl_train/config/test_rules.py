@@ -125,3 +125,9 @@ def test_a_tracker_without_its_key_or_package_is_refused(monkeypatch):
     assert "needs the package mlflow" in refusal("trainer.logger=[console,mlflow]")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert load_config(["trainer.logger=wandb"]).trainer.loggers == ["wandb"]
+
+
+def test_exports_in_the_folder_of_the_checkpoints_are_refused():
+    places = ("trainer.ckpt_path=/r", "trainer.export_path=/r/")
+    assert "an export would replace a part of the checkpoint" in refusal(*places, "trainer.hf_save_interval=5")
+    load_config(["data.train_data=['a.jsonl']", *places])  # without exports they do not meet

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.algorithms.kl import token_kl
 from skyrl_train.batch.packing import with_loss_weights
+from skyrl_train.checkpoint_parts import read_part, write_part
 from skyrl_train.config import AlgorithmConfig, OptimizerConfig, TrainerConfig
 from skyrl_train.config.algorithm import OffPolicyCorrectionConfig
 from skyrl_train.config.models import PolicyConfig
@@ -370,11 +371,11 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken = new(seed=0)
     train(unbroken, [0])
-    torch.save(unbroken.state_dict(), tmp_path / "learner.pt")
+    write_part(unbroken.state_dict(), tmp_path / "learner.safetensors")
     train(unbroken, [1, 2])
 
     resumed = new(seed=7)
-    resumed.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
+    resumed.load_state_dict(read_part(tmp_path / "learner.safetensors"))
     train(resumed, [1, 2])
     assert resumed.policy_version == unbroken.policy_version == 9
     for model in ("policy", "reference"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from skyrl_train.checkpoint_parts import read_part, write_part
 from skyrl_train.config import LoraConfig
 from skyrl_train.config.models import LORA_STARTS
 from skyrl_train.learner.learner import Learner
@@ -255,10 +256,10 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken, their_reference = new(seed=1)
     train(unbroken, [0])
-    torch.save(unbroken.state_dict(), tmp_path / "learner.pt")
+    write_part(unbroken.state_dict(), tmp_path / "learner.safetensors")
     train(unbroken, [1, 2])
     resumed, our_reference = new(seed=7)
-    resumed.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
+    resumed.load_state_dict(read_part(tmp_path / "learner.safetensors"))
     train(resumed, [1, 2])
     assert resumed.policy_version == unbroken.policy_version == 9
     for theirs, ours in zip(trained(unbroken.policy).values(), trained(resumed.policy).values(), strict=True):

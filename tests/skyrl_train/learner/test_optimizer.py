@@ -7,6 +7,7 @@ import torch
 from torch import nn, tensor
 from torch.testing import assert_close
 
+from skyrl_train.checkpoint_parts import read_part, write_part
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.rounding import rounded
@@ -106,12 +107,12 @@ def test_a_saved_and_loaded_state_continues_bit_for_bit(dtype, tmp_path):
     unbroken = nn.Parameter(tensor([1.0, -0.5], dtype=dtype))
     optimizer = optimizer_of(unbroken, num_training_steps=10, **config)
     steps(optimizer, unbroken, 0, 5)
-    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    write_part(optimizer.state_dict(), tmp_path / "state.safetensors")
     steps(optimizer, unbroken, 5, 9)
 
     resumed = nn.Parameter(torch.zeros(2, dtype=dtype))
     other = optimizer_of(resumed, num_training_steps=10, **config)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.load_state_dict(read_part(tmp_path / "state.safetensors"))
     steps(other, resumed, 5, 9)
     assert torch.equal(other.masters["weight"], optimizer.masters["weight"])
     assert torch.equal(resumed, unbroken)
@@ -122,6 +123,9 @@ def test_a_checkpoint_of_another_model_is_refused():
     other = MasterOptimizer([("bias", nn.Parameter(tensor([1.0])))], OptimizerConfig(), 10)
     with pytest.raises(ValueError, match="bias"):
         other.load_state_dict(state)
+    wider = optimizer_of(nn.Parameter(tensor([1.0, 2.0])))
+    with pytest.raises(ValueError, match=r"the checkpoint's weight is \[1\], the model's \[2\]"):
+        wider.load_state_dict(state)
 
 
 def test_the_step_of_the_kernels_is_torchs(monkeypatch):
