@@ -275,9 +275,8 @@ def main(
         cfg = load_config(sys.argv[1:] if arguments is None else arguments, root)
     except ValueError as error:
         return _refused(error)
-    from skyrl_train.run import RunRefused, log_to
+    from skyrl_train.run import RunRefused
 
-    log_to(sys.stderr)
     try:
         exp = experiment(cfg)
     except (ValueError, OSError) as error:  # of the model or the data
