@@ -25,7 +25,7 @@ from skyrl_train.records.run_folder import run_lock
 from skyrl_train.records.run_info import RunInfo, changed_settings, write_run_info
 from skyrl_train.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.records.trajectories import Phase, TrajectoryStore
-from skyrl_train.records.visible import visible
+from skyrl_train.records.visible import log_to
 from skyrl_train.resume import RunStart, start_run
 from skyrl_train.tracking import Tracking
 from skyrl_train.types import Group
@@ -153,13 +153,6 @@ def run_info(config: SkyRLConfig, model: str, environment: str, device: str, tot
         total_steps=total_steps,
         changed=changed_settings(to_flat_dict(config), defaults_of(config)),
     )
-
-
-def log_to(sink: Any) -> None:
-    """Log lines go there, and nowhere else; short, because a person reads them."""
-    write = sink if callable(sink) else sink.write
-    logger.remove()
-    logger.add(lambda message: write(visible(message)), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
 
 
 @contextmanager

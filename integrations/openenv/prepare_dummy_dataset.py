@@ -19,6 +19,7 @@ from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
+from skyrl_train.records.visible import make_errors_visible, visible
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 
@@ -26,13 +27,14 @@ MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
+    make_errors_visible()
     try:
         names = [catalog_entry(arguments.env_name).name] if arguments.env_name else list(CATALOG)
         options = options_from_words(arguments.option)
         sizes = (arguments.num_train, arguments.num_validation, arguments.seed)
         datasets = [dataset_rows(name, *sizes, options=options) for name in names]
     except (ValueError, OpenEnvError) as refused:  # an unknown name or option, no server, more tasks than there are
-        parser.error(str(refused))
+        parser.error(visible(str(refused)))
     finally:
         run_in_background(close_shared_pools())
     folder = Path(arguments.output_dir).expanduser()

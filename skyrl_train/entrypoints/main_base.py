@@ -524,9 +524,8 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
         return _refused(error)
     from skyrl_train.learner.refusal import ModelRefused
     from skyrl_train.rollout.collector import EveryEpisodeFailed
-    from skyrl_train.run import RunRefused, log_to
+    from skyrl_train.run import RunRefused
 
-    log_to(sys.stderr)
     try:
         exp = experiment(cfg)
     except (ValueError, OSError) as error:  # of the model or the data

@@ -11,6 +11,9 @@ import sys
 import traceback
 import unicodedata
 from types import TracebackType
+from typing import Any
+
+from loguru import logger
 
 
 def visible(text: str) -> str:
@@ -26,8 +29,16 @@ def escaped(text: str) -> str:
     return html.escape(visible(text), quote=True)
 
 
+def log_to(sink: Any) -> None:
+    """Log lines go there, and nowhere else; short, because a person reads them."""
+    write = sink if callable(sink) else sink.write
+    logger.remove()
+    logger.add(lambda message: write(visible(message)), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
+
+
 def make_errors_visible() -> None:
-    """Print what ends this process, and what libraries log without a handler of their own, as `visible`."""
+    """Print what this process logs and what ends it as `visible`, on stderr; what libraries log as well."""
+    log_to(sys.stderr)
     sys.excepthook = _print_visible
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_VisibleFormatter())

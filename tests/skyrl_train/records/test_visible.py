@@ -14,8 +14,7 @@ from loguru import logger
 from rich.console import Console
 
 from skyrl_train.progress import RunProgress, print_line
-from skyrl_train.records.visible import visible
-from skyrl_train.run import log_to
+from skyrl_train.records.visible import log_to, visible
 
 ESCAPES = [
     "\x1b[31mred", "\x1b]0;title\x07", "\x1b]52;c;ZWNobw==\x07", "\x9b2J", "\x1b[2K\r all is well", "a\x08\x08b",
@@ -64,11 +63,14 @@ import logging
 from skyrl_train.records.visible import make_errors_visible
 make_errors_visible()
 logging.getLogger("library").warning("says \\x1b[2J")
+from loguru import logger
+logger.warning("logs \\x1b[2J")
 raise ExceptionGroup("two", [ValueError("\\x1b[31m"), RuntimeError("\\x9b2J")])
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "says ␛[2J" in ended.stderr
+    assert "logs ␛[2J" in ended.stderr
     assert "ValueError: ␛[31m" in ended.stderr
     assert is_harmless(ended.stderr)
 
