@@ -3,9 +3,11 @@
 import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in pages of 2 MiB: less than half as long to get
-# Waiting threads of OpenMP spin half a millisecond, which covers the pauses between kernels, and then sleep. libgomp's
-# default is some 15 ms: beside other work, where the thread that is waited for has no processor, they keep it from one.
+# Waiting threads of OpenMP spin half a millisecond, which covers the pauses between two kernels, and then sleep.
+# libgomp's default is some 15 ms: beside other work they keep the thread that they wait for from a processor.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# oneDNN keeps a program of about 0.25 MB for every shape of a matmul that it has met; its default is 1024 of them.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# oneDNN, and torch once more in front of it, keep a program of about 0.25 MB for every shape of a matmul that they have
+# met: by default 1024 each, which is most of what a long run grows by.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "256")
