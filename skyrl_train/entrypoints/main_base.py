@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -594,13 +595,28 @@ def _refused(error: Exception) -> int:
     return 2
 
 
+_MAKERS_OF_ENGINES = (
+    "create_ray_wrapped_inference_engines_from_config",
+    "create_remote_inference_engines_from_config",
+)
+
+
 def __getattr__(name: str) -> Any:
-    """`skyrl_entrypoint`, SkyRL's Ray task, made when it is asked for: only who uses Ray waits for its import."""
+    """`skyrl_entrypoint`, SkyRL's Ray task, made when it is asked for: only who uses Ray waits for its import.
+
+    SkyRL's makers of engines can be imported, as its examples do, and refuse to be called.
+    """
     if name == "skyrl_entrypoint":
         from skyrl_train.cluster.start import skyrl_entrypoint
 
         return skyrl_entrypoint(BasePPOExp)
+    if name in _MAKERS_OF_ENGINES:
+        return partial(_refuse_maker, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _refuse_maker(name: str, *args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(f"{name} makes SkyRL's engines, which are not here; override get_engine(policy) instead")
 
 
 if __name__ == "__main__":

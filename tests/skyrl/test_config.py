@@ -243,3 +243,13 @@ def test_the_command_is_the_one_of_this_process(monkeypatch):
         composed = compose("ppo_base_config", overrides=typed)
     with pytest.raises(ConfigError, match=r"This would start:\n  python -m my.main"):
         validate_cfg(composed)
+
+
+def test_a_root_class_of_ones_own_reaches_a_ray_task():
+    from ray import cloudpickle
+
+    root = make_config(algorithm_cls=DAPOAlgorithmConfig)
+    config = root.from_cli_overrides(["trainer.algorithm.overlong_buffer_len=7", "+my.key=1"])
+    arrived = cloudpickle.loads(cloudpickle.dumps(config))
+    assert to_flat_dict(arrived) == to_flat_dict(config)
+    assert to_flat_dict(validate_cfg(arrived))["trainer.algorithm.overlong_buffer_len"] == 7

@@ -15,7 +15,10 @@ NAMES = {
     "skyrl_gym.tools": "SQLCodeExecutorToolGroup SearchToolGroup PythonCodeExecutorToolGroup",
     "skyrl_gym.tools.core": "tool ToolGroup",
     "skyrl_gym.metrics": "default_aggregate_metrics aggregate_for_environment",
-    "skyrl_train.entrypoints.main_base": "BasePPOExp config_dir validate_cfg main skyrl_entrypoint",
+    "skyrl_train.entrypoints.main_base": (
+        "BasePPOExp config_dir validate_cfg main skyrl_entrypoint create_ray_wrapped_inference_engines_from_config "
+        "create_remote_inference_engines_from_config"
+    ),
     "skyrl_train.entrypoints.main_generate": "EvalOnlyEntrypoint",
     "skyrl_train.utils": "initialize_ray validate_cfg Timer",
     "skyrl_train.utils.utils": "initialize_ray validate_cfg Timer",
@@ -75,3 +78,12 @@ def test_the_page_names_every_path_and_what_is_left_out():
 def test_what_is_left_out_is_not_there(module):
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(module)
+
+
+def test_a_maker_of_skyrls_engines_says_what_to_override_when_it_is_called():
+    from skyrl_train.entrypoints import main_base
+
+    with pytest.raises(NotImplementedError, match=r"override get_engine\(policy\) instead"):
+        main_base.create_remote_inference_engines_from_config(None, tokenizer=None)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = main_base.nothing
