@@ -45,6 +45,7 @@ class ModelMemory:
     layer_bytes: int  # activations per token and layer, keys and values of shared prefixes not repeated
     layer_kv_bytes: int  # keys and values per token and layer
     has_flash: bool  # attention builds no mask and no scores
+    logits_copies: int = 1  # of a chunk at once, where a family scales or caps its logits
     linear_sides: int = 0  # inputs + outputs of all linear layers but the head, for adapters
 
     @property
@@ -199,7 +200,7 @@ def _pass(
     chunk = min(num_tokens * model.vocab_size * model.itemsize, max(device.logits_bytes, 1))
     is_whole = chunk >= num_tokens * model.vocab_size * model.itemsize
     head_gradient = model.head_weights * (model.itemsize if is_whole else model.itemsize + 8)
-    logits = chunk + head_gradient + 4 * row
+    logits = chunk * model.logits_copies + head_gradient + 4 * row
     if not checkpointing:
         return model.num_layers * layer, logits
     return model.num_layers * row, max(logits, layer * 3 // 2)

@@ -112,6 +112,7 @@ def model_memory(module: PreTrainedModel, lora: LoraConfig, *, has_flash: bool, 
         layer_bytes=layer_bytes + thin,
         layer_kv_bytes=2 * _kv_heads(config) * head_dim(config) * module.dtype.itemsize,
         has_flash=has_flash,
+        logits_copies=_logits_copies(config),
         linear_sides=sum(sides.values()),
     )
 
@@ -156,6 +157,14 @@ def head_dim(config: Any) -> int:
 
 def _kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _logits_copies(config: Any) -> int:
+    """How often a chunk of logits is there at once, see `Policy.logits`: a factor makes one more, a cap three."""
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        return 4
+    scales = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale"))
+    return 1 if all(scale is None for scale in scales) else 2
 
 
 class _Attention:

@@ -109,12 +109,12 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, logits_bytes: int, *, is_fused: bool 
     patch.setattr(logprobs, "_logits_per_chunk", lambda hidden: logits_bytes // hidden.itemsize)
 
 
-def meta_module(shape: str) -> Any:
-    """A Qwen2 of this shape in bfloat16, as a run builds it before it has weights."""
+def meta_module(shape: str, family: str = "qwen2") -> Any:
+    """A model of this shape in bfloat16, as a run builds it before it has weights."""
     register_attention()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("qwen2", **SHAPES[shape]), dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
+            AutoConfig.for_model(family, **SHAPES[shape]), dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
         )
 
 
