@@ -122,8 +122,9 @@ def _requirements(versions: dict[str, str]) -> bytes:
 
 
 def _sources() -> list[Path]:
-    walls = (REPOSITORY_ROOT / "skyrl_gym" / "walls").glob("*.py")
-    return sorted([REPOSITORY_ROOT / "integrations" / "__init__.py", *DOCKERFILE.parents[1].rglob("*.py"), *walls])
+    gym = REPOSITORY_ROOT / "skyrl_gym"
+    first = [REPOSITORY_ROOT / "integrations" / "__init__.py", gym / "contract.py"]
+    return sorted([*first, *DOCKERFILE.parents[1].rglob("*.py"), *(gym / "walls").glob("*.py")])
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

@@ -29,7 +29,9 @@ from tests.integrations.openenv.troubled import NAME
 from tests.tiny_models import tiny_tokenizer
 
 LIMITS = EpisodeLimits(max_turns=3, max_input_length=4000, max_context=4096, step_timeout_s=60, episode_timeout_s=300)
-CONFIG = OpenEnvConfig(runtime="local", max_servers=1, max_sessions=64, startup_timeout_s=200.0)
+CONFIG = OpenEnvConfig(
+    runtime="local", max_servers=1, max_sessions=64, startup_timeout_s=200.0, trust_dataset_code=True
+)
 
 
 class SlowEngine(ScriptedEngine):

@@ -11,8 +11,6 @@ from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from loguru import logger
-
 from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, OpenSession, Task, Translator
 from integrations.openenv.catalog.generic.blame import caused_by_action
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
@@ -89,6 +87,8 @@ class GenericEntry(CatalogEntry):
         if not caused_by_action(error, sent, set(self.description.action_schema["properties"])):
             return False
         if error.code == "EXECUTION_ERROR" and error.message not in self._said and len(self._said) < MAX_SAID:
+            from loguru import logger  # not in the images of servers, which import the catalog
+
             self._said.add(error.message)
             logger.warning(f"{self.name}: an action is refused, and counts as the policy's mistake: {error.message!r}")
         return True

@@ -15,7 +15,7 @@ from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
 from tests.integrations.openenv.troubled import NAME
 
-CONFIG = OpenEnvConfig(startup_timeout_s=200.0)
+CONFIG = OpenEnvConfig(startup_timeout_s=200.0, trust_dataset_code=True)
 
 
 EXCEPTIONS = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, TypeError)
