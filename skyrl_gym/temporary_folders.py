@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-COMPILER, PROGRAM = "skyrl-c-", "skyrl_gym_"  # how the names of the folders begin
+COMPILER, PROGRAM = "skyrl-c-", "skyrl_gym_"  # how the names of the folders begin; a program's is from older versions
 PREFIXES = (COMPILER, PROGRAM)
 
 

@@ -60,7 +60,7 @@ class BasePPOExp:
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.check_conversations()
-        self.schedule = self.get_schedule()
+        self.schedule = None if self.train_dataset is None else self.get_schedule()
 
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
@@ -116,7 +116,7 @@ class BasePPOExp:
     def check_conversations(self) -> None:
         """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
         kinds = set()
-        for prompt in [*self.train_dataset, *(self.eval_dataset or [])]:
+        for prompt in [*(self.train_dataset or []), *(self.eval_dataset or [])]:
             max_turns = 1 if self.cfg.generator.batched else self.cfg.generator.max_turns
             if (own_limit := prompt.env_extras.get("max_turns")) is not None:
                 max_turns = int(own_limit)
@@ -157,11 +157,11 @@ class BasePPOExp:
         policy = model_contents(self.model_path)
         contents = {
             "trainer.policy.model.path": policy,
-            "data.train_data": prompt_contents(self.train_dataset),
             "generator.chat_template.name_or_path": template_contents(template or self.tokenizer.chat_template),
         }
-        if self.eval_dataset is not None:
-            contents["data.val_data"] = prompt_contents(self.eval_dataset)
+        for key, prompts in (("data.train_data", self.train_dataset), ("data.val_data", self.eval_dataset)):
+            if prompts is not None:
+                contents[key] = prompt_contents(prompts)
         if trainer.ref.model.path == trainer.policy.model.path:
             contents["trainer.ref.model.path"] = policy
         elif needs_reference(trainer.algorithm):

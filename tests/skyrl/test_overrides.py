@@ -7,6 +7,7 @@ import pytest
 from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp
 from skyrl_train.entrypoints.overrides import NEVER_CALLED
+from tests.tiny_models import save_tiny_model
 
 
 def refusal(**methods) -> str:
@@ -77,6 +78,7 @@ def test_what_is_called_and_methods_of_ones_own_are_welcome(tmp_path):
 
         def score(self): ...
 
+    save_tiny_model(tmp_path)
     config = load_config([f"trainer.policy.model.path={tmp_path}", "trainer.device=cpu"])
     MyExp.get_model_path = lambda self: str(tmp_path)
     with pytest.raises(OSError, match="reached"):

@@ -103,7 +103,8 @@ def test_bubblewrap_without_confinement_stops_it(name: str, here: Scene, behind_
     assert not succeeds(name, Process(behind_bubblewrap, NO_LIMIT), here)
 
 
-@pytest.mark.parametrize("name", attacks.ALL)
+# A container alone, without the workers that a server confines in it: it holds one program and nobody to talk to.
+@pytest.mark.parametrize("name", [name for name in attacks.ALL if name != "talk to another session"])
 def test_in_docker_it_is_stopped(name: str, here: Scene, image: str) -> None:
     assert not succeeds(name, DockerContainer(image), here)
 
