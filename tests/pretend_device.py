@@ -77,8 +77,19 @@ class PretendDevice(TorchFunctionMode):
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
 ) -> Tensor:
+    assert dropout_p == 0
+    if enable_gqa:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
     scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = OnDevice(torch.ones(scores.shape[-2:], dtype=torch.bool).tril())

@@ -29,9 +29,9 @@ def main(words: Sequence[str] | None = None) -> int:
     for name, (module, about) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:]))
     arguments = parser.parse_args(words)
-    make_errors_visible()
     try:
         with lasting_output():
+            make_errors_visible()
             return COMMANDS[arguments.command][0].run(arguments)
     except ValueError as refused:  # an unknown environment or option
         print(visible(f"{parser.prog} {arguments.command}: {refused}"), file=sys.stderr)

@@ -513,8 +513,8 @@ def main(
     """Exit status: 0 done, 1 broken off (no environment works, no room on the disk), 2 refused before training,
     130 interrupted. What breaks otherwise shows its traceback.
     """
-    make_errors_visible()
     with lasting_output():
+        make_errors_visible()
         return _main(sys.argv[1:] if arguments is None else arguments, experiment, root)
 
 

@@ -145,7 +145,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 def _logits_per_chunk(hidden: Tensor) -> int:
     num_bytes = BYTES_PER_CHUNK
-    if hidden.device.type == "cuda":
+    if hidden.device.type == "cuda" and torch.cuda.is_available():  # a pretended one has no size
         num_bytes = max(num_bytes, int(SHARE_OF_GPU * torch.cuda.get_device_properties(hidden.device).total_memory))
     return num_bytes // hidden.itemsize
 

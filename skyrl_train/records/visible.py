@@ -45,7 +45,8 @@ def make_errors_visible() -> None:
 
 
 def _print_visible(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
-    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, frames))))
+    if sys.stderr is not None:  # as in a process that was started without one
+        sys.stderr.write(visible("".join(traceback.format_exception(kind, error, frames))))
 
 
 class _VisibleFormatter(logging.Formatter):

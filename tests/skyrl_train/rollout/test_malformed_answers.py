@@ -367,6 +367,7 @@ def caplog_lines():
 def test_a_template_that_refuses_what_the_environment_says_is_the_environments_failure():
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     template += "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     OddEnv.answers = {
         "step": lambda: {"observations": [{"role": "tool", "content": "x"}], "reward": 0.0, "done": False}
     }
@@ -376,8 +377,7 @@ def test_a_template_that_refuses_what_the_environment_says_is_the_environments_f
     collector.close()
     odd, even = (group.trajectories[0] for group in groups)
     assert even.end is EpisodeEnd.FINISHED
-    assert "the chat template refuses its messages" in str(odd.failure)
-    assert "no tools here" in str(odd.failure)
+    assert "the chat template does not print messages of user, assistant, tool: no tools here" in str(odd.failure)
 
 
 @pytest.mark.parametrize("value", [raising(SystemExit()), raising(RuntimeError("x")), coroutine, lambda: None])
