@@ -8,12 +8,13 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from skyrl_gym.envs import register
+from skyrl_gym.envs import deregister, register
 from skyrl_train.checkpoint import Checkpoints
 from skyrl_train.metrics import read_metrics
 from skyrl_train.records.trajectories import read_trajectories, trajectory_files
@@ -170,6 +171,15 @@ def test_in_the_default_mode_no_prompt_is_lost_or_trained_twice(given, unbroken,
     assert_every_step_and_prompt_is_there_once(tmp_path / "run")
 
 
+@pytest.fixture
+def even() -> Iterator[None]:
+    """The environment of the data, known in this process too."""
+    register("even", EvenEnv)
+    yield
+    deregister("even")
+
+
+@pytest.mark.usefixtures("even")
 def test_a_finished_run_says_so_and_one_with_other_settings_is_refused(given, unbroken, capfd):
     from skyrl_train.entrypoints.main_base import main
 
