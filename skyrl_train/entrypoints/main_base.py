@@ -60,7 +60,7 @@ class BasePPOExp:
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.check_conversations()
-        self.schedule = None if self.train_dataset is None else self.get_schedule()
+        self.schedule: Any = None if self.train_dataset is None else self.get_schedule()
 
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
