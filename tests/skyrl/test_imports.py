@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "skyrl.md"
+PAGE = Path(__file__).parents[2] / "skyrl_train" / "SKYRL.md"
 NAMES = {
     "skyrl_gym": "make register Env",
     "skyrl_gym.envs": "register deregister",
