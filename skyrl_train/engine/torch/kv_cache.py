@@ -249,8 +249,9 @@ class CachedAttention:
         """Each chunk's keys lie from the beginning of its slot on."""
         counts, stops = [chunk.count for chunk in self._chunks], [chunk.stop for chunk in self._chunks]
         starts = torch.tensor([*(chunk.slot * self.cache.length for chunk in self._chunks), 0], dtype=torch.int32)
-        ragged = replace(Ragged.of(counts, stops, torch.device("cpu")), key_offsets=starts)
-        return replace(ragged, num_keys=torch.tensor(stops, dtype=torch.int32)).to(self._device)
+        num_keys = torch.tensor(stops, dtype=torch.int32)
+        end_to_end = Ragged.of(counts, stops, torch.device("cpu"))
+        return replace(end_to_end, key_offsets=starts, num_keys=num_keys).to(self._device)
 
     @cached_property
     def places(self) -> Tensor:
