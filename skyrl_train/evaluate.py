@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skyrl_train.config import SkyRLConfig
-from skyrl_train.metrics import dump_eval_results, eval_metrics
 from skyrl_train.prompts import PromptDataset
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.sampling import sampling_params
-from skyrl_train.run import Run
+from skyrl_train.run.metrics import dump_eval_results, eval_metrics
+from skyrl_train.run.run import Run
 from skyrl_train.types import Group
 
 

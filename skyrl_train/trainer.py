@@ -17,19 +17,19 @@ from skyrl_train.algorithms.kl import KLController, kl_metrics
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
 from skyrl_train.callbacks import CallbackInput
-from skyrl_train.checkpoint import State, random_states, set_random_states
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
+from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.learner import Learner
-from skyrl_train.metrics import PHASES, rollout_metrics
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.ray_ppo_trainer import RayPPOTrainer
-from skyrl_train.records.files import naming, whole_folder
 from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.sampling import sampling_params
-from skyrl_train.run import Run, RunRefused
+from skyrl_train.run.checkpoint import State, random_states, set_random_states
+from skyrl_train.run.metrics import PHASES, rollout_metrics
+from skyrl_train.run.run import Run, RunRefused
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.in_process import InProcessWeights

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from skyrl_train.learner.refusal import FOREIGN_ERRORS, one_line
+from skyrl_train.policy.refusal import FOREIGN_ERRORS, one_line
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MOST_WEIGHTS = 20_000_000

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from skyrl_train.learner.model import Policy, wrap_module
+from skyrl_train.policy.model import Policy, wrap_module
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 CHATML = (

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from skyrl_train.batch.shared_prefix import shared_segments
+from skyrl_train.batch.prefix_tree import shared_segments
 from skyrl_train.types import Batch, Sample
 
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")

@@ -27,7 +27,7 @@ from skyrl_train.config import (
 )
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.overrides import check_overrides
-from skyrl_train.records.visible import make_errors_visible, visible
+from skyrl_train.run.records.visible import make_errors_visible, visible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -74,26 +74,26 @@ class BasePPOExp:
 
     def get_model_path(self) -> str:
         """A folder on this machine, or a hub name that transformers can load."""
-        from skyrl_train.pretrained import resolve_model
+        from skyrl_train.policy.pretrained import resolve_model
 
         return str(resolve_model(self.cfg.trainer.policy.model.path))
 
     def get_num_embeddings(self) -> int:
         """How many tokens the model knows, by its configuration."""
-        from skyrl_train.learner.files import load_config
+        from skyrl_train.policy.model_files import load_config
 
         config = load_config(self.model_path, self.cfg.trainer.policy.model_config_kwargs)
         return config.get_text_config().vocab_size
 
     def get_tokenizer(self) -> Any:
-        from skyrl_train.learner.model import load_tokenizer
+        from skyrl_train.policy.model import load_tokenizer
 
         return load_tokenizer(self.model_path)
 
     def get_chat_template(self) -> Any:
         from jinja2 import TemplateError
 
-        from skyrl_train.end_of_turn import end_of_turn_ids, read_generation_config
+        from skyrl_train.policy.end_of_turn import end_of_turn_ids, read_generation_config
         from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
 
         generator = self.cfg.generator
@@ -126,7 +126,7 @@ class BasePPOExp:
 
     def fit_tokenizer(self) -> None:
         """Refuse a tokenizer that is not the model's, before anything large is loaded."""
-        from skyrl_train.learner.files import fit_tokenizer
+        from skyrl_train.policy.model_files import fit_tokenizer
 
         prompt = self.chat_template.start([{"role": "user", "content": "a"}])
         fit_tokenizer(self.tokenizer, self.num_embeddings, prompt.ids)
@@ -149,9 +149,9 @@ class BasePPOExp:
 
     def get_contents(self) -> dict[str, dict[str, str]]:
         """What the files that the settings name hold (contents.py): a checkpoint goes on only with the same."""
-        from skyrl_train.contents import model_contents, prompt_contents, template_contents
         from skyrl_train.learner.learner import needs_reference
-        from skyrl_train.pretrained import resolve_model
+        from skyrl_train.policy.pretrained import resolve_model
+        from skyrl_train.run.contents import model_contents, prompt_contents, template_contents
 
         trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
         policy = model_contents(self.model_path)
@@ -172,7 +172,7 @@ class BasePPOExp:
         """Device and compute dtype; the reason for the choice is printed."""
         from loguru import logger
 
-        from skyrl_train.learner.model import choose_compute_dtype, choose_device
+        from skyrl_train.policy.model import choose_compute_dtype, choose_device
 
         device = choose_device(self.cfg.trainer.device)
         dtype, reason = choose_compute_dtype(device, self.cfg.trainer.bf16)
@@ -183,8 +183,8 @@ class BasePPOExp:
         """How a GPU's memory is used, decided before anything large is loaded; None on a CPU. Raises ValueError."""
         if self.device.type != "cuda":
             return None
-        from skyrl_train.learner.lora import NoSuchModules
-        from skyrl_train.learner.model_memory import meta_module, plan_of_run
+        from skyrl_train.policy.lora import NoSuchModules
+        from skyrl_train.policy.model_memory import meta_module, plan_of_run
 
         trainer, generator = self.cfg.trainer, self.cfg.generator
         module = meta_module(self.model_path, self.compute_dtype, trainer.policy.model_config_kwargs)
@@ -196,7 +196,7 @@ class BasePPOExp:
     def num_reference_weights(self) -> int:
         """Of a reference policy that must be loaded beside the policy."""
         from skyrl_train.learner.learner import needs_reference
-        from skyrl_train.learner.model_memory import meta_module, num_weights
+        from skyrl_train.policy.model_memory import meta_module, num_weights
 
         trainer = self.cfg.trainer
         is_under_adapters = trainer.policy.model.lora.rank > 0 and trainer.reference_is_base
@@ -218,7 +218,7 @@ class BasePPOExp:
         )
 
     def get_policy(self) -> Any:
-        from skyrl_train.learner.model import load_policy
+        from skyrl_train.policy.model import load_policy
 
         trainer = self.trainer_section
         if self.device.type == "cpu":
@@ -238,8 +238,8 @@ class BasePPOExp:
     def add_adapters(self, policy: Any) -> None:
         from loguru import logger
 
-        from skyrl_train.learner.lora import NoSuchModules, add_adapters
-        from skyrl_train.run import RunRefused
+        from skyrl_train.policy.lora import NoSuchModules, add_adapters
+        from skyrl_train.run.run import RunRefused
 
         trainer = self.cfg.trainer
         try:
@@ -251,7 +251,7 @@ class BasePPOExp:
 
     def get_reference_path(self) -> str:
         """A folder on this machine, fetched if need be; the policy's own where they are the same."""
-        from skyrl_train.pretrained import resolve_model
+        from skyrl_train.policy.pretrained import resolve_model
 
         path = self.cfg.trainer.ref.model.path
         return self.model_path if path == self.cfg.trainer.policy.model.path else str(resolve_model(path))
@@ -259,8 +259,8 @@ class BasePPOExp:
     def get_reference(self, policy: Any) -> Any:
         """A frozen policy to measure the KL from, or None where no KL term has a weight."""
         from skyrl_train.learner.learner import needs_reference
-        from skyrl_train.learner.lora import BaseUnderAdapters
-        from skyrl_train.learner.model import load_policy
+        from skyrl_train.policy.lora import BaseUnderAdapters
+        from skyrl_train.policy.model import load_policy
 
         trainer = self.cfg.trainer
         if not needs_reference(trainer.algorithm):
@@ -390,7 +390,7 @@ class BasePPOExp:
     def get_users_trainer(self, run: Any, episodes: Any) -> Any:
         """What `get_trainer` returned, with the callbacks of `get_callbacks`. RunRefused if it is no RayPPOTrainer."""
         from skyrl_train.ray_ppo_trainer import RayPPOTrainer
-        from skyrl_train.run import RunRefused
+        from skyrl_train.run.run import RunRefused
 
         try:
             trainer = self.get_trainer(
@@ -458,7 +458,7 @@ class BasePPOExp:
         """Train from wherever the run stands. Returns its Summary."""
         import torch
 
-        from skyrl_train.run import Run, run_info
+        from skyrl_train.run.run import Run, run_info
 
         total_steps = self.schedule.num_steps
         environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
@@ -523,9 +523,9 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
         cfg = load_config(arguments, root)
     except ValueError as error:
         return _refused(error)
-    from skyrl_train.learner.refusal import ModelRefused
+    from skyrl_train.policy.refusal import ModelRefused
     from skyrl_train.rollout.collector import EveryEpisodeFailed
-    from skyrl_train.run import RunRefused
+    from skyrl_train.run.run import RunRefused
 
     try:
         exp = experiment(cfg)
@@ -562,7 +562,7 @@ def _room(error: OSError) -> str:
 
 
 def _how_to_go_on(trainer: TrainerConfig) -> str:
-    from skyrl_train.records.run_folder import checkpoint_steps
+    from skyrl_train.run.records.run_folder import checkpoint_steps
 
     steps = checkpoint_steps(Path(trainer.ckpt_path))
     if steps:

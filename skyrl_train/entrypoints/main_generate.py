@@ -26,7 +26,7 @@ class EvalOnlyEntrypoint(BasePPOExp):
         """Evaluate, log the metrics at step 0, and return them. Files stand under dumped_evals/eval_only."""
         from pathlib import Path
 
-        from skyrl_train.run import Run, run_info
+        from skyrl_train.run.run import Run, run_info
 
         environment = ", ".join(sorted({prompt.data_source for prompt in self.eval_dataset}))
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyrl_train.learner.kernels import Kernels, kernels_for
-from skyrl_train.learner.rounding import rounded
+from skyrl_train.ops.cpu.passes import Kernels, kernels_for
+from skyrl_train.ops.rounding import rounded
 
 
 class AdamW(torch.optim.AdamW):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from skyrl_train.batch.packing import micro_batches
-from skyrl_train.learner.logprobs import batch_logprobs
 from skyrl_train.learner.means import Means
-from skyrl_train.learner.model import Policy
 from skyrl_train.learner.objective import Objective
+from skyrl_train.policy.logprobs import batch_logprobs
+from skyrl_train.policy.model import Policy
 from skyrl_train.spans import each_in_a_span, span
 from skyrl_train.types import Batch
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from skyrl_train.batch.packing import mini_batches, with_loss_weights
 from skyrl_train.learner.gradient import Budget, accumulate_gradient, logprobs_of
-from skyrl_train.learner.lora_files import save_merged
 from skyrl_train.learner.means import Means
-from skyrl_train.learner.model import Policy
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.policy.lora_files import save_merged
+from skyrl_train.policy.model import Policy
 from skyrl_train.spans import span
 from skyrl_train.types import Batch
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from skyrl_train.learner.adamw import AdamW
-from skyrl_train.learner.weight_gradients import GradientSum
+from skyrl_train.ops.weight_gradients import GradientSum
 
 if TYPE_CHECKING:
     from skyrl_train.config import OptimizerConfig

@@ -1,1 +1,1 @@
-"""What a run leaves behind beside its checkpoints: trajectories, report, summary; and the rules of its folder."""
+"""The command that shows what a run has kept; the code is in run/records."""

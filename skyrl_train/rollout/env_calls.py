@@ -30,7 +30,7 @@ from skyrl_gym.contract import (
 from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
-from skyrl_train.records.visible import shortened, visible
+from skyrl_train.run.records.visible import shortened, visible
 from skyrl_train.spans import span
 from skyrl_train.types import Message
 

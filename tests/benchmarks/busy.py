@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.comparison import Comparison
 from tests.benchmarks.side_by_side import Worker, arguments, project
 from tests.benchmarks.update import settings_of

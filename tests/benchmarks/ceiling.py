@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from skyrl_train import huge_pages
+from skyrl_train.ops.cpu import huge_pages
 
 
 class Ceiling:

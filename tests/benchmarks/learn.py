@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.run_openenv import command, variables
 from tests.benchmarks.side_by_side import TRL, Worker, add_trl_arguments, arguments, project, trl_settings

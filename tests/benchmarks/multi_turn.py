@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.side_by_side import Worker, arguments, project, timed_in_turn
 from tests.benchmarks.update import settings_of

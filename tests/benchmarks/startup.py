@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.comparison import Comparison
 from tests.benchmarks.run_openenv import command, variables
 from tests.benchmarks.side_by_side import TRL, Worker, arguments, project

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, medians
 from tests.benchmarks.side_by_side import (

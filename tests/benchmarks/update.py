@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from skyrl_train.pretrained import resolve_model
+from skyrl_train.policy.pretrained import resolve_model
 from tests.benchmarks.ceiling import Ceiling
 from tests.benchmarks.comparison import Comparison, machine, medians
 from tests.benchmarks.side_by_side import (

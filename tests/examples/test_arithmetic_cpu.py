@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from skyrl_gym.envs.arithmetic import rows
-from skyrl_train.metrics import read_metrics
-from skyrl_train.pretrained import cache_folder
+from skyrl_train.policy.pretrained import cache_folder
+from skyrl_train.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
 from skyrl_train.engine.torch.sampling import sample
-from skyrl_train.learner.model import Policy
+from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
 from tests.skyrl_train.engine.test_batched_sampling import CUTS
 from tests.skyrl_train.engine.test_cuda_graphs import FAMILIES, LENGTHS, filled_cache, one_token, plainly

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.learner import blocks, rounding, softmax
-from skyrl_train.learner.attention import PackedAttention
-from skyrl_train.ops import cuda
+from skyrl_train.ops import cuda, rounding, softmax
 from skyrl_train.ops.ragged import Ragged, ragged_attention
+from skyrl_train.policy import blocks
+from skyrl_train.policy.attention import PackedAttention
 from tests.tiny_models import tiny_policy
 
 HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # heads, kv_heads, D

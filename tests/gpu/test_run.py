@@ -15,7 +15,7 @@ from integrations.openenv.env import register_openenv
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, write_parquet
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
-from skyrl_train.metrics import read_metrics
+from skyrl_train.run.metrics import read_metrics
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 

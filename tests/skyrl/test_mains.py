@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_train.metrics import read_metrics
+from skyrl_train.run.metrics import read_metrics
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ exec sleep 20
 """
 COMPILE = """
 from pathlib import Path
-from skyrl_train.c_library import compiled_library
+from skyrl_train.ops.cpu.c_library import compiled_library
 compiled_library(Path("a.c"), [])
 """
 HOLD = """

@@ -8,7 +8,7 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
         "skyrl_train.entrypoints.main_base",
         "skyrl_train.trainer",
-        "skyrl_train.pretrained",
+        "skyrl_train.policy.pretrained",
         "skyrl_train.engine.torch.engine",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from skyrl_train.config import load_config
-from skyrl_train.end_of_turn import end_of_turn_ids
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
+from skyrl_train.policy.end_of_turn import end_of_turn_ids
 from skyrl_train.rollout.template_check import TemplateRefused
 from tests.tiny_models import CHATML, VOCAB_SIZE, save_tiny_model
 

@@ -17,10 +17,10 @@ import torch
 
 import skyrl_gym
 from skyrl_gym.envs import register
-from skyrl_train.checkpoint import Checkpoints
 from skyrl_train.entrypoints.main_base import main
-from skyrl_train.metrics import MetricsLog
 from skyrl_train.records.__main__ import main as look
+from skyrl_train.run.checkpoint import Checkpoints
+from skyrl_train.run.metrics import MetricsLog
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 
@@ -145,7 +145,7 @@ def test_a_full_disk_says_so_and_which_file(given, tmp_path, capfd, monkeypatch,
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("/dev/full")
 
-    from skyrl_train import run
+    from skyrl_train.run import run
 
     monkeypatch.setattr(run, "write_run_info", lambda folder, info: settled(folder))
     assert main(arguments(given, tmp_path, *more)) == 1

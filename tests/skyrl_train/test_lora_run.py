@@ -10,9 +10,9 @@ import torch
 
 import skyrl_gym
 from skyrl_gym.envs import register
-from skyrl_train.checkpoint import Checkpoints
 from skyrl_train.entrypoints.main_base import main
-from skyrl_train.metrics import read_metrics
+from skyrl_train.run.checkpoint import Checkpoints
+from skyrl_train.run.metrics import read_metrics
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 

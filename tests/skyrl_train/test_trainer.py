@@ -11,9 +11,9 @@ import torch
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
-from skyrl_train.learner.model import load_policy
-from skyrl_train.metrics import read_metrics
-from skyrl_train.records.trajectories import read_trajectories, trajectory_files
+from skyrl_train.policy.model import load_policy
+from skyrl_train.run.metrics import read_metrics
+from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 

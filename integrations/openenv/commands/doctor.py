@@ -19,8 +19,8 @@ from integrations.openenv.catalog import CATALOG
 from integrations.openenv.commands.arguments import shown
 from integrations.openenv.commands.list import images_here
 from skyrl_gym.walls.wall import strongest_wall
-from skyrl_train.c_library import c_compiler
-from skyrl_train.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
+from skyrl_train.ops.cpu.c_library import c_compiler
+from skyrl_train.policy.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
 
 PATIENCE_S = 3.0  # for nvidia-smi
 GB = 1e9

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
-from skyrl_train.learner.attention import Attention
-from skyrl_train.learner.model import Policy
 from skyrl_train.ops.cuda import decode_attention
+from skyrl_train.policy.attention import Attention
+from skyrl_train.policy.model import Policy
 
 LEAST_ROWS, LEAST_SPAN = 8, 256  # steps between the rounded numbers
 MAX_FAILURES = 2  # of recording one bucket: the first may be for want of memory

@@ -19,16 +19,16 @@ from loguru import logger
 from torch import Tensor
 
 from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Norm, Shape
 from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
-from skyrl_train.engine.torch.layers import AllLayers, Layer
-from skyrl_train.engine.torch.linears import laid_out
-from skyrl_train.huge_pages import Room
-from skyrl_train.learner.attention import Attention, PackedAttention
-from skyrl_train.learner.blocks import has_known_blocks
-from skyrl_train.learner.check import allowed_distance, distance
-from skyrl_train.learner.model import Policy
-from skyrl_train.learner.refusal import FOREIGN_ERRORS, ModelRefused, one_line
+from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Norm, Shape
+from skyrl_train.ops.cpu.huge_pages import Room
+from skyrl_train.ops.cpu.layers import AllLayers, Layer
+from skyrl_train.ops.cpu.linears import laid_out
+from skyrl_train.policy.attention import Attention, PackedAttention
+from skyrl_train.policy.blocks import has_known_blocks
+from skyrl_train.policy.check import allowed_distance, distance
+from skyrl_train.policy.model import Policy
+from skyrl_train.policy.refusal import FOREIGN_ERRORS, ModelRefused, one_line
 
 
 class ForwardPass(Protocol):

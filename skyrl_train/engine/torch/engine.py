@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from skyrl_train import compute
 from skyrl_train.engine.base import Completion, Request
 from skyrl_train.engine.torch.scheduler import EngineStats, Scheduler, Sequence
-from skyrl_train.learner.model import Policy
+from skyrl_train.policy.model import Policy
 
 SESSION_CACHE_BYTES = 1 << 30
 

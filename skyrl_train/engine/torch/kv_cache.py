@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl_train import huge_pages
-from skyrl_train.engine.torch.c_structs import Cache, RowTokens
-from skyrl_train.engine.torch.kernels import Kernels
-from skyrl_train.learner.model import Policy
+from skyrl_train.ops.cpu import huge_pages
+from skyrl_train.ops.cpu.c_structs import Cache, RowTokens
+from skyrl_train.ops.cpu.decode_kernels import Kernels
 from skyrl_train.ops.cuda import flash_attention, has_flash, write_rows
 from skyrl_train.ops.ragged import Ragged
+from skyrl_train.policy.model import Policy
 
 LENGTH_STEP = 128  # tokens
 SHORT = 128  # tokens; the kernels attend to a chunk token by token up to here, to a longer one through torch

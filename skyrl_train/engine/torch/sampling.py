@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skyrl_train.engine.torch.batched_sampling import sample_batched
 from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniforms_of
-from skyrl_train.engine.torch.kernels import Kernels
+from skyrl_train.ops.cpu.decode_kernels import Kernels
 
 
 def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> tuple[list[int], list[float]]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from skyrl_train.end_of_turn import end_of_turn_ids
 from skyrl_train.engine.base import Completion, Request, StopReason
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
@@ -24,7 +23,8 @@ from skyrl_train.engine.torch.prefix_sharing import PrefixIndex
 from skyrl_train.engine.torch.sampling import Row, sample
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions
 from skyrl_train.engine.torch.stop import StopStrings
-from skyrl_train.learner.model import Policy
+from skyrl_train.policy.end_of_turn import end_of_turn_ids
+from skyrl_train.policy.model import Policy
 from skyrl_train.spans import span
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, write_parquet
-from skyrl_train.metrics import read_metrics
+from skyrl_train.run.metrics import read_metrics
 from tests.tiny_models import save_tiny_model
 
 NUM_STEPS = 10

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from skyrl_train.engine.torch.decoder import Decoder, forward_pass
-from skyrl_train.learner.model import PackedAttention
+from skyrl_train.policy.model import PackedAttention
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.learner.test_learner import learner_for, prepared, trainer_config
-from tests.skyrl_train.learner.test_lora import adapted, logits_of
+from tests.skyrl_train.policy.test_lora import adapted, logits_of
 from tests.tiny_models import tiny_policy
 
 

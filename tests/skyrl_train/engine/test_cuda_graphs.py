@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from skyrl_train.engine.torch import cuda_graphs, kv_cache, scheduler
 from skyrl_train.engine.torch.cuda_graphs import Bucket, Compute, DecodingStep, GraphedPolicy, NothingFromTheHost
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
-from skyrl_train.learner.model import Policy
 from skyrl_train.ops.ragged import Ragged, ragged_attention
+from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.tiny_models import tiny_policy

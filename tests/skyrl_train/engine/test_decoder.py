@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from skyrl_train.engine.torch.decoder import Decoder, ForwardPass, forward_pass, kernels_for, prompts_and_steps
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
-from skyrl_train.learner.model import Policy
+from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Shape
+from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.tiny_models import tiny_policy
 

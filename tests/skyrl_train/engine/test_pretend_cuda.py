@@ -13,7 +13,7 @@ from skyrl_train.engine.torch import decoder
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.sampling import sample
 from skyrl_train.engine.torch.scheduler import Scheduler, Sequence
-from skyrl_train.learner.model import Policy
+from skyrl_train.policy.model import Policy
 from tests.pretend_cuda import PretendCuda
 from tests.skyrl_train.engine.conftest import ask
 from tests.skyrl_train.engine.test_batched_sampling import CUTS

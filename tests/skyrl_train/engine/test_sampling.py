@@ -12,7 +12,7 @@ from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import sampling
 from skyrl_train.engine.torch.batched_sampling import sample_batched
 from skyrl_train.engine.torch.draws import Row, uniforms_of
-from skyrl_train.engine.torch.kernels import Kernels, NoKernels, Shape
+from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Shape
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000

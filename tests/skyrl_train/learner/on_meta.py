@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from skyrl_train.learner import attention, blocks, logprobs
-from skyrl_train.learner.attention import ATTENTION_NAME, register_attention
-from skyrl_train.learner.model import Policy
 from skyrl_train.ops import cuda
+from skyrl_train.policy import attention, blocks, logprobs
+from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
+from skyrl_train.policy.model import Policy
 from tests.benchmarks.gpu import SHAPES
 
 

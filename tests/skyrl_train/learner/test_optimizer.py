@@ -7,10 +7,10 @@ import torch
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from skyrl_train.checkpoint_parts import read_part, write_part
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
-from skyrl_train.learner.rounding import rounded
+from skyrl_train.ops.rounding import rounded
+from skyrl_train.run.checkpoint_parts import read_part, write_part
 
 
 def optimizer_of(parameter, *, num_training_steps=10, **config):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.batch.shared_prefix import share_prefixes
-from skyrl_train.learner.logprobs import batch_logprobs
-from skyrl_train.learner.model import Policy
+from skyrl_train.batch.prefix_tree import share_prefixes
+from skyrl_train.policy.logprobs import batch_logprobs
+from skyrl_train.policy.model import Policy
 from skyrl_train.types import Batch
 from tests.skyrl_train.batches import shared_batch
 from tests.skyrl_train.learner.test_learner import (

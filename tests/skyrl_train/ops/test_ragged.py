@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skyrl_train.learner import attention as attention_room
-from skyrl_train.learner.attention import PackedAttention, gathered_keys
 from skyrl_train.ops.ragged import Ragged, RepeatedRows, ragged_attention
+from skyrl_train.policy import attention as attention_room
+from skyrl_train.policy.attention import PackedAttention, gathered_keys
 
 # segment lengths, and the segment that each one continues
 TREES: dict[str, tuple[list[int], list[int]]] = {

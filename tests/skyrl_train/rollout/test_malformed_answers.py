@@ -23,11 +23,11 @@ from skyrl_gym.envs import register
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
-from skyrl_train.metrics import rollout_metrics
-from skyrl_train.records.episode import EpisodeRecord, episode_record
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.run.metrics import rollout_metrics
+from skyrl_train.run.records.episode import EpisodeRecord, episode_record
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory
 from tests.fakes import EvenEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer

@@ -1,0 +1,180 @@
+"""Low-rank adapters: only A and B of y = x W^T + b + (alpha / rank) (x A^T) B^T learn (LoRA, Hu et al. 2021, eq. 3).
+
+The linear layers of a policy are replaced in place, under their old names: whoever calls the module computes with the
+adapters, and whoever reads a layer's `weight` reads the frozen base; `effective_weight` is both in one matrix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skyrl_train.ops.rounding import rounded
+from skyrl_train.policy.model import Policy
+
+if TYPE_CHECKING:
+    from skyrl_train.config import LoraConfig
+    from skyrl_train.policy.attention import Attention
+
+STARTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {  # A at the start, by init_method; B is always 0
+    "kaiming": lambda a, rng: nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng),
+    "xavier": lambda a, rng: nn.init.xavier_normal_(a, generator=rng),
+    "normal": lambda a, rng: nn.init.normal_(a, std=1 / len(a), generator=rng),  # 1 / rank
+}
+
+
+class NoSuchModules(ValueError):
+    """The configuration names modules that the model does not have."""
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer and its adapter, named as in PEFT: lora_A [rank, in], lora_B [out, rank]."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Parameter(base.weight.new_zeros(rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input if input.dim() == 2 else input.flatten(0, -2)
+        out = _AdaptedProduct.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return out if input.dim() == 2 else out.unflatten(0, input.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={len(self.lora_A)}"
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """rows [T, in] -> [T, out], as autograd would; the adapter's products are added in place, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        thin = F.linear(rows, lora_a)
+        out = F.linear(rows, weight, bias).addmm_(thin, lora_b.t(), alpha=scale)
+        ctx.save_for_backward(rows, thin, weight, lora_a, lora_b)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        rows, thin, weight, lora_a, lora_b = ctx.saved_tensors
+        [of_out] = grads
+        of_thin = (of_out @ lora_b).mul_(ctx.scale)
+        of_rows = (of_out @ weight).addmm_(of_thin, lora_a) if ctx.needs_input_grad[0] else None
+        return of_rows, None, None, of_thin.t() @ rows, (of_out.t() @ thin).mul_(ctx.scale), None
+
+
+def add_adapters(policy: Policy, config: LoraConfig, *, seed: int) -> None:
+    """Freeze the policy and give the linear layers that `config` names an adapter which changes nothing yet.
+
+    The same seed gives the same adapters. Raises `NoSuchModules`.
+    """
+    module, generator = policy.module, torch.Generator().manual_seed(seed)
+    names = adapted_names(policy, config)
+    module.requires_grad_(False)
+    for name in names:
+        layer = LoraLinear(module.get_submodule(name), config.rank, config.alpha / config.rank)  # ty: ignore
+        start = STARTS[config.init_method](torch.empty(layer.lora_A.shape), generator)
+        layer.lora_A.data.copy_(start)
+        module.set_submodule(name, layer)
+    module.train(module.training)
+
+
+def adapters_of(module: nn.Module) -> dict[str, LoraLinear]:
+    """Full name -> layer; empty for a policy that is trained whole."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+
+
+@torch.no_grad()
+def effective_weight(linear: nn.Linear) -> Tensor:
+    """[out, in]: what the layer multiplies by, its adapter included, in the layer's type: see rounding.py."""
+    if not isinstance(linear, LoraLinear):
+        return linear.weight.detach()
+    change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
+    return rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
+
+
+def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:
+    """Full names of the layers that get an adapter, in the model's order: those of `target_modules` that are not among
+    `exclude_modules`. The output head never gets one: its weights may be the embedding's too."""
+    head, family = policy.module.get_output_embeddings(), type(policy.module).__name__
+    linears = [name for name, layer in policy.module.named_modules() if type(layer) is nn.Linear and layer is not head]
+    if not linears:
+        raise NoSuchModules(f"{family} has no linear layers that could get an adapter; train it whole with rank=0")
+    targets = linears
+    if config.target_modules != "all-linear":
+        targets = _chosen("target_modules", _listed(config.target_modules), linears, family)
+    excluded = _chosen("exclude_modules", _listed(config.exclude_modules), linears, family)
+    if not (left := [name for name in targets if name not in excluded]):
+        raise NoSuchModules("exclude_modules excludes every layer of target_modules: nothing is left to train")
+    return left
+
+
+def is_named(full_name: str, names: Collection[str]) -> bool:
+    """PEFT's rule: the whole name, or its end after a dot."""
+    return any(full_name == name or full_name.endswith(f".{name}") for name in names)
+
+
+def _chosen(key: str, names: list[str], linears: list[str], family: str) -> list[str]:
+    ends = sorted({name.rpartition(".")[2] for name in linears})
+    for name in names:
+        if not any(is_named(linear, [name]) for linear in linears):
+            near = difflib.get_close_matches(name, [*ends, *linears], n=2) or ends
+            raise NoSuchModules(
+                f"{key} names {name!r}, but {family} has no such linear layer inside; nearest: {', '.join(near)} "
+                f"(all: {', '.join(ends)}; the output head takes no adapter)"
+            )
+    return [linear for linear in linears if is_named(linear, names)]
+
+
+def _listed(names: str | Iterable[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+@dataclass(frozen=True)
+class BaseUnderAdapters(Policy):
+    """The reference policy of a policy with adapters: the same module, with these adapters in place of the policy's.
+
+    It begins as the base, with every B zero. `adapters`: lora_A and lora_B of every layer, by their full names.
+    """
+
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, policy: Policy) -> BaseUnderAdapters:
+        trained = {name: p.detach() for name, p in policy.module.named_parameters() if p.requires_grad}
+        adapters = {name: p.clone() if name.endswith("lora_A") else torch.zeros_like(p) for name, p in trained.items()}
+        return cls(policy.module, adapters=adapters)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.adapters
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
+        with self._in_place():
+            return super().hidden_states(input_ids, position_ids, attention)
+
+    @contextmanager
+    def _in_place(self) -> Generator[None]:
+        parameters = dict(self.module.named_parameters())
+        theirs = {name: parameters[name].data for name in self.adapters}
+        try:
+            for name, adapter in self.adapters.items():
+                parameters[name].data = adapter
+            yield
+        finally:
+            for name, tensor in theirs.items():
+                parameters[name].data = tensor

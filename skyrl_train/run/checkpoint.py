@@ -1,0 +1,174 @@
+"""Checkpoints: everything a step depends on, written so that a kill at any moment leaves a usable newest one.
+
+    {folder}/global_step_N/digests.txt                  the format, and the digest of every other file
+                           trainer_state.safetensors    global_step, config and contents, random states, counters
+                           data.safetensors             position in the data
+                           policy/learner.safetensors   whatever else the caller names
+    {folder}/latest_ckpt_global_step.txt                N, written after the folder is complete
+
+A folder gets its name once all of it is on the disk. So one that lacks a file, or whose file is not what its digest
+says, is damaged: it is refused and never passed over, and the newest whole one before it is named. No file holds
+anything but tensors and plain data: opening a checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+
+from skyrl_train.files import remove_folder, remove_leftovers, whole_folder, write_whole
+from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
+from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
+from skyrl_train.run.records.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
+
+State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
+FORMAT = 2  # 1 kept pickles
+_HEADER = "# skyrl checkpoint, format {}"
+
+
+class Checkpoints:
+    """The checkpoints of one run. `max_to_keep` below 0 keeps all."""
+
+    def __init__(self, folder: Path | str, max_to_keep: int = -1) -> None:
+        if max_to_keep == 0:
+            raise ValueError("trainer.max_ckpts_to_keep=0 would keep no checkpoint; use -1 for all, N for the newest N")
+        self.folder = Path(folder)
+        self.max_to_keep = max_to_keep
+
+    def save(self, step: int, state: State) -> Path:
+        """Write `global_step_{step}`. A step that is already saved is not written again."""
+        path = self.path(step)
+        if (path / DIGESTS).is_file():
+            return path
+        if "trainer_state" not in state:
+            raise ValueError(f"a checkpoint needs 'trainer_state', got {sorted(state)}")
+        state = state | {"trainer_state": {"global_step": step, **state["trainer_state"]}}
+        if state["trainer_state"]["global_step"] != step:
+            raise ValueError(f"trainer_state says step {state['trainer_state']['global_step']}, save() says {step}")
+        with whole_folder(path) as unfinished:
+            for name, value in state.items():
+                write_part(value, unfinished / f"{name}{SUFFIX}")
+            write_digests(unfinished, _HEADER.format(FORMAT))
+        write_whole(self.folder / LATEST, str(step).encode())
+        self._remove_old()
+        return path
+
+    def latest(self) -> int | None:
+        """The newest checkpoint. The text file is only a hint: a kill may come between folder and file."""
+        newest = max(checkpoint_steps(self.folder), default=None)
+        hint = self._hint()
+        if hint is not None and newest is not None and hint != str(newest):
+            logger.warning(
+                f"{self.folder / LATEST} says {hint!r}; going by the newest checkpoint, global_step_{newest}"
+            )
+        return newest
+
+    def load(self, which: int | Path) -> tuple[int, State]:
+        """Step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU.
+
+        Raises ValueError if it is damaged or of another format; the message names the file and what to resume from.
+        """
+        path = self.path(which) if isinstance(which, int) else which
+        step = checkpoint_step(path)
+        try:
+            state = {name.removesuffix(SUFFIX): read_part(path / name) for name in whole_parts(path)}
+        except Damaged as error:
+            raise ValueError(f"{error}. {_other_checkpoint(path)}") from error
+        written = state["trainer_state"].get("global_step")
+        if written != step:
+            logger.warning(f"{path} was written at step {written}; the folder's name wins: resuming at step {step}")
+            state["trainer_state"] = {**state["trainer_state"], "global_step": step}
+        return step, state
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"global_step_{step}"
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove what killed saves left; only the process that holds the run's lock may call this."""
+        return remove_leftovers(self.folder)
+
+    def _hint(self) -> str | None:
+        try:
+            return (self.folder / LATEST).read_text(encoding="utf-8", errors="backslashreplace").strip()
+        except FileNotFoundError:
+            return None
+
+    def _remove_old(self) -> None:
+        if self.max_to_keep > 0:
+            for step in checkpoint_steps(self.folder)[: -self.max_to_keep]:
+                remove_folder(self.path(step))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint's folder; errors say what is wrong with the folder."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    if not match:
+        raise ValueError(f"{path} is not a checkpoint: the folder's name must be global_step_<number>")
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {path}")
+    return int(match[1])
+
+
+def whole_parts(path: Path) -> list[str]:
+    """The names of a checkpoint's files, each of them read and as it was written. Raises Damaged otherwise."""
+    if (path / "trainer_state.pt").exists() and not (path / DIGESTS).exists():
+        raise Damaged(f"{path} has format 1, of an earlier version of this program; this one reads format {FORMAT}")
+    header, digests = read_digests(path)
+    if header != _HEADER.format(FORMAT):
+        other = re.fullmatch(_HEADER.format(r"(\d+)"), header)
+        reason = f"names format {other[1]}, this program reads format {FORMAT}" if other else "is damaged"
+        raise Damaged(f"{path / DIGESTS} {reason}")
+    check_digests(path, digests, SUFFIX)
+    if f"trainer_state{SUFFIX}" not in digests:
+        raise Damaged(f"{path / f'trainer_state{SUFFIX}'} is missing")
+    return [name for name in digests if name.endswith(SUFFIX)]
+
+
+def _other_checkpoint(damaged: Path) -> str:
+    """What to do instead of resuming from this one: the newest whole checkpoint before it, or a new start."""
+    for step in reversed(checkpoint_steps(damaged.parent)):
+        path = damaged.with_name(f"global_step_{step}")
+        if path.name == damaged.name or step > checkpoint_step(damaged):
+            continue
+        try:
+            whole_parts(path)
+        except (Damaged, OSError):
+            continue
+        return (
+            f"{path.name} before it is whole: go on from there with trainer.resume_mode=from_path "
+            f"trainer.resume_path={path} (what came after it is moved aside, not deleted)"
+        )
+    return (
+        f"No earlier checkpoint in {damaged.parent} is whole: name another one with trainer.resume_mode=from_path "
+        "trainer.resume_path=<global_step_N folder>, or start afresh with trainer.resume_mode=none (the run is moved "
+        "aside, not deleted)"
+    )
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global random generator, as plain data."""
+    version, internal, gauss_next = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Undo of `random_states`."""
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,264 @@
+"""Metrics: what the rollouts say about themselves, under SkyRL's names, and the log that every run keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from skyrl_gym.contract import Outcome, checked_metrics
+from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
+from skyrl_train.files import naming, whole_folder
+from skyrl_train.rollout.env_calls import words_of
+from skyrl_train.run.records.episode import num_response_tokens
+from skyrl_train.run.records.run_folder import METRICS
+from skyrl_train.types import EpisodeEnd, Group, Trajectory
+
+Metrics = dict[str, float]
+# What SkyRL's timings (timing/...) are called where people read them, in the order in which they happen.
+PHASES = {
+    "generate": "rollout",
+    "fwd_logprobs_values_reward": "logprobs",
+    "compute_advantages_and_returns": "advantages",
+    "policy_train": "update",
+    "sync_weights": "weights",
+    "eval": "evaluation",
+}
+
+
+def rollout_metrics(groups: list[Group]) -> Metrics:
+    """`generate/`, `environment/` and `reward/` of one step. Environment failures count as such and nowhere else."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    valid = [t for t in trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
+    found = _length_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
+    scores = reward_metrics(groups)
+    return found | {f"reward/{key}": value for key, value in scores.items()}
+
+
+def eval_metrics(groups: list[Group]) -> Metrics:
+    """`eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
+    sources: dict[str, list[Group]] = {}
+    for group in groups:
+        sources.setdefault(_file_name(group.prompt.data_source), []).append(group)
+    found: Metrics = {}
+    for source, members in [*sources.items(), ("all", groups)]:
+        for key, value in reward_metrics(members).items():
+            found[f"eval/{source}/{_EVAL_NAMES.get(key, key.removeprefix('avg_'))}"] = value
+    everything = {k: v for k, v in rollout_metrics(groups).items() if not k.startswith("reward/")}
+    return found | {f"eval/all/{key}": value for key, value in everything.items()}
+
+
+_EVAL_NAMES = {"avg_raw_reward": "avg_score", "mean_positive_reward": "mean_positive_reward"}
+
+
+def reward_metrics(groups: list[Group]) -> Metrics:
+    """Over the episodes that the environment did not break; a prompt whose episodes all broke is left out.
+
+    avg_pass_at_n: share of prompts with an episode of positive reward, n = the most episodes a prompt was given.
+    mean_positive_reward: an episode's positive turn rewards summed, the mean over episodes.
+    """
+    sets = [[t for t in group.trajectories if t.end is not EpisodeEnd.ENV_FAILURE] for group in groups]
+    sets = [members for members in sets if members]
+    if not sets:
+        return {}
+    episodes = [t for members in sets for t in members]
+    n = max(len(group.trajectories) for group in groups)
+    return {
+        f"avg_pass_at_{n}": _mean([float(any(t.reward > 0 for t in members)) for members in sets]),
+        "avg_raw_reward": _mean([t.reward for t in episodes]),
+        "min_raw_reward": min(t.reward for t in episodes),
+        "max_raw_reward": max(t.reward for t in episodes),
+        "mean_positive_reward": _mean([sum(max(turn.reward, 0.0) for turn in t.turns) for t in episodes]),
+    }
+
+
+def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """Response length counts the tokens behind the first prompt, observations included, as SkyRL counts."""
+    if not trajectories:
+        return {}
+    lengths = [float(num_response_tokens(t)) for t in trajectories]
+    mean = _mean(lengths)
+    paid = [length for length, t in zip(lengths, trajectories, strict=True) if t.reward > 0]
+    unpaid = [length for length, t in zip(lengths, trajectories, strict=True) if t.reward == 0]
+    return {
+        "generate/min_num_tokens": min(lengths),
+        "generate/max_num_tokens": max(lengths),
+        "generate/avg_num_tokens": mean,
+        "generate/std_num_tokens": math.sqrt(_mean([(length - mean) ** 2 for length in lengths])),
+        "generate/avg_tokens_non_zero_rewards": _mean(paid),
+        "generate/avg_tokens_zero_rewards": _mean(unpaid),
+        "generate/num_turns": _mean([float(len(t.turns)) for t in trajectories]),
+        "generate/avg_episode_seconds": _mean([t.seconds for t in trajectories]),
+    }
+
+
+def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """Counts over all episodes, failed ones included."""
+    counts = {f"generate/end_{end}": float(sum(t.end is end for t in trajectories)) for end in EpisodeEnd}
+    return counts | {
+        "generate/num_episodes": float(len(trajectories)),
+        "generate/num_sampled_tokens": float(sum(len(turn.response_ids) for t in trajectories for turn in t.turns)),
+        "generate/env_failures": counts[f"generate/end_{EpisodeEnd.ENV_FAILURE}"],
+        "generate/retries": float(sum(t.num_attempts - 1 for t in trajectories)),
+        "generate/truncated": counts[f"generate/end_{EpisodeEnd.OUT_OF_TOKENS}"],
+    }
+
+
+def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """`environment/<key>`; with several environments `environment/<env_class>/<key>`, so that none hides another."""
+    by_env: dict[str, list[dict[str, Any]]] = {}
+    for t in trajectories:
+        by_env.setdefault(t.prompt.env_class, [])
+        if t.env_metrics:
+            by_env[t.prompt.env_class].append(t.env_metrics)
+    found: Metrics = {}
+    for env_class, episodes in by_env.items():
+        prefix = "environment" if len(by_env) == 1 else f"environment/{env_class}"
+        if episodes:
+            found |= {f"{prefix}/{key}": value for key, value in _aggregated(env_class, episodes).items()}
+    return found
+
+
+def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
+    """As the environment's class wishes; the means where its `aggregate_metrics` breaks, which must not end a run."""
+    outcome = Outcome.of(lambda: checked_metrics(aggregate_for_environment(env_class, episodes)))
+    if outcome.error is not None:
+        logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")
+        outcome.value = default_aggregate_metrics(episodes)
+    return {key: value for key, value in outcome.value.items() if isinstance(value, int | float)}
+
+
+def reduce_metrics(parts: Iterable[Metrics]) -> Metrics:
+    """One dictionary of many: `..._max` keys by their maximum, `..._min` by their minimum, all others by their mean."""
+    values: dict[str, list[float]] = {}
+    for part in parts:
+        for key, value in part.items():
+            values.setdefault(key, []).append(value)
+    return {key: _reduce(key, numbers) for key, numbers in values.items()}
+
+
+def _reduce(key: str, numbers: list[float]) -> float:
+    if key.endswith("_max"):
+        return max(numbers)
+    return min(numbers) if key.endswith("_min") else _mean(numbers)
+
+
+def tokens_per_second(metrics: Metrics) -> float | None:
+    """Sampled tokens of a step by the seconds of the whole step (without them: of the rollout)."""
+    seconds = metrics.get("timing/step") or metrics.get("timing/generate")
+    tokens = metrics.get("generate/num_sampled_tokens")
+    return tokens / seconds if tokens is not None and seconds else None
+
+
+def dump_eval_results(
+    export_path: Path | str,
+    groups: list[Group],
+    metrics: Metrics,
+    step: int | None,
+    decode: Callable[[list[int]], str],
+) -> Path:
+    """`dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and the metrics."""
+    name = "eval_only" if step is None else f"global_step_{step}_evals"
+    path = Path(export_path) / "dumped_evals" / name
+    with naming(path), whole_folder(path) as unfinished:
+        for group in groups:
+            lines = [json.dumps(_eval_line(t, decode), default=str) for t in group.trajectories]
+            with (unfinished / f"{_file_name(group.prompt.data_source)}.jsonl").open("a") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        (unfinished / "aggregated_results.jsonl").write_text(json.dumps(_to_json(metrics)) + "\n")
+    return path
+
+
+def _eval_line(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    turns = trajectory.turns
+    prompt_ids = turns[0].prompt_ids if turns else []
+    everything = turns[-1].prompt_ids + turns[-1].response_ids if turns else []
+    continues = everything[: len(prompt_ids)] == prompt_ids
+    return {
+        "input_prompt": decode(prompt_ids),
+        "output_response": decode(everything[len(prompt_ids) :] if continues else turns[-1].response_ids),
+        "score": trajectory.reward,
+        "stop_reason": trajectory.stop_reason,
+        "env_class": trajectory.prompt.env_class,
+        "env_extras": trajectory.prompt.env_extras,
+        "data_source": trajectory.prompt.data_source,
+    }
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line per call, on its way to the disk when the call returns.
+
+    Each line also holds `step`, `time` (Unix) and `elapsed_s`: the seconds that the run has worked so far, over all
+    its processes, pauses between them left out.
+    """
+
+    def __init__(self, run_folder: Path | str) -> None:
+        self.path = Path(run_folder) / METRICS
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = read_metrics(self.path)
+        self._before = lines[-1].get("elapsed_s", 0.0) if lines else 0.0
+        self._start = time.monotonic()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        line = {"step": step, "time": time.time(), "elapsed_s": round(self.elapsed_s, 3), **_to_json(metrics)}
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with naming(self.path):
+            self._file.close()
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out.
+
+    Raises ValueError with the number of a line that is damaged.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    path = Path(path)
+    if not path.exists():
+        return []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            fields = {key: _NOT_FINITE.get(value, value) for key, value in json.loads(line).items()}
+            steps.setdefault(int(fields["step"]), {}).update(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+    return [steps[step] for step in sorted(steps)]
+
+
+_NOT_FINITE: dict[Any, Any] = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(metrics: Metrics) -> dict[str, Any]:
+    """Plain numbers; those that JSON has no word for as "NaN", "Infinity", "-Infinity"."""
+    return {key: _number(value) for key, value in metrics.items()}
+
+
+def _number(value: Any) -> Any:
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float) and not math.isfinite(number):
+        return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    return number
+
+
+def _file_name(data_source: str) -> str:
+    """A data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
+    return data_source.replace("/", "_").replace("\x00", "_") or "unknown"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,196 @@
+"""How far the run is: two live bars in a terminal, a plain line per step elsewhere."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections import deque
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from skyrl_train.run.metrics import PHASES, Metrics, tokens_per_second
+from skyrl_train.run.records.visible import visible
+
+# Heading, metric (the first that a step has), format.
+COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("reward", ("reward/avg_raw_reward",), "6.3f"),
+    ("eval", ("eval/all/avg_score",), "6.3f"),
+    ("tokens/s", ("tokens/s",), "6.0f"),
+    ("kl", ("policy/policy_kl", "loss/avg_kl"), "7.4f"),
+    ("entropy", ("policy/policy_entropy",), "5.2f"),
+    ("grad", ("policy/grad_norm",), "6.2f"),
+    ("length", ("generate/avg_num_tokens",), "5.0f"),
+    ("failures", ("generate/env_failures",), "2.0f"),
+)
+KEPT_TIMES = 15  # steps over whose median the time left is estimated
+
+
+def step_line(step: int, metrics: Metrics) -> str:
+    """One aligned line; what a step did not measure is left out.
+
+    "step   12   reward  0.412   tokens/s    310   entropy  1.20   time   3.1 s = rollout 1.9 (engine 1.7) + update 1.2"
+    """
+    values = dict(metrics)
+    speed = tokens_per_second(metrics)
+    if speed is not None:
+        values["tokens/s"] = speed
+    cells = [f"step {step:4d}"]
+    for heading, keys, form in COLUMNS:
+        value = next((values[key] for key in keys if key in values), None)
+        if value is None or (heading == "failures" and value == 0):
+            continue
+        cells.append(f"{heading} {value:{form}}")
+    if "timing/step" in metrics:
+        cells.append(f"time {metrics['timing/step']:5.1f} s{breakdown(metrics)}")
+    if "timing/eval" in metrics:
+        cells.append(f"evaluation {metrics['timing/eval']:.1f} s")
+    return "   ".join(cells)
+
+
+def breakdown(metrics: Metrics) -> str:
+    """ " = rollout 7.9 (engine 7.2) + update 4.1 + other 0.4": the parts of a step's seconds that do not round to 0.
+
+    The engine computed in so much of the rollout; in the rest all episodes waited for their environments.
+    """
+    parts = {name: metrics[f"timing/{key}"] for key, name in PHASES.items() if f"timing/{key}" in metrics}
+    parts.pop("evaluation", None)  # no part of the step
+    if not parts:
+        return ""
+    parts["other"] = metrics["timing/step"] - sum(parts.values())
+    shown = {name: f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05}
+    if "rollout" in shown and "timing/engine" in metrics:
+        shown["rollout"] += f" (engine {metrics['timing/engine']:.1f})"
+    return f" = {' + '.join(shown.values())}" if shown else ""
+
+
+class MovingTime:
+    """Time left from the median of the last steps, so that one slow step (a checkpoint, a compile) does not scare."""
+
+    def __init__(self) -> None:
+        self.seconds: deque[float] = deque(maxlen=KEPT_TIMES)
+        self.since = time.monotonic()
+
+    def step_done(self, counts: bool = True) -> None:
+        """counts=False: what took the time since the last call was no step (the evaluation before training)."""
+        now = time.monotonic()
+        if counts:
+            self.seconds.append(now - self.since)
+        self.since = now
+
+    def left(self, num_steps: int) -> float | None:
+        """Seconds for `num_steps` more steps, None before the first."""
+        return statistics.median(self.seconds) * num_steps if self.seconds else None
+
+
+class RunProgress:
+    """The whole run's bar, and below it the current phase's: rollout, update, eval.
+
+    with RunProgress(total_steps=10, done=0) as progress:
+        progress.phase("rollout", total=32, unit="episodes")
+        progress.advance()
+        progress.step_done(1, metrics)
+
+    Not in a terminal: one line per step, or none with `plain_lines=False` (the console tracker prints them then).
+    """
+
+    def __init__(
+        self, total_steps: int, done: int = 0, *, plain_lines: bool = True, console: Console | None = None
+    ) -> None:
+        self.total, self.done, self.plain_lines = total_steps, done, plain_lines
+        self.console = console or Console()
+        self.times, self.begun = MovingTime(), False
+        self.live = _bars(self.console) if self.console.is_terminal else None
+        if self.live is not None:
+            self.run_bar = self.live.add_task("run", total=total_steps, completed=done, unit="steps", note="")
+            self.phase_bar: TaskID | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self._end_phase()
+            self.live.stop()
+
+    def phase(self, name: str, total: float, unit: str) -> None:
+        """A new second line: `name`, 0 of `total` `unit`. The first phase starts the clock: loading is no step."""
+        if not self.begun:
+            self.begun, self.times.since = True, time.monotonic()
+        if self.live is not None:
+            self._end_phase()
+            self.phase_bar = self.live.add_task(name, total=total, unit=unit, note="")
+
+    def advance(self, amount: float = 1) -> None:
+        if self.live is not None and self.phase_bar is not None:
+            self.live.advance(self.phase_bar, amount)
+
+    def reached(self, done: float, total: float) -> None:
+        """As `advance`, for a phase that knows how far it is, as the learner does."""
+        if self.live is not None and self.phase_bar is not None:
+            self.live.update(self.phase_bar, completed=done, total=total)
+
+    def step_done(self, step: int, metrics: Metrics) -> None:
+        self.times.step_done(counts=step > self.done)
+        self.done = step
+        left = self.times.left(self.total - step)
+        if self.live is not None:
+            self._end_phase()
+            self.live.update(self.run_bar, completed=step, note=_note(metrics, left))
+        elif self.plain_lines:
+            ending = f"   {clock(left)} left" if left is not None and step < self.total else ""
+            print_line(f"{step_line(step, metrics)}   [{step}/{self.total}]{ending}", self.console)
+
+    def print(self, text: str) -> None:
+        """A line above the bars; a log's sink can be set to this."""
+        print_line(text.rstrip("\n"), self.live.console if self.live is not None else self.console)
+
+    def _end_phase(self) -> None:
+        if self.live is not None and self.phase_bar is not None:
+            self.live.remove_task(self.phase_bar)
+            self.phase_bar = None
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[note]}", style="cyan"),
+        console=console,
+    )
+
+
+def _note(metrics: Metrics, left: float | None) -> str:
+    speed = tokens_per_second(metrics)
+    parts = [
+        f"reward {metrics['reward/avg_raw_reward']:.3f}" if "reward/avg_raw_reward" in metrics else "",
+        f"{speed:.0f} tokens/s" if speed is not None else "",
+        f"{clock(left)} left" if left is not None else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def clock(seconds: float) -> str:
+    """59.2 -> "1:00", 3725 -> "1:02:05" """
+    whole = math.ceil(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_line(text: str, console: Console | None = None) -> None:
+    """One line, not wrapped and not styled, also while bars are shown."""
+    text = visible(text)
+    if console is not None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()

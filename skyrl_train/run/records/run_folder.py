@@ -1,0 +1,154 @@
+"""The folder of a run (`trainer.ckpt_path`): its layout, who may write in it, and how it is wound back or cleared.
+
+global_step_N/  latest_ckpt_global_step.txt      checkpoints (checkpoint.py)
+metrics.jsonl                                     one line per step (metrics.py)
+trajectories/{train,eval}_step_N.jsonl.zst        every episode (records/trajectories.py)
+profile/step_N.json.gz                            where its time went, with trainer.profile (records/profile.py)
+run.json  report.html  summary.json  tensorboard/
+previous/<n>/                                     an earlier run that was moved aside
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loguru import logger
+
+from skyrl_train.files import write_whole
+
+LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
+    "latest_ckpt_global_step.txt", "metrics.jsonl", "trajectories", "report.html", "summary.json",
+)  # fmt: skip
+RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
+CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
+TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
+PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
+
+
+@contextmanager
+def run_lock(folder: Path) -> Generator[None]:
+    """Hold the run's folder: a second process that asks for it is refused. The lock dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise RuntimeError(
+                f"another trainer (process {file.read().strip() or 'unknown'}) is writing into {folder}. "
+                "Wait for it, end it, or give this run its own trainer.ckpt_path"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint, ascending. A damaged one counts: loading it says so, passing over it would not."""
+    found = [(path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("global_step_*")]
+    return sorted(int(match[1]) for path, match in found if match and path.is_dir() and any(path.iterdir()))
+
+
+def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
+    """Every trajectory file of the run with its phase ("train" or "eval") and step, by step."""
+    found = {}
+    for path in (folder / TRAJECTORIES).glob("*.jsonl.zst"):
+        match = TRAJECTORY_NAME.fullmatch(path.name)
+        if match:
+            found[path] = (match[1], int(match[2]))
+    return dict(sorted(found.items(), key=lambda item: (item[1][1], item[1][0])))
+
+
+def profile_steps(folder: Path) -> dict[Path, int]:
+    """Every trace of the run with its step, by step."""
+    found = {path: PROFILE_NAME.fullmatch(path.name) for path in (folder / PROFILE).glob("*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Move an earlier run's files into `previous/<n>/`; returns that folder, or None if there was no run."""
+    checkpoints = sorted(p for p in folder.glob("global_step_*") if CHECKPOINT_NAME.fullmatch(p.name))
+    names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD, PROFILE)
+    # Checkpoints last: a move that is killed half-way still shows a run that can be resumed.
+    present = [path for path in (*(folder / name for name in names), *checkpoints, folder / LATEST) if path.exists()]
+    if not present:
+        return None
+    target = _next_previous(folder)
+    for path in present:
+        path.rename(target / path.name)
+    return target
+
+
+def rewind(folder: Path, step: int | None) -> Path | None:
+    """Forget what came after `step` (None: everything), so that no step is recorded twice after a resume.
+
+    Later checkpoints, which exist only if the user went back to an older one, are kept in `previous/<n>/` with the
+    trajectories and metrics that belong to them; returns that folder. Doing it twice is the same as doing it once.
+    """
+    last = -1 if step is None else step
+    later = [s for s in checkpoint_steps(folder) if s > last]
+    target = _next_previous(folder) if later else None
+    episodes = {path: path_step for path, (_, path_step) in trajectory_steps(folder).items()}
+    for path, path_step in (episodes | profile_steps(folder)).items():
+        if path_step > last:
+            if target:
+                (target / path.parent.name).mkdir(exist_ok=True)
+                path.rename(target / path.parent.name / path.name)
+            else:
+                path.unlink()
+    if target and (folder / METRICS).exists():
+        shutil.copy2(folder / METRICS, target / METRICS)
+    truncate_metrics(folder / METRICS, last)
+    if target:
+        write_whole(folder / LATEST, str(last).encode())
+        for later_step in later:
+            (folder / f"global_step_{later_step}").rename(target / f"global_step_{later_step}")
+    return target
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Keep the lines of steps up to `last_step`; a torn last line, left by a killed writer, goes too.
+
+    So does a damaged one, which is said.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    steps = [_line_step(line) for line in lines]
+    for number, (line, step) in enumerate(zip(lines, steps, strict=True), start=1):
+        if step == math.inf and line.endswith(b"\n"):
+            logger.warning(f"line {number} of {path} is damaged and was removed: its step is missing in the report")
+    kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= last_step)
+    if kept != content:
+        write_whole(path, kept)
+
+
+def _line_step(line: bytes) -> float:
+    """Infinity for a line that is not whole."""
+    if not line.endswith(b"\n"):
+        return math.inf
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _next_previous(folder: Path) -> Path:
+    taken = [int(p.name) for p in (folder / PREVIOUS).glob("*") if p.name.isdigit()]
+    target = folder / PREVIOUS / str(max(taken, default=0) + 1)
+    target.mkdir(parents=True)
+    return target

@@ -1,0 +1,164 @@
+"""A run while it lasts: its folder is locked, its progress is shown, and everything it makes is kept."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from rich.console import Console
+
+from skyrl_train.config import SkyRLConfig, to_flat_dict
+from skyrl_train.config.tree import defaults_of
+from skyrl_train.run.checkpoint import Checkpoints, State
+from skyrl_train.run.contents import Contents
+from skyrl_train.run.metrics import Metrics, MetricsLog
+from skyrl_train.run.progress import RunProgress
+from skyrl_train.run.records.profile import Profile
+from skyrl_train.run.records.report import write_report
+from skyrl_train.run.records.run_folder import run_lock
+from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
+from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
+from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
+from skyrl_train.run.records.visible import log_to
+from skyrl_train.run.resume import RunStart, start_run
+from skyrl_train.run.tracking import Tracking
+from skyrl_train.types import Group
+
+# A resumed run may differ in these: they change where things go and how long it lasts, not what a step does.
+MAY_CHANGE_ON_RESUME = (
+    "data.val_data",
+    "trainer.ckpt_path", "trainer.export_path", "trainer.resume_mode", "trainer.resume_path",
+    "trainer.ckpt_interval", "trainer.max_ckpts_to_keep", "trainer.hf_save_interval", "trainer.epochs",
+    "trainer.eval_interval", "trainer.eval_before_train", "trainer.eval_batch_size", "trainer.dump_eval_results",
+    "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name", "trainer.device",
+    "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
+    "trainer.micro_forward_batch_size_per_gpu", "trainer.gradient_checkpointing",
+    "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_num_seqs",
+    "generator.max_num_batched_tokens", "generator.max_env_retries", "generator.model_name",
+    "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
+    "environment.skyrl_gym.max_env_workers",
+)  # fmt: skip
+
+
+class RunRefused(RuntimeError):
+    """The run cannot start like this; the message says why and what to do."""
+
+
+@dataclass
+class Run:
+    """One trainer's hold on `trainer.ckpt_path`."""
+
+    folder: Path
+    start: RunStart
+    config: dict[str, Any]  # flat
+    contents: Contents
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    trajectories: TrajectoryStore
+    tracking: Tracking
+    progress: RunProgress
+    profile: Profile
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, contents: Contents) -> Generator[Run]:
+        """Lock the folder, find where to start, and keep everything until the block ends, on every path.
+
+        contents: what the files that the config names hold (contents.py); a run goes on only with the same.
+        Raises RunRefused if the run cannot start like this; nothing in the folder is lost then.
+        """
+        with ExitStack() as closing:
+            try:
+                run = cls._opened(config, tokenizer, info, contents, closing)
+            except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+                raise RunRefused(str(error)) from error
+            for note in run.start.notes:
+                logger.info(note)
+            yield run
+
+    @classmethod
+    def _opened(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, contents: Contents, closing: ExitStack) -> Run:
+        trainer, folder = config.trainer, Path(config.trainer.ckpt_path)
+        flat = to_flat_dict(config)
+        closing.enter_context(run_lock(folder))
+        dumps = trainer.dump_eval_results and trainer.eval_interval > 0 and bool(config.data.val_data)
+        if trainer.hf_save_interval > 0 or dumps:
+            require_writable("trainer.export_path", Path(trainer.export_path))
+        checkpoints = Checkpoints(folder, trainer.max_ckpts_to_keep)
+        start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)
+        write_run_info(folder, info)
+        tracking = Tracking(
+            trainer.project_name, trainer.run_name, trainer.loggers, flat, folder=folder, resumed_at=start.step
+        )
+        closing.callback(tracking.close)
+        metrics = MetricsLog(folder)
+        closing.callback(metrics.close)
+        trajectories = TrajectoryStore(folder, tokenizer)
+        closing.callback(trajectories.close)
+        plain_lines = "console" not in trainer.loggers
+        progress = RunProgress(info.total_steps or 0, start.step, plain_lines=plain_lines, console=Console())
+        closing.enter_context(progress)
+        closing.enter_context(_logs_above_the_bars(progress))
+        profile = Profile(folder, enabled=trainer.profile)
+        return cls(folder, start, flat, contents, checkpoints, metrics, trajectories, tracking, progress, profile)
+
+    def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:
+        self.trajectories.add(phase, step, [trajectory for group in groups for trajectory in group.trajectories])
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.metrics.log(step, metrics)
+        self.tracking.log(metrics, step, commit=True)
+        self.progress.step_done(step, metrics)
+
+    def save_checkpoint(self, step: int, state: State) -> None:
+        """Everything recorded of the steps up to this one is on the disk before the checkpoint is."""
+        self.trajectories.flush()
+        state["trainer_state"] |= {"config": self.config, "contents": self.contents}
+        self.checkpoints.save(step, state)
+
+    def phase(self, name: str, total: int, unit: str) -> Callable[..., None]:
+        """A new line of progress; the returned function counts one more, whatever it is called with."""
+        self.progress.phase(name, total, unit)
+        return lambda *_: self.progress.advance()
+
+    def finish(self) -> Summary:
+        """Report and summary, from what is on the disk."""
+        self.trajectories.flush()
+        write_report(self.folder)
+        summary = write_summary(self.folder)
+        self.progress.console.print(closing_panel(summary))
+        return summary
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """ValueError if nothing can be written there. Makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written into ({error.strerror}); give another folder") from error
+
+
+def run_info(config: SkyRLConfig, model: str, environment: str, device: str, total_steps: int) -> RunInfo:
+    return RunInfo(
+        model=model,
+        environment=environment,
+        device=device,
+        total_steps=total_steps,
+        changed=changed_settings(to_flat_dict(config), defaults_of(config)),
+    )
+
+
+@contextmanager
+def _logs_above_the_bars(progress: RunProgress) -> Generator[None]:
+    log_to(progress.print)
+    try:
+        yield
+    finally:
+        log_to(sys.stderr)

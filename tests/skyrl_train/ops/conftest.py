@@ -1,0 +1,32 @@
+"""The learner as it is on a machine without a C compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import pytest
+
+from skyrl_train.ops.cpu import passes as kernels
+from skyrl_train.ops.cpu.c_library import NoCompiler
+
+
+def _refuse(*_: object) -> None:
+    raise NoCompiler("there is no C compiler on the PATH")
+
+
+@contextmanager
+def without_compiler() -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled_library", _refuse)
+        kernels._compiled.cache_clear()
+        try:
+            yield
+        finally:
+            kernels._compiled.cache_clear()
+
+
+@pytest.fixture
+def no_compiler() -> Generator[None]:
+    with without_compiler():
+        yield

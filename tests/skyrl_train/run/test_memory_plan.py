@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from skyrl_train.config import GeneratorConfig, TrainerConfig
+from skyrl_train.run.memory_plan import GIB, Demands, Device, DoesNotFit, ModelMemory, memory_plan
+
+# What model_memory.py finds for Qwen2.5 in bfloat16, fused blocks and flash attention, full fine-tuning.
+HALF_B = ModelMemory(
+    num_weights=494_032_768, num_trained=494_032_768, head_weights=136_134_656, num_layers=24, hidden_size=896,
+    vocab_size=151_936, itemsize=2, layer_bytes=40_512, layer_kv_bytes=512, has_flash=True, linear_sides=682_000,
+)  # fmt: skip
+SEVEN_B = ModelMemory(
+    num_weights=7_615_616_512, num_trained=7_615_616_512, head_weights=544_997_376, num_layers=28, hidden_size=3584,
+    vocab_size=152_064, itemsize=2, layer_bytes=158_840, layer_kv_bytes=2048, has_flash=True, linear_sides=2_523_136,
+)  # fmt: skip
+DEMANDS = Demands(longest_sample=1536, keys_per_token=5, max_sequences=1024, prefill_tokens=8192)
+
+
+def gpu(gib: float) -> Device:
+    return Device("a GPU", int(gib * GIB), int((gib - 0.5) * GIB), int(gib * GIB / 24))
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "token_budget", "checkpointing"),
+    [
+        (HALF_B, 139.8, 32_768, False),
+        (HALF_B, 79.6, 32_768, False),
+        (HALF_B, 47.5, 24_576, False),
+        (HALF_B, 23.6, 32_768, True),  # a pass costs the host 0.1 s: computing twice is cheaper than many passes
+        (SEVEN_B, 191.5, 3072, False),
+        (SEVEN_B.with_adapters(16), 79.6, 8192, False),
+        (SEVEN_B.with_adapters(16), 23.6, 8192, True),
+    ],
+)
+def test_the_fastest_plan_that_fits(model, gib, token_budget, checkpointing):
+    device = gpu(gib)
+    plan = memory_plan(model, DEMANDS, device)
+    assert (plan.token_budget, plan.gradient_checkpointing) == (token_budget, checkpointing)
+    assert sum(plan.parts.values()) <= device.available
+    assert plan.kv_cache_bytes >= 16 * DEMANDS.longest_sample * model.kv_bytes  # sixteen replies at once
+    assert plan.parts["cache"] == plan.kv_cache_bytes
+
+
+def test_full_fine_tuning_of_7b_is_refused_on_80_gb_with_what_fits():
+    with pytest.raises(DoesNotFit) as refused:
+        memory_plan(SEVEN_B, DEMANDS, gpu(79.6))
+    line = str(refused.value)
+    assert "\n" not in line
+    # 7.616e9 weights: 2 bytes of bfloat16, 4 of the master, 8 of the moments, 4 of the gradient
+    assert "127.7 GiB (weights 14.2, masters 28.4, moments 56.7, gradient 28.4)" in line
+    assert "79.1 of 79.6 GiB are available" in line
+    assert "trainer.policy.model.lora.rank=16 (passes of 8,192 tokens)" in line
+    assert "checkpointing" not in line  # it was not the user's, so there is nothing to change
+
+
+def test_the_gpu_that_is_proposed_is_large_enough_and_not_by_much():
+    with pytest.raises(DoesNotFit) as refused:
+        memory_plan(SEVEN_B, DEMANDS, gpu(79.6))
+    [size] = re.findall(r"a GPU of ([0-9.]+) GiB", str(refused.value))
+    assert 127.7 < float(size) < 145
+    proposed = replace(gpu(float(size)), available=int(float(size) * GIB))
+    memory_plan(SEVEN_B, DEMANDS, proposed)
+    with pytest.raises(DoesNotFit):
+        memory_plan(SEVEN_B, DEMANDS, replace(proposed, available=proposed.available - 2 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("asked", "proposals"),
+    [
+        ({"token_budget": 200_000}, ["trainer.max_tokens_per_microbatch=null (passes of"]),
+        ({"gradient_checkpointing": False, "longest_sample": 24_576}, ["trainer.gradient_checkpointing=null (passes"]),
+        (
+            {"gradient_checkpointing": False, "token_budget": 65_536},
+            ["trainer.gradient_checkpointing=null", "trainer.max_tokens_per_microbatch=null"],
+        ),
+        ({"longest_sample": 1_000_000}, ["samples of", "generator.sampling_params.max_generate_length"]),
+        ({"reference_weights": 7_000_000_000}, ["trainer.algorithm.use_kl_loss=false", "lora.rank=16"]),
+    ],
+)
+def test_each_single_change_that_fits_is_named(asked, proposals):
+    with pytest.raises(DoesNotFit) as refused:
+        memory_plan(HALF_B, replace(DEMANDS, **asked), gpu(23.6))
+    assert all(proposal in str(refused.value) for proposal in proposals)
+
+
+def test_what_the_user_sets_stays():
+    asked = replace(DEMANDS, token_budget=4096, gradient_checkpointing=True)
+    plan = memory_plan(HALF_B, asked, gpu(139.8))
+    assert (plan.token_budget, plan.gradient_checkpointing) == (4096, True)
+
+
+def test_a_pass_holds_at_least_the_longest_sample():
+    short, long = (
+        memory_plan(HALF_B, replace(DEMANDS, token_budget=512, longest_sample=length), gpu(79.6)).parts["activations"]
+        for length in (512, 8192)
+    )
+    assert long == 16 * short
+
+
+def test_no_more_cache_than_all_sequences_at_their_longest():
+    plan = memory_plan(HALF_B, replace(DEMANDS, max_sequences=8), gpu(139.8))
+    assert plan.kv_cache_bytes == 8 * 1536 * 24 * 512
+
+
+def test_the_cache_comes_from_what_is_left():
+    device = gpu(79.6)
+    less = replace(device, available=device.available - 30 * GIB)
+    plans = [memory_plan(HALF_B, DEMANDS, place) for place in (device, less)]
+    assert plans[1].kv_cache_bytes < device.total // 4
+    assert sum(plans[1].parts.values()) <= less.available
+
+
+def test_float32_weights_are_their_own_masters():
+    plan = memory_plan(replace(HALF_B, itemsize=4), DEMANDS, gpu(79.6))
+    assert plan.parts["masters"] == 0
+    assert plan.parts["weights"] == 4 * HALF_B.num_weights
+
+
+def test_masks_are_counted_where_there_is_no_flash_attention():
+    asked = replace(DEMANDS, token_budget=8192, gradient_checkpointing=False)
+    flash, masked = (memory_plan(replace(HALF_B, has_flash=is_on), asked, gpu(79.6)) for is_on in (True, False))
+    repeated = 4 * 512  # keys of a prefix for each of five samples: four times more
+    assert masked.parts["activations"] - flash.parts["activations"] == 24 * 8192 * (1536 * 2 - repeated)
+
+
+def test_the_line_names_everything():
+    line = memory_plan(HALF_B, DEMANDS, gpu(79.6)).line(gpu(79.6))
+    assert "\n" not in line
+    for part in ("weights 0.9", "masters 1.8", "moments 3.7", "gradient 1.8", "activations", "logits", "cache"):
+        assert part in line
+    assert "passes of 32,768 tokens without gradient checkpointing" in line
+
+
+def test_demands_are_read_from_the_configuration():
+    trainer = TrainerConfig(train_batch_size=4, policy_mini_batch_size=4, max_prompt_length=100, eval_interval=-1)
+    generator = GeneratorConfig(model_name="any", max_input_length=700, n_samples_per_prompt=8)
+    generator.sampling_params.max_generate_length = 50
+    demands = Demands.of(trainer, generator, 4096, 0)
+    assert (demands.longest_sample, demands.max_sequences, demands.keys_per_token) == (750, 32, 8)
+    assert Demands.of(trainer, generator, 512, 0).longest_sample == 512
+    trainer.eval_interval = 5
+    assert Demands.of(trainer, generator, 512, 0).max_sequences == 1024
