@@ -86,7 +86,7 @@ class BasePPOExp:
         return config.get_text_config().vocab_size
 
     def get_tokenizer(self) -> Any:
-        from skyrl_train.policy.model import load_tokenizer
+        from skyrl_train.policy.model_files import load_tokenizer
 
         return load_tokenizer(self.model_path)
 
@@ -172,7 +172,7 @@ class BasePPOExp:
         """Device and compute dtype; the reason for the choice is printed."""
         from loguru import logger
 
-        from skyrl_train.policy.model import choose_compute_dtype, choose_device
+        from skyrl_train.policy.precision import choose_compute_dtype, choose_device
 
         device = choose_device(self.cfg.trainer.device)
         dtype, reason = choose_compute_dtype(device, self.cfg.trainer.bf16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from skyrl_train.learner.adamw import AdamW
-from skyrl_train.ops.weight_gradients import GradientSum
+from skyrl_train.policy.master_gradient import MasterGradient
 
 if TYPE_CHECKING:
     from skyrl_train.config import OptimizerConfig
@@ -45,7 +45,7 @@ class MasterOptimizer:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = parameter.detach().float()
-                GradientSum(parameter, self.masters[name])
+                MasterGradient(parameter, self.masters[name])
         beta1, beta2 = config.adam_betas
         pairs = [(self.masters[name], parameter) for name, parameter in self.parameters.items()]
         self._adamw = AdamW(pairs, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)

@@ -6,14 +6,16 @@ from liger-kernel (extra `cuda`); without it the modules of transformers compute
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.ragged import Ragged
+from skyrl_train.ops.base import SegmentAttention, Segments
+from skyrl_train.ops.bucketed_attention import bucketed_attention
+from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys
+from skyrl_train.ops.reference import Reference
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256  # of the flash kernel
@@ -85,33 +87,101 @@ def has_fused_blocks() -> bool:
     return has_triton() and find_spec("liger_kernel") is not None
 
 
-def normed(x: Tensor, norm: Any) -> Tensor:
-    """x [..., hidden] -> RMSNorm of it (arXiv 1910.07467, eq. 4), with the module's weight and epsilon."""
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # ty: ignore[import-not-found]
-
-    return LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
-
-
-def added_and_normed(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """x, residual [T, hidden] -> (RMSNorm of their sum, their sum)."""
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # ty: ignore[import-not-found]
-
-    return LigerFusedAddRMSNormFunction.apply(x, residual, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
+@cache
+def cuda_ops() -> Reference:
+    """Return the operations for a GPU, with as many kernels as the installed libraries have."""
+    if not has_triton():
+        return CudaOps()
+    return LigerOps() if has_fused_blocks() else TritonOps()
 
 
-def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """query, key [T, heads, D], cos and sin [1, T, D] -> both with rotary positions (arXiv 2104.09864, eq. 34).
+class CudaOps(Reference):
+    """Attention of all segments in one kernel where there is one, the rest in plain torch."""
 
-    Writes over query and key.
-    """
-    from liger_kernel.ops.rope import LigerRopeFunction  # ty: ignore[import-not-found]
-
-    turned = LigerRopeFunction.apply(*(tensor[None].transpose(1, 2) for tensor in (query, key)), cos, sin)
-    return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0]
+    def segment_attention(self, segments: Segments, device: torch.device) -> SegmentAttention:
+        return CudaAttention(segments, device)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (SwiGLU, arXiv 2002.05202, eq. 5). Backward writes the gradients over gate and up."""
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # ty: ignore[import-not-found]
+class CudaAttention:
+    """Implements `SegmentAttention`: one flash call, or segments of one length together where there is none."""
 
-    return LigerSiLUMulFunction.apply(gate, up)
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self._segments, self._device = segments, device
+
+    @cached_property
+    def _gathered(self) -> tuple[Tensor | None, Ragged]:
+        return gathered_keys(self._segments, self._device)
+
+    @cached_property
+    def _bucketed(self) -> SegmentAttention:
+        return bucketed_attention(self._segments, self._device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+        if not has_flash(query.device, query.dtype, query.shape[-1]):
+            return self._bucketed(query, key, value, scale=scale, window=window)
+        rows, ragged = self._gathered
+        if rows is not None:
+            key, value = RepeatedRows.apply(key, rows), RepeatedRows.apply(value, rows)
+        return flash_attention(query, key, value, ragged, scale=scale, window=window)
+
+
+class TritonOps(CudaOps):
+    """Softmax of the head and rounding of weights in kernels of our own, which read and write once."""
+
+    def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        if logits.stride(1) != 1:
+            return super().logprobs(logits, targets, temperature)
+        from skyrl_train.ops import cuda_kernels
+
+        return cuda_kernels.statistics(logits, targets, temperature)
+
+    def logprobs_backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        normalizers: Tensor,
+        entropies: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropies: Tensor | None,
+    ) -> None:
+        given = (logits, targets, temperature, normalizers, entropies, grad_logprobs, grad_entropies)
+        if logits.stride(1) != 1:
+            super().logprobs_backward(*given)
+            return
+        from skyrl_train.ops import cuda_kernels
+
+        cuda_kernels.into_gradient(*given)
+
+    def round_masters(self, masters: Tensor) -> Tensor:
+        from skyrl_train.ops import cuda_kernels
+
+        weights = torch.empty(masters.shape, dtype=torch.bfloat16, device=masters.device)
+        cuda_kernels.dither(masters.detach().contiguous().view(-1), weights.view(-1))
+        return weights
+
+
+class LigerOps(TritonOps):
+    """Norm, rotary positions and gate in one kernel each, from liger-kernel."""
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # ty: ignore[import-not-found]
+
+        return LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "llama", False)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # ty: ignore[import-not-found]
+
+        return LigerFusedAddRMSNormFunction.apply(x, residual, weight, epsilon, 0.0, "llama", False)
+
+    def rotate(self, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        from liger_kernel.ops.rope import LigerRopeFunction  # ty: ignore[import-not-found]
+
+        heads_first = (tensor[None].transpose(1, 2) for tensor in (query, key))
+        query, key = LigerRopeFunction.apply(*heads_first, cosine[None], sine[None])
+        return query.transpose(1, 2)[0], key.transpose(1, 2)[0]
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # ty: ignore[import-not-found]
+
+        return LigerSiLUMulFunction.apply(gate, up)

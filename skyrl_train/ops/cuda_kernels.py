@@ -62,7 +62,7 @@ def into_gradient(
 
 
 def dither(masters: Tensor, weights: Tensor) -> None:
-    """masters [n] float32 -> weights [n] bfloat16, rounded as learner/rounding.py says."""
+    """masters [n] float32 -> weights [n] bfloat16, rounded as `Reference.round_masters` says."""
     if len(masters):
         with on(masters.device):
             _dither[(triton.cdiv(len(masters), BLOCK),)](masters, weights, len(masters), BLOCK=BLOCK, num_warps=8)
@@ -127,6 +127,6 @@ def _dither(masters, weights, count, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_weight = places < count
     bits = tl.load(masters + places, mask=is_weight, other=0.0).to(tl.uint32, bitcast=True)
-    threshold = (places.to(tl.uint32) * 2654435761 + 0x80000000) >> 16  # the golden ratio, see learner/rounding.py
+    threshold = (places.to(tl.uint32) * 2654435761 + 0x80000000) >> 16  # the golden ratio, see reference.py
     cut_off = (bits + threshold) & 0xFFFF0000
     tl.store(weights + places, cut_off.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=is_weight)

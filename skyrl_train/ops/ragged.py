@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl_train.ops.base import Segments
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -61,6 +63,20 @@ def ragged_attention(
         mask = is_seen.to(query.device)
         parts.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True))
     return torch.cat([part.transpose(0, 1) for part in parts])
+
+
+def gathered_keys(segments: Segments, device: torch.device) -> tuple[Tensor | None, Ragged]:
+    """Return the rows of the keys that each segment sees, one segment after the other, and where each one's lie.
+
+    A segment's keys begin with those of its parents. Rows None: every segment sees its own keys only.
+    """
+    chains: list[Tensor] = []
+    for (start, stop), parent in zip(pairwise(segments.bounds), segments.parents, strict=True):
+        own = torch.arange(start, stop)
+        chains.append(own if parent < 0 else torch.cat([chains[parent], own]))
+    lengths = [stop - start for start, stop in pairwise(segments.bounds)]
+    rows = None if all(parent < 0 for parent in segments.parents) else torch.cat(chains).to(device)
+    return rows, Ragged.of(lengths, [len(chain) for chain in chains], device)
 
 
 class RepeatedRows(torch.autograd.Function):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from skyrl_train.policy.attention import ATTENTION_NAME, Attention, PackedAttention
+from skyrl_train.ops.base import Attention
+from skyrl_train.policy.attention import ATTENTION_NAME, PackedAttention
 from skyrl_train.policy.refusal import FOREIGN_ERRORS, ModelRefused, one_line
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.batch.prefix_tree import share_prefixes
-from skyrl_train.ops.softmax import into_gradient, statistics
+from skyrl_train.ops import ops_for
 from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.model import Policy
 from skyrl_train.types import Batch
@@ -26,7 +26,7 @@ SHARE_OF_GPU = 1 / 24  # of a GPU's memory, likewise: each chunk adds the head's
 def batch_logprobs(
     policy: Policy, batch: Batch, *, temperature: float, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass of the policy -> (logprobs, entropies), [T] float32, 0 wherever loss_mask is False.
+    """Return logprobs and entropies of one forward pass of the policy, [T] float32, 0 wherever loss_mask is False.
 
     A prefix that samples share is computed once. Entropies are 0 too without `with_entropy`. The batch is on the host
     or on the policy's device, where the results are; on the host it spares a GPU being asked for its numbers.
@@ -46,7 +46,7 @@ def batch_logprobs(
         [] if head is None else [parameter for parameter in head.parameters() if parameter.requires_grad],
         temperature=temperature,
         with_entropy=with_entropy,
-        keeps_room=policy.writes_logits_into_room,
+        keeps_buffer=policy.head_takes_out and ops_for(device, policy.compute_dtype).keeps_buffers,
         vocab_size=getattr(head, "out_features", None),
     )
     zeros = logprobs.new_zeros(batch.num_tokens)
@@ -62,17 +62,19 @@ def chunked_logprobs(
     temperature: float,
     with_entropy: bool = False,
     logits_per_chunk: int | None = None,
-    keeps_room: bool = False,
+    keeps_buffer: bool = False,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [N, hidden], targets [N] -> log p(target) and entropy under softmax(head(hidden) / temperature), [N] fp32.
+    """Return log p(target) and entropy under softmax(head(hidden) / temperature), [N] float32.
+
+    hidden [N, hidden], targets [N].
 
     Both have gradients to `hidden` and to the `head_parameters`, the parameters that `head` uses.
-    `keeps_room`: head takes `out`, where to write the logits, and that memory is kept for the next logits. Without
+    `keeps_buffer`: head takes `out`, where to write the logits, and that memory is kept for the next logits. Without
     `vocab_size`, one token more goes through the head to see how many there are.
     """
     settings = _Settings(
-        head, temperature, with_entropy, logits_per_chunk, keeps_room, vocab_size, torch.is_grad_enabled()
+        head, temperature, with_entropy, logits_per_chunk, keeps_buffer, vocab_size, torch.is_grad_enabled()
     )
     return _ChunkedLogprobs.apply(hidden, targets, settings, *head_parameters)
 
@@ -83,12 +85,12 @@ class _Settings:
     temperature: float
     with_entropy: bool
     logits_per_chunk: int | None
-    keeps_room: bool
+    keeps_buffer: bool
     vocab_size: int | None
     has_backward: bool
 
 
-_rooms: list[Tensor] = []  # memory of logits that are done: new memory of that size costs as much as the softmax
+_buffers: list[Tensor] = []  # memory of logits that are done: new memory of that size costs as much as the softmax
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -98,16 +100,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         vocabulary = settings.vocab_size or (settings.head(hidden[:1]).shape[-1] if len(hidden) else 1)
         ctx.chunk = max((settings.logits_per_chunk or _logits_per_chunk(hidden)) // vocabulary, 1)
-        ctx.settings, ctx.parameters, ctx.last, ctx.room = settings, parameters, None, None
-        if settings.keeps_room:
-            ctx.room = _room(min(len(hidden), ctx.chunk), vocabulary, hidden.dtype)
+        ctx.settings, ctx.parameters, ctx.last, ctx.buffer = settings, parameters, None, None
+        if settings.keeps_buffer:
+            ctx.buffer = _buffer(min(len(hidden), ctx.chunk), vocabulary, hidden.dtype)
         ctx.set_materialize_grads(False)
         logprobs, normalizers, entropies = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             ctx.last = None  # frees the chunk before
-            ctx.last = _through_head(settings.head, hidden[part], ctx.room)
-            found = statistics(ctx.last[1].detach(), targets[part], settings.temperature)
+            ctx.last = _through_head(settings.head, hidden[part], ctx.buffer)
+            logits = ctx.last[1].detach()
+            found = ops_for(logits.device, logits.dtype).logprobs(logits, targets[part], settings.temperature)
             for all_rows, rows in zip((logprobs, normalizers, entropies), found, strict=True):
                 all_rows[part] = rows
         ctx.save_for_backward(hidden, targets, normalizers, entropies)
@@ -118,29 +121,30 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, normalizers, entropies = ctx.saved_tensors
-        of_logprobs, of_entropies = grads
+        grad_logprobs, grad_entropies = grads
         temperature = ctx.settings.temperature
-        of_hidden = torch.zeros_like(hidden)
-        of_parameters = [torch.zeros_like(parameter) for parameter in ctx.parameters if not len(hidden)]
+        grad_hidden = torch.zeros_like(hidden)
+        grad_parameters = [torch.zeros_like(parameter) for parameter in ctx.parameters if not len(hidden)]
         for start in reversed(range(0, len(hidden), ctx.chunk)):
             part = slice(start, start + ctx.chunk)
-            leaf, logits = ctx.last or _through_head(ctx.settings.head, hidden[part], ctx.room)
+            leaf, logits = ctx.last or _through_head(ctx.settings.head, hidden[part], ctx.buffer)
             ctx.last = None
-            of_logits = logits.detach()  # in place: nobody needs the values any more, or autograd objects
-            pulls = (None if grad is None else grad[part].contiguous() for grad in (of_logprobs, of_entropies))
-            into_gradient(of_logits, targets[part], temperature, normalizers[part], entropies[part], *pulls)
+            grad_logits = logits.detach()  # in place: nobody needs the values any more, or autograd objects
+            given = (targets[part], temperature, normalizers[part], entropies[part])
+            pulls = (None if grad is None else grad[part].contiguous() for grad in (grad_logprobs, grad_entropies))
+            ops_for(logits.device, logits.dtype).logprobs_backward(grad_logits, *given, *pulls)
             inputs = [leaf, *ctx.parameters]
-            of_leaf, *of_head = torch.autograd.grad(logits, inputs, of_logits, allow_unused=True)
-            of_hidden[part] = of_leaf
+            grad_leaf, *grad_head = torch.autograd.grad(logits, inputs, grad_logits, allow_unused=True)
+            grad_hidden[part] = grad_leaf
             if len(hidden) > ctx.chunk:  # summed in float32
-                of_head = [None if of_chunk is None else of_chunk.float() for of_chunk in of_head]
-            of_parameters = list(map(_sum, of_parameters, of_head)) if of_parameters else of_head
+                grad_head = [None if grad_chunk is None else grad_chunk.float() for grad_chunk in grad_head]
+            grad_parameters = list(map(_sum, grad_parameters, grad_head)) if grad_parameters else grad_head
         _give_back(ctx)
         cast = [
             None if total is None else total.to(parameter.dtype)  # None: the head has summed it where it is kept
-            for total, parameter in zip(of_parameters, ctx.parameters, strict=True)
+            for total, parameter in zip(grad_parameters, ctx.parameters, strict=True)
         ]
-        return of_hidden, None, None, *cast
+        return grad_hidden, None, None, *cast
 
 
 def _logits_per_chunk(hidden: Tensor) -> int:
@@ -154,24 +158,24 @@ def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return None if total is None or more is None else total.add_(more)
 
 
-def _through_head(head: Callable[..., Tensor], hidden: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A copy of `hidden` [n, hidden] that is a leaf, and its logits [n, vocab]."""
+def _through_head(head: Callable[..., Tensor], hidden: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a copy of `hidden` [n, hidden] that is a leaf, and its logits [n, vocab]."""
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        return leaf, head(leaf) if room is None else head(leaf, out=room[: len(hidden)])
+        return leaf, head(leaf) if buffer is None else head(leaf, out=buffer[: len(hidden)])
 
 
-def _room(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """[rows, vocabulary] that nobody else writes to until it is given back."""
-    while _rooms:
-        room = _rooms.pop()
-        if room.dtype == dtype and room.shape[1] == vocabulary and len(room) >= rows:
-            return room
+def _buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor [rows, vocabulary] that nobody else writes to until it is given back."""
+    while _buffers:
+        buffer = _buffers.pop()
+        if buffer.dtype == dtype and buffer.shape[1] == vocabulary and len(buffer) >= rows:
+            return buffer
     return torch.empty((rows, vocabulary), dtype=dtype)
 
 
 def _give_back(ctx: Any) -> None:
     ctx.last = None
-    if ctx.room is not None:
-        _rooms.append(ctx.room)
-        ctx.room = None
+    if ctx.buffer is not None:
+        _buffers.append(ctx.buffer)
+        ctx.buffer = None

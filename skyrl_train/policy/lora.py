@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl_train.ops.rounding import rounded
+from skyrl_train.ops import ops_for
 from skyrl_train.policy.model import Policy
 
 if TYPE_CHECKING:
     from skyrl_train.config import LoraConfig
-    from skyrl_train.policy.attention import Attention
+    from skyrl_train.ops.base import Attention
 
 STARTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {  # A at the start, by init_method; B is always 0
     "kaiming": lambda a, rng: nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng),
@@ -48,14 +48,14 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input if input.dim() == 2 else input.flatten(0, -2)
-        out = _AdaptedProduct.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        out = _AdaptedLinear.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
         return out if input.dim() == 2 else out.unflatten(0, input.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.lora_A)}"
 
 
-class _AdaptedProduct(torch.autograd.Function):
+class _AdaptedLinear(torch.autograd.Function):
     """rows [T, in] -> [T, out], as autograd would; the adapter's products are added in place, forward and backward."""
 
     @staticmethod
@@ -71,10 +71,10 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, thin, weight, lora_a, lora_b = ctx.saved_tensors
-        [of_out] = grads
-        of_thin = (of_out @ lora_b).mul_(ctx.scale)
-        of_rows = (of_out @ weight).addmm_(of_thin, lora_a) if ctx.needs_input_grad[0] else None
-        return of_rows, None, None, of_thin.t() @ rows, (of_out.t() @ thin).mul_(ctx.scale), None
+        [grad_out] = grads
+        grad_thin = (grad_out @ lora_b).mul_(ctx.scale)
+        grad_rows = (grad_out @ weight).addmm_(grad_thin, lora_a) if ctx.needs_input_grad[0] else None
+        return grad_rows, None, None, grad_thin.t() @ rows, (grad_out.t() @ thin).mul_(ctx.scale), None
 
 
 def add_adapters(policy: Policy, config: LoraConfig, *, seed: int) -> None:
@@ -100,11 +100,12 @@ def adapters_of(module: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.no_grad()
 def effective_weight(linear: nn.Linear) -> Tensor:
-    """[out, in]: what the layer multiplies by, its adapter included, in the layer's type: see rounding.py."""
+    """Return what the layer multiplies by, [out, in], its adapter included, rounded to the layer's type by ops/."""
     if not isinstance(linear, LoraLinear):
         return linear.weight.detach()
     change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
-    return rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
+    ops = ops_for(linear.weight.device, linear.weight.dtype)
+    return ops.rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:

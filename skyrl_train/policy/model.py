@@ -5,35 +5,22 @@ Both call `hidden_states` and `logits` on the same weights; only the attention o
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
 
-from skyrl_train.ops.cpu.passes import compile_beside
-from skyrl_train.policy.attention import ATTENTION_NAME, Attention, PackedAttention, register_attention
-from skyrl_train.policy.blocks import has_quick_head, quicken_blocks
+from skyrl_train.ops import prepare
+from skyrl_train.ops.base import Attention
+from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
+from skyrl_train.policy.blocks import head_takes_out, replace_blocks
 from skyrl_train.policy.check import refuse_unlike_transformers
-from skyrl_train.policy.model_files import load_module, load_tokenizer
-from skyrl_train.policy.refusal import ModelRefused
+from skyrl_train.policy.model_files import load_module
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-__all__ = [
-    "Attention",
-    "ModelRefused",
-    "PackedAttention",
-    "Policy",
-    "choose_compute_dtype",
-    "choose_device",
-    "load_policy",
-    "load_tokenizer",
-]
 
 
 @dataclass(frozen=True)
@@ -67,9 +54,12 @@ class Policy:
         return logits
 
     @property
-    def writes_logits_into_room(self) -> bool:
-        """Whether `logits` takes `out`."""
-        return self.device.type == "cpu" and has_quick_head(self.module)
+    def head_takes_out(self) -> bool:
+        """Return whether `logits` takes `out`."""
+        return head_takes_out(self.module)
+
+    def weights_changed(self) -> None:
+        """Do nothing: a pass reads the weights where they are."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -123,8 +113,7 @@ def load_policy(
     transformers, checked up to sequences of `max_length` tokens. With bfloat16 the learner keeps its own float32 master
     weights, so learner and engine compute with the same numbers.
     """
-    if torch.device(device).type == "cpu":
-        compile_beside(compute_dtype)
+    prepare(torch.device(device), compute_dtype)
     module = load_module(path, compute_dtype, model_config_kwargs or {}, trust_remote_code=trust_remote_code)
     return wrap_module(module.to(device), gradient_checkpointing=gradient_checkpointing, max_length=max_length)
 
@@ -140,79 +129,10 @@ def wrap_module(
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             setattr(part, "attention_dropout", 0.0)  # noqa: B010 (a plain attribute of a family's attention module)
-    quicken_blocks(module)
+    replace_blocks(module)
     module.eval()
     if gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(module, gradient_checkpointing)
     refuse_unlike_transformers(policy, max_length)
     return policy
-
-
-def choose_device(wanted: str) -> torch.device:
-    """ "auto": the GPU if there is one, else the CPU."""
-    device = torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "auto" and device.type == "cpu" and nvidia_driver() is not None:
-        logger.warning(f"training on the CPU, although there is an NVIDIA driver: {_why_no_gpu()}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={wanted}, but torch finds no CUDA GPU on this machine: {_why_no_gpu()}")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={wanted} is not supported; use auto, cpu or cuda")
-    if device.type == "cuda":  # it plans each new shape for 60 ms to 1.7 s (H200), and here most shapes are new
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-def _why_no_gpu() -> str:
-    """What torch and the driver say of themselves, and what to do."""
-    ours, cuda, driver = f"torch {torch.__version__}", torch.version.cuda, nvidia_driver()
-    if cuda is None:
-        return (
-            f"{ours} is a build without CUDA; install one with it (a +cpu wheel in a folder that UV_FIND_LINKS or "
-            "PIP_FIND_LINKS names is taken before PyPI's), or use device=cpu"
-        )
-    needed = 580 if int(cuda.partition(".")[0]) >= 13 else 525
-    if driver is None:
-        return f"{ours} has CUDA {cuda}, but there is no NVIDIA driver; use device=cpu"
-    if int(driver.partition(".")[0]) < needed:
-        return (
-            f"{ours} has CUDA {cuda}, which needs NVIDIA driver {needed} or later, but this one is {driver}; update "
-            "the driver, install a torch for an older CUDA, or use device=cpu"
-        )
-    return (
-        f"{ours} has CUDA {cuda}, and NVIDIA driver {driver} is new enough; see nvidia-smi and CUDA_VISIBLE_DEVICES "
-        "for the GPUs that this process may use, or use device=cpu"
-    )
-
-
-def nvidia_driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The version of the loaded NVIDIA driver."""
-    try:
-        text = told.read_text()
-    except OSError:
-        return None
-    found = re.search(r"NVRM version:.*?\s(\d+\.[\d.]*\d)", text)
-    return found and found[1]
-
-
-def choose_compute_dtype(device: torch.device, wanted: bool | None) -> tuple[torch.dtype, str]:
-    """The type of weights and products, and a sentence that says why. `wanted` None: decide here.
-
-    Decided from what the processor can do, never from a timing: a resumed run must choose as the first one did.
-    """
-    if wanted is not None:
-        dtype = torch.bfloat16 if wanted else torch.float32
-        return dtype, f"computing in {_name(dtype)}, as the configuration asks"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, f"computing in bfloat16: {torch.cuda.get_device_name(device)} has it in hardware"
-        return torch.float32, f"computing in float32: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware"
-    if torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "computing in bfloat16: this processor multiplies bfloat16 matrices in hardware (AMX)"
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, "computing in bfloat16: this processor has bfloat16 dot products (AVX-512)"
-    return torch.float32, "computing in float32: this processor has no fast bfloat16 products"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

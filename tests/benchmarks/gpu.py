@@ -29,7 +29,8 @@ from skyrl_train.config import AlgorithmConfig, TrainerConfig
 from skyrl_train.engine.base import Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.learner.learner import Learner
-from skyrl_train.policy.model import Policy, choose_compute_dtype, wrap_module
+from skyrl_train.policy.model import Policy, wrap_module
+from skyrl_train.policy.precision import choose_compute_dtype
 from tests.benchmarks.ceiling import product_rate, read_rate
 from tests.benchmarks.comparison import Comparison
 from tests.benchmarks.update import useful_tokens

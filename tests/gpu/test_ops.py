@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.ops import cuda, rounding, softmax
+from skyrl_train.ops import REFERENCE, cuda, ops_for
 from skyrl_train.ops.ragged import Ragged, ragged_attention
 from skyrl_train.policy import blocks
 from skyrl_train.policy.attention import PackedAttention
@@ -110,29 +110,32 @@ def test_statistics_of_logits_and_their_gradient(device: torch.device, vocabular
     log_p = (leaf / temperature).log_softmax(-1)
     logprobs = log_p.gather(1, targets[:, None])[:, 0]
     entropies = -(log_p.exp() * log_p.clamp_min(-1e30)).sum(-1)
-    found = softmax.statistics(logits, targets, temperature)
+    found = ops_for(device, logits.dtype).logprobs(logits, targets, temperature)
     for ours, exact in zip(found, (logprobs, (leaf / temperature).logsumexp(-1), entropies), strict=True):
         assert_close(ours.double(), exact.detach(), rtol=1e-5, atol=1e-4)
     for pulls in ((1.0, None), (None, 1.0), (0.5, -2.0)):
-        of_logprobs, of_entropies = (None if pull is None else torch.full((50,), pull, device=device) for pull in pulls)
+        grad_logprobs, grad_entropies = (
+            None if pull is None else torch.full((50,), pull, device=device) for pull in pulls
+        )
         total = (pulls[0] or 0.0) * logprobs.sum() + (pulls[1] or 0.0) * entropies.sum()
         expected: Tensor = torch.autograd.grad([total], [leaf], retain_graph=True)[0].float()
         ours = logits.float()
-        softmax.into_gradient(ours, targets, temperature, found[1], found[2], of_logprobs, of_entropies)
+        ops_for(device, ours.dtype).logprobs_backward(
+            ours, targets, temperature, found[1], found[2], grad_logprobs, grad_entropies
+        )
         finite = expected.isfinite().all(1)
         assert distance(ours[finite], expected[finite]) < 1e-4, pulls
 
 
-def test_weights_are_rounded_as_on_a_processor(device: torch.device) -> None:
+def test_weights_are_rounded_as_by_the_reference(device: torch.device) -> None:
     masters = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
-    expected = torch.empty(len(masters), dtype=torch.bfloat16)
-    rounding._dither(masters.clone(), expected)
-    assert torch.equal(rounding.rounded(masters.to(device), torch.bfloat16).cpu(), expected)
+    rounded = ops_for(device, torch.bfloat16).round_masters(masters.to(device))
+    assert torch.equal(rounded.cpu(), REFERENCE.round_masters(masters))
 
 
 @needs_liger
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_fused_blocks_compute_what_transformers_does(
+def test_fused_blocks_compute_what_the_reference_does(
     device: torch.device, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape: dict[str, Any] = {"hidden_size": 896, "intermediate_size": 1000, "num_attention_heads": 14, "head_dim": 64}
@@ -150,7 +153,7 @@ def test_fused_blocks_compute_what_transformers_does(
         ]
 
     ours = computed()
-    monkeypatch.setattr(blocks, "_is_fused", lambda hidden: False)
+    monkeypatch.setattr(blocks, "ops_for", lambda device, dtype: REFERENCE)
     for found, expected in zip(ours, computed(), strict=True):
         assert distance(found, expected) < 1e-4
 

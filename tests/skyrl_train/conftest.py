@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Generator
+
+import pytest
+
+from tests.without_compiler import without_compiler
 
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
@@ -15,3 +20,9 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
         "transformers.generation.utils",
     ]
 )
+
+
+@pytest.fixture
+def no_compiler() -> Generator[None]:
+    with without_compiler():
+        yield

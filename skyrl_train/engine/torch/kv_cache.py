@@ -7,18 +7,17 @@ together in memory, as its flash kernel wants them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl_train.ops.cpu import huge_pages
-from skyrl_train.ops.cpu.c_structs import Cache, RowTokens
-from skyrl_train.ops.cpu.decode_kernels import Kernels
+from skyrl_train.ops import ops_for
+from skyrl_train.ops.base import RowAttention, RowTokens
 from skyrl_train.ops.cuda import flash_attention, has_flash, write_rows
 from skyrl_train.ops.ragged import Ragged
 from skyrl_train.policy.model import Policy
@@ -66,9 +65,9 @@ class KVCache:
         self._store = grown
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Not empty: a masked position still multiplies its value by 0."""
+        """Return a new store. Not an empty one: a masked position still multiplies its value by 0."""
         if not self.tokens_first:
-            return huge_pages.zeros(shape, self._store.dtype)
+            return ops_for(self._store.device, self._store.dtype).zeros(shape, self._store.dtype)
         layers, two, slots, heads, length, dim = shape
         return self._store.new_zeros((layers, two, slots, length, heads, dim)).transpose(3, 4)
 
@@ -126,15 +125,9 @@ class KVCache:
                 store.view(-1, store.shape[-1]).index_copy_(0, rows, new.reshape(-1, store.shape[-1]))
 
     @property
-    def struct(self) -> Cache:
-        strides = self._store.stride()
-        return Cache(self._store.data_ptr(), *(strides[axis] for axis in (1, 0, 2, 3)))
-
-
-class Rotate(Protocol):
-    """Rotates queries and keys of a forward pass and puts keys and values in their places in the cache."""
-
-    def __call__(self, keys: Tensor, values: Tensor, places: Tensor) -> None: ...
+    def store(self) -> Tensor:
+        """Return all of it: [layers, keys and values, slots, kv_heads, length, D]."""
+        return self._store
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +137,15 @@ class Chunk:
     slot: int
     start: int
     count: int
-    twin: int = 0  # a slot that holds the same first `shared` tokens: one read serves all sequences with this twin
-    shared: int = 0
+    prefix_slot: int = 0  # a slot that holds the same first `prefix_length` tokens, read once for all that name it
+    prefix_length: int = 0
 
     @property
     def stop(self) -> int:
         return self.start + self.count
 
 
-class CachedAttention:
+class CachedAttention(RowAttention):
     """Attention of one forward pass: chunks end to end in the row, first those of one token by ascending slot.
 
     Chunks of one token (decoding) attend all at once; a longer chunk (prefill) attends alone. The kernels take all
@@ -192,6 +185,10 @@ class CachedAttention:
         """That of the longer chunks alone."""
         return CachedAttention(self.cache, self._long, self._device)
 
+    @property
+    def store(self) -> Tensor:
+        return self.cache.store
+
     @cached_property
     def is_short(self) -> bool:
         """Whether every row is one of `row_tokens`."""
@@ -206,9 +203,9 @@ class CachedAttention:
     def row_tokens(self) -> RowTokens:
         """Those of the short chunks."""
         num_rows = sum(chunk.count for chunk in self._short)
-        shared = [(chunk.twin, chunk.shared) for chunk in self._short for _ in range(chunk.count)]
-        twins, lengths = torch.tensor(shared, dtype=torch.int64).view(-1, 2).t().contiguous()
-        return RowTokens(self._slots[:num_rows], self._positions[:num_rows], twins, lengths)
+        prefixes = [(chunk.prefix_slot, chunk.prefix_length) for chunk in self._short for _ in range(chunk.count)]
+        prefix_slots, lengths = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2).t().contiguous()
+        return RowTokens(self._slots[:num_rows], self._positions[:num_rows], prefix_slots, lengths)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -224,15 +221,21 @@ class CachedAttention:
         start = len(self._singles)
         return _joined(parts + self._attend_chunks(self._long, start, grouped, key, value, cached, scale, window))
 
-    def attend_with(
-        self, kernels: Kernels, layer: int, heads: Tensor, rotate: Rotate, *, scale: float, window: int | None
+    def attend_rows(
+        self,
+        attend: Callable[..., Tensor],
+        layer: int,
+        heads: Tensor,
+        rotate: Callable[[Tensor, Tensor, Tensor], None],
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
-        """heads [T, heads + 2 kv_heads, D] -> [T, heads, D]. `rotate` does so in place and stores keys and values."""
         keys, values = self.cache.layer(layer)
         rotate(keys, values, self.places)
         num_values, parts = keys.shape[1], []
         if num_rows := len(self.row_tokens):
-            parts.append(kernels.attend(heads, keys, values, self.row_tokens, scale=scale, window=window))
+            parts.append(attend(heads, keys, values, self.row_tokens, scale=scale, window=window))
         if not self.is_short:
             query, key, value = heads.split([heads.shape[1] - 2 * num_values, num_values, num_values], dim=1)
             grouped = query.unflatten(1, (num_values, -1))

@@ -1,6 +1,6 @@
 """Logits to tokens: temperature, the filters, one uniform number per token, and the exact log probability.
 
-Rows without filters are drawn by the compiled kernels where there are some, all others row by row. On a GPU see
+Rows without filters are drawn by the decoder's own `draw` where it has one, all others row by row. On a GPU see
 batched_sampling.py.
 """
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from skyrl_train.engine.torch.batched_sampling import sample_batched
 from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniforms_of
-from skyrl_train.ops.cpu.decode_kernels import Kernels
+from skyrl_train.ops.base import Draw
 
 
-def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> tuple[list[int], list[float]]:
-    """logits [rows, vocab] -> tokens, and their log probability under softmax(logits / temperature), uncut, in float32.
+def sample(logits: Tensor, rows: list[Row], draw: Draw | None = None) -> tuple[list[int], list[float]]:
+    """Return a token per row of logits [rows, vocab], and its uncut logprob under softmax(logits / temperature).
 
-    Temperature 0 takes the most likely token and reports its log probability at temperature 1. With kernels, rows
-    without filters are drawn by them.
+    Temperature 0 takes the most likely token and reports its log probability at temperature 1. Rows without filters are
+    drawn by `draw` if given.
     """
     if logits.device.type == "cuda":
         if not torch.are_deterministic_algorithms_enabled():
             return sample_batched(logits, rows)
         logits = logits.cpu()  # torch has no running sums on a GPU that are the same twice
-    if kernels is not None and all(row.is_plain for row in rows):
+    if draw is not None and all(row.is_plain for row in rows):
         banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
-        tokens, logprobs = kernels.draw(logits, [row.params.temperature for row in rows], uniforms_of(rows), banned)
+        tokens, logprobs = draw(logits, [row.params.temperature for row in rows], uniforms_of(rows), banned)
         if not all(map(math.isfinite, logprobs)):
             raise FloatingPointError(NOT_FINITE)
         if -1 not in tokens:
@@ -42,9 +42,9 @@ def sample(logits: Tensor, rows: list[Row], kernels: Kernels | None = None) -> t
     total = weights.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise FloatingPointError(NOT_FINITE)
-    drowned = _ban(weights, rows)
+    underflowed = _ban(weights, rows)
     for index, row in enumerate(rows):
-        _cut(weights[index], logits[index], row, anew=row.params.repetition_penalty != 1 or index in drowned)
+        _cut(weights[index], logits[index], row, again=row.params.repetition_penalty != 1 or index in underflowed)
     tokens = chosen(weights, rows)[:, None]
     logprobs = logits.gather(1, tokens).float() / temperatures - top - total.log()
     return tokens.squeeze(1).tolist(), logprobs.squeeze(1).tolist()
@@ -60,13 +60,13 @@ def _ban(weights: Tensor, rows: list[Row]) -> set[int]:
     return set((weights.amax(-1) < 1e-20).nonzero().flatten().tolist())
 
 
-def _cut(weight: Tensor, logits: Tensor, row: Row, *, anew: bool) -> None:
+def _cut(weight: Tensor, logits: Tensor, row: Row, *, again: bool) -> None:
     """Change one row's weights [vocab] in place: top-k, then top-p of what is left, then min-p.
 
-    A token that is cut weighs exactly 0. `anew`: from the logits again, with the repetition penalty and the ban.
+    A token that is cut weighs exactly 0. `again`: from the logits again, with the repetition penalty and the ban.
     """
     params = row.params
-    if anew:
+    if again:
         scores = _penalised(logits.float() / (params.temperature or 1.0), row)
         scores[list(row.banned)] = -torch.inf
         weight.copy_((scores - scores.max()).exp_())

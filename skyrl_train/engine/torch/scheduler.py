@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from skyrl_train.engine.base import Completion, Request, StopReason
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
-from skyrl_train.engine.torch.decoder import Decoder, forward_pass
+from skyrl_train.engine.torch.forward import forward_pass
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.prefix_sharing import PrefixIndex
 from skyrl_train.engine.torch.sampling import Row, sample
@@ -49,9 +49,9 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
-    source: Sequence | None = None  # a sequence that is computing the first `shared` tokens of this one right now
+    waits_for: Sequence | None = None  # a sequence that is computing the first `shared` tokens of this one right now
     shared: int = 0
-    twin: Sequence | None = None  # a sequence in a slot that holds the same first `shared` tokens
+    parent: Sequence | None = None  # a sequence in a slot that holds the same first `shared` tokens
 
     @property
     def response_ids(self) -> list[int]:
@@ -75,10 +75,9 @@ class Scheduler:
     ) -> None:
         self.stats = EngineStats()
         self._device, self._tokenizer = policy.device, tokenizer
-        self._model = forward_pass(policy, cuda_graphs=cuda_graphs, max_length=max_model_len)
+        self._model, self._draw = forward_pass(policy, cuda_graphs=cuda_graphs, max_length=max_model_len)
         # A round takes the plain way on a GPU: a replayed step's last bits depend on how far the cache has grown.
         self._model_of_rounds = GraphedPolicy(policy, None) if isinstance(self._model, GraphedPolicy) else self._model
-        self._kernels = self._model.kernels if isinstance(self._model, Decoder) else None
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_turn_ids(policy.module.generation_config, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
@@ -124,11 +123,10 @@ class Scheduler:
         A response that was begun under an older version keeps that version: it says how old its oldest token may be.
         """
         self._policy_version = policy_version
-        if isinstance(self._model, Decoder | GraphedPolicy):
-            self._model.weights_changed()
+        self._model.weights_changed()
         self._sessions.clear()
         for sequence in self._slots:
-            sequence.computed, sequence.twin = 0, None
+            sequence.computed, sequence.parent = 0, None
         for sequence in self._waiting:
             sequence.policy_version = policy_version
 
@@ -169,12 +167,12 @@ class Scheduler:
         """Start behind the longest known prefix; at least the last prompt token is computed, for its logits."""
         prompt, most = sequence.request.prompt_ids, len(sequence.request.prompt_ids) - 1
         length, kept = self._sessions.longest_prefix(sequence.request.session_id, prompt)
-        shared, source = self._prompts.longest(prompt) if length < most else (0, None)
-        length, source = (min(shared, most), source) if shared > length else (min(length, most), None)
-        if source is not None:
-            while (parent := source.source or source.twin) is not None and source.shared >= length:
-                source = parent  # one sequence for all that share as much
-            sequence.source, sequence.shared = source, length
+        shared, parent = self._prompts.longest(prompt) if length < most else (0, None)
+        length, parent = (min(shared, most), parent) if shared > length else (min(length, most), None)
+        if parent is not None:
+            while (first := parent.waits_for or parent.parent) is not None and parent.shared >= length:
+                parent = first  # one sequence for all that share as much
+            sequence.waits_for, sequence.shared = parent, length
             self._share(sequence)
         elif kept is not None:
             self._cache.load(sequence.slot, kept.saved, length)
@@ -185,11 +183,11 @@ class Scheduler:
             self._share(sequence)
 
     def _share(self, sequence: Sequence) -> None:
-        """Copy the shared prefix once its source has computed it."""
-        if sequence.source is not None and sequence.source.computed >= sequence.shared:
-            self._cache.copy_prefix(sequence.source.slot, sequence.slot, sequence.shared)
+        """Copy the shared prefix once the sequence that computes it has done so."""
+        if sequence.waits_for is not None and sequence.waits_for.computed >= sequence.shared:
+            self._cache.copy_prefix(sequence.waits_for.slot, sequence.slot, sequence.shared)
             self._count_reused(sequence, sequence.shared)
-            sequence.source, sequence.twin = None, sequence.source
+            sequence.waits_for, sequence.parent = None, sequence.waits_for
 
     def _count_reused(self, sequence: Sequence, length: int) -> None:
         sequence.computed = length
@@ -197,7 +195,7 @@ class Scheduler:
 
     def _plan(self) -> list[tuple[Sequence, Chunk]]:
         """What to compute now: a token of every decoding sequence; prompts in slot order while the budget lasts."""
-        ready = [sequence for sequence in self._slots if sequence.source is None]
+        ready = [sequence for sequence in self._slots if sequence.waits_for is None]
         singles = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed == 1]
         longs = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed > 1]
         plan = [(sequence, _chunk(sequence, 1)) for sequence in singles]
@@ -237,7 +235,7 @@ class Scheduler:
         if not done:
             return []
         last = hidden if len(ends) == hidden.shape[0] else hidden[ends]
-        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done], self._kernels)
+        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done], self._draw)
         self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + len(tokens))
         finished = []
         for sequence, token, logprob in zip(done, tokens, logprobs, strict=True):
@@ -281,20 +279,20 @@ class Scheduler:
         if last is not sequence:
             self._cache.copy_prefix(last.slot, sequence.slot, last.computed)
             self._slots[sequence.slot], last.slot = last, sequence.slot
-        heir: Sequence | None = None  # those who read a prefix in its slot read it in that of the first of them
+        successor: Sequence | None = None  # sequences that read a prefix in its slot now read it in the first one's
         for other in self._slots:
-            if other.source is sequence:
-                other.source = None  # its prefix will not come: compute it
-            if other.twin is sequence:
-                other.twin = heir
-                if heir is None:
-                    heir = other
+            if other.waits_for is sequence:
+                other.waits_for = None  # its prefix will not come: compute it
+            if other.parent is sequence:
+                other.parent = successor
+                if successor is None:
+                    successor = other
                 else:
-                    other.shared = min(other.shared, heir.shared)
+                    other.shared = min(other.shared, successor.shared)
 
 
 def _chunk(sequence: Sequence, count: int) -> Chunk:
-    """Its next `count` tokens."""
-    if sequence.twin is None:
+    """Return the chunk of its next `count` tokens."""
+    if sequence.parent is None:
         return Chunk(sequence.slot, sequence.computed, count)
-    return Chunk(sequence.slot, sequence.computed, count, sequence.twin.slot, sequence.shared)
+    return Chunk(sequence.slot, sequence.computed, count, sequence.parent.slot, sequence.shared)

@@ -1,14 +1,17 @@
-"""The structures of decode.c, as ctypes has them. A pointer in one keeps nothing alive."""
+"""The structures of c/decode.c for ctypes. A pointer in one keeps nothing alive."""
 
 from __future__ import annotations
 
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from skyrl_train.ops.base import RowTokens
 
-class Product(Structure):
+
+class CLinear(Structure):
+    """`linear_layer` of decode_linear.h."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "bias")),
         *((name, c_int) for name in ("inputs", "outputs", "gated")),
@@ -16,38 +19,35 @@ class Product(Structure):
 
 
 class Tokens(Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("slots", "positions", "twins", "shared"))
+    """`tokens` of decode_attention.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("slots", "positions", "prefix_slots", "prefix_lengths"))
 
 
 class CLayer(Structure):
-    """`layer`"""
+    """`layer` of decode.c."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, Product) for name in ("query_key_value", "output", "gate_up", "down")),
+        *((name, CLinear) for name in ("query_key_value", "output", "gate_up", "down")),
         *((name, c_float) for name in ("attention_epsilon", "head_epsilon", "mlp_epsilon", "scale")),
         ("window", c_int),
     )
 
 
 class Cache(Structure):
+    """`cache` of decode.c."""
+
     _fields_ = (("keys", c_void_p), *((name, c_int64) for name in ("values", "layer", "slot", "head")))
 
 
-@dataclass(frozen=True, slots=True)
-class RowTokens:
-    """Rows that are one token each, all [N] (int64): its slot and position, and the slot (`twins`) that holds the first
-    `shared` tokens as well: they are read there, so from memory only once when neighbours have one twin.
-    """
+def cache_struct(store: Tensor) -> Cache:
+    """store [layers, keys and values, slots, kv_heads, length, D]"""
+    strides = store.stride()
+    return Cache(store.data_ptr(), *(strides[axis] for axis in (1, 0, 2, 3)))
 
-    slots: Tensor
-    positions: Tensor
-    twins: Tensor
-    shared: Tensor
 
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    @property
-    def struct(self) -> Tokens:
-        return Tokens(*(of.data_ptr() for of in (self.slots, self.positions, self.twins, self.shared)))
+def tokens_struct(rows: RowTokens) -> Tokens:
+    """Point to the tensors of `rows`."""
+    tensors = rows.slots, rows.positions, rows.prefix_slots, rows.prefix_lengths
+    return Tokens(*(tensor.data_ptr() for tensor in tensors))

@@ -1,8 +1,8 @@
-"""decode.c, compiled for one model when an engine is made: half a second, and only where there is a C compiler.
+"""c/decode.c, compiled for one model when an engine is made: half a second, and only where there is a C compiler.
 
-A decoding step has a dozen small operations between its matrix products. Through torch each costs more in starting than
-in computing, and attention reads the cache once per operation; here they are five calls of C. On a processor with AMX
-the products are C as well, and all layers of a step are one call.
+A decoding step has a dozen small operations between its matmuls. Through torch each costs more in starting than in
+computing, and attention reads the cache once per operation; here they are five calls of C. On a CPU with AMX the
+matmuls are C as well, and all layers of a step are one call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyrl_train.ops.base import RowTokens
 from skyrl_train.ops.cpu.c_library import NoCompiler, compiled_library
-from skyrl_train.ops.cpu.c_structs import Cache, CLayer, Product, RowTokens
+from skyrl_train.ops.cpu.c_structs import Cache, CLayer, CLinear, tokens_struct
 
 SOURCE = Path(__file__).with_name("c") / "decode.c"
 _POINTER, _INT, _FLOAT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
@@ -36,12 +37,12 @@ NO_WINDOW = 2**31 - 1
 
 
 class NoKernels(RuntimeError):
-    """They cannot be compiled or loaded here, or not for this model."""
+    """The kernels cannot be compiled or loaded here, or not for this model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the source is compiled for."""
+    """The head shape and type that the source is compiled for."""
 
     heads: int
     kv_heads: int
@@ -50,7 +51,7 @@ class Shape:
 
     @property
     def definitions(self) -> list[str]:
-        """Arguments of the compiler."""
+        """Return arguments of the compiler."""
         sizes = [f"-DHEADS={self.heads}", f"-DKV_HEADS={self.kv_heads}", f"-DHEAD_DIM={self.head_dim}"]
         return [*sizes, "-DBFLOAT16"] if self.dtype == torch.bfloat16 else sizes
 
@@ -64,14 +65,14 @@ class Norm:
 
     @classmethod
     def of(cls, module: Any) -> Norm:
-        """From a module of transformers."""
+        """Return that of a module of transformers."""
         return cls(module.weight.detach(), module.variance_epsilon)
 
 
-class Kernels:
-    """The compiled operations. All tensors are contiguous, on the processor and of the shape's type.
+class DecodeKernels:
+    """The compiled operations. All tensors are contiguous, on the CPU and of the shape's type.
 
-    NoKernels, with the reason, where they cannot be had.
+    Raises NoKernels, with the reason, where they cannot be had.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -85,7 +86,7 @@ class Kernels:
         self.has_tiles = self._library.ask_for_tiles() == 0  # of AMX
 
     def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
-        """row [..., width], normed over its last dimension."""
+        """Return row [..., width], normed over its last dimension."""
         out = torch.empty_like(row)
         width = row.shape[-1]
         pointers = row.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
@@ -93,7 +94,7 @@ class Kernels:
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        """[T, 2 width] -> [T, width]"""
+        """Return silu(gate) * up of gate and up side by side: [T, 2 width] -> [T, width]."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, width))
         self._library.swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width)
@@ -109,7 +110,7 @@ class Kernels:
         values: Tensor,
         places: Tensor,
     ) -> None:
-        """heads [T, heads + 2 kv_heads, D]: queries and keys are normed (where the model does) and rotated in place.
+        """Norm (where the model does) and rotate the queries and keys of heads [T, heads + 2 kv_heads, D] in place.
 
         cosine, sine [T, D]. Keys and values go to the cache, [slots, kv_heads, length, D], where `places` [T] (int64)
         counts in numbers from its beginning to the token of the first head.
@@ -139,13 +140,13 @@ class Kernels:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """The first N rows of `heads`, N tokens, over their slots' tokens up to their own -> [N, heads, D]."""
+        """Attend with the first N rows of `heads` to their slots' tokens up to their own -> [N, heads, D]."""
         out = heads.new_empty((len(tokens), self._shape.heads, self._shape.head_dim))
         self._library.attend(
             heads.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            byref(tokens.struct),
+            byref(tokens_struct(tokens)),
             keys.stride(0),
             keys.stride(1),
             scale,
@@ -155,10 +156,10 @@ class Kernels:
         )
         return out
 
-    def linear(self, product: Product, rows: Tensor, out: Tensor, *, residual: Tensor | None = None) -> None:
-        """out [T, outputs] = (residual [T, outputs] +) rows [T, inputs] times the product's weights. Needs tiles."""
+    def linear(self, layer: CLinear, rows: Tensor, out: Tensor, *, residual: Tensor | None = None) -> None:
+        """Write (residual [T, outputs] +) rows [T, inputs] @ weights into out [T, outputs]. Needs tiles."""
         added = None if residual is None else residual.data_ptr()
-        self._library.linear(byref(product), rows.data_ptr(), added, out.data_ptr(), len(rows))
+        self._library.linear(byref(layer), rows.data_ptr(), added, out.data_ptr(), len(rows))
 
     def decode(
         self,
@@ -171,22 +172,22 @@ class Kernels:
         row: Tensor,
         widest: int,
     ) -> None:
-        """All layers, in place: row [T, hidden], each row one of `tokens`. Needs tiles.
+        """Compute all layers in place: row [T, hidden], each row one of `tokens`. Needs tiles.
 
         cosine, sine [T, D]; places [T] as in `rotate_and_store`; widest: the largest intermediate size.
         """
         shape, num_rows = self._shape, len(row)
         heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        rooms = [
+        buffers = [
             row.new_empty((num_rows, size)) for size in (row.shape[1], heads, shape.heads * shape.head_dim, widest)
         ]
-        inputs = (of.data_ptr() for of in (places, cosine, sine, row, *rooms))
-        self._library.decode(layers, len(layers), byref(cache), byref(tokens.struct), *inputs, num_rows)
+        inputs = (tensor.data_ptr() for tensor in (places, cosine, sine, row, *buffers))
+        self._library.decode(layers, len(layers), byref(cache), byref(tokens_struct(tokens)), *inputs, num_rows)
 
     def draw(
         self, logits: Tensor, temperatures: list[float], uniforms: list[float], banned: list[tuple[int, int]]
     ) -> tuple[list[int], list[float]]:
-        """A token per row of logits [rows, vocab], in proportion to softmax(logits / temperature), and its logprob.
+        """Draw a token per row of logits [rows, vocab] from softmax(logits / temperature), and return its logprob too.
 
         Temperature 0 takes the likeliest. `banned` (row, token) are not drawn, but the logprobs count them in. A token
         -1: next to nothing was left. A logprob that is not finite: neither were the logits.

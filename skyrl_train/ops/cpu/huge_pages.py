@@ -17,19 +17,19 @@ SMALLEST = 4 * PAGE  # a smaller tensor is not worth a mapping of its own
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the processor; in ordinary pages where there are no others. Lies at a multiple of 64 bytes."""
+    """Return a CPU tensor at a multiple of 64 bytes, in ordinary pages where there are no others."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < SMALLEST or not sys.platform.startswith("linux"):
         return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
-    start = -room.data_ptr() % PAGE
-    return room[start : start + num_bytes].view(dtype).view(shape)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
+    start = -buffer.data_ptr() % PAGE
+    return buffer[start : start + num_bytes].view(dtype).view(shape)
 
 
-class Room:
-    """Many tensors one behind the other, each at a multiple of 64 bytes. Its memory lives as long as one of them."""
+class Buffers:
+    """Allocates tensors side by side, each at a multiple of 64 bytes, in memory that lives as long as one of them."""
 
     CHUNK = 32 * PAGE
 

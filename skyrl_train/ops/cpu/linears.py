@@ -1,46 +1,54 @@
-"""Linear layers laid out for the products of a few rows, which are bound by reading the weights.
+"""Linear layers packed for matmuls of a few rows, which are bound by reading the weights.
 
-Either way the weights are a second copy, made anew after each update. Layers that share their input are one product.
+Either layout is a second copy of the weights, packed again after each update. Layers that share their input are one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl_train.ops.cpu.c_structs import Product
-from skyrl_train.ops.cpu.decode_kernels import Kernels
-from skyrl_train.ops.cpu.huge_pages import Room
-from skyrl_train.policy.lora import effective_weight
+from skyrl_train.ops.cpu.c_structs import CLinear
+from skyrl_train.ops.cpu.decode_kernels import DecodeKernels
+from skyrl_train.ops.cpu.huge_pages import Buffers
+
+WeightOf = Callable[[nn.Linear], Tensor]  # the matrix [out, in] that a layer multiplies by, its adapter included
 
 PACKED_FOR_ROWS = 32  # the number of rows the layout is chosen for; others work as well
 
 
-class Linear(Protocol):
-    """x @ cat(weights).T + cat(biases); or the gate in front of the down projection, silu(gate(x)) * up(x)."""
+class PackedWeight(Protocol):
+    """One matmul, x @ cat(weights).T + cat(biases), or the gate before the down projection, silu(gate(x)) * up(x)."""
 
     def pack(self) -> None:
-        """Read the weights again."""
+        """Copy the weights again."""
         ...
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[T, inputs] -> [T, outputs]"""
+        """Multiply: [T, inputs] -> [T, outputs]."""
         ...
 
     def added_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        """residual [T, outputs] + the product"""
+        """Return residual [T, outputs] + self(rows)."""
         ...
 
 
-def laid_out(linears: Sequence[nn.Linear], kernels: Kernels | None, room: Room, *, gated: bool = False) -> Linear:
-    """In AMX tiles where the machine has them and the sizes fit, in `room`; else as oneDNN likes it."""
+def packed(
+    linears: Sequence[nn.Linear],
+    kernels: DecodeKernels | None,
+    buffers: Buffers,
+    weight_of: WeightOf,
+    *,
+    gated: bool = False,
+) -> PackedWeight:
+    """Pack layers for AMX tiles where the machine has them and the sizes fit, else in oneDNN's layout."""
     if kernels is not None and kernels.has_tiles and fits_tiles(linears, gated=gated):
-        return TiledLinear(linears, kernels, room, gated=gated)
-    return PackedGate(linears, kernels) if gated else PackedLinear(linears)
+        return TiledLinear(linears, kernels, buffers, weight_of, gated=gated)
+    return PackedGate(linears, kernels, weight_of) if gated else PackedLinear(linears, weight_of)
 
 
 def fits_tiles(linears: Sequence[nn.Linear], *, gated: bool) -> bool:
@@ -50,15 +58,15 @@ def fits_tiles(linears: Sequence[nn.Linear], *, gated: bool) -> bool:
 
 
 class PackedLinear:
-    """In the blocked layout that oneDNN reads fastest."""
+    """Layers in the blocked layout that oneDNN reads fastest."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._linears = linears
+    def __init__(self, linears: Sequence[nn.Linear], weight_of: WeightOf) -> None:
+        self._linears, self._weight_of = linears, weight_of
         self._weight = self._bias = torch.empty(0)
         self.pack()
 
     def pack(self) -> None:
-        weight = torch.cat([effective_weight(linear) for linear in self._linears])
+        weight = torch.cat([self._weight_of(linear) for linear in self._linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
@@ -71,8 +79,10 @@ class PackedLinear:
 
 
 class PackedGate(PackedLinear):
-    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels | None) -> None:
-        super().__init__(linears)
+    """A gate and what it lets pass, with the activation behind them."""
+
+    def __init__(self, linears: Sequence[nn.Linear], kernels: DecodeKernels | None, weight_of: WeightOf) -> None:
+        super().__init__(linears, weight_of)
         self._kernels = kernels
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -84,19 +94,27 @@ class PackedGate(PackedLinear):
 
 
 class TiledLinear:
-    """In AMX tiles, see products.h. Twice as fast as oneDNN for few rows."""
+    """Layers packed for AMX tiles, see c/decode_linear.h. Twice as fast as oneDNN for few rows."""
 
-    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels, room: Room, *, gated: bool = False) -> None:
-        self._linears, self._kernels, self._gated = linears, kernels, gated
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        kernels: DecodeKernels,
+        buffers: Buffers,
+        weight_of: WeightOf,
+        *,
+        gated: bool = False,
+    ) -> None:
+        self._linears, self._kernels, self._weight_of, self._gated = linears, kernels, weight_of, gated
         inputs, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)
-        self._weight = room.zeros((outputs * inputs,), torch.bfloat16)
+        self._weight = buffers.zeros((outputs * inputs,), torch.bfloat16)
         self._bias = torch.zeros(outputs, dtype=torch.bfloat16) if _biases(linears) else None
         bias = None if self._bias is None else self._bias.data_ptr()
-        self.product = Product(self._weight.data_ptr(), bias, inputs, outputs, gated)
+        self.struct = CLinear(self._weight.data_ptr(), bias, inputs, outputs, gated)
         self.pack()
 
     def pack(self) -> None:
-        weight = self._by_panels([effective_weight(linear) for linear in self._linears])
+        weight = self._by_panels([self._weight_of(linear) for linear in self._linears])
         panels, steps = weight.shape[0] // 32, weight.shape[1] // 32
         pairs = weight.view(torch.int32).view(panels, 2, 16, steps, 16)  # panel, tile, column, step, pair of inputs
         self._weight.view(torch.int32).view(panels, steps, 2, 16, 16).copy_(pairs.permute(0, 3, 1, 4, 2))
@@ -104,25 +122,25 @@ class TiledLinear:
             self._bias.copy_(self._by_panels(_biases(self._linears))[:, 0])
 
     def __call__(self, rows: Tensor) -> Tensor:
-        outputs = self.product.outputs // 2 if self._gated else self.product.outputs
+        outputs = self.struct.outputs // 2 if self._gated else self.struct.outputs
         out = rows.new_empty((len(rows), outputs))
-        self._kernels.linear(self.product, rows.contiguous(), out)
+        self._kernels.linear(self.struct, rows.contiguous(), out)
         return out
 
     def added_to(self, residual: Tensor, rows: Tensor) -> Tensor:
         out = torch.empty_like(residual)
-        self._kernels.linear(self.product, rows.contiguous(), out, residual=residual.contiguous())
+        self._kernels.linear(self.struct, rows.contiguous(), out, residual=residual.contiguous())
         return out
 
     def _by_panels(self, parts: list[Tensor]) -> Tensor:
-        """Each [outputs, *] -> all of them; a gate and what it lets pass by turns, 16 outputs each."""
+        """Join parts [outputs, *]; a gate and what it lets pass by turns, 16 outputs each."""
         if self._gated:
             return torch.stack([part.view(-1, 16, part.shape[1]) for part in parts], 1).flatten(0, 2)
         return torch.cat(parts)
 
 
 def _biases(linears: Sequence[nn.Linear]) -> list[Tensor]:
-    """[outputs, 1] each, 0 for a layer without; none if no layer has one."""
+    """Return [outputs, 1] for each layer, 0 for one without a bias; an empty list if no layer has one."""
     if all(linear.bias is None for linear in linears):
         return []
     parts = []

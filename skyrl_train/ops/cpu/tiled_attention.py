@@ -1,40 +1,41 @@
-"""The attention of a packed row through attention.h: on a processor with AMX, in bfloat16."""
+"""The attention of segments on a CPU with AMX, in bfloat16: c/attention.h."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.cpu.passes import AttentionShape, kernels_of, kernels_with_tiles
+from skyrl_train.ops.base import Segments
+from skyrl_train.ops.cpu.passes import SIDE, AttentionShape, Passes
 
 NO_WINDOW = 2**62
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Segment n is tokens [bounds[n], bounds[n+1]) and continues segment before[n], -1 if none (int64).
+class TiledAttention:
+    """Implements `SegmentAttention` for heads that `fits` accepts."""
 
-    A tree of segments begins with one that continues none.
-    """
+    def __init__(self, passes: Passes, segments: Segments) -> None:
+        self.passes = passes
+        self._bounds, self._parents = torch.tensor(segments.bounds), torch.tensor(segments.parents)
+        self.roots = torch.cat([torch.nonzero(self._parents < 0).flatten(), torch.tensor([len(self._parents)])])
 
-    bounds: Tensor  # [N+1]
-    before: Tensor  # [N]
+    @staticmethod
+    def fits(passes: Passes, query: Tensor) -> bool:
+        """Return whether the kernels can attend with heads like query [T, heads, D]."""
+        return passes.has_tiles and query.dtype == passes.dtype and query.shape[-1] % SIDE == 0
 
-    @property
-    def roots(self) -> Tensor:
-        """[trees + 1]: the first segment of each tree, then N."""
-        return torch.cat([torch.nonzero(self.before < 0).flatten(), torch.tensor([len(self.before)])])
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+        return _TiledAttention.apply(query, key, value, self, scale, window)
 
     def shape(self, query: Tensor, key: Tensor, scale: float, window: int | None) -> AttentionShape:
-        """As the kernels take it. Keep this object as long as they use it."""
+        """Return the structure that the kernels take. It points to tensors of this object."""
         return AttentionShape(
-            self.bounds.data_ptr(),
-            self.before.data_ptr(),
-            len(self.before),
+            self._bounds.data_ptr(),
+            self._parents.data_ptr(),
+            len(self._parents),
             query.shape[1],
             key.shape[1],
             query.shape[2],
@@ -43,38 +44,32 @@ class Segments:
         )
 
 
-def can_attend(query: Tensor) -> bool:
-    """query [T, heads, D]"""
-    return kernels_with_tiles(query) is not None
-
-
-class TiledAttention(torch.autograd.Function):
-    """query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]"""
+class _TiledAttention(torch.autograd.Function):
+    """Runs the kernels: query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: TiledAttention, scale: float, window: int | None
     ) -> Tensor:
         query, key, value = (tensor.contiguous() for tensor in (query, key, value))
         out, normalizers = torch.empty_like(query), torch.empty(query.shape[:2])
-        shape = segments.shape(query, key, scale, window)
+        shape = attention.shape(query, key, scale, window)
         pointers = (tensor.data_ptr() for tensor in (query, key, value, out, normalizers))
-        _checked(kernels_of(query).library.attend(ctypes.byref(shape), *pointers))
+        _checked(attention.passes.library.attend(ctypes.byref(shape), *pointers))
         ctx.save_for_backward(query, key, value, out, normalizers)
-        ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        ctx.attention, ctx.scale, ctx.window = attention, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, normalizers = ctx.saved_tensors
-        of_out, roots = grads[0].contiguous(), ctx.segments.roots
-        of_inputs = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        shape = ctx.segments.shape(query, key, ctx.scale, ctx.window)
-        pointers = (tensor.data_ptr() for tensor in (query, key, value, out, of_out, normalizers, *of_inputs))
-        _checked(
-            kernels_of(query).library.attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers)
-        )
-        return *of_inputs, None, None, None
+        grad_out, roots = grads[0].contiguous(), ctx.attention.roots
+        grad_inputs = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        shape = ctx.attention.shape(query, key, ctx.scale, ctx.window)
+        pointers = (tensor.data_ptr() for tensor in (query, key, value, out, grad_out, normalizers, *grad_inputs))
+        library = ctx.attention.passes.library
+        _checked(library.attend_backward(ctypes.byref(shape), roots.data_ptr(), len(roots) - 1, *pointers))
+        return *grad_inputs, None, None, None
 
 
 def _checked(failed: int) -> None:

@@ -28,7 +28,7 @@ RECIPE = (
 
 def configuration(settings: dict[str, Any], env_class: str, *overrides: str) -> SkyRLConfig:
     """Prompts of the asked number and length, `samples` episodes each, all of them in one optimizer step."""
-    from skyrl_train.policy.model import load_tokenizer
+    from skyrl_train.policy.model_files import load_tokenizer
 
     folder = Path(settings["folder"])
     rows = conversations(load_tokenizer(settings["model"]), settings["num_prompts"], settings["prompt_tokens"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch.decoder import Decoder, forward_pass
-from skyrl_train.policy.model import PackedAttention
+from skyrl_train.engine.torch.forward import forward_pass
+from skyrl_train.ops.cpu.decoder import PackedDecoder
+from skyrl_train.policy.attention import PackedAttention
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.learner.test_learner import learner_for, prepared, trainer_config
 from tests.skyrl_train.policy.test_lora import adapted, logits_of
@@ -17,8 +18,8 @@ from tests.tiny_models import tiny_policy
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_decoder_computes_base_and_adapters(family):
     policy = adapted(family, moved=0.05)
-    decoder = forward_pass(policy)
-    assert isinstance(decoder, Decoder)
+    decoder, _ = forward_pass(policy)
+    assert isinstance(decoder, PackedDecoder)
     assert (logits_of(policy) - logits_of(tiny_policy(family))).abs().max() > 0.05
     assert_close(logits_of(decoder), logits_of(policy), atol=2e-5, rtol=1e-4)
 

@@ -36,7 +36,7 @@ def test_all_rows_at_once_are_cut_as_one_by_one():
     together = cut_weights(logits / temperatures, rows)
     for r, ours, scores in zip(rows, together, logits, strict=True):
         alone = torch.empty_like(scores)
-        sampling._cut(alone, scores, r, anew=True)
+        sampling._cut(alone, scores, r, again=True)
         assert torch.equal(ours > 0, alone > 0), r.params
         assert_close(ours / ours.sum(), alone / alone.sum(), rtol=1e-5, atol=0)
 

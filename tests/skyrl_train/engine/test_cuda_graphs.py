@@ -269,9 +269,9 @@ async def test_an_engine_samples_the_same_through_static_steps(make_engine, monk
     policy = tiny_policy("mistral", sliding_window=24)
     graphed: list[GraphedPolicy] = []
 
-    def forward_pass(policy: Policy, *, cuda_graphs: bool, max_length: int) -> GraphedPolicy:
+    def forward_pass(policy: Policy, *, cuda_graphs: bool, max_length: int) -> tuple[GraphedPolicy, None]:
         graphed.append(GraphedPolicy(policy, again if cuda_graphs else None))
-        return graphed[-1]
+        return graphed[-1], None
 
     monkeypatch.setattr(scheduler, "forward_pass", forward_pass)
     requests = [ask(PROMPT[i:], f"s{i}", seed=i, min_tokens=7 * i, max_tokens=7 * i + 20) for i in range(9)]

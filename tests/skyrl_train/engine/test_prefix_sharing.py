@@ -72,7 +72,7 @@ def test_sequences_that_share_as_much_read_it_from_the_same_one():
     system = list(range(40))
     scheduler = admitted([[*system, 50 + (7 * i) % 13, 60, *range(i)] for i in range(12)])
     first, *others = scheduler._slots
-    assert {sequence.source for sequence in others} == {first}
+    assert {sequence.waits_for for sequence in others} == {first}
     assert {sequence.shared for sequence in others} == {40}
 
 

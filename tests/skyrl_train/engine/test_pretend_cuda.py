@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skyrl_train.engine.base import Completion, Request
-from skyrl_train.engine.torch import decoder
+from skyrl_train.engine.torch import forward
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.sampling import sample
 from skyrl_train.engine.torch.scheduler import Scheduler, Sequence
@@ -30,7 +30,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def recorder(device: torch.device) -> Any:
         return again
 
-    monkeypatch.setattr(decoder, "CudaGraphs", recorder)
+    monkeypatch.setattr(forward, "CudaGraphs", recorder)
     with torch.no_grad(), PretendCuda():
         yield
 

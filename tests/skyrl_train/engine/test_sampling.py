@@ -12,7 +12,8 @@ from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import sampling
 from skyrl_train.engine.torch.batched_sampling import sample_batched
 from skyrl_train.engine.torch.draws import Row, uniforms_of
-from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Shape
+from skyrl_train.ops.base import Draw
+from skyrl_train.ops.cpu.decode_kernels import DecodeKernels, NoKernels, Shape
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000
@@ -25,20 +26,20 @@ def way(request, monkeypatch) -> None:
     compiled = None
     if request.param == "kernels":
         try:
-            compiled = Kernels(Shape(4, 2, 8, torch.float32))
+            compiled = DecodeKernels(Shape(4, 2, 8, torch.float32)).draw
         except NoKernels as reason:
             pytest.skip(str(reason))
-    monkeypatch.setitem(globals(), "KERNELS", compiled)
+    monkeypatch.setitem(globals(), "DRAW", compiled)
 
 
-KERNELS: Kernels | None = None
+DRAW: Draw | None = None
 BATCHED = False
 
 
 def sample(logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     if BATCHED:
         return sample_batched(logits.contiguous(), rows)
-    return sampling.sample(logits.contiguous(), rows, KERNELS)
+    return sampling.sample(logits.contiguous(), rows, DRAW)
 
 
 def row(seed: int = 0, position: int = 0, tokens: tuple[int, ...] = (), banned: tuple[int, ...] = (), **params) -> Row:

@@ -11,7 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from skyrl_train.engine.base import Completion, Request
-from skyrl_train.policy.model import PackedAttention, Policy
+from skyrl_train.policy.attention import PackedAttention
+from skyrl_train.policy.model import Policy
 from skyrl_train.weights.in_process import InProcessWeights
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
 from tests.tiny_models import tiny_policy, tiny_tokenizer

@@ -75,8 +75,8 @@ class AddedAndNormed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_x = torch.empty_like(grads[0])
-        return of_x, of_x, torch.empty_like(ctx.saved_tensors[1])
+        grad_x = torch.empty_like(grads[0])
+        return grad_x, grad_x, torch.empty_like(ctx.saved_tensors[1])
 
 
 class Gated(torch.autograd.Function):
@@ -92,20 +92,48 @@ class Gated(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+class OpsOnMeta(cuda.CudaOps):
+    """The operations of a GPU without its softmax kernels' work."""
+
+    def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        one, two, three = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+        return one, two, three
+
+    def logprobs_backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        normalizers: Tensor,
+        entropies: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropies: Tensor | None,
+    ) -> None:
+        """Write in place."""
+
+
+class FusedOpsOnMeta(OpsOnMeta):
+    """The same with what liger-kernel's functions allocate and keep."""
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return Normed.apply(x, weight)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return AddedAndNormed.apply(x, residual, weight)
+
+    def rotate(self, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return Gated.apply(gate, up)
 
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch, logits_bytes: int, *, is_fused: bool = True) -> None:
     """Take the paths of a GPU. `logits_bytes`: of a chunk of logits; `is_fused`: with the library of fused kernels."""
-    patch.setattr(blocks, "_is_fused", lambda hidden: is_fused)
-    patch.setattr(cuda, "normed", lambda x, norm: Normed.apply(x, norm.weight))
-    patch.setattr(cuda, "added_and_normed", lambda x, row, norm: AddedAndNormed.apply(x, row, norm.weight))
-    patch.setattr(cuda, "rotated", lambda query, key, cos, sin: (query, key))
-    patch.setattr(cuda, "gated", Gated.apply)
-    patch.setattr(attention, "has_flash", lambda device, dtype, head_dim: True)
-    patch.setattr(logprobs, "statistics", statistics)
-    patch.setattr(logprobs, "into_gradient", lambda *args: None)
+    ops = FusedOpsOnMeta() if is_fused else OpsOnMeta()
+    for room in (attention, blocks, logprobs):
+        patch.setattr(room, "ops_for", lambda device, dtype: ops)
+    patch.setattr(cuda, "has_flash", lambda device, dtype, head_dim: True)
     patch.setattr(logprobs, "_logits_per_chunk", lambda hidden: logits_bytes // hidden.itemsize)
 
 
@@ -119,7 +147,7 @@ def meta_module(shape: str, family: str = "qwen2") -> Any:
 
 
 def policy_of(module: Any, gradient_checkpointing: bool) -> Policy:
-    blocks.quicken_blocks(module)
+    blocks.replace_blocks(module)
     if gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(module, gradient_checkpointing)

@@ -15,7 +15,7 @@ from skyrl_train.config import AlgorithmConfig, OptimizerConfig, TrainerConfig
 from skyrl_train.config.algorithm import OffPolicyCorrectionConfig
 from skyrl_train.config.models import PolicyConfig
 from skyrl_train.learner.learner import Learner, needs_reference
-from skyrl_train.policy.model import load_tokenizer
+from skyrl_train.policy.model_files import load_tokenizer
 from skyrl_train.run.checkpoint_parts import read_part, write_part
 from tests.skyrl_train.batches import random_batch
 from tests.tiny_models import tiny_policy, tiny_tokenizer

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
-from skyrl_train.ops.rounding import rounded
+from skyrl_train.ops import REFERENCE
 from skyrl_train.run.checkpoint_parts import read_part, write_part
 
 
@@ -140,7 +140,7 @@ def test_the_step_of_the_kernels_is_torchs(monkeypatch):
             pull(weight, torch.sin(torch.arange(100.0) + i))
             optimizer.step()
         weights.append((optimizer.masters["weight"], optimizer.state_dict()["adamw"]["state"][0]))
-        assert torch.equal(weight.detach(), rounded(optimizer.masters["weight"], weight.dtype))
+        assert torch.equal(weight.detach(), REFERENCE.rounded(optimizer.masters["weight"], weight.dtype))
     (ours, our_state), (theirs, their_state) = weights
     assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     for name in ("step", "exp_avg", "exp_avg_sq"):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.ops.cpu import causal
-from skyrl_train.ops.cpu.causal import causal_attention
+from skyrl_train.ops import causal
+from skyrl_train.ops.causal import causal_attention
 
 SCALE = 0.3
 

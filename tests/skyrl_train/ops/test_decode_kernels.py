@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.ops.cpu.c_structs import RowTokens
-from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Norm, Shape
+from skyrl_train.ops.base import RowTokens
+from skyrl_train.ops.cpu.decode_kernels import DecodeKernels, NoKernels, Norm, Shape
 
 HEADS, KV_HEADS, DIM, SLOTS, LENGTH = 6, 2, 16, 3, 300
 
@@ -20,9 +20,9 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture
-def kernels(dtype) -> Kernels:
+def kernels(dtype) -> DecodeKernels:
     try:
-        return Kernels(Shape(HEADS, KV_HEADS, DIM, dtype))
+        return DecodeKernels(Shape(HEADS, KV_HEADS, DIM, dtype))
     except NoKernels as reason:
         pytest.skip(str(reason))
 
@@ -93,12 +93,16 @@ def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtyp
     heads = numbers(3, HEADS + 2 * KV_HEADS, DIM, dtype=dtype, scale=3)
     keys, values = (numbers(SLOTS, KV_HEADS, LENGTH, DIM, dtype=dtype, seed=seed) for seed in (1, 2))
     slots, positions = torch.tensor([2, 0, 1]), torch.tensor([0, 63, 299])  # less, as much and more than one block
-    twins = torch.tensor([0, 1, 2])  # they hold other tokens here, to see what is read from where
-    tokens = RowTokens(slots, positions, twins, torch.tensor(shared))
+    prefix_slots = torch.tensor([0, 1, 2])  # they hold other tokens here, to see what is read from where
+    tokens = RowTokens(slots, positions, prefix_slots, torch.tensor(shared))
     out = kernels.attend(heads, keys, values, tokens, scale=0.3, window=window)
-    for row, (slot, position, twin, length) in enumerate(zip(slots, positions, twins, shared, strict=True)):
+    for row, (slot, position, prefix_slot, length) in enumerate(
+        zip(slots, positions, prefix_slots, shared, strict=True)
+    ):
         seen = slice(0 if window is None else max(0, int(position) + 1 - window), int(position) + 1)
-        key, value = (torch.cat((of[twin, :, :length], of[slot, :, length:]), 1)[:, seen] for of in (keys, values))
+        key, value = (
+            torch.cat((of[prefix_slot, :, :length], of[slot, :, length:]), 1)[:, seen] for of in (keys, values)
+        )
         query = heads[row, :HEADS].double().view(KV_HEADS, -1, DIM)
         weights = (0.3 * query @ key.double().mT).softmax(-1)
         assert_rounded(out[row], (weights @ value.double()).flatten(0, 1))
@@ -106,6 +110,6 @@ def test_attention_sees_the_tokens_up_to_its_own_within_the_window(kernels, dtyp
 
 def test_odd_shapes_are_refused():
     with pytest.raises(NoKernels, match="not written for"):
-        Kernels(Shape(6, 4, 16, torch.float32))
+        DecodeKernels(Shape(6, 4, 16, torch.float32))
     with pytest.raises(NoKernels, match="not written for"):
-        Kernels(Shape(6, 2, 16, torch.float16))
+        DecodeKernels(Shape(6, 2, 16, torch.float16))

@@ -33,7 +33,7 @@ def test_memory_is_given_back():
 
 
 def test_tensors_of_a_room_lie_side_by_side_and_share_nothing():
-    room = huge_pages.Room()
+    room = huge_pages.Buffers()
     small, large = room.zeros((3, 5), torch.bfloat16), room.zeros((room.CHUNK // 2 + 1,), torch.int16)
     last = room.zeros((2,), torch.float32)
     for tensor in (small, large, last):

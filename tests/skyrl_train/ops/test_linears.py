@@ -8,28 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from skyrl_train.ops.cpu.decode_kernels import Kernels, NoKernels, Shape
-from skyrl_train.ops.cpu.huge_pages import Room
-from skyrl_train.ops.cpu.linears import Linear, PackedGate, PackedLinear, TiledLinear, laid_out
+from skyrl_train.ops.cpu.decode_kernels import DecodeKernels, NoKernels, Shape
+from skyrl_train.ops.cpu.huge_pages import Buffers
+from skyrl_train.ops.cpu.linears import PackedGate, PackedLinear, PackedWeight, TiledLinear, packed
 
 ROWS = (1, 15, 16, 17, 32, 33, 300)  # less, as much and more than a tile, than two, than stay in the cache
 
 
 @pytest.fixture
-def kernels() -> Kernels:
+def kernels() -> DecodeKernels:
     """With tiles."""
     try:
-        made = Kernels(Shape(4, 2, 8, torch.bfloat16))
+        made = DecodeKernels(Shape(4, 2, 8, torch.bfloat16))
     except NoKernels as reason:
         pytest.skip(str(reason))
     if not made.has_tiles:
-        pytest.skip("this processor has no AMX")
+        pytest.skip("this CPU has no AMX")
     return made
 
 
 def layer(inputs: int, outputs: int, *, bias: bool = False, seed: int = 0) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias=bias).bfloat16().requires_grad_(False)
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    return linear.weight
 
 
 def numbers(*shape: int, seed: int = 9) -> Tensor:
@@ -49,9 +53,9 @@ def assert_rounded(ours: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @torch.inference_mode()
-def test_layers_that_share_their_input_are_one_product(kernels, rows):
+def test_layers_that_share_their_input_are_one_matmul(kernels, rows):
     linears = [layer(96, 64), layer(96, 16, seed=1), layer(96, 16, bias=True, seed=2)]
-    tiled, x = laid_out(linears, kernels, Room()), numbers(rows, 96)
+    tiled, x = packed(linears, kernels, Buffers(), weight_of), numbers(rows, 96)
     assert isinstance(tiled, TiledLinear)
     assert_rounded(tiled(x), exact(linears, x))
 
@@ -60,7 +64,7 @@ def test_layers_that_share_their_input_are_one_product(kernels, rows):
 @torch.inference_mode()
 def test_a_residual_is_added_before_rounding(kernels, rows):
     linears = [layer(64, 32, bias=True)]
-    tiled, x, residual = laid_out(linears, kernels, Room()), numbers(rows, 64), numbers(rows, 32, seed=3)
+    tiled, x, residual = packed(linears, kernels, Buffers(), weight_of), numbers(rows, 64), numbers(rows, 32, seed=3)
     assert_rounded(tiled.added_to(residual, x), exact(linears, x) + residual.double())
 
 
@@ -70,7 +74,11 @@ def test_a_residual_is_added_before_rounding(kernels, rows):
 @torch.inference_mode()
 def test_a_gate_lets_its_own_columns_pass(kernels, rows, bias, tiles):
     linears = [layer(32, 48, bias=bias), layer(32, 48, bias=bias, seed=1)]
-    gated = TiledLinear(linears, kernels, Room(), gated=True) if tiles else PackedGate(linears, None)
+    gated = (
+        TiledLinear(linears, kernels, Buffers(), weight_of, gated=True)
+        if tiles
+        else PackedGate(linears, None, weight_of)
+    )
     x = numbers(rows, 32)
     gate, up = (exact([of], x).bfloat16().double() for of in linears)  # each is rounded, as in the model
     assert_close(gated(x).double(), F.silu(gate) * up, rtol=2**-6, atol=2**-6)
@@ -79,7 +87,7 @@ def test_a_gate_lets_its_own_columns_pass(kernels, rows, bias, tiles):
 @torch.inference_mode()
 def test_new_weights_count_once_it_has_read_them(kernels):
     linears, x = [layer(32, 32, bias=True)], numbers(3, 32)
-    tiled = laid_out(linears, kernels, Room())
+    tiled = packed(linears, kernels, Buffers(), weight_of)
     before = tiled(x)
     linears[0].weight.neg_()
     linears[0].bias.neg_()
@@ -90,12 +98,12 @@ def test_new_weights_count_once_it_has_read_them(kernels):
 
 @torch.inference_mode()
 def test_not_a_number_stays_not_a_number(kernels):
-    tiled = laid_out([layer(32, 32)], kernels, Room())
+    tiled = packed([layer(32, 32)], kernels, Buffers(), weight_of)
     assert tiled(torch.full((2, 32), torch.nan).bfloat16()).isnan().all()
 
 
 @pytest.mark.parametrize("sizes", [(40, 32), (32, 40)])
 def test_other_sizes_are_left_to_onednn(kernels, sizes):
-    packed: Linear = laid_out([layer(*sizes)], kernels, Room())
-    assert isinstance(packed, PackedLinear)
-    assert isinstance(laid_out([layer(32, 32)], None, Room()), PackedLinear)
+    other: PackedWeight = packed([layer(*sizes)], kernels, Buffers(), weight_of)
+    assert isinstance(other, PackedLinear)
+    assert isinstance(packed([layer(32, 32)], None, Buffers(), weight_of), PackedLinear)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from skyrl_train.ops import softmax
-from skyrl_train.ops.cpu.passes import Kernels, kernels_for
+from skyrl_train.ops import REFERENCE
+from skyrl_train.ops.cpu.passes import Passes, passes_for
 
-pytestmark = pytest.mark.skipif(kernels_for(torch.float32) is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(passes_for(torch.float32) is None, reason="there is no C compiler")
 
 EXACT: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -22,8 +22,8 @@ EXACT: dict[torch.dtype, dict[str, Any]] = {
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    found = kernels_for(request.param)
+def kernels(request: pytest.FixtureRequest) -> Passes:
+    found = passes_for(request.param)
     assert found is not None
     return found
 
@@ -45,13 +45,13 @@ def test_norm_and_its_gradient(kernels):
     x, weight, pull, more = tensors(kernels.dtype, (37, 40), (40,), (37, 40), (37, 40))
     wide = in_double(x, weight)
     expected = wide[0] * (wide[0].square().mean(-1, keepdim=True) + 1e-3).rsqrt() * wide[1]
-    of_x, of_weight = exact_gradients(expected, wide, pull)
+    grad_x, grad_weight = exact_gradients(expected, wide, pull)
     near = EXACT[kernels.dtype]
     assert_close(kernels.norm(x, weight, 1e-3).double(), expected, **near)
     ours_x, ours_weight = kernels.norm_backward(pull, x, weight, 1e-3)
-    assert_close(ours_x.double(), of_x, **near)
-    assert_close(ours_weight.double(), of_weight, rtol=1e-5, atol=1e-4)
-    assert_close(kernels.norm_backward(pull, x, weight, 1e-3, more)[0].double(), of_x + more.double(), **near)
+    assert_close(ours_x.double(), grad_x, **near)
+    assert_close(ours_weight.double(), grad_weight, rtol=1e-5, atol=1e-4)
+    assert_close(kernels.norm_backward(pull, x, weight, 1e-3, more)[0].double(), grad_x + more.double(), **near)
 
 
 def test_rotation_turns_pairs_of_halves_and_back(kernels):
@@ -80,19 +80,19 @@ def test_gated_activation_and_its_gradients(kernels):
 
 
 @pytest.mark.parametrize("parts", ["logprobs", "entropies", "both"])
-def test_softmax_and_its_gradient_are_those_of_torch(kernels, parts, no_compiler):
+def test_softmax_and_its_gradient_are_those_of_torch(kernels, parts):
     logits, pulls = tensors(kernels.dtype, (6, 3000), (2, 6))
     logits, targets = 5 * logits, torch.arange(6) * 400
-    of_logprobs = None if parts == "entropies" else pulls[0].float()
-    of_entropies = None if parts == "logprobs" else pulls[1].float()
+    grad_logprobs = None if parts == "entropies" else pulls[0].float()
+    grad_entropies = None if parts == "logprobs" else pulls[1].float()
     ours = kernels.logprobs(logits, targets, 0.7)
-    theirs = softmax.statistics(logits, targets, 0.7)  # without the kernels
+    theirs = REFERENCE.logprobs(logits, targets, 0.7)
     for value, expected in zip(ours, theirs, strict=True):
         assert_close(value, expected, rtol=1e-5, atol=1e-4)
     expected = logits.clone()
-    softmax.into_gradient(expected, targets, 0.7, *theirs[1:], of_logprobs, of_entropies)
-    pull = torch.zeros(6) if of_logprobs is None else of_logprobs
-    kernels.logprobs_backward(logits, targets, 0.7, *ours[1:], pull, of_entropies)
+    REFERENCE.logprobs_backward(expected, targets, 0.7, *theirs[1:], grad_logprobs, grad_entropies)
+    pull = torch.zeros(6) if grad_logprobs is None else grad_logprobs
+    kernels.logprobs_backward(logits, targets, 0.7, *ours[1:], pull, grad_entropies)
     assert_close(logits, expected, **EXACT[kernels.dtype])
 
 

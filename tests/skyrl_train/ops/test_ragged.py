@@ -1,8 +1,9 @@
-"""The learner's attention as a GPU computes it, one ragged call a layer, in float32 on the CPU."""
+"""Attention of segments: one ragged call a layer, as a GPU computes it, and padded buckets, in float32 on the CPU."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skyrl_train.ops.ragged import Ragged, RepeatedRows, ragged_attention
-from skyrl_train.policy import attention as attention_room
-from skyrl_train.policy.attention import PackedAttention, gathered_keys
+from skyrl_train.ops import REFERENCE, cuda, ops_for
+from skyrl_train.ops.base import SegmentAttention, Segments
+from skyrl_train.ops.bucketed_attention import bucketed_attention
+from skyrl_train.ops.cuda import CudaAttention
+from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys, ragged_attention
 
 # segment lengths, and the segment that each one continues
 TREES: dict[str, tuple[list[int], list[int]]] = {
@@ -23,55 +26,61 @@ TREES: dict[str, tuple[list[int], list[int]]] = {
 }
 
 
+def attended(
+    make: Callable[[Segments, torch.device], SegmentAttention],
+    tree: tuple[list[int], list[int]],
+    heads: tuple[int, int],
+    window: int | None,
+) -> list[Tensor]:
+    """Outputs, and the gradients of queries, keys and values."""
+    lengths, parents = tree
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(sum(lengths), n, 8, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    attend = make(Segments([0, *accumulate(lengths)], parents), torch.device("cpu"))
+    out = attend(*leaves, scale=0.3, window=window)
+    return [out, *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator))]
+
+
 @pytest.fixture
 def one_call(monkeypatch: pytest.MonkeyPatch) -> list[Ragged]:
-    """The calls of the kernel, for which the plain computation stands in."""
+    """The calls of the flash kernel, for which the plain computation stands in."""
     calls: list[Ragged] = []
 
     def flash_attention(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, **options) -> Tensor:
         calls.append(ragged)
         return ragged_attention(query, key, value, ragged, **options)
 
-    monkeypatch.setattr(attention_room, "has_flash", lambda *_: True)
-    monkeypatch.setattr(attention_room, "flash_attention", flash_attention)
+    monkeypatch.setattr(cuda, "has_flash", lambda *_: True)
+    monkeypatch.setattr(cuda, "flash_attention", flash_attention)
     return calls
-
-
-def attended(tree: tuple[list[int], list[int]], heads: tuple[int, int], window: int | None) -> list[Tensor]:
-    """Outputs, and the gradients of queries, keys and values."""
-    lengths, before = tree
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(sum(lengths), n, 8, generator=generator) for n in (heads[0], heads[1], heads[1]))
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    out = PackedAttention(offsets, torch.tensor(before)).attend(0, *leaves, scale=0.3, window=window)
-    return [out, *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator))]
 
 
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_one_call_for_all_segments_is_what_the_padded_buckets_compute(
-    tree: tuple[list[int], list[int]], heads: tuple[int, int], window: int | None, request: pytest.FixtureRequest
+def test_all_implementations_compute_what_the_reference_does(
+    tree: tuple[list[int], list[int]], heads: tuple[int, int], window: int | None, one_call: list[Ragged]
 ) -> None:
-    expected = attended(tree, heads, window)
-    calls: list[Ragged] = request.getfixturevalue("one_call")
-    out, *gradients = attended(tree, heads, window)
-    assert len(calls) == 1
-    assert_close(out, expected[0], atol=1e-6, rtol=1e-6)
-    for found, exact in zip(gradients, expected[1:], strict=True):
-        assert_close(found, exact, atol=1e-5, rtol=1e-5)
+    expected = attended(REFERENCE.segment_attention, tree, heads, window)
+    assert not one_call
+    for make in (CudaAttention, bucketed_attention, ops_for(torch.device("cpu"), torch.float32).segment_attention):
+        out, *gradients = attended(make, tree, heads, window)
+        assert_close(out, expected[0], atol=1e-6, rtol=1e-6)
+        for found, exact in zip(gradients, expected[1:], strict=True):
+            assert_close(found, exact, atol=1e-5, rtol=1e-5)
+    assert len(one_call) == 1
 
 
 def test_keys_of_what_a_segment_continues_come_before_its_own() -> None:
     #  segments  0 1 2 | 3 4 | 5 | 6 7        the second and third continue the first, the last continues the third
-    rows, ragged = gathered_keys([0, 3, 5, 6, 8], [-1, 0, 0, 2], torch.device("cpu"))
+    rows, ragged = gathered_keys(Segments([0, 3, 5, 6, 8], [-1, 0, 0, 2]), torch.device("cpu"))
     assert rows is not None
     parts = [rows[a:b].tolist() for a, b in pairwise(ragged.key_offsets.tolist())]
     assert parts == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 2, 5, 6, 7]]
     assert ragged.query_offsets.tolist() == [0, 3, 5, 6, 8]
     assert (ragged.max_queries, ragged.max_keys) == (3, 6)
-    assert gathered_keys([0, 3, 5], [-1, -1], torch.device("cpu"))[0] is None  # nothing to gather
+    assert gathered_keys(Segments([0, 3, 5], [-1, -1]), torch.device("cpu"))[0] is None  # nothing to gather
 
 
 def test_gradients_of_a_row_that_is_repeated_are_summed_in_float32() -> None:
@@ -97,12 +106,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_has_the_size_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_room, "has_flash", lambda *_: True)
-    monkeypatch.setattr(attention_room, "flash_attention", lambda query, *_, **__: query + 0)
-    lengths, before = [512, 8192, 8192, 8192, 8192], [-1, 0, 0, 0, 0]
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    monkeypatch.setattr(cuda, "has_flash", lambda *_: True)
+    monkeypatch.setattr(cuda, "flash_attention", lambda query, *_, **__: query + 0)
+    lengths, parents = [512, 8192, 8192, 8192, 8192], [-1, 0, 0, 0, 0]
     query, key, value = (torch.empty(sum(lengths), n, 64, device="meta", dtype=torch.bfloat16) for n in (14, 2, 2))
-    attention = PackedAttention(offsets, torch.tensor(before), torch.device("meta"))
+    attend = CudaAttention(Segments([0, *accumulate(lengths)], parents), torch.device("meta"))
     with LargestTensor() as largest:
-        attention.attend(0, query, key, value, scale=0.125, window=None)
+        attend(query, key, value, scale=0.125, window=None)
     assert largest.numbers <= query.numel() < 8192 * (512 + 8192)

@@ -9,16 +9,17 @@ from torch.testing import assert_close
 
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
-from skyrl_train.ops import rounding
-from skyrl_train.ops.cpu.passes import kernels_for
+from skyrl_train.ops import ops_for, reference
+from skyrl_train.ops.base import AdamWSettings, MasterWeight
+from skyrl_train.ops.cpu.passes import passes_for
 from skyrl_train.policy.lora import LoraLinear, effective_weight
-from tests.skyrl_train.ops.conftest import without_compiler
+from tests.without_compiler import without_compiler
 
 STEP = 2.0**-12  # of bfloat16's grid between 1/32 and 1/16
 
 
 def rounded(masters: Tensor) -> Tensor:
-    return rounding.rounded(masters, torch.bfloat16)
+    return ops_for(masters.device, torch.bfloat16).rounded(masters, torch.bfloat16)
 
 
 def on_grid(count: int = 10_000) -> Tensor:
@@ -52,21 +53,22 @@ def test_a_weight_is_one_of_its_masters_two_neighbours_and_never_turns_back():
 def test_every_number_counts_from_the_first_of_its_tensor(monkeypatch, no_compiler):
     masters = on_grid() * 1.001
     whole = rounded(masters)
-    monkeypatch.setattr(rounding, "AT_ONCE", 999)
+    monkeypatch.setattr(reference, "ROUNDED_AT_ONCE", 999)
     assert torch.equal(rounded(masters), whole)
     assert torch.equal(rounded(masters.view(100, 100)).flatten(), whole)
     assert torch.equal(rounded(masters.view(100, 100).T.contiguous().T).flatten(), whole)
 
 
 def test_the_kernels_round_as_torch_does_without_them():
-    kernels = kernels_for(torch.bfloat16)
-    if kernels is None:
+    passes = passes_for(torch.bfloat16)
+    if passes is None:
         pytest.skip("there is no C compiler")
     master, weights = on_grid(), torch.empty(10_000, dtype=torch.bfloat16)
     master.grad = torch.ones_like(master)
-    state = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")} | {"step": torch.ones(())}
-    group = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    kernels.adamw(master, weights, state, group, 1.0)
+    moments = torch.zeros_like(master), torch.zeros_like(master), torch.ones(())
+    parameter = nn.Parameter(weights, requires_grad=False)
+    settings = AdamWSettings(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+    passes.adamw(MasterWeight(master, parameter, master.grad, *moments), settings)
     assert torch.equal(weights, rounded(master))
     assert not torch.equal(weights, master.bfloat16())
     with without_compiler():
@@ -96,5 +98,5 @@ def test_the_first_update_moves_bfloat16_weights_on_average_by_the_learning_rate
 
 def test_other_types_are_rounded_to_the_nearest():
     masters = on_grid() * 1.001
-    weights = rounding.rounded(masters, torch.float16)
+    weights = ops_for(masters.device, torch.float32).rounded(masters, torch.float16)
     assert torch.equal(weights, masters.half())

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.cpu.tiled_attention import can_attend
-from skyrl_train.policy import attention
+from skyrl_train.ops.cpu.passes import passes_for
+from skyrl_train.ops.cpu.tiled_attention import TiledAttention
 from skyrl_train.policy.attention import PackedAttention
 
 pytestmark = pytest.mark.skipif(
-    not can_attend(torch.zeros(1, 1, 32, dtype=torch.bfloat16)), reason="this processor has no AMX tiles"
+    not getattr(passes_for(torch.bfloat16), "has_tiles", False), reason="this CPU has no AMX tiles"
 )
 
 SHAPES = [
@@ -40,11 +40,11 @@ def test_values_and_gradients(bounds, before, heads, kv_heads, size, window, mon
     generator = torch.Generator().manual_seed(0)
     shapes = [(bounds[-1], n, size) for n in (heads, kv_heads, kv_heads, heads)]
     coarse = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
-    packed = PackedAttention(torch.tensor(bounds), torch.tensor(before))
+    packed, other = (PackedAttention(torch.tensor(bounds), torch.tensor(before)) for _ in range(2))
     ours = values_and_gradients(packed, coarse, window)
     exact = values_and_gradients(packed, [tensor.double() for tensor in coarse], window)
-    monkeypatch.setattr(attention, "can_attend", lambda _: False)
-    theirs = values_and_gradients(packed, coarse, window)
+    monkeypatch.setattr(TiledAttention, "fits", lambda passes, query: False)
+    theirs = values_and_gradients(other, coarse, window)
     for our, their, true in zip(ours, theirs, exact, strict=True):
         assert error(our, true) < max(1.1 * error(their, true), 1e-6)
 

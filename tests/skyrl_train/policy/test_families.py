@@ -10,7 +10,9 @@ import torch
 
 from skyrl_train.engine.base import Completion, Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
-from skyrl_train.policy.model import ModelRefused, PackedAttention, Policy, wrap_module
+from skyrl_train.policy.attention import PackedAttention
+from skyrl_train.policy.model import Policy, wrap_module
+from skyrl_train.policy.refusal import ModelRefused
 from tests.families import FAMILIES, CannotBuild, tiny_family
 from tests.tiny_models import tiny_module, tiny_policy, tiny_tokenizer
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from skyrl_train.config import LoraConfig
 from skyrl_train.config.models import LORA_STARTS
 from skyrl_train.learner.learner import Learner
+from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.lora import (
     STARTS,
     BaseUnderAdapters,
@@ -21,7 +22,7 @@ from skyrl_train.policy.lora import (
     add_adapters,
     effective_weight,
 )
-from skyrl_train.policy.model import PackedAttention, Policy
+from skyrl_train.policy.model import Policy
 from skyrl_train.run.checkpoint_parts import read_part, write_part
 from tests.skyrl_train.batches import random_batch, shared_batch
 from tests.skyrl_train.learner.test_learner import learner_for, prepared, relative_difference, trainer_config

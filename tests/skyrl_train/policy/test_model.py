@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skyrl_train.policy.model import (
-    PackedAttention,
-    Policy,
-    choose_compute_dtype,
-    choose_device,
-    load_policy,
-    load_tokenizer,
-    wrap_module,
-)
+from skyrl_train.policy.attention import PackedAttention
+from skyrl_train.policy.model import Policy, load_policy, wrap_module
+from skyrl_train.policy.model_files import load_tokenizer
+from skyrl_train.policy.precision import choose_compute_dtype, choose_device
 from tests.tiny_models import save_tiny_model, tiny_policy, tiny_tokenizer
 
 LENGTHS = [3, 40, 1, 17, 40, 100]  # out of order, some equal, so that buckets must rearrange and pad

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from skyrl_train.config import LoraConfig
-from skyrl_train.ops.weight_gradients import GradientSum
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora import add_adapters
+from skyrl_train.policy.master_gradient import MasterGradient
 from skyrl_train.policy.model_memory import model_memory
 from skyrl_train.run import memory_plan
 from skyrl_train.run.memory_plan import GIB, Demands, Device
@@ -45,7 +45,7 @@ def peak_of_a_pass(policy, batch) -> int:
             continue
         master = torch.empty_like(weight, dtype=torch.float32)
         master.grad = torch.empty_like(master)
-        GradientSum(weight, master)
+        MasterGradient(weight, master)
         for tensor in (weight, master, master.grad):
             live.add(tensor)
     with live:

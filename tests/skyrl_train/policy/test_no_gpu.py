@@ -4,8 +4,8 @@ import pytest
 import torch
 from loguru import logger
 
-from skyrl_train.policy import model
-from skyrl_train.policy.model import choose_device, nvidia_driver
+from skyrl_train.policy import precision
+from skyrl_train.policy.precision import choose_device, nvidia_driver
 
 TOLD = "NVRM version: NVIDIA UNIX {kind}  {version}  Thu Feb  1 01:35:40 UTC 2024\nGCC version:  gcc version 12.3.0"
 
@@ -42,7 +42,7 @@ def test_no_driver(tmp_path):
 def test_a_gpu_that_torch_does_not_find_is_explained(monkeypatch, cuda, driver, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(model, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(precision, "nvidia_driver", lambda: driver)
     with pytest.raises(ValueError, match="torch finds no CUDA GPU on this machine") as refused:
         choose_device("cuda")
     assert says in str(refused.value)
@@ -55,7 +55,7 @@ def test_auto_says_when_it_leaves_a_gpu_unused(monkeypatch, driver):
     said = []
     sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(model, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(precision, "nvidia_driver", lambda: driver)
     try:
         assert choose_device("auto") == torch.device("cpu")
     finally:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from skyrl_train.policy import pretrained
-from skyrl_train.policy.model import PackedAttention, load_policy, load_tokenizer
+from skyrl_train.policy.attention import PackedAttention
+from skyrl_train.policy.model import load_policy
+from skyrl_train.policy.model_files import load_tokenizer
 from skyrl_train.policy.pretrained import PACKAGED_MODEL, resolve_model
 from tests.tiny_models import save_tiny_model
 

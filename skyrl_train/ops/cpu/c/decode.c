@@ -34,14 +34,14 @@ void attend(const number *heads, const number *keys, const number *values, const
   attend_rows(heads, keys, values, at, slot_stride, head_stride, scale, window, out, rows);
 }
 
-void linear(const product *p, const number *x, const number *residual, number *out, int rows) {
+void linear(const linear_layer *p, const number *x, const number *residual, number *out, int rows) {
 #pragma omp parallel
   multiply_all(p, x, residual, out, rows);
 }
 
 typedef struct {
   const number *attention_norm, *query_norm, *key_norm, *mlp_norm;
-  product query_key_value, output, gate_up, down;
+  linear_layer query_key_value, output, gate_up, down;
   float attention_epsilon, head_epsilon, mlp_epsilon, scale;
   int window;
 } layer;

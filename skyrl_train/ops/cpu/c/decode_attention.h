@@ -11,8 +11,8 @@ static inline void fetch(const number *row) {
 }
 
 /* One query head group over tokens [first, last] of one key head; the softmax runs along (Milakov and Gimelshein, 2018).
- * own, twin: where the head begins in the slot, and in the one to read tokens below `shared` from. */
-static void attend_one(const number *query, const number *keys, const number *values, int64_t own, int64_t twin,
+ * own, prefix: where the head begins in the slot, and in the one to read tokens below `shared` from. */
+static void attend_one(const number *query, const number *keys, const number *values, int64_t own, int64_t prefix,
                        int64_t head_stride, int shared, int first, int last, float scale, number *out) {
   float q[QUERIES][HEAD_DIM], sums[QUERIES][HEAD_DIM] = {{0}}, top[QUERIES], total[QUERIES];
   for (int r = 0; r < QUERIES; r++) {
@@ -22,7 +22,7 @@ static void attend_one(const number *query, const number *keys, const number *va
   for (int start = first, count; start <= last; start += count) {
     int end = start < shared && shared <= last ? shared : last + 1;
     count = end - start < BLOCK ? end - start : BLOCK;
-    int64_t at = (start < shared ? twin : own) + (int64_t)start * HEAD_DIM;
+    int64_t at = (start < shared ? prefix : own) + (int64_t)start * HEAD_DIM;
     float scores[QUERIES][BLOCK];
     for (int t = 0; t < count; t++) {
       const number *key = keys + at + t * HEAD_DIM;
@@ -66,7 +66,7 @@ static void attend_one(const number *query, const number *keys, const number *va
 }
 
 typedef struct { /* of each row: its token's slot and position; the slot that holds its first `shared` tokens as well */
-  const int64_t *slots, *positions, *twins, *shared;
+  const int64_t *slots, *positions, *prefix_slots, *prefix_lengths;
 } tokens;
 
 /* A token of a slot over the cached tokens up to its own, row by row, by the team. heads [rows, HEADS + 2 KV_HEADS, D] as
@@ -78,10 +78,10 @@ static void attend_rows(const number *heads, const number *keys, const number *v
   for (int item = 0; item < rows * KV_HEADS; item++) {
     int row = item / KV_HEADS, head = item % KV_HEADS, last = (int)at->positions[row];
     int64_t own = at->slots[row] * slot_stride + head * head_stride;
-    int64_t twin = at->twins[row] * slot_stride + head * head_stride;
+    int64_t prefix = at->prefix_slots[row] * slot_stride + head * head_stride;
     const number *query = heads + ((int64_t)row * (HEADS + 2 * KV_HEADS) + head * QUERIES) * HEAD_DIM;
     int first = last + 1 > window ? last + 1 - window : 0;
-    attend_one(query, keys, values, own, twin, head_stride, (int)at->shared[row], first, last, scale,
+    attend_one(query, keys, values, own, prefix, head_stride, (int)at->prefix_lengths[row], first, last, scale,
                out + ((int64_t)row * HEADS + head * QUERIES) * HEAD_DIM);
   }
 }

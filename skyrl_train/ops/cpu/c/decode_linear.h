@@ -16,7 +16,7 @@ typedef struct {
   const number *weights, *bias; /* bias [outputs] or NULL */
   int inputs, outputs;          /* multiples of 32 */
   int gated; /* a panel is 16 columns of a gate and 16 of what it lets pass; half as many come out */
-} product;
+} linear_layer;
 
 #ifdef AMX
 
@@ -61,7 +61,7 @@ static inline void multiply(const number *x, int rows, int inputs, const number 
   }
 }
 
-static inline void finish_row(const product *p, const float *sums, const number *residual, int column, int64_t row,
+static inline void finish_row(const linear_layer *p, const float *sums, const number *residual, int column, int64_t row,
                               number *out) {
   float y[COLUMNS];
 #pragma omp simd
@@ -85,7 +85,7 @@ static inline void finish_row(const product *p, const float *sums, const number 
 
 /* out [rows, outputs] = x [rows, inputs] times the weights, plus the residual [rows, outputs] unless it is NULL, by all
  * threads of the team. The residual may be `out`. */
-static void multiply_all(const product *p, const number *x, const number *residual, number *out, int rows) {
+static void multiply_all(const linear_layer *p, const number *x, const number *residual, number *out, int rows) {
   int panels = p->outputs / COLUMNS, blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, shaped = 0;
   float sums[32 * COLUMNS] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
@@ -102,7 +102,7 @@ static void multiply_all(const product *p, const number *x, const number *residu
   _tile_release();
 }
 #else
-static void multiply_all(const product *p, const number *x, const number *residual, number *out, int rows) {
+static void multiply_all(const linear_layer *p, const number *x, const number *residual, number *out, int rows) {
   (void)p, (void)x, (void)residual, (void)out, (void)rows;
 }
 #endif

@@ -197,6 +197,5 @@ void adamw(float *weight, float *mean, float *square, const float *gradient, num
 }
 
 #ifdef AMX
-#include "linear.h"
 #include "attention.h"
 #endif

@@ -14,8 +14,8 @@ from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.model import Policy
 from tests.skyrl_train.batches import shared_batch
 from tests.skyrl_train.learner.test_learner import relative_difference
-from tests.skyrl_train.ops.conftest import without_compiler
 from tests.tiny_models import tiny_policy
+from tests.without_compiler import without_compiler
 
 SIZES: dict[str, Any] = {
     "vocab_size": 288,

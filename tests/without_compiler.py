@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from skyrl_train.ops.cpu import passes as kernels
+from skyrl_train.ops.cpu import passes
 from skyrl_train.ops.cpu.c_library import NoCompiler
 
 
@@ -18,15 +18,9 @@ def _refuse(*_: object) -> None:
 @contextmanager
 def without_compiler() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "compiled_library", _refuse)
-        kernels._compiled.cache_clear()
+        patch.setattr(passes, "compiled_library", _refuse)
+        passes._compiled.cache_clear()
         try:
             yield
         finally:
-            kernels._compiled.cache_clear()
-
-
-@pytest.fixture
-def no_compiler() -> Generator[None]:
-    with without_compiler():
-        yield
+            passes._compiled.cache_clear()
