@@ -59,9 +59,11 @@ def ragged_attention(
         own, seen = slice(queries[n], queries[n + 1]), slice(starts[n], starts[n] + length)
         distance = torch.arange(length - (own.stop - own.start), length)[:, None] - torch.arange(length)
         is_seen = (distance >= 0) & (distance < (window or length))
-        heads_first = (tensor.transpose(0, 1) for tensor in (query[own], key[seen], value[seen]))
+        repeats = query.shape[1] // key.shape[1]
+        keys, values = (tensor[seen].repeat_interleave(repeats, 1) for tensor in (key, value))
+        heads_first = (tensor.transpose(0, 1) for tensor in (query[own], keys, values))
         mask = is_seen.to(query.device)
-        parts.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True))
+        parts.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale))
     return torch.cat([part.transpose(0, 1) for part in parts])
 
 
