@@ -1,4 +1,4 @@
-"""Who computes on a device: the one door to the kernels. Nobody outside this room knows a kernel or a compiler."""
+"""The operations of a device, chosen by `ops_for`: no code outside this folder knows a kernel or a compiler."""
 
 from __future__ import annotations
 

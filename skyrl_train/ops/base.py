@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
+class PackedSegments:
     """Token sequences that may share prefixes, end to end: segment n is tokens [bounds[n], bounds[n + 1]).
 
     parents[n] is the segment that n continues, -1 if it begins a sequence. A segment sees its parent whole, and what
@@ -35,7 +35,7 @@ class SegmentAttention(Protocol):
     """Causal attention of the tokens of one pass, layer after layer: exact, differentiable, without state."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-        """query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D].
+        """Attend with query [T, heads, D] to key and value [T, kv_heads, D] -> [T, heads, D].
 
         `window`: a token sees itself and the `window - 1` tokens before it; None: everything before it.
         """
@@ -48,7 +48,7 @@ class Attention(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        """query [T, heads, D], key and value [T, kv_heads, D] of the pass's new tokens -> [T, heads, D].
+        """Attend with the pass's new tokens: query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D].
 
         `window`: a token sees itself and the `window - 1` tokens before it; None: everything before it.
         """
@@ -86,11 +86,11 @@ class Decoder(Protocol):
     """The forward pass of an engine's step: the model itself, or a faster one over a second copy of its weights."""
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Any) -> Tensor:
-        """input_ids, position_ids [T] -> [T, hidden], after the final norm."""
+        """Return the hidden states [T, hidden] after the final norm; input_ids, position_ids [T]."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[*, hidden] -> [*, vocab]"""
+        """Return the logits [*, vocab] of hidden states [*, hidden]."""
         ...
 
     def weights_changed(self) -> None:
@@ -149,7 +149,7 @@ class RowAttention(ABC):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """heads [T, heads + 2 kv_heads, D] -> [T, heads, D], with `attend` for the short chunks.
+        """Attend with heads [T, heads + 2 kv_heads, D] -> [T, heads, D], by `attend` for the short chunks.
 
         `rotate(keys, values, places)` rotates queries and keys in place and stores keys and values in the cache.
         """
@@ -172,7 +172,7 @@ class Draw(Protocol):
 
 
 class Ops(Protocol):
-    """What one device computes in one type of numbers."""
+    """The arithmetic of a forward and backward pass on one device, in one type of numbers."""
 
     keeps_buffers: bool  # whether new memory costs so much that large buffers are kept for the next pass
 
@@ -202,14 +202,14 @@ class Ops(Protocol):
         """
         ...
 
-    def segment_attention(self, segments: Segments, device: torch.device) -> SegmentAttention:
+    def segment_attention(self, segments: PackedSegments, device: torch.device) -> SegmentAttention:
         """Return the causal attention of the tokens of `segments`."""
         ...
 
     def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [n, vocab], targets [n] -> log p(target), log of the sum of exponentials, entropy, each [n] float32.
+        """Return log p(target), the log of the sum of exponentials and the entropy, each [n] float32.
 
-        All are of softmax(logits / temperature).
+        All are of softmax(logits / temperature); logits [n, vocab], targets [n].
         """
         ...
 

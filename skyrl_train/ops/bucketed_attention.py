@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.base import SegmentAttention, Segments
+from skyrl_train.ops.base import PackedSegments, SegmentAttention
 from skyrl_train.ops.causal import causal_attention
 
 
-def bucketed_attention(segments: Segments, device: torch.device) -> SegmentAttention:
+def bucketed_attention(segments: PackedSegments, device: torch.device) -> SegmentAttention:
     """Return the attention of `segments` whose tokens are on `device`."""
     return _Buckets(segments.bounds, segments.parents, device)
 
@@ -20,8 +20,8 @@ def bucketed_attention(segments: Segments, device: torch.device) -> SegmentAtten
 class _Buckets:
     """Implements `SegmentAttention`.
 
-    Segments that continue the same one and whose lengths are close are padded on the right to one length and attend
-    together. The padding is never seen: it comes after every real token.
+    Segments of the same parent whose lengths are close are padded on the right to one length and attend together. The
+    padding is never seen: it comes after every real token.
     """
 
     def __init__(self, bounds: list[int], parents: list[int], device: torch.device) -> None:

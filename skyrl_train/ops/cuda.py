@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.base import SegmentAttention, Segments
+from skyrl_train.ops.base import PackedSegments, SegmentAttention
 from skyrl_train.ops.bucketed_attention import bucketed_attention
 from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys
 from skyrl_train.ops.reference import Reference
@@ -24,7 +24,7 @@ FIRST_CAPABILITY = (8, 0)  # Ampere, likewise
 
 @cache
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention below can run: bfloat16 or float16 on a GPU from Ampere on."""
+    """Return whether the attention below can run: bfloat16 or float16 on a GPU from Ampere on."""
     if not has_triton() or device.type != "cuda" or dtype not in HALF_TYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
@@ -33,7 +33,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, *, scale: float, window: int | None
 ) -> Tensor:
-    """query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D]: `ragged_attention` in one kernel.
+    """Compute `ragged_attention` in one kernel: query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D].
 
     FlashAttention-2 (arXiv 2307.08691). Nothing is repeated for query heads that share a key head. This is the
     operation behind torch.nn.attention.varlen, which adds a custom operation that makes a random state at every call.
@@ -58,14 +58,16 @@ def flash_attention(
 
 @cache
 def has_triton() -> bool:
-    """Whether kernels can be written in Triton, which comes with torch's CUDA builds."""
+    """Return whether kernels can be written in Triton, which comes with torch's CUDA builds."""
     return find_spec("triton") is not None
 
 
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, *, scale: float, window: int | None
 ) -> Tensor:
-    """query [rows, heads, D], keys and values [slots * length, kv_heads, D] -> [rows, heads, D], for `has_flash`.
+    """Attend with one new token per slot: query [rows, heads, D] -> [rows, heads, D], for `has_flash`.
+
+    keys, values [slots * length, kv_heads, D].
 
     Row r sees the first num_keys[r] keys of slot r, or the last `window` of these.
     """
@@ -75,7 +77,7 @@ def decode_attention(
 
 
 def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-    """key, value [T, kv_heads, D] -> rows [T] of keys and values [N, kv_heads, D], for `has_flash`."""
+    """Write key, value [T, kv_heads, D] into rows [T] of keys and values [N, kv_heads, D], for `has_flash`."""
     from skyrl_train.ops import cuda_decode
 
     cuda_decode.write(key.contiguous(), value.contiguous(), keys, values, rows)
@@ -83,7 +85,7 @@ def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: T
 
 @cache
 def has_fused_blocks() -> bool:
-    """Whether the library with the fused kernels is installed."""
+    """Return whether the library with the fused kernels is installed."""
     return has_triton() and find_spec("liger_kernel") is not None
 
 
@@ -98,14 +100,14 @@ def cuda_ops() -> Reference:
 class CudaOps(Reference):
     """Attention of all segments in one kernel where there is one, the rest in plain torch."""
 
-    def segment_attention(self, segments: Segments, device: torch.device) -> SegmentAttention:
+    def segment_attention(self, segments: PackedSegments, device: torch.device) -> SegmentAttention:
         return CudaAttention(segments, device)
 
 
 class CudaAttention:
     """Implements `SegmentAttention`: one flash call, or segments of one length together where there is none."""
 
-    def __init__(self, segments: Segments, device: torch.device) -> None:
+    def __init__(self, segments: PackedSegments, device: torch.device) -> None:
         self._segments, self._device = segments, device
 
     @cached_property

@@ -20,7 +20,7 @@ PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
 
 def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-    """key, value [T, kv_heads, D] -> rows [T] of keys and values [N, kv_heads, D], in one kernel."""
+    """Write key, value [T, kv_heads, D] into rows [T] of keys and values [N, kv_heads, D], in one kernel."""
     count, heads, dim = key.shape
     with on(key.device):
         _write[(count,)](
@@ -32,7 +32,7 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, *, scale: float, window: int | None
 ) -> Tensor:
-    """query [rows, heads, D], keys and values [slots * length, kv_heads, D] -> [rows, heads, D].
+    """Attend with query [rows, heads, D] to keys and values [slots * length, kv_heads, D] -> [rows, heads, D].
 
     Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. Every part of the keys gives a sum
     of values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).

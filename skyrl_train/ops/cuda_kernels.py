@@ -16,9 +16,7 @@ BLOCK = 4096  # numbers of a row at once
 
 
 def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [n, vocab], targets [n] -> under softmax(logits / temperature): log p(target), the logarithm of the sum of
-    exponentials, the entropy, each [n] float32. One pass: the sums follow the largest number seen so far (online
-    softmax, arXiv 1805.02867)."""
+    """Compute `Ops.logprobs` in one pass: the sums follow the largest number seen so far (arXiv 1805.02867)."""
     found = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
     if len(logits):
         with on(logits.device):
@@ -62,7 +60,7 @@ def into_gradient(
 
 
 def dither(masters: Tensor, weights: Tensor) -> None:
-    """masters [n] float32 -> weights [n] bfloat16, rounded as `Reference.round_masters` says."""
+    """Write masters [n] float32 into weights [n] bfloat16, rounded as `Reference.round_masters` says."""
     if len(masters):
         with on(masters.device):
             _dither[(triton.cdiv(len(masters), BLOCK),)](masters, weights, len(masters), BLOCK=BLOCK, num_warps=8)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl_train.ops.base import Segments
+from skyrl_train.ops.base import PackedSegments
 
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Where the queries and keys of N sequences lie. All tensors are int32, on the device of the queries.
+    """The places of the queries and keys of N sequences: int32 tensors on the device of the queries.
 
     Sequence n has the queries [query_offsets[n], query_offsets[n + 1]) and the keys that begin at key_offsets[n]: up to
     key_offsets[n + 1], or `num_keys[n]` of them where given. Its last query sees its last key, the query before one key
@@ -46,7 +46,7 @@ class Ragged:
 def ragged_attention(
     query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, *, scale: float, window: int | None
 ) -> Tensor:
-    """query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D]: one sequence after the other.
+    """Attend one sequence after the other: query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D].
 
     `window`: a query sees its own position and the `window - 1` before it; None: everything before it.
     """
@@ -67,7 +67,7 @@ def ragged_attention(
     return torch.cat([part.transpose(0, 1) for part in parts])
 
 
-def gathered_keys(segments: Segments, device: torch.device) -> tuple[Tensor | None, Ragged]:
+def gathered_keys(segments: PackedSegments, device: torch.device) -> tuple[Tensor | None, Ragged]:
     """Return the rows of the keys that each segment sees, one segment after the other, and where each one's lie.
 
     A segment's keys begin with those of its parents. Rows None: every segment sees its own keys only.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from skyrl_train.ops.base import AdamWSettings, Attention, Decoder, Draw, MasterWeight, SegmentAttention, Segments
+from skyrl_train.ops.base import AdamWSettings, Attention, Decoder, Draw, MasterWeight, PackedSegments, SegmentAttention
 from skyrl_train.ops.ragged import RepeatedRows, gathered_keys, ragged_attention
 
 GOLDEN = 2654435761 - 2**32  # 2^32 over the golden ratio, as an int32: its multiples spread evenly (Knuth, 6.4)
@@ -52,7 +52,7 @@ class Reference:
         normed, row = self.add_norm(attended, row, *weight_and_epsilon(block.post_attention_layernorm))
         return row + mlp.down_proj(self.gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
-    def segment_attention(self, segments: Segments, device: torch.device) -> SegmentAttention:
+    def segment_attention(self, segments: PackedSegments, device: torch.device) -> SegmentAttention:
         rows, ragged = gathered_keys(segments, device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.ops import ops_for
-from skyrl_train.ops.base import Attention, SegmentAttention, Segments
+from skyrl_train.ops.base import Attention, PackedSegments, SegmentAttention
 from skyrl_train.policy.refusal import ModelRefused
 
 ATTENTION_NAME = "skyrl"  # as transformers knows it; it has no mask function there, so models build no mask
@@ -39,7 +39,10 @@ def _attention_forward(
     dropout: float = 0.0,
     **family: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    """Hand the heads of a layer to `attention`, in the shapes of transformers.
+
+    query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+    """
     if attention is None:
         raise ModelRefused(f"{type(module).__name__} does not hand keywords to its attention")
     for name in ("softcap", "s_aux"):
@@ -65,9 +68,9 @@ class PackedAttention:
     """
 
     def __init__(self, offsets: Tensor, before: Tensor | None = None, device: torch.device | None = None) -> None:
-        """device: of the tokens; by default that of `offsets`."""
+        """Take `device` as that of the tokens; by default it is that of `offsets`."""
         bounds = offsets.tolist()
-        self._segments = Segments(bounds, [-1] * (len(bounds) - 1) if before is None else before.tolist())
+        self._segments = PackedSegments(bounds, [-1] * (len(bounds) - 1) if before is None else before.tolist())
         self._device = device or offsets.device
         self._by_dtype: dict[torch.dtype, SegmentAttention] = {}
 

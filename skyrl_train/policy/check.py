@@ -25,7 +25,7 @@ LONG = 1024  # tokens of the long samples, unless a window asks for more or the 
 
 
 def allowed_distance(dtype: torch.dtype) -> float:
-    """Relative. bfloat16 has 8 bits, and a deep model adds their rounding up."""
+    """Return the relative distance that rounding explains: bfloat16 has 8 bits, and a deep model adds them up."""
     return 1e-3 if dtype == torch.float32 else 0.1
 
 
@@ -91,7 +91,7 @@ class _Witness:
 
 
 def _check_layers(policy: Policy) -> None:
-    """Every layer must attend once, through the attention that it is given."""
+    """Raise ModelRefused unless every layer attends once, through the attention that it is given."""
     witness = _Witness(PackedAttention(torch.tensor([0, 8], device=policy.device)), policy.cache_shape)
     ids, positions = _random_ids(policy, 8), torch.arange(8, device=policy.device)
     policy.hidden_states(ids, positions, witness)
@@ -213,7 +213,7 @@ def _few_layers(policy: Policy) -> Generator[None]:
 
 
 def _num_until_all_kinds(layers: nn.ModuleList) -> int:
-    """At least 2."""
+    """Return how many first layers hold every kind of layer, at least 2."""
     kinds = [_kind(layer) for layer in layers]
     return max(2, *(kinds.index(kind) + 1 for kind in kinds))
 

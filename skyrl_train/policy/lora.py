@@ -56,7 +56,7 @@ class LoraLinear(nn.Linear):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """rows [T, in] -> [T, out], as autograd would; the adapter's products are added in place, forward and backward."""
+    """Maps rows [T, in] -> [T, out]; the adapter's matmuls are added in place, forward and backward."""
 
     @staticmethod
     def forward(

@@ -42,7 +42,7 @@ class MasterGradient:
 
 
 class Embed(torch.autograd.Function):
-    """ids [..., T] -> rows of an embedding [..., T, hidden]. Backward adds to those rows of the master's gradient."""
+    """Maps ids [..., T] to rows of an embedding, [..., T, hidden]; backward adds to these of the master's gradient."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, gradient: MasterGradient) -> Tensor:
@@ -61,7 +61,7 @@ class Embed(torch.autograd.Function):
 
 
 class Head(torch.autograd.Function):
-    """x [T, in] -> x W^T + b [T, out], written into `out` if given."""
+    """Maps x [T, in] to x W^T + b [T, out], written into `out` if given."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

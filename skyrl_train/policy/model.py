@@ -31,16 +31,19 @@ class Policy:
     gradient_checkpointing: bool = False
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
-        """input_ids, position_ids: [T], any number of sequences end to end -> [T, hidden], after the final norm."""
+        """Return the hidden states [T, hidden] after the final norm.
+
+        input_ids, position_ids [T]: any number of sequences end to end, which `attention` tells apart.
+        """
         self._set_training(self.gradient_checkpointing and torch.is_grad_enabled())
         base = self.module.base_model
         out = base(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attention=attention)
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [*, hidden] -> [*, vocab]: the head, with the scaling or soft cap that the family puts behind it.
+        """Return the logits [*, vocab] of hidden states, with the scaling or soft cap that the family puts after it.
 
-        `out`: where to write them, for policies that can.
+        `out`: where to write them, if `head_takes_out`.
         """
         head = cast(nn.Module, self.module.get_output_embeddings())
         logits = head(hidden) if out is None else head(hidden, out=out)
@@ -67,12 +70,12 @@ class Policy:
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence at most."""
+        """Return the most tokens that a sequence may have."""
         return int(self.config.max_position_embeddings)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """(layers, key heads, numbers of a head): the keys of one token, and its values likewise."""
+        """Return (layers, key heads, size of a head): the shape of one token's keys, and of its values."""
         config: Any = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -80,7 +83,7 @@ class Policy:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What makes it this policy, by name."""
+        """Return the parameters by name."""
         return dict(self.module.named_parameters())
 
     @property
@@ -92,7 +95,7 @@ class Policy:
         return self.module.dtype
 
     def _set_training(self, training: bool) -> None:
-        """transformers checkpoints layers only in training mode. Dropout is off in both modes, see `load_policy`."""
+        """Set the mode: transformers checkpoints layers only in training mode. Dropout is off in both."""
         if self.module.training != training:
             self.module.train(training)
 

@@ -1,4 +1,4 @@
-"""What a model holds, from its configuration alone: its modules are built on the meta device, which has no memory."""
+"""The memory that a model needs, from its configuration alone: it is built on the meta device, which has no memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plan_of_run(
     *,
     reference_weights: int,
 ) -> MemoryPlan:
-    """How a run with this model (on the meta device) uses the GPU; said in one line. Raises `DoesNotFit`."""
+    """Return the memory plan of a run with this model (on the meta device), and log it. Raises `DoesNotFit`."""
     model = model_memory(
         module,
         trainer.policy.model.lora,
@@ -90,7 +90,10 @@ def meta_module(path: str, dtype: torch.dtype, overrides: dict[str, Any]) -> Pre
 
 
 def model_memory(module: PreTrainedModel, lora: LoraConfig, *, has_flash: bool, is_fused: bool) -> ModelMemory:
-    """module: on the meta device. `has_flash`, `is_fused`: what the GPU computes attention and blocks with."""
+    """Return what the model holds; module: on the meta device.
+
+    `has_flash`: whether attention is one flash call; `is_fused`: whether blocks are fused kernels.
+    """
     config: Any = module.config.get_text_config()
     head: Any = module.get_output_embeddings()
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
@@ -160,7 +163,7 @@ def _kv_heads(config: Any) -> int:
 
 
 def _logits_copies(config: Any) -> int:
-    """How often a chunk of logits is there at once, see `Policy.logits`: a factor makes one more, a cap three."""
+    """Return how many copies of a chunk of logits exist at once (`Policy.logits`): a factor adds one, a cap three."""
     if getattr(config, "final_logit_softcapping", None) is not None:
         return 4
     scales = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale"))

@@ -1,4 +1,4 @@
-"""Where a model computes and in which type, with the reason: decided from what the machine has, never from a timing."""
+"""The device and the type that a model computes in, and why: decided by what the machine has, never by timing."""
 
 from __future__ import annotations
 

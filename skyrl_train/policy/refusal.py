@@ -1,4 +1,4 @@
-"""How a model is refused: by its name, with the reason, in one line and before the first step."""
+"""The refusal of a model: by its name, with the reason, in one line and before the first step."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 
 def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
-    """What `sample` does; it calls this for logits on a GPU."""
+    """Sample as `sampling.sample` does, which calls this for logits on a GPU."""
     scores = logits
     if any(row.params.temperature not in (0, 1) for row in rows):
         scores = logits / moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
@@ -53,7 +53,7 @@ def _banned(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor] | No
 
 
 def cut_weights(scores: Tensor, rows: list[Row]) -> Tensor:
-    """scores [rows, vocab], which are spoilt -> unnormalised probabilities, exactly 0 where a token is cut.
+    """Return unnormalised probabilities, exactly 0 where a token is cut. Overwrites scores [rows, vocab].
 
     In the order of sampling.py: the repetition penalty, the ban, top-k, top-p of what is left, min-p.
     """

@@ -50,13 +50,14 @@ class Bucket:
 
 
 def _rounded(number: int, step: int) -> int:
-    """Up to a multiple of `step`, or of an eighth of the next power of two: few numbers, each at most 1/4 too large."""
+    """Round up to a multiple of `step` or of an eighth of the next power of two: few results, at most 1/4 too large."""
     step = max(step, (1 << (number - 1).bit_length()) // 8)
     return -(-number // step) * step
 
 
 class StaticAttention:
-    """What `CachedAttention` computes for slots 0, 1, 2, ... with one new token each, without asking the host anything.
+    """Computes what `CachedAttention` does for slots 0, 1, 2, ... with one new token each, without the host.
+
 
     positions, places: [rows], of the new token: what it attends as, and where its key and value go.
     """
@@ -81,7 +82,7 @@ class StaticAttention:
         return out.flatten(1, 2)
 
     def _mask(self, window: int | None) -> Tensor:
-        """[rows, 1, 1, span]: 0 where the new token sees a key, else -inf."""
+        """Return [rows, 1, 1, span]: 0 where the new token sees a key, else -inf."""
         if window not in self._masks:
             distance = self._positions[:, None] - torch.arange(self._span, device=self._positions.device)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
@@ -111,7 +112,7 @@ class DecodingStep:
         self._inputs.copy_(self._host, non_blocking=True)
 
     def compute(self) -> Tensor:
-        """[rows, hidden]"""
+        """Return the hidden states [rows, hidden]."""
         ids, positions, places = self._inputs
         attention = StaticAttention(self._cache, positions, places, self._bucket.span)
         return self._policy.hidden_states(ids, positions, attention)
@@ -133,7 +134,7 @@ class GraphedPolicy:
 
     @property
     def num_recorded(self) -> int:
-        """Buckets that are replayed."""
+        """Return how many buckets are replayed."""
         return len(self._recorded)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
@@ -286,5 +287,5 @@ def _of_slots(hidden: Tensor, slots: Tensor) -> Tensor:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative; not a number if ours has some that are none."""
+    """Return the relative distance; NaN where ours has a NaN."""
     return float((ours.float() - theirs.float()).norm() / theirs.float().norm())

@@ -1,4 +1,4 @@
-"""What every way of sampling shares: whose token is drawn, with which random number, and the draw itself.
+"""The draw of a token, shared by every way of sampling: its row, its random number, and the inverse of the CDF.
 
 A token's randomness is a function of (seed, position) alone, so what else the engine is doing does not change it. The
 token is the inverse of the cumulative distribution at that number, which costs one pass over the vocabulary.
@@ -40,7 +40,7 @@ class Row:
 
 
 def uniforms_of(rows: Sequence[Row]) -> list[float]:
-    """The random number of each row's token."""
+    """Return the random number of each row's token."""
     seeds = np.array([row.params.seed & MASK64 for row in rows], dtype=np.uint64)
     return uniform(seeds, np.array([row.position for row in rows], dtype=np.uint64)).tolist()
 
@@ -90,6 +90,6 @@ def chosen(weights: Tensor, rows: list[Row]) -> Tensor:
 
 
 def moved(numbers: Sequence[object], device: torch.device) -> Tensor:
-    """float64 on the device, without waiting for it."""
+    """Copy numbers to the device as float64, without waiting for it."""
     tensor = torch.tensor(numbers, dtype=torch.float64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,4 +1,4 @@
-"""Which forward pass the engine computes with: the fastest that computes what the learner computes."""
+"""The choice of the engine's forward pass: the fastest one that computes what the learner computes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def packed_prompts_and_steps(policy: Policy, long: int = SHORT + 2) -> Tensor:
 
 
 def _passes(long: int) -> list[list[tuple[int, int]]]:
-    """Pass by pass: (sequence, number of its next tokens)."""
+    """Return for each pass: (sequence, number of its next tokens)."""
     return [[(0, 15), (1, 9)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, long)]]
 
 

@@ -27,7 +27,7 @@ SHORT = 128  # tokens; the kernels attend to a chunk token by token up to here, 
 
 
 class KVCache:
-    """Room for sequences, allocated as needed, at least doubled each time unless that would exceed `max_bytes`."""
+    """The cache of all sequences: allocated as needed, at least doubled each time unless that exceeds `max_bytes`."""
 
     def __init__(self, policy: Policy, *, max_slots: int, max_length: int, max_bytes: int) -> None:
         layers, heads, head_dim = policy.cache_shape
@@ -50,7 +50,7 @@ class KVCache:
         return layers * two * heads * dim * self._store.element_size()
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for this many slots of this length. No slot or token beyond them survives a new allocation."""
+        """Allocate this many slots of this length. No slot or token beyond them survives a new allocation."""
         layers, two, old_slots, heads, old_length, dim = self._store.shape
         if slots <= old_slots and length <= old_length:
             return
@@ -76,14 +76,14 @@ class KVCache:
         self._store[:, :, target, :, :length] = self._store[:, :, source, :, :length]
 
     def save(self, slot: int, length: int) -> Tensor:
-        """A copy of the first `length` tokens of a slot, [layers, 2, kv_heads, length, D]."""
+        """Return a copy of the first `length` tokens of a slot, [layers, 2, kv_heads, length, D]."""
         return self._store[:, :, slot, :, :length].clone()
 
     def load(self, slot: int, saved: Tensor, length: int) -> None:
         self._store[:, :, slot, :, :length] = saved[:, :, :, :length]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [slots, kv_heads, length, D]."""
+        """Return keys and values of one layer, each [slots, kv_heads, length, D]."""
         return self._store[index, 0], self._store[index, 1]
 
     @property
@@ -92,21 +92,21 @@ class KVCache:
 
     @property
     def tokens_first(self) -> bool:
-        """Whether the heads of a token lie together in memory, and not the tokens of a head."""
+        """Return whether the heads of a token lie together in memory, and not the tokens of a head."""
         return self._store.device.type != "cpu"
 
     @cached_property
     def has_flash(self) -> bool:
-        """Whether a GPU's attention can read it where it lies."""
+        """Return whether a flash kernel can read it in place."""
         return has_flash(self._store.device, self._store.dtype, self._store.shape[-1])
 
     def tokens(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer on a GPU, each [slots * length, kv_heads, D]."""
+        """Return keys and values of one layer on a GPU, each [slots * length, kv_heads, D]."""
         keys, values = (store.transpose(1, 2).flatten(0, 1) for store in self.layer(index))
         return keys, values
 
     def rows_of(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """slots, positions [T] of tokens -> the rows for `write`."""
+        """Return the rows for `write` of tokens with these slots and positions, [T] each."""
         if self.tokens_first:
             return slots * self.length + positions
         heads = self._store.shape[3]
@@ -172,17 +172,17 @@ class CachedAttention(RowAttention):
 
     @property
     def decoding_slots(self) -> Tensor:
-        """[N] on the host, ascending: those of the chunks of one token, which come first."""
+        """Return the slots of the chunks of one token, which come first: [N] on the host, ascending."""
         return self._slots[: len(self._singles)]
 
     @cached_property
     def decoding_alone(self) -> CachedAttention:
-        """That of the chunks of one token."""
+        """Return the attention of the chunks of one token."""
         return CachedAttention(self.cache, self._singles, self._device)
 
     @cached_property
     def without_decoding(self) -> CachedAttention:
-        """That of the longer chunks alone."""
+        """Return the attention of the longer chunks."""
         return CachedAttention(self.cache, self._long, self._device)
 
     @property
@@ -191,17 +191,17 @@ class CachedAttention(RowAttention):
 
     @cached_property
     def is_short(self) -> bool:
-        """Whether every row is one of `row_tokens`."""
+        """Return whether every row is one of `row_tokens`."""
         return len(self._short) == len(self._chunks)
 
     @cached_property
     def _short(self) -> list[Chunk]:
-        """The first chunks, as long as they are short."""
+        """Return the first chunks, as long as they are short."""
         return list(takewhile(lambda chunk: chunk.count <= SHORT, self._chunks))
 
     @cached_property
     def row_tokens(self) -> RowTokens:
-        """Those of the short chunks."""
+        """Return the tokens of the short chunks."""
         num_rows = sum(chunk.count for chunk in self._short)
         prefixes = [(chunk.prefix_slot, chunk.prefix_length) for chunk in self._short for _ in range(chunk.count)]
         prefix_slots, lengths = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2).t().contiguous()
@@ -249,7 +249,7 @@ class CachedAttention(RowAttention):
 
     @cached_property
     def _ragged(self) -> Ragged:
-        """Each chunk's keys lie from the beginning of its slot on."""
+        """Return where the chunks' queries and keys are: keys from the beginning of each slot."""
         counts, stops = [chunk.count for chunk in self._chunks], [chunk.stop for chunk in self._chunks]
         starts = torch.tensor([*(chunk.slot * self.cache.length for chunk in self._chunks), 0], dtype=torch.int32)
         num_keys = torch.tensor(stops, dtype=torch.int32)
@@ -258,7 +258,7 @@ class CachedAttention(RowAttention):
 
     @cached_property
     def places(self) -> Tensor:
-        """Where each new key of the first head begins, counted in numbers."""
+        """Return where each new key of the first head begins, counted in numbers."""
         keys = self.cache.layer(0)[0]
         return self._slots * keys.stride(0) + self._positions * keys.stride(2)
 
@@ -273,7 +273,7 @@ class CachedAttention(RowAttention):
         scale: float,
         window: int | None,
     ) -> list[Tensor]:
-        """`start`: the first one's first row."""
+        """Attend with each chunk alone; the first one's first row is `start`."""
         parts = []
         for chunk in chunks:
             own = (tensor[start : start + chunk.count] for tensor in (grouped, key, value))
@@ -282,7 +282,7 @@ class CachedAttention(RowAttention):
         return parts
 
     def _attend_singles(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """query [N, kv_heads, R, D]: one new token of N sequences. Slots in between that do not decode idle along."""
+        """Attend with one new token of N sequences: query [N, kv_heads, R, D]. Idle slots in between compute along."""
         keys, values = (store[self._first : self._last, :, : self._span] for store in (keys, values))
         if not self._dense:
             shape = (self._last - self._first, *query.shape[1:])
@@ -301,7 +301,7 @@ class CachedAttention(RowAttention):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """query [N, kv_heads, R, D]: N new tokens of one sequence, behind the `chunk.start` tokens in the cache."""
+        """Attend with N new tokens of one sequence, query [N, kv_heads, R, D], after the `chunk.start` cached ones."""
         windowed = window is not None and window < chunk.stop
         if chunk.start:
             key, value = (store[chunk.slot, :, : chunk.stop] for store in cached)
@@ -315,20 +315,20 @@ class CachedAttention(RowAttention):
         return out.permute(2, 0, 1, 3)
 
     def _mask(self, slot: int, window: int | None) -> Tensor:
-        """0 where a query sees a key, else -inf; the same in every layer. `slot` -1: the mask of all single tokens."""
+        """Return 0 where a query sees a key, else -inf, the same in every layer; slot -1: that of all single tokens."""
         if (mask := self._masks.get((slot, window))) is None:
             mask = self._single_mask(window) if slot < 0 else self._chunk_mask(slot, window)
             self._masks[slot, window] = mask
         return mask
 
     def _single_mask(self, window: int | None) -> Tensor:
-        """[slots, 1, 1, span]. An idle slot sees its first token, so that nothing is undefined."""
+        """Return the mask [slots, 1, 1, span]. An idle slot sees its first token, so that nothing is undefined."""
         query = torch.zeros(self._last - self._first, dtype=torch.long)
         query[[chunk.slot - self._first for chunk in self._singles]] = torch.tensor([c.start for c in self._singles])
         return self._visible(query.to(self._device), self._span, window)[:, None, None]
 
     def _chunk_mask(self, slot: int, window: int | None) -> Tensor:
-        """[count, stop]: the last query sees everything, or the last `window`."""
+        """Return the mask [count, stop]: the last query sees everything, or the last `window`."""
         chunk = next(chunk for chunk in self._long if chunk.slot == slot)
         return self._visible(torch.arange(chunk.start, chunk.stop, device=self._device), chunk.stop, window)
 

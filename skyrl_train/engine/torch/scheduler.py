@@ -94,11 +94,11 @@ class Scheduler:
 
     @property
     def max_cached_tokens(self) -> int:
-        """What one sequence may need at most, prompt and response."""
+        """Return the most tokens that one sequence may have, prompt and response."""
         return self._cache.max_tokens
 
     def room_for(self, request: Request) -> int:
-        """Tokens of cache that the request may come to need."""
+        """Return how many tokens of cache the request may come to need."""
         return min(len(request.prompt_ids) + request.sampling.max_tokens, self._max_model_len)
 
     def add(self, request: Request) -> Sequence:
@@ -118,7 +118,7 @@ class Scheduler:
         self._sessions.forget(session_id)
 
     def weights_changed(self, policy_version: int) -> None:
-        """Nothing computed with the old weights is used again: sequences in flight compute their tokens anew.
+        """Nothing computed with the old weights is used again: sequences in flight compute their tokens again.
 
         A response that was begun under an older version keeps that version: it says how old its oldest token may be.
         """
@@ -132,7 +132,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Completion]]:
-        """One forward pass; the sequences that it finished."""
+        """Compute one forward pass and return the sequences that it finished."""
         began = time.perf_counter()
         self._admit()
         chunks = self._plan()
@@ -194,7 +194,7 @@ class Scheduler:
         self.stats = replace(self.stats, tokens_reused=self.stats.tokens_reused + length)
 
     def _plan(self) -> list[tuple[Sequence, Chunk]]:
-        """What to compute now: a token of every decoding sequence; prompts in slot order while the budget lasts."""
+        """Return what to compute now: a token of every decoding sequence; prompts in slot order within the budget."""
         ready = [sequence for sequence in self._slots if sequence.waits_for is None]
         singles = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed == 1]
         longs = [sequence for sequence in ready if len(sequence.tokens) - sequence.computed > 1]

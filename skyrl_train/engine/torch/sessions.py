@@ -12,7 +12,7 @@ from skyrl_train.engine.torch.prefix_sharing import PrefixIndex, common_prefix
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a session's last turn left: tokens, and their keys and values [layers, 2, kv_heads, tokens, D]."""
+    """The tokens of a session's last turn, with their keys and values [layers, 2, kv_heads, tokens, D]."""
 
     tokens: list[int]
     saved: Tensor
@@ -23,7 +23,7 @@ class Kept:
 
 
 class KeptSessions:
-    """At most `budget` bytes; the session that was kept longest ago goes first."""
+    """Keeps at most `budget` bytes; the session that was kept longest ago goes first."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget

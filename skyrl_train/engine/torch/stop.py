@@ -1,4 +1,4 @@
-"""When a response ends by its text: finds stop strings that may span tokens, decoding only when one can have ended."""
+"""The end of a response by its text: finds stop strings that may span tokens, decoding only when one can have ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StopStrings:
         self._pieces: dict[int, str] = {}  # token -> its text alone
 
     def ended(self, response_ids: list[int], stop: tuple[str, ...]) -> bool:
-        """Whether a stop string ends within the last token of the response."""
+        """Return whether a stop string ends within the last token of the response."""
         piece = self._piece(response_ids[-1])
         for string in stop:
             if string and (string[-1] in piece or "\ufffd" in piece):  # \ufffd: part of a letter of several bytes

@@ -33,7 +33,7 @@ def c_compiler() -> str | None:
 
 
 def compiled_library(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
-    """definitions: `-DNAME=VALUE`. NoCompiler, with the compiler's own words."""
+    """Compile and load a C file; definitions: `-DNAME=VALUE`. Raises NoCompiler with the compiler's own words."""
     if (compiler := c_compiler()) is None:
         raise NoCompiler("there is no C compiler on the PATH")
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []

@@ -42,7 +42,7 @@ class Cache(Structure):
 
 
 def cache_struct(store: Tensor) -> Cache:
-    """store [layers, keys and values, slots, kv_heads, length, D]"""
+    """Describe a store [layers, keys and values, slots, kv_heads, length, D]."""
     strides = store.stride()
     return Cache(store.data_ptr(), *(strides[axis] for axis in (1, 0, 2, 3)))
 

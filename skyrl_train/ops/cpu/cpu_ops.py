@@ -16,8 +16,8 @@ from skyrl_train.ops.base import (
     Decoder,
     Draw,
     MasterWeight,
+    PackedSegments,
     SegmentAttention,
-    Segments,
 )
 from skyrl_train.ops.bucketed_attention import bucketed_attention
 from skyrl_train.ops.cpu import huge_pages
@@ -63,7 +63,7 @@ class CpuOps(Reference):
         cosine, sine = position
         return fused_block(self._passes, block, row, (cosine.contiguous(), sine.contiguous()), attention)
 
-    def segment_attention(self, segments: Segments, device: torch.device) -> SegmentAttention:
+    def segment_attention(self, segments: PackedSegments, device: torch.device) -> SegmentAttention:
         return CpuAttention(self._passes, segments, device)
 
     def logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ class CpuOps(Reference):
 class CpuAttention:
     """Implements `SegmentAttention`: in AMX tiles where the CPU has them and the heads fit, else in torch."""
 
-    def __init__(self, passes: Passes, segments: Segments, device: torch.device) -> None:
+    def __init__(self, passes: Passes, segments: PackedSegments, device: torch.device) -> None:
         self._passes, self._segments, self._device = passes, segments, device
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrl_train.ops.base import Segments
+from skyrl_train.ops.base import PackedSegments
 from skyrl_train.ops.cpu.passes import SIDE, AttentionShape, Passes
 
 NO_WINDOW = 2**62
@@ -17,7 +17,7 @@ NO_WINDOW = 2**62
 class TiledAttention:
     """Implements `SegmentAttention` for heads that `fits` accepts."""
 
-    def __init__(self, passes: Passes, segments: Segments) -> None:
+    def __init__(self, passes: Passes, segments: PackedSegments) -> None:
         self.passes = passes
         self._bounds, self._parents = torch.tensor(segments.bounds), torch.tensor(segments.parents)
         self.roots = torch.cat([torch.nonzero(self._parents < 0).flatten(), torch.tensor([len(self._parents)])])

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skyrl_train.ops import REFERENCE, cuda, ops_for
-from skyrl_train.ops.base import SegmentAttention, Segments
+from skyrl_train.ops.base import PackedSegments, SegmentAttention
 from skyrl_train.ops.bucketed_attention import bucketed_attention
 from skyrl_train.ops.cuda import CudaAttention
 from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys, ragged_attention
@@ -27,7 +27,7 @@ TREES: dict[str, tuple[list[int], list[int]]] = {
 
 
 def attended(
-    make: Callable[[Segments, torch.device], SegmentAttention],
+    make: Callable[[PackedSegments, torch.device], SegmentAttention],
     tree: tuple[list[int], list[int]],
     heads: tuple[int, int],
     window: int | None,
@@ -37,7 +37,7 @@ def attended(
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(sum(lengths), n, 8, generator=generator) for n in (heads[0], heads[1], heads[1]))
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    attend = make(Segments([0, *accumulate(lengths)], parents), torch.device("cpu"))
+    attend = make(PackedSegments([0, *accumulate(lengths)], parents), torch.device("cpu"))
     out = attend(*leaves, scale=0.3, window=window)
     return [out, *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator))]
 
@@ -74,13 +74,13 @@ def test_all_implementations_compute_what_the_reference_does(
 
 def test_keys_of_what_a_segment_continues_come_before_its_own() -> None:
     #  segments  0 1 2 | 3 4 | 5 | 6 7        the second and third continue the first, the last continues the third
-    rows, ragged = gathered_keys(Segments([0, 3, 5, 6, 8], [-1, 0, 0, 2]), torch.device("cpu"))
+    rows, ragged = gathered_keys(PackedSegments([0, 3, 5, 6, 8], [-1, 0, 0, 2]), torch.device("cpu"))
     assert rows is not None
     parts = [rows[a:b].tolist() for a, b in pairwise(ragged.key_offsets.tolist())]
     assert parts == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 2, 5, 6, 7]]
     assert ragged.query_offsets.tolist() == [0, 3, 5, 6, 8]
     assert (ragged.max_queries, ragged.max_keys) == (3, 6)
-    assert gathered_keys(Segments([0, 3, 5], [-1, -1]), torch.device("cpu"))[0] is None  # nothing to gather
+    assert gathered_keys(PackedSegments([0, 3, 5], [-1, -1]), torch.device("cpu"))[0] is None  # nothing to gather
 
 
 def test_gradients_of_a_row_that_is_repeated_are_summed_in_float32() -> None:
@@ -110,7 +110,7 @@ def test_no_tensor_has_the_size_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cuda, "flash_attention", lambda query, *_, **__: query + 0)
     lengths, parents = [512, 8192, 8192, 8192, 8192], [-1, 0, 0, 0, 0]
     query, key, value = (torch.empty(sum(lengths), n, 64, device="meta", dtype=torch.bfloat16) for n in (14, 2, 2))
-    attend = CudaAttention(Segments([0, *accumulate(lengths)], parents), torch.device("meta"))
+    attend = CudaAttention(PackedSegments([0, *accumulate(lengths)], parents), torch.device("meta"))
     with LargestTensor() as largest:
         attend(query, key, value, scale=0.125, window=None)
     assert largest.numbers <= query.numel() < 8192 * (512 + 8192)
