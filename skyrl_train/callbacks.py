@@ -12,7 +12,7 @@ Metrics = dict[str, float]
 
 @dataclass
 class CallbackInput:
-    """Where the run is. `metrics` comes with step and eval ends, `logs` with on_log, `ckpt_path` with on_save."""
+    """The state of the run at an event. `metrics` comes with step and eval ends, `logs` with on_log, `ckpt_path` with on_save."""
 
     global_step: int  # finished steps; in on_step_start the step that begins
     epoch: int
@@ -26,7 +26,7 @@ class CallbackInput:
 
 @dataclass
 class TrainingControl:
-    """What a callback may ask for; the trainer does it after the step and sets the flags back."""
+    """The requests of callbacks; the trainer does them after the step and sets the flags back."""
 
     should_save: bool = False
     should_evaluate: bool = False

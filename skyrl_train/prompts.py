@@ -95,7 +95,7 @@ class PromptDataset(Sequence[Prompt]):
 
 @dataclass(frozen=True, slots=True)
 class PromptSchedule:
-    """Which rows each step plays. Steps count from 1; a run that has done N steps goes on with batch(N + 1).
+    """The rows that each step plays. Steps count from 1; a run that has done N steps goes on with batch(N + 1).
 
     The order of an epoch depends on the seed and the epoch alone, so nothing else has to be stored. Every epoch leaves
     out the `num_left_out` rows behind its last whole batch, different ones each time.

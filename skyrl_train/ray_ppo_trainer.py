@@ -91,7 +91,7 @@ class RayPPOTrainer:
             getattr(callback, event)(self, where, self.control)
 
     def taken_metrics(self) -> dict[str, float]:
-        """What a subclass measured since the last step."""
+        """Return what a subclass measured since the last step."""
         found = {**self.all_metrics, **{f"timing/{name}": seconds for name, seconds in self.all_timings.items()}}
         self.all_metrics, self.all_timings = {}, {}
         return found

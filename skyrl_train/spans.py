@@ -1,4 +1,4 @@
-"""What takes how long: spans that code opens around its work, and whoever records them.
+"""Spans of time that code opens around its work, and the recorders that listen to them.
 
     with span("engine step", sequences=32):
         ...

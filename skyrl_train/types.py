@@ -14,7 +14,7 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 
 
 class EpisodeEnd(StrEnum):
-    """How an episode ended. Only ENV_FAILURE is nobody's reward: it is retried, counted, and never trained on."""
+    """The end of an episode. Only ENV_FAILURE carries no reward: it is retried, counted, and never trained on."""
 
     FINISHED = "finished"  # the environment said done
     OUT_OF_TURNS = "out_of_turns"  # the turn limit was reached first
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the engine was given, what it sampled, and what the environment paid for it.
+    """One engine call: the tokens it was given, the tokens it sampled, and the reward that the environment paid.
 
     `prompt_ids` is everything the engine saw, earlier turns included. `observation_ids` is what the environment (and
     the chat template) put behind the reply; it is empty after the last turn.
@@ -60,7 +60,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """What an episode leaves behind."""
+    """The record of an episode: its turns, its end, and what the environment said."""
 
     prompt: Prompt
     repetition: int  # which of the group's episodes this is, from 0
@@ -146,7 +146,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimiser update sees: samples laid end to end, without padding.
+    """The input of one update: samples end to end, without padding.
 
     T tokens in all, S samples, sample s is [offsets[s], offsets[s+1]). Entry t of every [T] tensor is about token t:
     `logprobs[t]` is log p(token t | the tokens before it in the same sample), 0 for a sample's first token.

@@ -25,6 +25,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "images": ("client", "hosting", "catalog"),
 }
 FRONT = {"commands", "entrypoints"}
+KERNELS = ("skyrl_train.ops.cpu", "skyrl_train.ops.cuda_", "triton", "liger_kernel")  # known to skyrl_train/ops/ alone
+WITHOUT_KERNELS = re.compile(r"(kernels|passes|tiles) is (not )?None")
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 
 Finding = tuple[int, str]  # line, what is wrong there
@@ -82,6 +84,18 @@ def imports_of_other_rooms(path: Path, source: str) -> Iterator[Finding]:
             yield line, f"imports {module}, which is not above the room {room}"
 
 
+def kernels_outside_ops(path: Path, source: str) -> Iterator[Finding]:
+    """Imports of kernels, of a compiler, and questions whether there are any, outside the room that answers them."""
+    if path.parts[0] != "skyrl_train" or path.parts[1] == "ops":
+        return
+    for line, module in imported_modules(path, ast.parse(source)):
+        if module.startswith(KERNELS):
+            yield line, f"imports {module}; use ops_for of skyrl_train.ops"
+    for number, line in enumerate(source.splitlines(), start=1):
+        if WITHOUT_KERNELS.search(line):
+            yield number, "asks whether there are kernels"
+
+
 def broad_excepts(_: Path, source: str) -> Iterator[Finding]:
     """Handlers of everything which do not end in a plain `raise`, and suppress(Exception)."""
     for node in ast.walk(ast.parse(source)):
@@ -124,6 +138,7 @@ Check = Callable[[Path, str], Iterator[Finding]]
 CHECKS: list[Check] = [
     forbidden_imports,
     imports_of_other_rooms,
+    kernels_outside_ops,
     broad_excepts,
     long_functions,
     missing_docstrings,
@@ -169,6 +184,24 @@ def lines_found(check: Check, path: str, source: str) -> list[int]:
 )
 def test_imports_are_told_apart(path, source, is_wrong):
     assert bool(lines_found(forbidden_imports, path, source)) is is_wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "is_wrong"),
+    [
+        ("skyrl_train/policy/blocks.py", "from skyrl_train.ops import ops_for", False),
+        ("skyrl_train/policy/blocks.py", "from skyrl_train.ops.cpu import cpu_ops", True),
+        ("skyrl_train/learner/adamw.py", "from skyrl_train.ops.cpu.passes import passes_for", True),
+        ("skyrl_train/engine/torch/kv_cache.py", "from skyrl_train.ops import cuda_decode", True),
+        ("skyrl_train/engine/torch/kv_cache.py", "from skyrl_train.ops.cuda import has_flash", False),
+        ("skyrl_train/learner/adamw.py", "if self._kernels is None:\n    pass", True),
+        ("skyrl_train/learner/adamw.py", "import triton", True),
+        ("skyrl_train/ops/cpu/cpu_ops.py", "from skyrl_train.ops.cpu.passes import passes_for", False),
+        ("tests/skyrl_train/ops/test_passes.py", "from skyrl_train.ops.cpu.passes import passes_for", False),
+    ],
+)
+def test_kernels_are_known_to_one_room(path, source, is_wrong):
+    assert bool(lines_found(kernels_outside_ops, path, source)) is is_wrong
 
 
 def test_rooms_import_only_what_stands_above_them():

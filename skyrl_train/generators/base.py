@@ -12,7 +12,7 @@ TrainingPhase = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryID:
-    """Which episode of which prompt."""
+    """The identity of an episode: its prompt, and which of the prompt's episodes it is."""
 
     instance_id: str
     repetition_id: int
@@ -23,7 +23,7 @@ class TrajectoryID:
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """When the batch is generated."""
+    """The step and phase that a batch is generated for."""
 
     global_step: int
     training_phase: TrainingPhase

@@ -1,13 +1,13 @@
 """Refuses a model, by name and with the reason, that learner and engine would compute differently from transformers.
 
-What is run: every layer on a few tokens, and as many layers as there are kinds of them on samples as long as the run's
+Checked are: every layer on a few tokens; as many layers as there are kinds of them on samples as long as the run's
 (and longer than any window), packed as the learner packs them, in the type that the run computes in, and with positions
-up to the last one that the run may reach.
+up to the last one that the run may reach; and the gradients of these layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from skyrl_train.policy.refusal import FOREIGN_ERRORS, ModelRefused, one_line
 if TYPE_CHECKING:
     from skyrl_train.policy.model import Policy
 
+GRADIENT_TOKENS = 160  # of a sample whose gradients are compared
 LONG = 1024  # tokens of the long samples, unless a window asks for more or the run for fewer
 
 
@@ -56,6 +57,7 @@ def refuse_unlike_transformers(policy: Policy, max_length: int | None = None) ->
         longest = min(max_length or policy.context, policy.context)
         _check_logits(policy, longest)
         _check_long_samples(policy, longest)
+        _check_gradients(policy, longest)
     except ModelRefused as refusal:
         raise ModelRefused(f"{family} is not supported: {refusal}") from refusal
     except FOREIGN_ERRORS as error:
@@ -182,6 +184,42 @@ def _check_long_samples(policy: Policy, longest: int) -> None:
         policy.module.set_attn_implementation(ATTENTION_NAME)
     if worst > (allowed := allowed_distance(policy.compute_dtype)):
         raise ModelRefused(_differs(f"samples of {size} tokens", worst, allowed))
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _check_gradients(policy: Policy, longest: int) -> None:
+    """Compare gradients of the first layers on samples that share a prefix and have several blocks of rows."""
+    size = min(longest, GRADIENT_TOKENS)
+    if size < 4:
+        return
+    lengths = [size - size // 2, size // 2, size // 4]  # a prefix and two ends of it
+    prefix, *ends = (ids.clone() for ids in _random_ids(policy, sum(lengths)).split(lengths))
+    offsets, parents = torch.tensor([0, *lengths]).cumsum(0), torch.tensor([-1, 0, 0])
+    starts = [0, len(prefix), len(prefix)]
+    positions = torch.cat([torch.arange(s, s + n, device=policy.device) for s, n in zip(starts, lengths, strict=True)])
+    module, base = policy.module, policy.module.base_model
+    with _few_layers(policy):
+        weights = [weight for weight in base.parameters() if weight.requires_grad]
+        packed = PackedAttention(offsets, parents, policy.device)
+        ours = policy.hidden_states(torch.cat([prefix, *ends]), positions, packed).split(lengths)[1:]
+        generator = torch.Generator().manual_seed(size)
+        pulls = [torch.randn(part.shape, generator=generator).to(part) for part in ours]
+        found = _gradients(ours, pulls, weights)
+        module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
+        theirs = [base(input_ids=torch.cat([prefix, end])[None], use_cache=False).last_hidden_state[0] for end in ends]
+        expected = _gradients([part[len(prefix) :] for part in theirs], pulls, weights)
+        module.set_attn_implementation(ATTENTION_NAME)  # not before: checkpointed layers are recomputed in backward
+    worst = float((found - expected).norm() / expected.norm().clamp_min(1e-18))
+    if not worst <= (allowed := 2 * allowed_distance(policy.compute_dtype)):
+        raise ModelRefused(_differs("gradients", worst, allowed))
+
+
+def _gradients(parts: Sequence[Tensor], pulls: list[Tensor], weights: list[nn.Parameter]) -> Tensor:
+    """Return the gradients of sum(parts * pulls), those of all weights in one vector (float32)."""
+    total = torch.stack([(part * pull).sum() for part, pull in zip(parts, pulls, strict=True)]).sum()
+    found = torch.autograd.grad(total, weights, allow_unused=True)
+    return torch.cat([grad.float().flatten() for grad in found if grad is not None])
 
 
 def _random_ids(policy: Policy, count: int) -> Tensor:

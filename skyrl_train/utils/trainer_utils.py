@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class ResumeMode(StrEnum):
-    """Where a run starts: afresh, from its newest checkpoint, or from `trainer.resume_path`."""
+    """The start of a run: afresh, from its newest checkpoint, or from `trainer.resume_path`."""
 
     NONE = "none"
     LATEST = "latest"

@@ -30,9 +30,9 @@ _ARGUMENTS = {
     "attend": [_POINTER] * 4 + [_LONG, _LONG, _FLOAT, _INT, _POINTER, _INT],
     "linear": [_POINTER] * 4 + [_INT],
     "decode": [_POINTER, _INT] + [_POINTER] * 10 + [_INT],
-    "ask_for_tiles": [],
+    "request_tiles": [],
 }
-_RETURN_INT = {"draw", "ask_for_tiles"}
+_RETURN_INT = {"draw", "request_tiles"}
 NO_WINDOW = 2**31 - 1
 
 
@@ -83,7 +83,7 @@ class DecodeKernels:
             self._library = _loaded(shape)
         except NoCompiler as error:
             raise NoKernels(str(error)) from error
-        self.has_tiles = self._library.ask_for_tiles() == 0  # of AMX
+        self.has_tiles = self._library.request_tiles() == 0  # of AMX
 
     def rms_norm(self, row: Tensor, norm: Norm) -> Tensor:
         """Return row [..., width], normed over its last dimension."""

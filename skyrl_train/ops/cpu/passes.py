@@ -34,7 +34,7 @@ _ARGUMENTS = {
     "adamw": [_POINTER] * 5 + [_FLOAT] * 8 + [_LONG],
 }
 _OF_TILES = {
-    "ask_for_tiles": [],
+    "request_tiles": [],
     "attend": [_POINTER] * 6,
     "attend_backward": [_POINTER] * 2 + [_LONG] + [_POINTER] * 9,
 }
@@ -43,7 +43,7 @@ _RESULTS = {
     "attend_backward": _INT,
     "norm_backward": _INT,
     "square_sum": ctypes.c_double,
-    "ask_for_tiles": _INT,
+    "request_tiles": _INT,
 }
 
 
@@ -93,7 +93,7 @@ class Passes:
         self.has_tiles = hasattr(library, "attend")
         if self.has_tiles:
             self._declare(_OF_TILES)
-            self.has_tiles = library.ask_for_tiles() == 0
+            self.has_tiles = library.request_tiles() == 0
 
     def _declare(self, arguments: dict[str, list[Any]]) -> None:
         for name, types in arguments.items():

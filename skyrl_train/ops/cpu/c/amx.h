@@ -12,7 +12,7 @@
 
 /* Linux keeps the tiles' registers for a process that has asked once (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
  * Returns 0 if it does. */
-int ask_for_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+int request_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
 
 typedef struct { /* what _tile_loadconfig reads */
   uint8_t palette, start, reserved[14];
@@ -27,10 +27,10 @@ static inline tile_shapes full_tiles(void) {
 }
 
 /* In this thread, until _tile_release. */
-static inline void take_tiles(const tile_shapes *shapes) {
+static inline void configure_tiles(const tile_shapes *shapes) {
   __asm__ volatile("" : : "r"(shapes) : "memory"); /* gcc 12 does not see that all of it is read */
   _tile_loadconfig(shapes);
 }
 #else
-int ask_for_tiles(void) { return -1; }
+int request_tiles(void) { return -1; }
 #endif

@@ -21,16 +21,16 @@ typedef struct { /* one segment and key head */
   int64_t first, length, keys;         /* its first token, its tokens, all keys that it sees */
   int64_t key_blocks, size_blocks;
   int64_t *tokens;                     /* [keys] where they stand */
-  number *key_columns, *value_columns; /* packed [key blocks][size blocks]: for products over a head's numbers */
-  number *key_rows, *value_rows;       /* packed [size blocks][key blocks]: for products over keys */
+  number *key_columns, *value_columns; /* packed [key blocks][size blocks]: for matmuls over a head's numbers */
+  number *key_rows, *value_rows;       /* packed [size blocks][key blocks]: for matmuls over keys */
 } seen;
 
-/* Numbers are in the room of one thread, laid out for the longest chain of segments. */
+/* Numbers are in the workspace of one thread, laid out for the longest chain of segments. */
 typedef struct {
   seen seen;
-  number *rows, *of_rows, *p, *of_scores, *packed, *gathered; /* [ROWS][size] twice, [ROWS][keys] twice */
-  float *scores, *of_p, *of_keys, *of_values;                 /* [32][keys] twice, [keys][size] twice */
-} room;
+  number *rows, *grad_rows, *p, *grad_scores, *packed, *gathered; /* [ROWS][size] twice, [ROWS][keys] twice */
+  float *scores, *grad_p, *grad_keys, *grad_values;                 /* [32][keys] twice, [keys][size] twice */
+} workspace;
 
 static int64_t longest_chain(const shape *s) {
   int64_t longest = 0;
@@ -48,19 +48,19 @@ static void *part(char **free_, int64_t bytes) {
   return here;
 }
 
-/* The room's parts within one piece of memory; NULL: only count. */
-static int64_t lay_out(room *r, char *memory, int64_t keys, int64_t size) {
+/* The workspace's parts within one piece of memory; NULL: only count. */
+static int64_t lay_out(workspace *r, char *memory, int64_t keys, int64_t size) {
   char *free_ = memory;
   int64_t matrix = keys * size * sizeof(number);
   r->seen.tokens = part(&free_, keys * sizeof(int64_t));
   r->seen.key_columns = part(&free_, matrix), r->seen.value_columns = part(&free_, matrix);
   r->seen.key_rows = part(&free_, matrix), r->seen.value_rows = part(&free_, matrix);
   r->gathered = part(&free_, matrix);
-  r->rows = part(&free_, ROWS * size * sizeof(number)), r->of_rows = part(&free_, ROWS * size * sizeof(number));
-  r->p = part(&free_, ROWS * keys * sizeof(number)), r->of_scores = part(&free_, ROWS * keys * sizeof(number));
+  r->rows = part(&free_, ROWS * size * sizeof(number)), r->grad_rows = part(&free_, ROWS * size * sizeof(number));
+  r->p = part(&free_, ROWS * keys * sizeof(number)), r->grad_scores = part(&free_, ROWS * keys * sizeof(number));
   r->packed = part(&free_, 2 * ROWS * (size > SIDE ? size : SIDE) * sizeof(number));
-  r->scores = part(&free_, SIDE * keys * sizeof(float)), r->of_p = part(&free_, SIDE * keys * sizeof(float));
-  r->of_keys = part(&free_, keys * size * sizeof(float)), r->of_values = part(&free_, keys * size * sizeof(float));
+  r->scores = part(&free_, SIDE * keys * sizeof(float)), r->grad_p = part(&free_, SIDE * keys * sizeof(float));
+  r->grad_keys = part(&free_, keys * size * sizeof(float)), r->grad_values = part(&free_, keys * size * sizeof(float));
   return free_ - memory;
 }
 
@@ -79,8 +79,8 @@ static void pack_keys(const number *from, int64_t size, const seen *s, number *c
     }
 }
 
-/* Everything that segment n sees of one key head. */
-static void look(const shape *s, int64_t n, int64_t head, const number *key, const number *value, int backward, room *r) {
+/* Packs all keys and values of one key head that segment n sees. */
+static void look(const shape *s, int64_t n, int64_t head, const number *key, const number *value, int backward, workspace *r) {
   seen *all = &r->seen;
   int64_t stride = s->kv_heads * s->size, end = 0;
   for (int64_t m = n; m >= 0; m = s->before[m]) end += s->bounds[m + 1] - s->bounds[m];
@@ -98,8 +98,8 @@ static void look(const shape *s, int64_t n, int64_t head, const number *key, con
 static int64_t take_rows(const shape *s, const seen *all, int64_t head, int64_t row, const number *from, number *to) {
   int64_t repeats = s->heads / s->kv_heads, total = all->length * repeats, count = total - row < ROWS ? total - row : ROWS;
   for (int64_t i = 0; i < count; i++) {
-    int64_t token = all->first + (row + i) / repeats, of_token = head * repeats + (row + i) % repeats;
-    memcpy(to + i * s->size, from + (token * s->heads + of_token) * s->size, s->size * sizeof(number));
+    int64_t token = all->first + (row + i) / repeats, grad_token = head * repeats + (row + i) % repeats;
+    memcpy(to + i * s->size, from + (token * s->heads + grad_token) * s->size, s->size * sizeof(number));
   }
   memset(to + count * s->size, 0, (blocks(count) * SIDE - count) * s->size * sizeof(number));
   return count;
@@ -134,15 +134,15 @@ static void products_over_keys(const shape *s, const seen *all, int64_t head, in
     multiply(p + begin * SIDE, width, 16 * width, SIDE, packed + (d * all->key_blocks + begin) * BLOCK, (int)(end - begin));
     store_block(c, SIDE);
     for (int64_t i = 0; i < count; i++) {
-      int64_t token = all->first + (row + i) / repeats, of_token = head * repeats + (row + i) % repeats;
-      number *to = out + (token * s->heads + of_token) * s->size + d * SIDE;
+      int64_t token = all->first + (row + i) / repeats, grad_token = head * repeats + (row + i) % repeats;
+      number *to = out + (token * s->heads + grad_token) * s->size + d * SIDE;
       __m512 factor = _mm512_set1_ps(factors[i]), left = _mm512_loadu_ps(c + i * SIDE), right = _mm512_loadu_ps(c + i * SIDE + 16);
       round_two(_mm512_mul_ps(left, factor), _mm512_mul_ps(right, factor), to);
     }
   }
 }
 
-/* Which of the keys [at, at + 16) lie in [start, stop) */
+/* Returns which of the keys [at, at + 16) lie in [start, stop), as a bit mask. */
 static inline __mmask16 visible(int at, int start, int stop) {
   const __m512i first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(at), first);
@@ -172,7 +172,7 @@ static float softmax_row(const float *scores, float scale, int start, int stop, 
   return top * scale + logf(*sum);
 }
 
-static void forward_rows(const shape *s, room *r, int64_t head, int64_t row, const number *query, number *out,
+static void forward_rows(const shape *s, workspace *r, int64_t head, int64_t row, const number *query, number *out,
                          float *normalizers) {
   const seen *all = &r->seen;
   int64_t repeats = s->heads / s->kv_heads, width = all->key_blocks * SIDE, count = take_rows(s, all, head, row, query, r->rows);
@@ -185,10 +185,10 @@ static void forward_rows(const shape *s, room *r, int64_t head, int64_t row, con
     products_over_size(r->rows + b * s->size, all->key_columns, all, s->size, begin, end, r->scores, width);
     float factors[SIDE];
     for (int64_t i = 0; i < here; i++) {
-      int64_t token = all->first + (row + b + i) / repeats, of_token = head * repeats + (row + b + i) % repeats;
+      int64_t token = all->first + (row + b + i) / repeats, grad_token = head * repeats + (row + b + i) % repeats;
       float sum;
       bounds_of(s, all, row + b + i, &start, &stop);
-      normalizers[token * s->heads + of_token] = softmax_row(r->scores + i * width, s->scale, (int)start, (int)stop,
+      normalizers[token * s->heads + grad_token] = softmax_row(r->scores + i * width, s->scale, (int)start, (int)stop,
                                                              (int)begin * SIDE, (int)end * SIDE, r->p + i * width, &sum);
       factors[i] = 1.0f / sum;
     }
@@ -202,9 +202,9 @@ int attend(const shape *s, const number *query, const number *key, const number 
   int failed = 0;
 #pragma omp parallel
   {
-    room r;
+    workspace r;
     char *memory = aligned_alloc(64, lay_out(&r, NULL, keys, s->size));
-    if (memory) lay_out(&r, memory, keys, s->size), take_all_tiles();
+    if (memory) lay_out(&r, memory, keys, s->size), configure_all_tiles();
     else {
 #pragma omp atomic write
       failed = -1;
@@ -223,13 +223,13 @@ int attend(const shape *s, const number *query, const number *key, const number 
 }
 
 /* p and dS of 32 rows, from scores and dP: dS = p (dP - sum(dO O)) scale. Zeros outside of key blocks [begin, end). */
-static void gradient_of_scores(const shape *s, room *r, int64_t row, int64_t b, int64_t here, int64_t begin, int64_t end,
+static void gradient_of_scores(const shape *s, workspace *r, int64_t row, int64_t b, int64_t here, int64_t begin, int64_t end,
                                const float *normalizers, const float *deltas) {
   int64_t width = r->seen.key_blocks * SIDE, from = begin * SIDE, to = end * SIDE;
   __m512 scale = _mm512_set1_ps(s->scale), slope = _mm512_set1_ps(s->scale * LOG2_E);
   for (int64_t i = 0; i < SIDE; i++) {
-    number *out[2] = {r->p + (b + i) * width, r->of_scores + (b + i) * width};
-    const float *scores = r->scores + i * width, *of_p = r->of_p + i * width;
+    number *out[2] = {r->p + (b + i) * width, r->grad_scores + (b + i) * width};
+    const float *scores = r->scores + i * width, *grad_p = r->grad_p + i * width;
     int64_t start = 0, stop = 0, real = i < here ? i : 0;
     if (i < here) bounds_of(s, &r->seen, row + b + i, &start, &stop);
     __m512 normalizer = _mm512_set1_ps(normalizers[real] * LOG2_E), delta = _mm512_set1_ps(deltas[real]);
@@ -238,20 +238,20 @@ static void gradient_of_scores(const shape *s, room *r, int64_t row, int64_t b, 
       memset(out[which] + to, 0, (width - to) * sizeof(number));
     }
     for (int64_t j = from; j < to; j += SIDE) {
-      __m512 p[2], of_scores[2];
+      __m512 p[2], grad_scores[2];
       for (int half = 0; half < 2; half++) {
         int64_t at = j + 16 * half;
         p[half] = weights_of(scores + at, visible((int)at, (int)start, (int)stop), slope, normalizer);
-        of_scores[half] = _mm512_mul_ps(_mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_loadu_ps(of_p + at), delta)), scale);
+        grad_scores[half] = _mm512_mul_ps(_mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_loadu_ps(grad_p + at), delta)), scale);
       }
       round_two(p[0], p[1], out[0] + j);
-      round_two(of_scores[0], of_scores[1], out[1] + j);
+      round_two(grad_scores[0], grad_scores[1], out[1] + j);
     }
   }
 }
 
 /* to [keys, size] += left [rows, width]^T right [rows, size], for the key blocks [begin, end). */
-static void add_over_rows(room *r, const number *left, const number *right, int64_t rows, int64_t size, int64_t begin,
+static void add_over_rows(workspace *r, const number *left, const number *right, int64_t rows, int64_t size, int64_t begin,
                           int64_t end, float *to) {
   int64_t steps = blocks(rows), width = r->seen.key_blocks * SIDE, size_blocks = size / SIDE;
   number *packed_right = r->packed, *packed_left = r->packed + ROWS * size;
@@ -269,55 +269,55 @@ static void add_over_rows(room *r, const number *left, const number *right, int6
   }
 }
 
-static void backward_rows(const shape *s, room *r, int64_t head, int64_t row, const number *query, const number *out,
-                          const number *of_out, const float *normalizers, number *of_query) {
+static void backward_rows(const shape *s, workspace *r, int64_t head, int64_t row, const number *query, const number *out,
+                          const number *grad_out, const float *normalizers, number *grad_query) {
   const seen *all = &r->seen;
   int64_t repeats = s->heads / s->kv_heads, width = all->key_blocks * SIDE, lowest = all->key_blocks, highest = 0;
   int64_t count = take_rows(s, all, head, row, query, r->rows);
-  take_rows(s, all, head, row, of_out, r->of_rows);
+  take_rows(s, all, head, row, grad_out, r->grad_rows);
   const float ones[SIDE] = {[0 ... SIDE - 1] = 1.0f};
   for (int64_t b = 0; b < count; b += SIDE) {
     int64_t here = count - b < SIDE ? count - b : SIDE, start, stop, last;
-    float deltas[SIDE], of_row[SIDE];
+    float deltas[SIDE], grad_row[SIDE];
     for (int64_t i = 0; i < here; i++) {
       int64_t token = all->first + (row + b + i) / repeats, at = token * s->heads + head * repeats + (row + b + i) % repeats;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < s->size; j++) sum += read_(of_out[at * s->size + j]) * read_(out[at * s->size + j]);
-      deltas[i] = sum, of_row[i] = normalizers[at];
+      for (int64_t j = 0; j < s->size; j++) sum += read_(grad_out[at * s->size + j]) * read_(out[at * s->size + j]);
+      deltas[i] = sum, grad_row[i] = normalizers[at];
     }
     bounds_of(s, all, row + b, &start, &stop);
     int64_t begin = start / SIDE;
     bounds_of(s, all, row + b + here - 1, &start, &last);
     int64_t end = blocks(last);
     products_over_size(r->rows + b * s->size, all->key_columns, all, s->size, begin, end, r->scores, width);
-    products_over_size(r->of_rows + b * s->size, all->value_columns, all, s->size, begin, end, r->of_p, width);
-    gradient_of_scores(s, r, row, b, here, begin, end, of_row, deltas);
-    products_over_keys(s, all, head, row + b, here, r->of_scores + b * width, width, all->key_rows, begin, end, ones, of_query);
+    products_over_size(r->grad_rows + b * s->size, all->value_columns, all, s->size, begin, end, r->grad_p, width);
+    gradient_of_scores(s, r, row, b, here, begin, end, grad_row, deltas);
+    products_over_keys(s, all, head, row + b, here, r->grad_scores + b * width, width, all->key_rows, begin, end, ones, grad_query);
     if (begin < lowest) lowest = begin;
     if (end > highest) highest = end;
   }
-  add_over_rows(r, r->of_scores, r->rows, count, s->size, lowest, highest, r->of_keys);
-  add_over_rows(r, r->p, r->of_rows, count, s->size, lowest, highest, r->of_values);
+  add_over_rows(r, r->grad_scores, r->rows, count, s->size, lowest, highest, r->grad_keys);
+  add_over_rows(r, r->p, r->grad_rows, count, s->size, lowest, highest, r->grad_values);
 }
 
-/* What a whole tree of segments, from `first` until `stop`, gives one key head; sums are [tokens of the tree][size]. */
-static void backward_tree(const shape *s, room *r, int64_t first, int64_t stop, int64_t head, const number *query,
-                          const number *key, const number *value, const number *out, const number *of_out,
-                          const float *normalizers, number *of_query, float *key_sums, float *value_sums) {
+/* Computes the gradients of one key head from a whole tree of segments, [first, stop): [tokens of the tree][size]. */
+static void backward_tree(const shape *s, workspace *r, int64_t first, int64_t stop, int64_t head, const number *query,
+                          const number *key, const number *value, const number *out, const number *grad_out,
+                          const float *normalizers, number *grad_query, float *key_sums, float *value_sums) {
   int64_t begin = s->bounds[first], repeats = s->heads / s->kv_heads;
   for (int64_t n = first; n < stop; n++) {
     look(s, n, head, key, value, 1, r);
     int64_t numbers = r->seen.key_blocks * SIDE * s->size;
-    memset(r->of_keys, 0, numbers * sizeof(float)), memset(r->of_values, 0, numbers * sizeof(float));
+    memset(r->grad_keys, 0, numbers * sizeof(float)), memset(r->grad_values, 0, numbers * sizeof(float));
     for (int64_t row = 0; row < r->seen.length * repeats; row += ROWS)
-      backward_rows(s, r, head, row, query, out, of_out, normalizers, of_query);
+      backward_rows(s, r, head, row, query, out, grad_out, normalizers, grad_query);
     for (int64_t i = 0; i < r->seen.keys; i++) {
       int64_t at = (r->seen.tokens[i] - begin) * s->size;
 #pragma omp simd
       for (int64_t j = 0; j < s->size; j++) {
-        key_sums[at + j] += r->of_keys[i * s->size + j];
-        value_sums[at + j] += r->of_values[i * s->size + j];
+        key_sums[at + j] += r->grad_keys[i * s->size + j];
+        value_sums[at + j] += r->grad_values[i * s->size + j];
       }
     }
   }
@@ -325,15 +325,15 @@ static void backward_tree(const shape *s, room *r, int64_t first, int64_t stop, 
 
 /* roots [trees + 1]: the first segment of each tree of segments. Gradients are laid out as what they are of. */
 int attend_backward(const shape *s, const int64_t *roots, int64_t trees, const number *query, const number *key,
-                    const number *value, const number *out, const number *of_out, const float *normalizers,
-                    number *of_query, number *of_key, number *of_value) {
+                    const number *value, const number *out, const number *grad_out, const float *normalizers,
+                    number *grad_query, number *grad_key, number *grad_value) {
   int64_t keys = longest_chain(s);
   int failed = 0;
 #pragma omp parallel
   {
-    room r;
+    workspace r;
     char *memory = aligned_alloc(64, lay_out(&r, NULL, keys, s->size));
-    if (memory) lay_out(&r, memory, keys, s->size), take_all_tiles();
+    if (memory) lay_out(&r, memory, keys, s->size), configure_all_tiles();
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < trees * s->kv_heads; task++) {
       int64_t first = roots[task / s->kv_heads], stop = roots[task / s->kv_heads + 1], head = task % s->kv_heads;
@@ -344,14 +344,14 @@ int attend_backward(const shape *s, const int64_t *roots, int64_t trees, const n
         failed = -1;
         continue;
       }
-      backward_tree(s, &r, first, stop, head, query, key, value, out, of_out, normalizers, of_query, sums,
+      backward_tree(s, &r, first, stop, head, query, key, value, out, grad_out, normalizers, grad_query, sums,
                     sums + tokens * s->size);
       for (int64_t i = 0; i < tokens; i++) {
         int64_t at = ((begin + i) * s->kv_heads + head) * s->size;
 #pragma omp simd
         for (int64_t j = 0; j < s->size; j++) {
-          of_key[at + j] = rounded(sums[i * s->size + j]);
-          of_value[at + j] = rounded(sums[(tokens + i) * s->size + j]);
+          grad_key[at + j] = rounded(sums[i * s->size + j]);
+          grad_value[at + j] = rounded(sums[(tokens + i) * s->size + j]);
         }
       }
       free(sums);

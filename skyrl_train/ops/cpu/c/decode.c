@@ -1,5 +1,5 @@
-/* What a decoding step does between its matrix products: norms, rotary positions, attention over the cache, SwiGLU; and
- * behind the last one: drawing a token. Where there are AMX tiles: the products and the whole step as well.
+/* The operations of a decoding step between its matmuls: norms, rotary positions, attention over the cache, SwiGLU, and
+ * drawing a token. Where there are AMX tiles: the matmuls and the whole step as well.
  *
  * Compiled for one type and one head shape: -DHEAD_DIM, -DHEADS, -DKV_HEADS, and -DBFLOAT16 or nothing for float.
  * A function that says "by the team" shares its work among the threads of the region that it is called in.
@@ -53,7 +53,7 @@ typedef struct { /* of a KVCache: keys of the first layer; where its values, the
 
 /* All layers for rows that are one token each: row [rows, hidden] in place. cosine, sine [rows, HEAD_DIM];
  * places [rows]: where a row's token begins in the cache's first head; normed [rows, hidden], heads [rows, GROUP, D],
- * attended [rows, HEADS, D], gated [rows, intermediate]: room to work in. */
+ * attended [rows, HEADS, D], gated [rows, intermediate]: buffers. */
 void decode(const layer *layers, int num_layers, const cache *kv, const tokens *at, const int64_t *places,
             const number *cosine, const number *sine, number *row, number *normed, number *heads, number *attended,
             number *gated, int rows) {

@@ -1,5 +1,5 @@
-/* A few rows times a matrix, in AMX tiles. What limits it is reading the weights, so they lie in the order in which they
- * are read, and are asked for before they are needed.
+/* The matmul of a few rows, in AMX tiles. It is bound by reading the weights, so they are packed in the order in which they
+ * are read, and prefetched.
  *
  * Weights: panels of 32 columns (outputs), each a series of steps of 32 inputs; a step is two tiles of 16 columns; a
  * tile has 16 rows of 16 pairs: row r, pair j holds inputs 2r and 2r + 1 of column j.
@@ -20,15 +20,15 @@ typedef struct {
 
 #ifdef AMX
 
-#define AHEAD 2048 /* bytes of weights between the asking and the reading */
+#define AHEAD 2048 /* bytes of weights from the prefetch to the read */
 
 /* Tiles 0 to 3 are sums, 4 and 5 rows (of the first 16, of the others), 6 and 7 weights. */
-static void take_tiles_for(int rows) {
+static void configure_tiles_for(int rows) {
   tile_shapes shapes = full_tiles();
   int first = rows < 16 ? rows : 16, others = rows > 16 ? rows - 16 : 1;
   shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = (uint8_t)first;
   shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = (uint8_t)others;
-  take_tiles(&shapes);
+  configure_tiles(&shapes);
 }
 
 /* sums [32, 32] = rows (at most 32) of x times a panel, which is in memory still or in a cache already. It passes the
@@ -94,7 +94,7 @@ static void multiply_all(const linear_layer *p, const number *x, const number *r
     const number *weights = p->weights + (int64_t)panel * COLUMNS * p->inputs;
     for (int row = end - ROWS_AT_ONCE; row < end && row < rows; row += 32) {
       int count = rows - row < 32 ? rows - row : 32;
-      if (count != shaped) take_tiles_for(shaped = count);
+      if (count != shaped) configure_tiles_for(shaped = count);
       multiply(x + (int64_t)row * p->inputs, count, p->inputs, weights, row == end - ROWS_AT_ONCE, sums);
       for (int i = 0; i < count; i++) finish_row(p, sums + i * COLUMNS, residual, panel * COLUMNS, row + i, out);
     }

@@ -1,5 +1,5 @@
-/* What an update does between its matrix products, each operation in one pass over memory: norms, rotary positions,
- * SwiGLU, logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
+/* The operations of an update between its matmuls, each in one pass over memory: norms, rotary positions, SwiGLU,
+ * logprobs, AdamW; forward and backward. Compiled for one type of numbers, see numbers.h.
  */
 #include "amx.h"
 #include "norm_and_gate.h"
@@ -10,10 +10,10 @@ void norm(const number *x, const number *weight, float epsilon, number *y, int64
   for (int64_t row = 0; row < rows; row++) normed(x + row * width, weight, epsilon, width, y + row * width);
 }
 
-/* of_x = (weight of_y - x mean(weight of_y x) / rms^2) / rms, plus `more` if given; of_weight [width] += of_y x / rms.
+/* grad_x = (weight grad_y - x mean(weight grad_y x) / rms^2) / rms, plus `more` if given; grad_weight [width] += grad_y x / rms.
  * Returns 0, or -1 without memory. */
-int norm_backward(const number *of_y, const number *x, const number *weight, float epsilon, const number *more,
-                  number *of_x, float *of_weight, int64_t rows, int width) {
+int norm_backward(const number *grad_y, const number *x, const number *weight, float epsilon, const number *more,
+                  number *grad_x, float *grad_weight, int64_t rows, int width) {
   int failed = 0;
 #pragma omp parallel
   {
@@ -25,7 +25,7 @@ int norm_backward(const number *of_y, const number *x, const number *weight, flo
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       if (!total) continue;
-      const number *g = of_y + row * width, *from = x + row * width;
+      const number *g = grad_y + row * width, *from = x + row * width;
       float scale = scale_of(from, epsilon, width), sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int i = 0; i < width; i++) sum += read_(g[i]) * read_(weight[i]) * read_(from[i]);
@@ -34,13 +34,13 @@ int norm_backward(const number *of_y, const number *x, const number *weight, flo
       for (int i = 0; i < width; i++) {
         total[i] += read_(g[i]) * read_(from[i]) * scale;
         float out = read_(g[i]) * read_(weight[i]) * scale - read_(from[i]) * along;
-        of_x[row * width + i] = rounded(more ? out + read_(more[row * width + i]) : out);
+        grad_x[row * width + i] = rounded(more ? out + read_(more[row * width + i]) : out);
       }
     }
 #pragma omp for schedule(static, 1) ordered
     for (int thread = 0; thread < omp_get_num_threads(); thread++) { /* in the order of threads: always the same sum */
 #pragma omp ordered
-      for (int i = 0; total && i < width; i++) of_weight[i] += total[i];
+      for (int i = 0; total && i < width; i++) grad_weight[i] += total[i];
     }
     free(total);
   }
@@ -72,15 +72,15 @@ void swiglu(const number *gate, const number *up, number *y, int64_t count) {
   for (int64_t i = 0; i < count; i++) y[i] = gated(gate[i], up[i]);
 }
 
-/* Its gradients, and y once more, in place of the gradient of y. */
-void swiglu_backward(const number *gate, const number *up, number *of_y_then_y, number *of_gate, number *of_up,
+/* The gradients of gate and up; y is computed again and overwrites its gradient. */
+void swiglu_backward(const number *gate, const number *up, number *grad_y_then_y, number *grad_gate, number *grad_up,
                      int64_t count) {
 #pragma omp parallel for simd schedule(static)
   for (int64_t i = 0; i < count; i++) {
-    float g = read_(gate[i]), u = read_(up[i]), of_y = read_(of_y_then_y[i]), s = sigmoid(g);
-    of_gate[i] = rounded(of_y * u * s * (1.0f + g * (1.0f - s)));
-    of_up[i] = rounded(of_y * g * s);
-    of_y_then_y[i] = rounded(g * s * u);
+    float g = read_(gate[i]), u = read_(up[i]), grad_y = read_(grad_y_then_y[i]), s = sigmoid(g);
+    grad_gate[i] = rounded(grad_y * u * s * (1.0f + g * (1.0f - s)));
+    grad_up[i] = rounded(grad_y * g * s);
+    grad_y_then_y[i] = rounded(g * s * u);
   }
 }
 
@@ -112,36 +112,36 @@ void logprobs(const number *logits, const int64_t *targets, float temperature, f
   }
 }
 
-#define AT_ONCE 256 /* numbers, between each of which and the next so much is computed that a processor looks too little ahead */
-#define AHEAD 4096
+#define AT_ONCE 256 /* numbers between two prefetches: the CPU's own prefetcher falls behind, so much is computed per number */
+#define AHEAD 4096  /* numbers from the computation to its prefetch */
 
-static inline void ask_for_writing(const number *x) {
+static inline void prefetch_for_writing(const number *x) {
   for (int i = 0; i < AT_ONCE; i += 64 / (int)sizeof(number)) __builtin_prefetch(x + i, 1);
 }
 
-/* In place of the logits their gradient, from those of log p(target) and of the entropy H:
+/* Overwrites the logits with their gradient, from those of log p(target) and of the entropy H:
  * d log p(target) / dz = [target] - p,  dH / dz = -p (log p + H). */
 void logprobs_backward(number *logits, const int64_t *targets, float temperature, const float *normalizers,
-                       const float *entropies, const float *of_logprobs, const float *of_entropies, int64_t rows,
+                       const float *entropies, const float *grad_logprobs, const float *grad_entropies, int64_t rows,
                        int vocab) {
   float inverse = 1.0f / temperature;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     number *x = logits + row * vocab;
     float normalizer = normalizers[row], entropy = entropies[row];
-    float pull = of_logprobs[row] * inverse, of_entropy = of_entropies ? of_entropies[row] * inverse : 0.0f;
+    float pull = grad_logprobs[row] * inverse, grad_entropy = grad_entropies ? grad_entropies[row] * inverse : 0.0f;
     int64_t target = targets[row];
     float z = read_(x[target]) * inverse - normalizer, p = exponential(z < 0 ? z : 0);
     for (int start = 0; start < vocab; start += AT_ONCE) {
       int stop = start + AT_ONCE < vocab ? start + AT_ONCE : vocab;
-      ask_for_writing(x + start + AHEAD);
+      prefetch_for_writing(x + start + AHEAD);
 #pragma omp simd
       for (int i = start; i < stop; i++) {
         float log_p = read_(x[i]) * inverse - normalizer;
-        x[i] = rounded(-exponential(log_p < 0 ? log_p : 0) * (pull + of_entropy * (log_p + entropy)));
+        x[i] = rounded(-exponential(log_p < 0 ? log_p : 0) * (pull + grad_entropy * (log_p + entropy)));
       }
     }
-    x[target] = rounded(pull - p * (pull + of_entropy * (z + entropy)));
+    x[target] = rounded(pull - p * (pull + grad_entropy * (z + entropy)));
   }
 }
 
@@ -166,7 +166,7 @@ double square_sum(const float *x, int64_t count) {
   return total;
 }
 
-/* Number i of a tensor rounded up or down as learner/rounding.py says. */
+/* Number i of a tensor, rounded up or down as Reference.round_masters in reference.py says. */
 static inline number dithered(float x, uint32_t i) {
 #ifdef BFLOAT16
   uint32_t bits;

@@ -1,5 +1,5 @@
 #pragma once
-/* Matrix products of bfloat16 in AMX tiles.
+/* Matmuls of bfloat16 in AMX tiles.
  *
  * A tile product adds to C[16][16] (float) the sum over 32 numbers of A[16][32] * B[32][16]. A's rows lie as they are in
  * memory; B's lie in pairs, B[2r][c] beside B[2r + 1][c] in row r of its tile. So one operand of a product is packed first,
@@ -11,9 +11,9 @@
 #define TILE (16 * SIDE)         /* numbers in a tile */
 #define BLOCK (2 * TILE)
 
-static inline void take_all_tiles(void) {
+static inline void configure_all_tiles(void) {
   tile_shapes shapes = full_tiles();
-  take_tiles(&shapes);
+  configure_tiles(&shapes);
 }
 
 /* 16 x 16 words of 32 bits. */
@@ -53,14 +53,14 @@ static inline void pair_rows(const number *from, int64_t stride, int rows, __m51
   }
 }
 
-/* B of a product, where B lies as from[k][n]. */
+/* Packs B of a matmul, which is from[k][n]. */
 static inline void pack_rows(const number *from, int64_t stride, int rows, number *to) {
   __m512i left[16], right[16];
   pair_rows(from, stride, rows, left, right);
   for (int r = 0; r < 16; r++) _mm512_storeu_si512(to + r * SIDE, left[r]), _mm512_storeu_si512(to + TILE + r * SIDE, right[r]);
 }
 
-/* B of a product, where B lies transposed, as from[n][k]. */
+/* Packs B of a matmul, which is transposed: from[n][k]. */
 static inline void pack_columns(const number *from, int64_t stride, int rows, number *to) {
   for (int half = 0; half < 2; half++) {
     __m512i r[16];
@@ -71,7 +71,7 @@ static inline void pack_columns(const number *from, int64_t stride, int rows, nu
   }
 }
 
-/* A of a product, where A lies transposed, as from[k][m]. */
+/* Packs A of a matmul, which is transposed: from[k][m]. */
 static inline void pack_transposed(const number *from, int64_t stride, int rows, number *to) {
   __m512i half[2][16];
   pair_rows(from, stride, rows, half[0], half[1]);
