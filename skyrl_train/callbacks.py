@@ -12,7 +12,7 @@ Metrics = dict[str, float]
 
 @dataclass
 class CallbackInput:
-    """The state of the run at an event. `metrics` comes with step and eval ends, `logs` with on_log, `ckpt_path` with on_save."""
+    """The state of the run at an event: `metrics` at step and eval ends, `logs` at on_log, `ckpt_path` at on_save."""
 
     global_step: int  # finished steps; in on_step_start the step that begins
     epoch: int
