@@ -18,7 +18,7 @@ from integrations.openenv.client.errors import CapacityReached, OpenEnvError
 from integrations.openenv.client.session import OpenEnvClient, open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
-from integrations.openenv.hosting.containers import Container, watchman_pid
+from integrations.openenv.hosting.containers import Container, container_reaper_pid
 from integrations.openenv.hosting.docker_command import containers_of
 from integrations.openenv.hosting.reaping import this_process
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
@@ -127,7 +127,7 @@ async def measure(
     except (OpenEnvError, EnvFailure) as failed:
         seen.failure = str(failed)
     finally:
-        started = {process for process in set(descendants()) - set(before) if process[0] != watchman_pid()}
+        started = {process for process in set(descendants()) - set(before) if process[0] != container_reaper_pid()}
         containers = {server.name for _, server in shared_pool(config).servers() if isinstance(server, Container)}
         await close_shared_pools()
     if HAS_PROC:

@@ -111,7 +111,7 @@ def test_our_own_lack_of_descriptors_is_not_blamed_on_the_server(roomy_url: str)
                 else:
                     raise AssertionError("no descriptor was left")
             [fleet] = pool._fleets.values()
-            fleet.doubt(fleet.members[0])  # its health cannot be asked for now
+            fleet.suspect(fleet.members[0])  # its health cannot be asked for now
             playing = [asyncio.create_task(play(pool, 0)) for _ in range(20)]
             await asyncio.sleep(1.5)
             assert not any(task.done() for task in playing)
