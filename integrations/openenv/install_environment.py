@@ -1,9 +1,9 @@
-"""Make environments ready: engine, image, and a game played by a known good player to prove it.
+"""Install environments: engine and image, tested by an episode of the catalog's gold player.
 
 uv run integrations/openenv/install_environment.py echo-env coding-env           the official images
 uv run integrations/openenv/install_environment.py --build openspiel-env         an image of our own server
 
-Where Docker, the registry or the engine is missing it says so; it ends with 0 if each environment can be played.
+It says so if Docker, the registry or the engine is missing. Its exit code is 0 if each environment can be played.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from skyrl_train.run.records.visible import make_errors_visible, visible
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     build: bool = False  # build our own image instead of pulling the official one
     base_image: str = BASE_IMAGE
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 async def install(entries: list[CatalogEntry], wishes: Wishes) -> int:
-    """0 if every environment can be played, and in its image where one was to be built."""
+    """Install the environments. Returns 0 if each can be played (also in its image, if that was to be built)."""
     try:
         await require_docker()
         has_docker = True
@@ -87,7 +87,7 @@ async def _install(entry: CatalogEntry, wishes: Wishes, has_docker: bool) -> boo
 
 
 async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
-    """Install the extra that holds the engine of our own server, unless it is here."""
+    """Install the extra with the engine of our own server, unless it is installed."""
     if entry.extra is None or entry.has_engine:
         return
     uv = os.environ.get("UV") or shutil.which("uv")
@@ -110,7 +110,10 @@ async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
 
 
 def compile_packages(folder: str) -> None:
-    """Where Python is told to keep no bytecode, every start of a run would compile its thousands of imports anew."""
+    """Compile the installed packages to bytecode once.
+
+    With PYTHONDONTWRITEBYTECODE set, each start of a run would otherwise compile thousands of imports again.
+    """
     print(
         "PYTHONDONTWRITEBYTECODE is set: compiling the installed packages once, so that runs start fast ...", flush=True
     )
@@ -157,9 +160,9 @@ async def _plays(entry: CatalogEntry, config: OpenEnvConfig, where: str) -> bool
 
 
 async def play_gold_episode(entry: CatalogEntry, config: OpenEnvConfig) -> tuple[float, float | None]:
-    """Start a server, play one episode as the catalog's good player does, stop the server.
+    """Start a server, play one episode with the catalog's gold player, stop the server.
 
-    What the episode earned, and what the catalog promises that it earns at least.
+    Returns what the episode earned and the least that the catalog promises (None: no promise).
     """
     [row], _ = dataset_rows(entry.name, 1, 0, seed=0)
     env = OpenEnv(config, {**row, "max_turns": entry.max_turns})

@@ -40,7 +40,7 @@ def test_list_shows_every_environment_with_its_options() -> None:
 
 def test_doctor_has_a_line_for_everything_a_run_needs() -> None:
     shown = run("doctor")
-    for what in ("processor", "memory", "GPU", "bfloat16", "model", "free disk", "Docker", "wall", *CATALOG):
+    for what in ("CPU", "memory", "GPU", "bfloat16", "model", "free disk", "Docker", "wall", *CATALOG):
         assert what in shown
 
 
