@@ -127,7 +127,7 @@ class CatalogEntry(ABC):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether `tasks` can be called before `prepare`."""
+        """True if `tasks` can be called before `prepare`."""
         return True
 
     async def prepare(self, session: OpenSession) -> None:
@@ -141,7 +141,7 @@ class CatalogEntry(ABC):
 
     @property
     def has_engine(self) -> bool:
-        """Whether our own server can run: the module of its engine is installed (it is not imported)."""
+        """True if our own server can run: the module of its engine is installed (it is not imported)."""
         return self.engine_module is None or find_spec(self.engine_module) is not None
 
     def require_engine(self) -> None:

@@ -26,7 +26,7 @@ class ConnectionLost(SessionLost):
 
 
 class OutOfDescriptors(OpenEnvError):
-    """This process may open no more files or sockets. It says nothing about the server."""
+    """Our own process has no file descriptor left for a socket; nothing is known about the server."""
 
 
 class FactoryFailed(SessionLost):

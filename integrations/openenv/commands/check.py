@@ -72,7 +72,7 @@ def _lines(checked: Report) -> list[tuple[str, str]]:
         ("longest text", f"{checked.longest_text_chars} characters"),
         (
             "left behind",
-            f"{'unknown number of' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
+            f"{'?' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
         ),
     ]
 

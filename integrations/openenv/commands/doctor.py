@@ -91,7 +91,7 @@ def wall_lines() -> Iterator[Line]:
         yield Line("Docker", "answers", True)
     wall = strongest_wall()
     advice = {
-        "confinement": "apt install bubblewrap, and let users make namespaces: a second sandbox around a model's programs",
+        "confinement": "apt install bubblewrap, and allow user namespaces: a second sandbox for a model's programs",
         "none": "Linux on x86-64 or ARM, or Docker; environment.openenv.accept_unsafe=true takes the risk",
     }
     yield Line("wall", str(wall), wall.name in ("bubblewrap", "container"), advice.get(wall.name, ""))

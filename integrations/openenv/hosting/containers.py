@@ -101,7 +101,7 @@ class Container:
 
     @property
     def is_running(self) -> bool:
-        """Whether the container runs; True also if Docker does not answer."""
+        """True if the container runs, or if Docker does not answer."""
         answer = _output("inspect", "--format={{.State.Running}}", self.name)
         return answer != "false" and "no such" not in answer.lower()
 

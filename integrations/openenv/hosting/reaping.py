@@ -43,7 +43,7 @@ class Owner:
 
     @property
     def is_of_here(self) -> bool:
-        """Whether the owner is of this boot, machine and pid namespace; of others we cannot know whether it lives."""
+        """True if the owner is of this boot, machine and pid namespace, so that we can know whether it lives."""
         return self.boot == _boot()
 
     @property

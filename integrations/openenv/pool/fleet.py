@@ -176,7 +176,7 @@ class Fleet:
 
     @property
     def is_full(self) -> bool:
-        """Whether a slot comes free only when a session ends.
+        """True if a slot comes free only when a session ends.
 
         Then no server has a free slot, and none is being started or examined or has sessions being opened.
         """

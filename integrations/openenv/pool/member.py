@@ -42,7 +42,7 @@ class Member:
 
     @property
     def is_full(self) -> bool:
-        """Whether its known capacity is in use, or it has refused again and again since a session last ended.
+        """True if its known capacity is in use, or it has refused again and again since a session last ended.
 
         A suspect server is not full: its examination may yet free its slots.
         """
@@ -51,7 +51,7 @@ class Member:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether it looks healthy but has lost as many sessions in a row as are open on it, and at least MIN_LOST."""
+        """True if it has lost as many sessions in a row as are open on it (at least MIN_LOST), however healthy it looks."""
         return self.num_lost_in_a_row >= max(MIN_LOST, self.num_open)
 
     def opened(self) -> None:

@@ -88,7 +88,7 @@ def test_check_says_why_training_would_fail(echo_url: str) -> None:
     shown = run("check", echo_url, "-n", "2", code=1)
     assert "fail  the reward never varies: every episode earned 0 and none reached its end: allow more with" in shown
     assert "warn  the first observation is empty and all prompts are equal" in shown
-    assert "1 to mend." in shown
+    assert "1 to fix." in shown
     assert "nothing could be played" in run("check", "http://127.0.0.1:9", "-n", "2", code=1)
 
 
