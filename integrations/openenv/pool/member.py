@@ -51,7 +51,7 @@ class Member:
 
     @property
     def is_hopeless(self) -> bool:
-        """True if it has lost as many sessions in a row as are open on it (at least MIN_LOST), however healthy it looks."""
+        """True if it lost as many sessions in a row as are open on it (at least MIN_LOST), however healthy it looks."""
         return self.num_lost_in_a_row >= max(MIN_LOST, self.num_open)
 
     def opened(self) -> None:
