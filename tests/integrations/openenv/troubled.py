@@ -1,4 +1,4 @@
-"""A server with faults, as somebody else could have written it: served as `tests.integrations.openenv.troubled:app`."""
+"""A server with faults, as other authors may write one; served as `tests.integrations.openenv.troubled:app`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class SayAction(Action):
 
 
 class SaidObservation(Observation):
-    """What came of it."""
+    """Whether the digit was right."""
 
     text: str = ""
 
 
 class TroubledEnvironment(Environment):
-    """Goes wrong in the way that the action or the variable TROUBLE names."""
+    """Guess a digit; fails in the way that the action or the environment variable TROUBLE names."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 

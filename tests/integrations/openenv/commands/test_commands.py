@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "integrations.openenv"]
 
 
 def run(*words: str, lines: str = "", code: int = 0) -> str:
-    """What the command printed."""
+    """Run a command; return its stdout, or its stderr if the expected exit code is 2."""
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*COMMAND, *words], input=lines, capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT
