@@ -13,13 +13,13 @@ NAME = f"{__name__}:app"
 
 
 class SayAction(Action):
-    """What to do: say a digit, "0", "1", "2", "3", "4", "5" or "6"."""
+    """Say a digit: "0", "1", "2", "3", "4", "5" or "6"."""
 
     word: str
 
 
 class SaidObservation(Observation):
-    """Whether the digit was right."""
+    """The answer, which says whether the digit was right."""
 
     text: str = ""
 
