@@ -105,10 +105,10 @@ class Container:
         answer = _output("inspect", "--format={{.State.Running}}", self.name)
         return answer != "false" and "no such" not in answer.lower()
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """Return the end of the server's log, for an error message."""
         text = _output("logs", "--tail=20", self.name)[-2000:].strip()
-        return f"; its last words:\n{text}" if text else ""
+        return f"; the end of its log:\n{text}" if text else ""
 
     def stop(self) -> None:
         """Kill and remove the container, without waiting for it to react to SIGTERM. May be called twice."""
@@ -150,7 +150,7 @@ class Container:
         if self.folder is None:
             address = (await docker("port", self.name, f"{self.image.port}/tcp")).splitlines()
             if not address:
-                raise ServerStartFailed(f"the container of {self.image.name} ended at once{self.last_words()}")
+                raise ServerStartFailed(f"the container of {self.image.name} ended at once{self.log_end()}")
             self.url = f"http://{address[0]}"
 
     async def _wait_until_healthy(self, timeout_s: float) -> None:
@@ -159,7 +159,7 @@ class Container:
             running = await asyncio.to_thread(lambda: self.is_running)
             if not running or time.monotonic() > end:
                 what = f"does not answer within {timeout_s:g} s" if running else "ended at once"
-                words = await asyncio.to_thread(self.last_words)
+                words = await asyncio.to_thread(self.log_end)
                 raise ServerStartFailed(f"the container of {self.image.name} {what}{words}")
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, 0.5)

@@ -42,13 +42,13 @@ class Owner:
         return cls(boot, int(pid), started) if pid.isdigit() else None
 
     @property
-    def is_of_here(self) -> bool:
+    def is_of_this_boot(self) -> bool:
         """True if the owner is of this boot, machine and pid namespace, so that we can know whether it lives."""
         return self.boot == _boot()
 
     @property
     def is_dead(self) -> bool:
-        return self.is_of_here and _started(self.pid) != self.started
+        return self.is_of_this_boot and _started(self.pid) != self.started
 
 
 def this_process() -> Owner:
@@ -94,7 +94,7 @@ def is_orphan(mark: str, container_state: str) -> bool:
     owner = Owner.parse(mark)
     if owner is None:
         return False
-    return owner.is_dead or (not owner.is_of_here and container_state in ("exited", "dead"))
+    return owner.is_dead or (not owner.is_of_this_boot and container_state in ("exited", "dead"))
 
 
 def _marked_processes() -> Iterator[tuple[int, str]]:

@@ -20,8 +20,8 @@ class Server(Protocol):
     @property
     def is_running(self) -> bool: ...
 
-    def last_words(self) -> str:
-        """Return the end of its log after "; its last words:", for an error message; "" if there is none."""
+    def log_end(self) -> str:
+        """Return the end of its log after "; the end of its log:", for an error message; "" if there is none."""
         ...
 
     def stop(self) -> None:
@@ -38,7 +38,7 @@ class GivenServer:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         return ""
 
     def stop(self) -> None:

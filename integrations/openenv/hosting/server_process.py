@@ -55,7 +55,7 @@ class ServerProcess:
                     server._check_running()
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            words = server.last_words()
+            words = server.log_end()
             server.stop()
             raise ServerStartFailed(
                 f"{module} did not answer within {timeout_s:g} s (openenv.startup_timeout_s){words}"
@@ -73,13 +73,13 @@ class ServerProcess:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """Return the end of the server's stderr, for an error message."""
         if self._errors.closed:
             return ""
         self._errors.seek(0)
         text = self._errors.read()[-2000:].decode(errors="replace").strip()
-        return f"; its last words:\n{text}" if text else ""
+        return f"; the end of its log:\n{text}" if text else ""
 
     def stop(self) -> None:
         """End the server at once. Its sessions are lost."""
@@ -114,7 +114,7 @@ class ServerProcess:
 
     def _check_running(self) -> None:
         if not self.is_running:
-            raise ServerStartFailed(f"{self.module} ended with code {self._process.returncode}{self.last_words()}")
+            raise ServerStartFailed(f"{self.module} ended with code {self._process.returncode}{self.log_end()}")
 
 
 def _environment() -> dict[str, str]:

@@ -74,7 +74,7 @@ class Fleet:
         self._num_dead = 0  # not replaced yet
         self._num_failures = 0  # servers in a row that did not start or died, since an episode got through
         self._num_eras = 0  # failures counted so far; a server that started before the latest one does not count again
-        self._last_words = ""
+        self._last_failure = ""
         self._no_growth_until_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -155,7 +155,7 @@ class Fleet:
         with contextlib.suppress(OpenEnvError):
             await fetch_json(server.url, "/state", self.config.step_timeout_s)
         await asyncio.sleep(LOG_DELAY_S)
-        words = await asyncio.to_thread(server.last_words)
+        words = await asyncio.to_thread(server.log_end)
         lines = [line for line in words.splitlines() if EXCEPTION.match(line)]
         return f" It says in its log: {lines[-1][:500]}" if lines else " Its log may say why."
 
@@ -247,7 +247,8 @@ class Fleet:
         try:
             if self._num_failures >= MAX_FAILURES:
                 raise ServerStartFailed(
-                    f"given up, {MAX_FAILURES} servers in a row failed before an episode got through{self._last_words}"
+                    f"given up, {MAX_FAILURES} servers in a row failed before an episode got through"
+                    f"{self._last_failure}"
                 )
             await self._pause()
             era = self._num_eras
@@ -299,7 +300,7 @@ class Fleet:
         if era == self._num_eras and self._num_failures < MAX_FAILURES:
             self._num_eras += 1
             self._num_failures += 1
-            self._last_words = words
+            self._last_failure = words
 
     def _start_failed(self, failed: Exception, era: int) -> None:
         given_up = self._num_failures >= MAX_FAILURES
@@ -344,7 +345,7 @@ class Fleet:
     async def _replace(self, member: Member, why: str) -> None:
         self.members.remove(member)
         self._num_dead += 1
-        words = await asyncio.to_thread(member.server.last_words)
+        words = await asyncio.to_thread(member.server.log_end)
         self._count_failure(member.era, f"; the last one {why}{words}")
         logger.warning(f"{self.source.name}: the server at {member.server.url} {why}; it is replaced{words}")
         await asyncio.to_thread(member.server.stop)

@@ -50,8 +50,8 @@ class GenericEntry(CatalogEntry):
         self.image = foreign.target if foreign.form == "image" else ""  # ty: ignore[invalid-attribute-access]
         self.server_module = foreign.source().module or ""  # ty: ignore[invalid-attribute-access]
         self._description: ServerDescription | None = None
-        self._asking: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
-        self._asking = WeakKeyDictionary()
+        self._describing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
+        self._describing = WeakKeyDictionary()
         self._logged: set[str] = set()  # errors that were logged
 
     @property
@@ -77,10 +77,10 @@ class GenericEntry(CatalogEntry):
         """Ask the server for its description, once per process; concurrent episodes share one request."""
         if self._description is None:
             loop = asyncio.get_running_loop()
-            asking = self._asking.get(loop)
-            if asking is None or asking.done():
-                asking = self._asking[loop] = loop.create_task(describe(session))
-            self._description = await asyncio.shield(asking)
+            describing = self._describing.get(loop)
+            if describing is None or describing.done():
+                describing = self._describing[loop] = loop.create_task(describe(session))
+            self._description = await asyncio.shield(describing)
 
     def is_refusal(self, error: ServerError, sent: dict[str, Any]) -> bool:
         """Return whether the error counts as the policy's mistake, judged by its message.

@@ -98,9 +98,9 @@ async def test_a_container_that_dies_or_stands_still_is_replaced(image: str, dee
     assert containers() == []
 
 
-async def test_a_container_that_cannot_serve_is_removed_and_its_last_words_shown(image: str) -> None:
+async def test_a_container_that_cannot_serve_is_removed_and_the_end_of_its_log_shown(image: str) -> None:
     with pytest.raises(
-        ServerStartFailed, match=r"(?s)ended at once; its last words:.*unrecognized arguments: --colour"
+        ServerStartFailed, match=r"(?s)ended at once; the end of its log:.*unrecognized arguments: --colour"
     ):
         await Container.start(image, arguments=["--colour"], timeout_s=120, pull=False)
     assert containers() == []

@@ -140,7 +140,7 @@ def test_a_server_of_ours_takes_no_more_sessions_than_it_has_descriptors_for() -
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))  # the server inherits it
             server = await ServerProcess.start(ECHO.server_module, max_sessions=256, timeout_s=100)
-            assert not await asyncio.to_thread(lambda: server.last_words()) or "at most" in server.last_words()
+            assert not await asyncio.to_thread(lambda: server.log_end()) or "at most" in server.log_end()
             sessions = []
             try:
                 while True:
