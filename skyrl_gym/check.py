@@ -1,4 +1,4 @@
-"""check_env: the contract of a text environment as a program that anyone can run on their own."""
+"""`check_env` tests whether an environment keeps the contract of BaseTextEnv, and reports each rule that it breaks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import skyrl_gym
 from skyrl_gym.contract import Outcome, short, wrong_messages, wrong_step
+from skyrl_gym.core import load_entry_point
 from skyrl_gym.envs.base_text_env import BaseTextEnv, ConversationType
-from skyrl_gym.envs.registration import load_entry_point
 
 _MEGABYTE = 1_000_000
 _TAGS = ("answer", "solution", "search", "sql", "think", "tool", "python", "action")
@@ -37,14 +37,14 @@ NASTY_STRINGS: tuple[str, ...] = (
     "<sql></solution><search></answer>" * (_MEGABYTE // 33),
     "x" * _MEGABYTE,
 )
-"""What a policy may write; `check_env` plays each of them from the first turn to the last."""
+"""Hostile model replies. `check_env` plays each of them in every turn of an episode."""
 
 _PROMPT: ConversationType = [{"role": "user", "content": "Please begin."}]
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One sentence of the contract, whether it held, and what was seen if it did not."""
+    """One rule of the contract, whether the environment keeps it, and what was observed if it does not."""
 
     name: str
     passed: bool
@@ -80,11 +80,11 @@ def check_env(
     gold_actions: Sequence[str] | None = None,
     bad_actions: Sequence[str] = NASTY_STRINGS,
 ) -> CheckReport:
-    """Play an environment well, badly and twice, and say which sentences of the contract held.
+    """Play episodes with good, hostile and repeated actions, and report which rules of the contract hold.
 
     extras: a dataset row without prompt and env_class; max_turns 3 and seed 0 are added where it has none, as a rollout
-    would. gold_actions: actions that must earn `max_reward`; left out, those that the environment offers.
-    What the environment does wrong stands in the report; only misuse of this function raises.
+    would. gold_actions: actions that must earn `max_reward`; by default those that the environment offers.
+    Faults of the environment are listed in the report; only misuse of this function raises.
     """
     if not isinstance(extras, dict):
         raise TypeError(f"extras must be a dict (a dataset row without prompt and env_class), not {extras!r}")
@@ -99,14 +99,14 @@ def check_env(
         prompt=_PROMPT if prompt is None else prompt,
         env_config=env_config or {},
     )
-    # In a thread of its own, so that it works where an event loop is already running.
+    # A separate thread, because asyncio.run is refused in a thread whose event loop is already running.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, check.run(gold_actions, list(bad_actions))).result()
     return CheckReport(name, tuple(Fact(fact, not seen, "; ".join(seen)) for fact, seen in check.seen.items()))
 
 
 def example_extras(env_id: str) -> list[dict[str, Any]]:
-    """The rows to check a registered environment on, from its class; [] if it offers none."""
+    """Return the example rows that a registered environment's class offers for `check_env`; [] if it offers none."""
     entry_point = load_entry_point(skyrl_gym.spec(env_id).entry_point)
     offered = getattr(entry_point, "example_extras", None)
     return [] if offered is None else offered()
@@ -114,14 +114,14 @@ def example_extras(env_id: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Episode:
-    """What can be compared between two plays."""
+    """The observations and rewards of one episode; equal for equal seeds and actions."""
 
     observations: list[Any]
     rewards: list[float]
 
 
 class _Check:
-    """Collects in `seen`, for each fact, what contradicts it. Exceptions come back as values."""
+    """Plays the episodes and collects in `seen`, for each rule, what contradicts it. Exceptions come back as values."""
 
     MAKES = "Env(env_config=..., extras=...) makes a BaseTextEnv"
     INPUTS = "the given prompt, extras and env_config are left as they were"
@@ -169,7 +169,10 @@ class _Check:
         return holds
 
     async def call(self, fact: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """The result, or an exception, which contradicts `fact`. Sync methods run in a thread, as in a rollout."""
+        """Return the result of a call, or the exception it raised, which is noted as a contradiction of `fact`.
+
+        Sync methods run in a thread, as in a rollout.
+        """
         if inspect.iscoroutinefunction(call):
             with Outcome() as outcome:
                 outcome.value = await call(*args)
@@ -212,7 +215,7 @@ class _Check:
         return offered if isinstance(offered, list) else []
 
     async def play(self, actions: Sequence[str]) -> _Episode | None:
-        """Play these actions, the last one again and again, until the end; None where that cannot be done."""
+        """Play one episode with these actions, repeating the last one until the end; None if it breaks off."""
         env = await self.make()
         if env is None:
             return None

@@ -1,7 +1,8 @@
-"""What an environment may return: each answer is checked and copied as plain values; WrongAnswer says what is wrong.
+"""Checks of the values that an environment returns; each is copied as plain values, or refused with WrongAnswer.
 
 A rollout passes every answer through `checked_init`, `checked_step` or `checked_metrics` before it uses it.
-`wrong_step` and `wrong_messages` are for `check_env`, which asks a little more: the whole documented form.
+`wrong_step` and `wrong_messages` are for `check_env`, which is stricter: it also checks metadata and the roles of
+messages.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from numbers import Real
 from types import TracebackType
 from typing import Any
 
-MAX_REWARD = 1e9  # float32 still tells 64 apart there, and squares of it can still be summed over a gradient
+MAX_REWARD = 1e9  # float32 has a spacing of 64 there, and sums of its squares do not overflow
 _ROLES = {"system", "user", "assistant", "tool"}
 
 Messages = list[dict[str, Any]]
 
 
 class WrongAnswer(ValueError):
-    """What is wrong with something that an environment returned, in words."""
+    """An environment returned a value of the wrong form; the message says what is wrong with it."""
 
 
 class NotANumberToLearnFrom(WrongAnswer):
@@ -33,7 +34,7 @@ class NotANumberToLearnFrom(WrongAnswer):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One answer of an environment, as far as the rollout reads it. Nothing in it is shared with the environment."""
+    """The part of a step's answer that the rollout reads, copied: the environment holds no reference to it."""
 
     observations: Messages
     reward: float
@@ -43,7 +44,7 @@ class Step:
 
 
 class Outcome(AbstractContextManager["Outcome"]):
-    """What a call into foreign code came to: its `value`, or the `error` that it raised, SystemExit included."""
+    """The result of a call into an environment's code: its `value`, or the `error` it raised (also SystemExit)."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -63,7 +64,7 @@ class Outcome(AbstractContextManager["Outcome"]):
 
 
 def checked_init(answer: Any) -> Messages:
-    """The conversation out of what `init` returned."""
+    """Return a copy of the first messages out of the pair that `init` returned; WrongAnswer if there are none."""
     _refuse_coroutine(answer, "init")
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise WrongAnswer(f"it must return (messages, dict), not {short(answer)}")
@@ -74,7 +75,7 @@ def checked_init(answer: Any) -> Messages:
 
 
 def checked_step(answer: Any) -> Step:
-    """What `step` returned."""
+    """Return what `step` returned as a Step; WrongAnswer if a key is missing or a value has the wrong type."""
     _refuse_coroutine(answer, "step")
     if not isinstance(answer, dict):
         raise WrongAnswer(f"it must return a dict with observations, reward, done and metadata, not {short(answer)}")
@@ -98,7 +99,10 @@ def checked_step(answer: Any) -> Step:
 
 
 def checked_reward(reward: Any) -> float:
-    """A number that can be learned from. A bool counts as 1 or 0, and a tensor or array with one element as that."""
+    """Return the reward as a float. A bool counts as 1 or 0, a tensor or array with one element as that element.
+
+    NotANumberToLearnFrom: it is NaN, infinite or beyond ±MAX_REWARD. WrongAnswer: it is no number.
+    """
     number = _python_scalar(reward)
     if not isinstance(number, Real | Decimal):
         raise WrongAnswer(f"reward must be one finite float, not {short(reward)} ({type(reward).__name__})")
@@ -117,7 +121,7 @@ def checked_reward(reward: Any) -> float:
 
 
 def checked_metrics(metrics: Any) -> dict[str, Any]:
-    """What `get_metrics` returned, with plain values."""
+    """Return what `get_metrics` returned, with keys as text and values that JSON can hold."""
     _refuse_coroutine(metrics, "get_metrics")
     if not isinstance(metrics, dict):
         raise WrongAnswer(f"it must return a dict, not {short(metrics)}")
@@ -125,19 +129,19 @@ def checked_metrics(metrics: Any) -> dict[str, Any]:
 
 
 def checked_close(answer: Any) -> None:
-    """What `close` returned is not read; a coroutine would mean that nothing was closed."""
+    """Refuse a coroutine: it would mean that nothing was closed. Any other result of `close` is ignored."""
     _refuse_coroutine(answer, "close")
 
 
 def checked_messages(messages: Any) -> Messages:
-    """A list of messages, copied: an environment may go on writing in its own."""
+    """Return a copy of a list of messages, because an environment may go on changing its own."""
     if not isinstance(messages, list | tuple):
         raise WrongAnswer(f"messages must be a list, not {short(messages)}")
     return [_message(message) for message in messages]
 
 
 def wrong_messages(messages: Any) -> str:
-    """What is wrong with a list of messages, or nothing."""
+    """Return what is wrong with a list of messages, or ""."""
     try:
         checked = checked_messages(messages)
     except WrongAnswer as wrong:
@@ -147,7 +151,7 @@ def wrong_messages(messages: Any) -> str:
 
 
 def wrong_step(answer: Any) -> str:
-    """What is wrong with a step's answer, or nothing."""
+    """Return what is wrong with a step's answer, metadata and roles included, or ""."""
     try:
         checked_step(answer)
     except WrongAnswer as wrong:
@@ -158,7 +162,7 @@ def wrong_step(answer: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """At most 80 characters of a value, in ASCII; its type where it cannot be written."""
+    """Return the value as a quoted ASCII text of about 80 characters at most; its type if str() fails."""
     written = Outcome.of(lambda: str(value))
     text = f"a {type(value).__name__}" if written.error else written.value
     return json.dumps(text if len(text) <= 80 else text[:60] + f"… ({len(text)} characters)")
@@ -174,7 +178,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _text(text: str, what: str) -> str:
-    """As a str and no subclass of it."""
+    """Return the text as a plain str (not a subclass); WrongAnswer if UTF-8 cannot encode it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -191,7 +195,7 @@ def _flag(value: Any, what: str) -> bool:
 
 
 def _python_scalar(value: Any) -> Any:
-    """The number or bool in an array or tensor that holds just one; any other value as it is."""
+    """Return the only element of an array or tensor as a Python scalar; any other value unchanged."""
     if isinstance(value, int | float | str) or not hasattr(value, "item"):
         return value
     try:
@@ -201,7 +205,7 @@ def _python_scalar(value: Any) -> Any:
 
 
 def _plain(value: Any, what: str, default: Callable[[Any], Any] | None = None) -> Any:
-    """A copy of the value that JSON, a tokenizer and a report can write. NaN is allowed: nothing is learned from it."""
+    """Return a copy of the value through JSON, in UTF-8. NaN is allowed here: no gradient depends on it."""
     scalar = _python_scalar(value)
     try:
         if isinstance(scalar, int):
@@ -214,7 +218,7 @@ def _plain(value: Any, what: str, default: Callable[[Any], Any] | None = None) -
 
 
 def _listed(value: Any) -> Any:
-    """What JSON has no word for: arrays as lists, everything else as text."""
+    """Return an array as a list and any other value that JSON does not know as text."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 

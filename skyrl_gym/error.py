@@ -1,9 +1,9 @@
-"""What the registry raises."""
+"""Errors of the registry of environments."""
 
 
 class Error(Exception):
-    """Something about an environment id is wrong: unknown, or its entry point cannot be loaded."""
+    """An environment id is unknown, or its entry point cannot be loaded."""
 
 
 class RegistrationError(Error):
-    """The id is already taken."""
+    """The environment id is already registered."""

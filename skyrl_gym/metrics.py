@@ -1,15 +1,17 @@
-"""From the metrics of single episodes to the metrics of a batch."""
+"""Aggregation of the metrics of single episodes to those of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from skyrl_gym import error
+from skyrl_gym.core import load_entry_point
+from skyrl_gym.envs.registration import spec
+from skyrl_gym.error import Error
 
 
 def default_aggregate_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each numeric or bool key over the episodes that have it; other values are dropped.
+    """Return the mean of each numeric or bool key over the episodes that have it; other values are dropped.
 
     [{"won": True, "steps": 2}, {"won": False}] -> {"won": 0.5, "steps": 2.0}
     """
@@ -22,12 +24,13 @@ def default_aggregate_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, fl
 
 
 def aggregate_for_environment(env_id: str, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Aggregate as the environment registered under `env_id` wishes."""
-    from skyrl_gym.envs.registration import load_entry_point, spec  # the registry knows envs, which know this file
+    """Aggregate with `aggregate_metrics` of the environment registered under `env_id`, or with the default.
 
+    ValueError if no environment has this id.
+    """
     try:
         entry_point = spec(env_id).entry_point
-    except error.Error as unknown:
+    except Error as unknown:
         raise ValueError(f"metrics of unknown environment {env_id!r}: {unknown}") from unknown
     aggregate = getattr(load_entry_point(entry_point), "aggregate_metrics", default_aggregate_metrics)
     return aggregate(list(metrics))

@@ -1,7 +1,7 @@
-"""Temporary folders that go with their process: at once when it is done with them, at the next start after a kill -9.
+"""Temporary folders that are removed after use; after a kill -9, at the next start of any of our processes.
 
-A process holds a lock (flock) on each of its folders, which the system takes back however the process ends. So a folder
-of ours that nobody holds is a dead process's.
+A process holds a lock (flock) on each of its folders, which the kernel releases however the process ends. A folder of
+ours without a lock therefore belongs to a dead process.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-COMPILER, PROGRAM = "skyrl-c-", "skyrl_gym_"  # how the names of the folders begin; a program's is from older versions
+COMPILER, PROGRAM = "skyrl-c-", "skyrl_gym_"  # prefixes of folder names; older versions made PROGRAM's
 PREFIXES = (COMPILER, PROGRAM)
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Generator[Path]:
-    """An empty folder of a name that begins so, until the block ends. The first one of a process reaps dead ones'."""
+    """Make an empty folder whose name begins with `prefix`, and remove it when the block ends.
+
+    The first call in a process also removes the folders of dead processes.
+    """
     _reap_once()
     folder, lock = _held_folder(prefix)
     try:
@@ -32,7 +35,7 @@ def temporary_folder(prefix: str) -> Generator[Path]:
 
 
 def reap_temporary_folders() -> list[Path]:
-    """Remove our user's folders of processes that are dead; returns those that are gone."""
+    """Remove this user's folders whose process is dead. Returns the removed folders."""
     places = Path(tempfile.gettempdir())
     return [folder for prefix in PREFIXES for folder in places.glob(f"{prefix}*") if _is_reaped(folder)]
 
@@ -43,7 +46,7 @@ def _reap_once() -> None:
 
 
 def _held_folder(prefix: str) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock."""
+    """Return a new folder and the descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix))
         with suppress(FileNotFoundError):
@@ -51,7 +54,7 @@ def _held_folder(prefix: str) -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, lock
-            os.close(lock)  # another process took it for a dead one's before it was held, and removed it
+            os.close(lock)  # another process removed it before the lock was taken
 
 
 def _is_reaped(folder: Path) -> bool:
@@ -64,7 +67,7 @@ def _is_reaped(folder: Path) -> bool:
             return False
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove(folder)
-    except OSError:  # its owner lives
+    except OSError:  # locked: its owner is alive
         return False
     finally:
         os.close(lock)
@@ -72,7 +75,7 @@ def _is_reaped(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Also what a program has made unreadable."""
+    """Remove a folder, also the parts that a program has made unreadable."""
     for parent, names, _ in os.walk(folder):
         for name in names:
             if not os.path.islink(path := os.path.join(parent, name)):

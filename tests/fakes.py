@@ -96,7 +96,7 @@ class CountdownEnv(BaseTextEnv):
 
 
 class FlakyEnv(CountdownEnv):
-    """Breaks in the first `extras["breaks"]` episodes of each prompt, in the way extras["how"] says."""
+    """Fails in the first `extras["breaks"]` episodes of each prompt, in the way that extras["how"] names."""
 
     attempts: dict[str, int] = {}  # noqa: RUF012 - shared on purpose: it counts over instances
 

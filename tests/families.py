@@ -54,7 +54,7 @@ SIZES = {name: _VALUES[first] for first, others in _SIZES.items() for name in (f
 
 
 class CannotBuild(RuntimeError):
-    """The family wants sizes that fit each other in its own way, or a library that is not here."""
+    """The family needs a special combination of sizes, or a library that is not installed."""
 
 
 def tiny_family(family: str) -> Any:

@@ -1,10 +1,11 @@
-"""A device that calls itself cuda:0 and computes on the processor, for what the engine does differently on a GPU.
+"""A device that calls itself cuda:0 but computes on the CPU, to test code paths of the engine for GPUs.
 
     with torch.no_grad(), PretendCuda():
         policy = tiny_policy(device="cuda")
 
-Numbers are real, so results can be compared; an operation that mixes tensors of both devices is an error, as on a GPU.
-No gradients: autograd asks for the device itself. It shows nothing about kernels, streams, graphs or memory.
+Values are really computed, so results can be compared; an operation that mixes tensors of both devices is an error, as
+on a GPU. It has no gradients, because autograd needs a real device, and tests nothing about kernels, streams, graphs or
+memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ AS_THEY_ARE = {
 
 
 class OnCuda(Tensor):
-    """A tensor on the pretended device. `host` has its numbers."""
+    """A tensor on the pretended device. `host` is the CPU tensor with its values."""
 
     host: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # ty: ignore[incompatible-method-override]
@@ -61,17 +62,17 @@ class OnCuda(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # ty: ignore[incompatible-method-override]
-        """What does not come through `PretendCuda`: views that torch takes by itself."""
+        """Run an operation that bypasses `PretendCuda`: views that torch makes internally."""
         return _wrapped(func(*tree_map(_host, args), **tree_map(_host, kwargs or {})), args)
 
 
 class PretendCuda(TorchFunctionMode):
-    """Every call of torch in this context and thread."""
+    """Context in which every torch call of this thread computes on the pretended device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if func is torch._has_compatible_shallow_copy_type:
-            return False  # so that a module that is moved gets new parameters
+            return False  # makes Module.to create new parameters
         if func in FACTORIES or func in LIKE:
             return _made(func, args, kwargs)
         if func is Tensor.pin_memory:
@@ -98,7 +99,7 @@ def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Tensor.to(device or dtype) and Tensor.cpu()"""
+    """Return the result of Tensor.to(device or dtype) or Tensor.cpu()."""
     source, options = args[0], [*args[1:], *kwargs.values()]
     devices = [option for option in options if isinstance(option, torch.device | str)] or [source.device]
     dtypes = [option for option in options if isinstance(option, torch.dtype)] or [source.dtype]
@@ -118,6 +119,6 @@ def _host(leaf: Any) -> Any:
 
 
 def _wrapped(out: Any, given: Any) -> Any:
-    """An operation in place gives back the tensor that it was given."""
+    """Return the outputs as device tensors; an in-place operation returns the tensor that it was given."""
     known = {id(leaf.host): leaf for leaf in tree_leaves(given) if isinstance(leaf, OnCuda)}
     return tree_map(lambda leaf: known.get(id(leaf), OnCuda(leaf)) if type(leaf) is Tensor else leaf, out)

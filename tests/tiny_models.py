@@ -1,4 +1,4 @@
-"""Tiny real models and a byte-level tokenizer, made from nothing, for the tests of engine, learner and trainer."""
+"""Tiny real models with random weights and a byte-level tokenizer, for tests of engine, learner and trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB_SIZE = 258  # 256 bytes, then BOS and EOS
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, in the order of the byte-level alphabet, plus ChatML's two special tokens."""
+    """Return a tokenizer with a token per byte, in byte-level alphabet order, and ChatML's two special tokens."""
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -40,7 +40,7 @@ def tiny_policy(
     device: torch.device | str = "cpu",
     **config: Any,
 ) -> Policy:
-    """A random model of this family: 2 layers, 4 query and 2 key heads of 8, 258 tokens, a context of 512.
+    """Return a random model of this family: 2 layers, 4 query and 2 key heads of 8, 258 tokens, a context of 512.
 
     `config` overrides the family's configuration, e.g. `vocab_size=16` or `num_hidden_layers=3`.
     """
@@ -49,14 +49,14 @@ def tiny_policy(
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **config: Any) -> Path:
-    """The same model and tokenizer as a Hugging Face folder, as a user would name it in the configuration."""
+    """Write the model and the tokenizer as a Hugging Face folder, as a user names one, and return its path."""
     tiny_module(family, seed=seed, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """The module alone, as transformers makes it."""
+    """Return the model as transformers makes it, without a Policy around it."""
     eos = VOCAB_SIZE - 1
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -67,7 +67,7 @@ def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
         "num_key_value_heads": 2,
         "head_dim": 8,
         "max_position_embeddings": 512,
-        "initializer_range": 0.2,  # larger than usual: a random model with opinions
+        "initializer_range": 0.2,  # larger than usual, so that the logits of a random model differ clearly
         "bos_token_id": eos - 1,
         "eos_token_id": eos,
         "pad_token_id": eos,

@@ -1,4 +1,4 @@
-"""Train on two-digit sums: rows are made here, settings come from config.yaml and then from the command line."""
+"""Train on one-digit sums: makes the rows, and takes settings from config.yaml, then from the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data_file(split: Literal["train", "validation"], num: int) -> Path:
 
 
 def settings() -> list[str]:
-    """config.yaml as key=value arguments, and where data and results lie."""
+    """Return config.yaml, completed with the paths of data and results, as key=value arguments."""
     config = OmegaConf.load(HERE / "config.yaml")
     config.data = {
         "train_data": [str(data_file("train", NUM_TRAIN))],

@@ -1,4 +1,4 @@
-"""Typed clients, for playing by hand: `EchoEnv` and `CodingEnv`, async or not.
+"""Typed clients for playing by hand: EchoEnv, CodingEnv, OpenSpielEnv and SumoRLEnv, async or not.
 
 async with await EchoEnv.local() as env:            with EchoEnv.sync(EchoEnv.local()) as env:
     await env.reset()                                   env.reset()
@@ -27,7 +27,7 @@ from integrations.openenv.hosting.server_process import ServerProcess
 
 
 class TypedAction(Protocol):
-    """An action that knows its fields on the wire."""
+    """An action that can be turned into the fields that a server is sent."""
 
     def fields(self) -> dict[str, Any]: ...
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TypedResult(Generic[ObservationT]):
-    """What `reset` and `step` give back."""
+    """The result of `reset` and `step`."""
 
     observation: ObservationT
     reward: float | None  # None: the server pays nothing here
@@ -47,7 +47,7 @@ class TypedResult(Generic[ObservationT]):
 
 
 class TypedEnv(Generic[ActionT, ObservationT]):
-    """One session with one environment. `close` also ends the server or the container that was started for it."""
+    """One session with one environment. `close` also stops the server or container that was started for it."""
 
     image: ClassVar[str]
     server_module: ClassVar[str]
@@ -61,12 +61,12 @@ class TypedEnv(Generic[ActionT, ObservationT]):
 
     @classmethod
     async def from_url(cls, url: str) -> Self:
-        """A server that runs already."""
+        """Make a client of a server that runs already."""
         return cls(url)
 
     @classmethod
     async def local(cls, *, timeout_s: float = 60.0) -> Self:
-        """A server of ours, started for this client, without Docker."""
+        """Start a server of ours for this client, without Docker."""
         server = await ServerProcess.start(cls.server_module, max_sessions=1, timeout_s=timeout_s)
         return cls(server.url, server)
 
@@ -74,12 +74,12 @@ class TypedEnv(Generic[ActionT, ObservationT]):
     async def from_docker_image(
         cls, image: str | None = None, *, env: Mapping[str, str] | None = None, timeout_s: float = 60.0
     ) -> Self:
-        """A container of this image (the official one if none is named), started for this client."""
+        """Start a container of this image (by default the official one) for this client."""
         container = await Container.start(image or cls.image, env=env, timeout_s=timeout_s)
         return cls(container.url, container)
 
     async def reset(self, **kwargs: Any) -> TypedResult[ObservationT]:
-        """A new episode, in the same session if there is one."""
+        """Start a new episode, in the same session if it is not lost."""
         if self._client is not None and self._client.lost is None:
             return self._typed(await self._client.reset(**kwargs))
         self._client, first = await open_session(self.url, kwargs, step_timeout_s=self.step_timeout_s)
@@ -109,7 +109,7 @@ class TypedEnv(Generic[ActionT, ObservationT]):
 
     @classmethod
     def sync(cls, start: Coroutine[Any, Any, Self]) -> SyncEnv[ActionT, ObservationT]:
-        """The same without an event loop: `with EchoEnv.sync(EchoEnv.local()) as env: env.reset()`."""
+        """Return a client without async methods: `with EchoEnv.sync(EchoEnv.local()) as env: env.reset()`."""
         return SyncEnv(run_in_background(start))
 
     def _session(self) -> OpenEnvClient:
@@ -122,7 +122,7 @@ class TypedEnv(Generic[ActionT, ObservationT]):
 
 
 class SyncEnv(Generic[ActionT, ObservationT]):
-    """A TypedEnv whose methods wait. Its session lives on a background thread's event loop."""
+    """A TypedEnv with blocking methods. Its session lives on the event loop of a background thread."""
 
     def __init__(self, env: TypedEnv[ActionT, ObservationT]) -> None:
         self._env = env
@@ -153,7 +153,7 @@ class SyncEnv(Generic[ActionT, ObservationT]):
 
 
 class EchoEnv(TypedEnv[EchoAction, EchoObservation]):
-    """echo_env."""
+    """Client of echo_env."""
 
     image = EchoEntry.image
     server_module = EchoEntry.server_module
@@ -161,7 +161,7 @@ class EchoEnv(TypedEnv[EchoAction, EchoObservation]):
 
 
 class CodingEnv(TypedEnv[CodeAction, CodeObservation]):
-    """coding_env."""
+    """Client of coding_env."""
 
     image = CodingEntry.image
     server_module = CodingEntry.server_module
@@ -169,7 +169,7 @@ class CodingEnv(TypedEnv[CodeAction, CodeObservation]):
 
 
 class OpenSpielEnv(TypedEnv[OpenSpielAction, OpenSpielObservation]):
-    """openspiel_env. `reset(seed=3, game="tic_tac_toe")` with our own server."""
+    """Client of openspiel_env. `reset(seed=3, game="tic_tac_toe")` with our own server."""
 
     image = OpenSpielEntry.image
     server_module = OpenSpielEntry.server_module
@@ -177,7 +177,7 @@ class OpenSpielEnv(TypedEnv[OpenSpielAction, OpenSpielObservation]):
 
 
 class SumoRLEnv(TypedEnv[SumoAction, SumoObservation]):
-    """sumo_rl_env. `reset(seed=3, network="cologne1", delta_time=10)` with our own server."""
+    """Client of sumo_rl_env. `reset(seed=3, network="cologne1", delta_time=10)` with our own server."""
 
     image = SumoEntry.image
     server_module = SumoEntry.server_module

@@ -1,4 +1,4 @@
-"""The options of `environment.openenv`: where the environments' servers run, and how long to wait for them."""
+"""The options of `environment.openenv`: where environments' servers run, and how long to wait for them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ NOT_OF_SERVERS = ("options", "env_names", "trust_dataset_code")
 
 @dataclass
 class OpenEnvConfig:
-    """Where the environments' servers run, and how long to wait for them."""
+    """Options of OpenEnv environments: where their servers run, time limits, and what an unreadable action costs."""
 
     # "local": servers of our own, started when needed; "docker": containers; "url": yours; "auto": url if one is given,
     # docker if a daemon answers and the environment's image is here, else local
     runtime: str = "auto"
     url: str | None = None  # of a running server, like http://host:8000
-    max_sessions: int = 256  # episodes at once on one server; a server that takes fewer is found out
+    max_sessions: int = 256  # episodes at once on one server; servers that take fewer are detected
     max_servers: int | None = None  # of one environment; None: by this machine's cores and memory
     startup_timeout_s: float = 60.0  # until a started server answers
-    lease_timeout_s: float = 600.0  # an episode waits so long for a free session
+    lease_timeout_s: float = 600.0  # for which an episode waits for a free session
     step_timeout_s: float = 30.0  # of one reset or step
-    idle_timeout_s: float = 1800.0  # a session that is not used for so long is taken back
+    idle_timeout_s: float = 1800.0  # a session unused for this long is taken back
     episode_timeout_s: float = 3600.0  # from reset; then the session is taken back
     network: bool = False  # may containers of ours reach a network
     memory_gb: float = 2.0  # of one container
     cpus: float | None = None  # of one container; None: all but one of this machine's
-    accept_unsafe: bool = False  # let our servers run programs even where no wall is to be had
+    accept_unsafe: bool = False  # run programs unsandboxed on machines without any wall
     # servers outside the catalog that rows may name: folders, apps, images, addresses
     env_names: list[str] = field(default_factory=list)
     trust_dataset_code: bool = False  # let rows choose the code that runs: env_name, reward function, variables
     invalid_action_penalty: float = 0.0  # taken from the reward of a turn whose action cannot be read
     max_invalid_actions: int | None = None  # the next one ends the episode, unfinished; None: only the turns count
-    options: dict[str, Any] = field(default_factory=dict)  # of the environment, where the data set's row says nothing
+    options: dict[str, Any] = field(default_factory=dict)  # of the environment, unless the data set's row sets them
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -58,12 +58,12 @@ class OpenEnvConfig:
             raise ValueError(f"openenv.invalid_action_penalty={self.invalid_action_penalty} must not be negative")
 
     def key(self) -> tuple[Any, ...]:
-        """Equal configurations share their servers."""
+        """Return the values that concern servers: configurations with equal keys share their servers."""
         return tuple(value for name, value in asdict(self).items() if name not in NOT_OF_SERVERS)
 
     @classmethod
     def from_any(cls, config: Any) -> Self:
-        """From an instance, a mapping, an OmegaConf node, or nothing."""
+        """Make a configuration from an instance, a dataclass, a mapping, an OmegaConf node, or None (the defaults)."""
         if isinstance(config, cls):
             return config
         if config is None:

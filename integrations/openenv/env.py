@@ -1,12 +1,12 @@
-"""OpenEnv(BaseTextEnv): any OpenEnv environment of the catalog as a text environment.
+"""OpenEnv(BaseTextEnv): any OpenEnv environment, of the catalog or another server, as a text environment.
 
     reply    I repeat the words. <action>red lamp tree</action> Done!
     action   red lamp tree                       what stands between the tags, over any number of lines
-    fields   {"tool_name": "echo_message", ...}  `_get_openenv_action`: the place to change parsing
+    fields   {"tool_name": "echo_message", ...}  `_get_openenv_action`: override it to change parsing
     answer   "The environment said: red lamp tree", reward 1.0, done
 
-The first complete action counts; what follows it is ignored. What actions and answers mean, and what a turn earns, is
-the catalog's to say: one Translator per episode.
+The first complete action counts; text after it is ignored. The catalog defines what actions and answers mean and what a
+turn earns, by one Translator per episode.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 
 OPEN, CLOSE = "<action>", "</action>"
-GRACE_S = 10.0  # the pool, which can say who holds what, gives up before the rollout does
+GRACE_S = 10.0  # the pool's time-out, whose message says who holds the sessions, comes before the rollout's
 
 
 def register_openenv() -> None:
-    """Make the environment known as "openenv". Again is fine."""
+    """Register the environment as "openenv", unless it is registered already."""
     if "openenv" not in skyrl_gym.registry:
         skyrl_gym.register(id="openenv", entry_point="integrations.openenv.env:OpenEnv")
 
 
 class OpenEnv(BaseTextEnv):
-    """One episode in one OpenEnv environment. `extras` is a row of prepare_dummy_dataset.py."""
+    """One episode in one OpenEnv environment. `extras` is a row as prepare_dummy_dataset.py writes it."""
 
     def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class OpenEnv(BaseTextEnv):
         self.last: StepResult | None = None
         self._done = False
         self._lease: Lease | None = None
-        self._asked: ServerSource | None = None  # while it is asked for a lease
+        self._awaited_source: ServerSource | None = None  # set while `init` waits for a lease
         fewest = self.entry.fewest_turns(self.options)
         if self.max_turns < fewest:
             raise ValueError(
@@ -87,14 +87,14 @@ class OpenEnv(BaseTextEnv):
 
     @property
     def waits_for_others(self) -> bool:
-        return self._asked is not None and shared_pool(self.config).is_full(self._asked)
+        return self._awaited_source is not None and shared_pool(self.config).is_full(self._awaited_source)
 
     async def _leased(self, source: ServerSource, reset_kwargs: dict[str, Any]) -> Lease:
-        self._asked = source
+        self._awaited_source = source
         try:
             return await shared_pool(self.config).lease(source, **reset_kwargs)
         finally:
-            self._asked = None
+            self._awaited_source = None
 
     async def step_async(self, action: str) -> BaseTextEnvStepOutput:
         if self._lease is None:
@@ -135,10 +135,10 @@ class OpenEnv(BaseTextEnv):
             await lease.release()
 
     def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:
-        """The fields of the environment's action, from the text between the tags.
+        """Return the fields of the environment's action, from the text between the tags.
 
-        Override this to change how actions are read. Raise InvalidAction(message) for a text that is no action: the
-        model reads the message.
+        Override this to change how actions are read. Raise InvalidAction(message) for a text that is no action; the
+        message becomes the next observation.
         """
         return self.translator.action(action)
 
@@ -152,11 +152,11 @@ class OpenEnv(BaseTextEnv):
         }
 
     def gold_actions(self) -> list[str] | None:
-        """Known beforehand only where one action solves the task; `gold_action` is for all."""
+        """Return the one action that solves the task; None if it takes several (see `gold_action`)."""
         return None if self.task.solution is None else [f"{OPEN}{self.task.solution}{CLOSE}"]
 
     def gold_action(self) -> str | None:
-        """What a good player replies now, if the catalog has one."""
+        """Return what the catalog's gold player replies now; None if it has none."""
         gold = self.translator.gold_action()
         return None if gold is None else f"{OPEN}{gold}{CLOSE}"
 
@@ -174,7 +174,10 @@ class OpenEnv(BaseTextEnv):
         return self._output(message, reward - self.config.invalid_action_penalty, ended=ended, stopped=one_too_many)
 
     def _output(self, text: str, reward: float, *, ended: bool, stopped: bool = False) -> BaseTextEnvStepOutput:
-        """ended: by the environment. stopped: by the policy's fault. Else the turns may have run out."""
+        """Return a step's output; the episode is also done when the turns have run out.
+
+        ended: the environment is done. stopped: too many invalid actions.
+        """
         out_of_turns = self.turns >= self.max_turns
         if (stopped or out_of_turns) and not ended:
             reward += self.translator.unfinished_reward()
@@ -193,7 +196,7 @@ class OpenEnv(BaseTextEnv):
             },
         }
 
-    # The same without an event loop
+    # The sync methods, for callers without an event loop
 
     def init(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:
         return run_in_background(self.init_async(prompt))
@@ -207,7 +210,10 @@ class OpenEnv(BaseTextEnv):
 
 
 def _between_tags(reply: str, max_chars: int) -> str:
-    """The first complete <action>…</action> of a reply; of nested ones the innermost. Linear in the reply's length."""
+    """Return the text in the first complete <action>…</action>; in nested ones, of the innermost.
+
+    Takes time linear in the reply's length. InvalidAction: there is none, or it is too long.
+    """
     start = reply.find(OPEN)
     if start < 0:
         raise InvalidAction(f"There is no action in your reply. Write it between {OPEN} and {CLOSE}.")
@@ -217,11 +223,11 @@ def _between_tags(reply: str, max_chars: int) -> str:
     action = reply[reply.rfind(OPEN, start, end) + len(OPEN) : end]
     if len(action) > max_chars:
         raise InvalidAction(f"Your action has {len(action)} characters; at most {max_chars} are allowed.")
-    return action.encode(errors="replace").decode()  # a lone surrogate is no text that a server could be sent
+    return action.encode(errors="replace").decode()  # lone surrogates cannot be sent to a server
 
 
 def _reasons(refused: ServerError) -> str:
-    """Pydantic's complaints in short: field: what is wrong."""
+    """Return pydantic's complaints as "field: what is wrong; ...", or the server's message if there are none."""
     complaints = [
         f"{'.'.join(map(str, detail.get('loc', ())))}: {detail.get('msg')}"
         for detail in refused.details
@@ -231,7 +237,7 @@ def _reasons(refused: ServerError) -> str:
 
 
 def with_observation(prompt: ConversationType, text: str) -> ConversationType:
-    """The prompt, with the first observation at the end of its last message."""
+    """Return a copy of the prompt with the first observation appended to its last message."""
     messages = [dict(message) for message in prompt]
     if text and messages:
         messages[-1]["content"] = f"{messages[-1]['content']}\n\n{text}"
@@ -239,5 +245,5 @@ def with_observation(prompt: ConversationType, text: str) -> ConversationType:
 
 
 def close_background_pools() -> None:
-    """Stop the servers that were started for the methods without a loop. They stop at exit anyway."""
+    """Stop the servers that were started for the sync methods, which otherwise run until Python exits."""
     run_in_background(close_shared_pools())

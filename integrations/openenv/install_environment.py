@@ -1,9 +1,9 @@
-"""Make environments ready: engine, image, and a game played by a known good player to prove it.
+"""Install environments: engine and image, tested by an episode of the catalog's gold player.
 
 uv run integrations/openenv/install_environment.py echo-env coding-env           the official images
 uv run integrations/openenv/install_environment.py --build openspiel-env         an image of our own server
 
-Where Docker, the registry or the engine is missing it says so; it ends with 0 if each environment can be played.
+It says so if Docker, the registry or the engine is missing. Its exit code is 0 if each environment can be played.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from skyrl_train.run.records.visible import make_errors_visible, visible
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the command line asks for."""
+class InstallOptions:
+    """The options of the command line."""
 
     build: bool = False  # build our own image instead of pulling the official one
     base_image: str = BASE_IMAGE
@@ -49,37 +49,37 @@ def main() -> None:
         entries = [catalog_entry(name) for name in words.names] or list(CATALOG.values())
     except ValueError as unknown:
         parser.error(str(unknown))
-    wishes = Wishes(build=words.build, base_image=words.base_image, timeout_s=words.timeout)
-    status = asyncio.run(install(entries, wishes))
+    options = InstallOptions(build=words.build, base_image=words.base_image, timeout_s=words.timeout)
+    status = asyncio.run(install(entries, options))
     if status == 0 and sys.dont_write_bytecode and sys.prefix != sys.base_prefix:
         compile_packages(sysconfig.get_path("purelib"))
     raise SystemExit(status)
 
 
-async def install(entries: list[CatalogEntry], wishes: Wishes) -> int:
-    """0 if every environment can be played, and in its image where one was to be built."""
+async def install(entries: list[CatalogEntry], options: InstallOptions) -> int:
+    """Install the environments. Returns 0 if each can be played (also in its image, if that was to be built)."""
     try:
         await require_docker()
         has_docker = True
     except DockerUnavailable as missing:
         has_docker = False
-        print(f"{missing}.\n" + ("Nothing can be built." if wishes.build else "The local runtime will serve."))
-        if wishes.build:
+        print(f"{missing}.\n" + ("Nothing can be built." if options.build else "The local runtime will serve."))
+        if options.build:
             return 1
-    failed = [entry.name for entry in entries if not await _install(entry, wishes, has_docker)]
+    failed = [entry.name for entry in entries if not await _install(entry, options, has_docker)]
     if failed:
         print(f"not ready: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-async def _install(entry: CatalogEntry, wishes: Wishes, has_docker: bool) -> bool:
+async def _install(entry: CatalogEntry, options: InstallOptions, has_docker: bool) -> bool:
     try:
-        await bring_engine(entry, wishes.timeout_s)
+        await bring_engine(entry, options.timeout_s)
     except OpenEnvError as failed:
         print(visible(f"{entry.name}: FAILED: {failed}"))
         return False
-    has_image = has_docker and await _bring_image(entry, wishes)
-    if wishes.build and not has_image:
+    has_image = has_docker and await _bring_image(entry, options)
+    if options.build and not has_image:
         return False
     if not await _plays(entry, OpenEnvConfig(runtime="local"), "the local server"):
         return False
@@ -87,7 +87,7 @@ async def _install(entry: CatalogEntry, wishes: Wishes, has_docker: bool) -> boo
 
 
 async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
-    """Install the extra that holds the engine of our own server, unless it is here."""
+    """Install the extra with the engine of our own server, unless it is installed."""
     if entry.extra is None or entry.has_engine:
         return
     uv = os.environ.get("UV") or shutil.which("uv")
@@ -110,7 +110,10 @@ async def bring_engine(entry: CatalogEntry, timeout_s: float) -> None:
 
 
 def compile_packages(folder: str) -> None:
-    """Where Python is told to keep no bytecode, every start of a run would compile its thousands of imports anew."""
+    """Compile the installed packages to bytecode once.
+
+    With PYTHONDONTWRITEBYTECODE set, each start of a run would otherwise compile thousands of imports again.
+    """
     print(
         "PYTHONDONTWRITEBYTECODE is set: compiling the installed packages once, so that runs start fast ...", flush=True
     )
@@ -119,19 +122,20 @@ def compile_packages(folder: str) -> None:
     print(f"compiled in {time.monotonic() - start:.0f} s.")
 
 
-async def _bring_image(entry: CatalogEntry, wishes: Wishes) -> bool:
+async def _bring_image(entry: CatalogEntry, options: InstallOptions) -> bool:
     start = time.monotonic()
     try:
-        if wishes.build or not entry.image:
-            print(f"{entry.name}: building {entry.local_image} on {wishes.base_image} ...", flush=True)
-            await build_image(entry, entry.local_image, base_image=wishes.base_image, timeout_s=wishes.timeout_s)
+        if options.build or not entry.image:
+            print(f"{entry.name}: building {entry.local_image} on {options.base_image} ...", flush=True)
+            await build_image(entry, entry.local_image, base_image=options.base_image, timeout_s=options.timeout_s)
         else:
             print(f"{entry.name}: pulling {entry.image} ...", flush=True)
-            await run_long_command("docker", "pull", entry.image, timeout_s=wishes.timeout_s)
+            await run_long_command("docker", "pull", entry.image, timeout_s=options.timeout_s)
             await docker("tag", entry.image, entry.local_image)
     except OpenEnvError as failed:
         print(
-            visible(f"{entry.name}: no image: {failed}") + ("" if wishes.build else "\n  The local runtime will serve.")
+            visible(f"{entry.name}: no image: {failed}")
+            + ("" if options.build else "\n  The local runtime will serve.")
         )
         return False
     size = int(await docker("image", "inspect", "--format={{.Size}}", entry.local_image))
@@ -157,9 +161,9 @@ async def _plays(entry: CatalogEntry, config: OpenEnvConfig, where: str) -> bool
 
 
 async def play_gold_episode(entry: CatalogEntry, config: OpenEnvConfig) -> tuple[float, float | None]:
-    """Start a server, play one episode as the catalog's good player does, stop the server.
+    """Start a server, play one episode with the catalog's gold player, stop the server.
 
-    What the episode earned, and what the catalog promises that it earns at least.
+    Returns what the episode earned and the least that the catalog promises (None: no promise).
     """
     [row], _ = dataset_rows(entry.name, 1, 0, seed=0)
     env = OpenEnv(config, {**row, "max_turns": entry.max_turns})

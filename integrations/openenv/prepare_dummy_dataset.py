@@ -55,10 +55,10 @@ def dataset_rows(
     options: Mapping[str, Any] | None = None,
     config: OpenEnvConfig | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both splits. No task and no environment seed is in both. The same arguments give the same rows.
+    """Return the rows of the training and the validation split, which share no task and no environment seed.
 
-    A server outside the catalog is asked what it is, where `config` says. If it is started for that, it runs until
-    the pools of the background loop are closed, at the latest until Python exits.
+    The same arguments give the same rows. A server outside the catalog is asked for its description; if it is started
+    for that (as `config` says), it runs until the pools of the background loop are closed or Python exits.
     """
     entry, num_tasks = catalog_entry(name), num_train + num_validation
     chosen = entry.read_options(options or {})
@@ -68,16 +68,16 @@ def dataset_rows(
     seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
     numbered = list(zip(tasks, seeds, strict=True))
     splits: dict[str, list[dict[str, Any]]] = {}
-    for split, of_split in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
-        splits[split] = [dataset_row(name, entry.for_split(task, split, chosen), own) for task, own in of_split]
+    for split, split_tasks in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
+        splits[split] = [dataset_row(name, entry.for_split(task, split, chosen), own) for task, own in split_tasks]
         for index, row in enumerate(splits[split]):
             row["extra_info"] |= {"split": split, "index": index}
     return splits["train"], splits["validation"]
 
 
 async def _show_server(entry: CatalogEntry, options: Any, config: OpenEnvConfig, seed: int) -> None:
-    """Let an entry that knows its environment only by its server look at one. The server stays, for who plays next."""
-    reset_kwargs = {**entry.reset_kwargs(options), "seed": seed}  # as in training: some resets need one
+    """Let an entry outside the catalog read its server's description. The server keeps running."""
+    reset_kwargs = {**entry.reset_kwargs(options), "seed": seed}  # some resets need a seed
     lease = await shared_pool(config).lease(entry.source(options), **reset_kwargs)
     try:
         await entry.prepare(lease)
@@ -92,14 +92,14 @@ def dataset_row(name: str, task: Task, seed: int) -> dict[str, Any]:
         "env_name": name,
         "data_source": f"openenv/{catalog_entry(name).data_name}",
         "seed": seed if task.seed is None else task.seed,
-        "options": json.dumps(dict(task.options)),  # as text, for environments have different ones
+        "options": json.dumps(dict(task.options)),  # as text: environments have different options
         "reward_spec": {"method": "rule", "ground_truth": task.ground_truth},
         "extra_info": {"family": task.family, "solution": task.solution},
     }
 
 
 def task_of_row(row: Mapping[str, Any]) -> Task:
-    """What `dataset_row` made a row of, from its columns; `prompt` and `extra_info` may be missing."""
+    """Return the Task that `dataset_row` made a row of; the row's `prompt` and `extra_info` may be missing."""
     truth = (row.get("reward_spec") or {}).get("ground_truth")
     if not isinstance(truth, str):
         raise ValueError(
@@ -123,7 +123,7 @@ def task_of_row(row: Mapping[str, Any]) -> Task:
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """All of the file or none of it. Its metadata name the environments, for whoever looks before training."""
+    """Write the file whole or not at all. Its metadata name the environments, which run_openenv.sh reads."""
     import pyarrow
     import pyarrow.parquet
 

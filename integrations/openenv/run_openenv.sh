@@ -6,12 +6,12 @@
 #
 # Environment variables (all optional):
 #   ENV_NAME           environment to train in: a name, an address, a folder... (echo_env)
-#   NUM_GPUS           0 = processor only, 1 = one GPU                          (1 if there is a GPU, else 0)
-#   MODEL              folder or model hub name                                (one that suits this machine)
+#   NUM_GPUS           0 = CPU only, 1 = one GPU                                (1 if there is a GPU, else 0)
+#   MODEL              folder or model hub name                                (by what this machine has)
 #   DATA_DIR           where train.parquet and validation.parquet lie          (~/data/openenv, or a folder in it)
 #   CKPT_PATH          the run's folder: checkpoints, metrics, report          (~/ckpts/openenv/$ENV_NAME)
 #   LOGGER             console, tensorboard, wandb, mlflow, trackio, swanlab   (console)
-#   MAX_TURNS          turns of one episode                                    (1)
+#   MAX_TURNS          turns of one episode                                    (what suits the environment)
 #   INFERENCE_BACKEND  torch                                                   (torch)
 #   CPU_TORCH          1 = PyTorch's CPU build from PyTorch's own index        (what PyPI has: with CUDA, 2.7 GB more)
 # Further arguments are configuration keys, for example trainer.seed=1 trainer.policy.optimizer_config.lr=2e-5.
@@ -19,7 +19,7 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-refuse() { # what is wrong, then what to do instead; one line each
+refuse() { # arguments: what is wrong, then what to do; one line each
   printf 'run_openenv.sh: %s\n' "$@" >&2
   exit 2
 }
@@ -30,7 +30,7 @@ ENV_NAME="${ENV_NAME:-echo_env}"
 case "$ENV_NAME" in
   *[/:]*) # a server outside the catalog: an address, an image, a folder or an app
     [[ "$ENV_NAME" != [./]* || ! -d "$ENV_NAME" ]] || ENV_NAME="$(cd "$ENV_NAME" && pwd -P)"
-    ENV_ID="${ENV_NAME#image:}" # what files and metrics call it, as catalog/generic/entry.py makes it
+    ENV_ID="${ENV_NAME#image:}" # its name in files and metrics, as catalog/generic/entry.py makes it
     ENV_ID="$(tr '[:upper:]' '[:lower:]' <<<"$ENV_ID" | sed 's/[^a-z0-9][^a-z0-9]*/_/g; s/^_//; s/_$//')"
     ;;
   *) ENV_NAME="${ENV_NAME//-/_}" ENV_ID="${ENV_NAME//-/_}" ;;
@@ -63,13 +63,13 @@ if ((NUM_GPUS > 0)); then
   [[ "$CPU_TORCH" == 0 ]] || refuse "CPU_TORCH=1 cannot train on a GPU" "leave CPU_TORCH out, or set NUM_GPUS=0"
   [[ "$torch_build" != cpu ]] ||
     refuse "UV_FIND_LINKS or PIP_FIND_LINKS names $torch_folder, whose torch $torch_version+cpu finds no GPU" \
-      "take that wheel or the variable away, or set NUM_GPUS=0 to train on the processor"
+      "remove that wheel or unset the variable, or set NUM_GPUS=0 to train on the CPU"
   cuda=13 needed=580
   [[ "$torch_build" != cu12* ]] || cuda=12 needed=525
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
   if [[ "$driver" =~ ^([0-9]+)\. ]] && ((10#${BASH_REMATCH[1]} < needed)); then
     refuse "the NVIDIA driver is $driver, but torch $torch_version with CUDA $cuda needs $needed or later" \
-      "update the driver, or set NUM_GPUS=0 to train on the processor" \
+      "update the driver, or set NUM_GPUS=0 to train on the CPU" \
       "or put a wheel of torch $torch_version+cu126 (driver 525 or later) into a folder, and name that in UV_FIND_LINKS"
   fi
 fi
@@ -78,7 +78,7 @@ INFERENCE_BACKEND="${INFERENCE_BACKEND:-torch}"
 [[ "$INFERENCE_BACKEND" == torch ]] ||
   refuse "INFERENCE_BACKEND=$INFERENCE_BACKEND is not built yet" "leave it out, or set INFERENCE_BACKEND=torch"
 if [[ -n "${MAX_TURNS:-}" && ! "$MAX_TURNS" =~ ^[1-9][0-9]*$ ]]; then
-  refuse "MAX_TURNS=$MAX_TURNS is not a whole number of at least 1" "leave it out for one turn"
+  refuse "MAX_TURNS=$MAX_TURNS is not a whole number of at least 1" "leave it out for what suits the environment"
 fi
 known=$(sed -n 's/^    name: ClassVar\[str\] = "\(.*\)"$/\1/p' "$ROOT"/integrations/openenv/catalog/*.py | sort | tr '\n' ' ')
 [[ "$ENV_NAME" == *[/:]* || " $known" == *" $ENV_NAME "* ]] ||
@@ -184,7 +184,7 @@ fi # on a GPU the memory plan decides both
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
-  openspiel_env) # catch: nine moves; the first reply that is no move loses
+  openspiel_env) # catch: nine moves; the first reply that is no move ends the episode
     recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
       environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
   atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
@@ -195,7 +195,7 @@ case "$ENV_NAME" in
   finrl_env) # eight turns of about 95 tokens behind a prompt of 230
     recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16
       environment.openenv.max_invalid_actions=0) ;;
-  *[/:]*) # ten turns, of which nobody knows how long they are; where moves cost, saying nothing must cost more
+  *[/:]*) # ten turns of unknown length; if moves cost, a reply without an action must cost more
     recipe+=(generator.max_turns=10 generator.max_input_length=1536 generator.sampling_params.max_generate_length=64
       environment.openenv.invalid_action_penalty=1 "environment.openenv.env_names=['$ENV_NAME']") ;;
 esac

@@ -1,8 +1,8 @@
-"""What a data set's row may not decide by itself: which code runs.
+"""The rule that a data set's row may not decide by itself which code runs.
 
 A row names its environment and options. Those of the catalog are this package's own code. A folder, an app, an image or
-an address outside it, a reward function and a server's variables run code or reach servers that somebody else chose:
-they must be named by the configuration too, as a model hub's remote code must.
+an address outside it, a reward function and a server's variables run code or reach servers chosen by whoever made the
+data set, so the configuration must name them too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SWITCH = "environment.openenv.trust_dataset_code=true trusts all that the data s
 
 
 def require_trusted(config: OpenEnvConfig, entry: CatalogEntry, row_options: Mapping[str, Any]) -> None:
-    """ValueError, with what to type, if the row chooses code that the configuration does not name."""
+    """Raise ValueError, with what to type, if the row chooses code that the configuration does not name."""
     if config.trust_dataset_code:
         return
     if entry.name not in CATALOG and entry.name not in _named(config):
@@ -41,5 +41,5 @@ def _named(config: OpenEnvConfig) -> set[str]:
 
 
 def _typed(value: Any) -> str:
-    """The value as Hydra reads it from a command line."""
+    """Return the value as it is written for Hydra on a command line."""
     return value if isinstance(value, str) else json.dumps(value).replace('"', "")

@@ -1,4 +1,4 @@
-"""The registry and the built-in environments, which are imported when they are made."""
+"""The registry and the built-in environments; the module of each is imported when one is made."""
 
 from skyrl_gym.envs.registration import deregister, make, pprint_registry, register, registry, spec
 

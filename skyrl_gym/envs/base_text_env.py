@@ -1,4 +1,4 @@
-"""BaseTextEnv: an environment whose observations are chat messages and whose actions are a model's words."""
+"""BaseTextEnv: base class of environments with chat messages as observations and a model's text as actions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ConversationType = list[MessageType]
 
 
 class BaseTextEnvStepOutput(TypedDict):
-    """What one step of a text environment gives back."""
+    """The keys of the dict that a text environment's `step` returns."""
 
-    observations: ConversationType  # what the environment says next; empty when it has nothing to say
+    observations: ConversationType  # the environment's reply; may be empty
     reward: float  # of this turn, finite and within ±1e9; the score of an episode is the sum over its turns
     done: bool
     metadata: dict[str, Any]
@@ -32,22 +32,22 @@ class BaseTextEnv(Env[ConversationType, str]):
     `env_class`, plus
       max_turns  the turn limit of the row or of the run; absent where neither has one, so read it with
                  extras.get("max_turns", my_own). The episode ends when `step` says done, at the latest there,
-      seed       an int, the same for all episodes of one prompt and for retries: whatever an environment draws at
-                 random it draws from this seed, so that the episodes of a group are comparable.
+      seed       an int, the same for all episodes of one prompt and for retries: an environment derives all its
+                 randomness from this seed, so that the episodes of a group are comparable.
     The constructor copies what it needs and changes neither argument. It stays cheap: a server, a container or a file
     is opened in `init`.
 
-    `step` takes any string: what the policy writes may be wrong, never an exception. `EnvFailure` is for an
-    environment that broke.
+    `step` takes any string: a wrong reply is answered and never raises. `EnvFailure` is for an environment that
+    failed.
 
     An environment that waits on a network overrides `init_async`, `step_async` and `close_async`. The rollout then
-    awaits those on its event loop (`is_async` is True) and runs all others in threads. It keeps the sync methods
-    working as well if anybody is to call it without a loop.
+    awaits those on its event loop (`is_async` is True) and runs all others in threads. Such an
+    environment also defines the sync methods if it is to be called without an event loop.
     """
 
-    is_async: ClassVar[bool] = False  # set for each subclass: does it define its own step_async?
+    is_async: ClassVar[bool] = False  # set for each subclass: whether it defines its own step_async
     max_reward: ClassVar[float] = 1.0  # the summed reward of `gold_actions`
-    init_timeout_s: float | None = None  # for an `init` that may wait for its turn; None: it is as quick as a step
+    init_timeout_s: float | None = None  # if `init` may wait for a free session; None: the limit of a step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,24 +62,25 @@ class BaseTextEnv(Env[ConversationType, str]):
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether `init` waits for a session and gets one only when another episode has ended.
+        """Return whether `init` waits for a session that it gets only when another episode has ended.
 
-        In evaluation (and with `trainer.deterministic`) others wait for this one's `init` unless it says so.
+        In evaluation (and with `trainer.deterministic`) other episodes wait for this one's `init` unless it returns
+        True.
         """
         return False
 
     def init(self, prompt: ConversationType) -> tuple[ConversationType, dict[str, Any]]:  # ty: ignore[incompatible-method-override]
-        """The first messages for the model (the prompt, as a copy) and a dict of facts about the episode."""
+        """Return the first messages for the model (a copy of the prompt) and a dict of facts about the episode."""
         return [dict(message) for message in prompt], {}
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
-        """Answer the model's decoded text, without special tokens."""
+        """Play the model's decoded text (without special tokens) as one turn."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def cut_short(self) -> float:
-        """What is added to the last turn's reward when the run has no tokens left for another turn.
+        """Return what is added to the last turn's reward when the run has no tokens left for another turn.
 
-        An environment in which not to finish could pay better than to play on gives a penalty here.
+        An environment in which stopping early could pay more than playing on returns a penalty.
         """
         return 0.0
 
@@ -93,12 +94,12 @@ class BaseTextEnv(Env[ConversationType, str]):
         self.close()
 
     def get_metrics(self) -> dict[str, Any]:
-        """Plain values about the episode, read after it."""
+        """Return plain values (numbers, bools, texts) about the episode; called after it."""
         return {}
 
     @staticmethod
     def aggregate_metrics(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """The metrics of many episodes, from those of each."""
+        """Return the metrics of many episodes, from the `get_metrics` of each."""
         return default_aggregate_metrics(metrics)
 
     def init_tool_groups(self, tool_groups: Iterable[ToolGroup] = ()) -> None:
@@ -117,9 +118,9 @@ class BaseTextEnv(Env[ConversationType, str]):
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:
-        """Small rows to try the environment on, without `prompt`, `max_turns` and `seed`. For `check_env`."""
+        """Return rows for `check_env` to try the environment on, without `prompt`, `max_turns` and `seed`."""
         return []
 
     def gold_actions(self) -> list[str] | None:
-        """Actions that earn `max_reward` in this episode, if the environment knows them. Read after `init`."""
+        """Return actions that earn `max_reward` in this episode, if known; else None. Called after `init`."""
         return None

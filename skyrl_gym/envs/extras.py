@@ -1,4 +1,4 @@
-"""Reading a dataset row: what several built-in environments need from `extras`, with errors that name the column."""
+"""Readers of dataset rows, shared by the built-in environments; their errors name the column."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skyrl_gym.reply import number
 
 
 def ground_truth(extras: Mapping[str, Any]) -> Any:
-    """`reward_spec.ground_truth`, or `reward_model.ground_truth` in rows that use the older name."""
+    """Return `reward_spec.ground_truth`, or `reward_model.ground_truth` in rows that use the older name."""
     for column in ("reward_spec", "reward_model"):
         spec = extras.get(column)
         if isinstance(spec, Mapping) and spec.get("ground_truth") is not None:
@@ -27,7 +27,7 @@ def numeric_ground_truth(extras: Mapping[str, Any]) -> Decimal:
 
 
 def turn_limit(extras: Mapping[str, Any], default: int) -> int:
-    """`max_turns` of the run, else of the row's `extra_info`, else the environment's own."""
+    """Return `max_turns` of the run, else of the row's `extra_info`, else the environment's default."""
     info = extras.get("extra_info")
     own = info.get("max_turns") if isinstance(info, Mapping) else None
     limit = int(extras.get("max_turns") or own or default)

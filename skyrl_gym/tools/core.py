@@ -1,4 +1,4 @@
-"""Tools: methods a model can call by name, gathered in groups."""
+"""Tools: methods that a model can call by name, gathered in groups that share state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, overload
 
 
 class tool:
-    """Mark a method of a ToolGroup as a tool. Its name is the method's."""
+    """Decorator that marks a method of a ToolGroup as a tool. The tool is called by the method's name."""
 
     def __init__(self, func: FunctionType) -> None:
         self.func = func

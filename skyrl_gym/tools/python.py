@@ -1,4 +1,4 @@
-"""The python tool: run a program, answer with what it printed."""
+"""The python tool: it runs a program and returns what the program printed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from skyrl_gym.tools.python_process import require_wall, run_python
 
 
 class PythonCodeExecutorToolGroup(ToolGroup):
-    """Python programs in processes of their own, behind a wall (see python_process). NoWall where there is none."""
+    """Tool that runs each Python program in its own sandboxed process (see python_process).
+
+    NoWall: this machine has no sandbox and nobody accepted that.
+    """
 
     def __init__(self, timeout: float = 10.0) -> None:
         require_wall()
@@ -16,7 +19,7 @@ class PythonCodeExecutorToolGroup(ToolGroup):
 
     @tool
     def python(self, code: str) -> str:
-        """Stdout, with stderr behind it if there is any (a warning hides no output); or the error, then stdout."""
+        """Run the program; return stdout, then stderr if there is any. After a failure the error comes first."""
         result = run_python(code, timeout_s=self.timeout)
         stdout, stderr = result.stdout.strip(), result.stderr.strip()
         if result.timed_out:

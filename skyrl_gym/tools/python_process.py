@@ -1,8 +1,8 @@
-"""Run a program that a model wrote: in a process of its own, with limits, behind the strongest wall of this machine.
+"""Run a program that a model wrote in a separate process, with limits, in the strongest sandbox of this machine.
 
 The process is forked from a prepared one (walls/nursery.py) and sees no file, process, network or variable of ours
-(walls/wall.py); where that is not to be had it opens nothing at all. It has threads and starts no process. A machine
-without any wall is refused, unless OPENENV_ACCEPT_UNSAFE=1 accepts the risk.
+(walls/wall.py); without bubblewrap it can open no file at all. It may start threads and no process. On a machine
+without any wall programs are refused, unless OPENENV_ACCEPT_UNSAFE=1 accepts the risk.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ProgramResult:
 
 
 def run_python(code: str, *, stdin: str = "", timeout_s: float, max_output: int = MAX_OUTPUT) -> ProgramResult:
-    """Run `code` as `__main__`, with nothing of ours but Python and the installed packages.
+    """Run `code` as `__main__`, with access to Python and the installed packages and to nothing else of this machine.
 
     Limits: time (wall and CPU), 512 MiB of memory (and an eighth of the machine's for all programs together), 64 MiB of
-    each of stdout and stderr, no other process. It is killed when the time is up. EnvFailure when no process can be
-    started, NoWall when there is no wall to run it behind.
+    each of stdout and stderr, no other process. It is killed when the time is up. EnvFailure: no process can be
+    started. NoWall: this machine has no sandbox.
     """
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         given.write(stdin.encode("utf-8", "replace"))
@@ -51,12 +51,12 @@ def run_python(code: str, *, stdin: str = "", timeout_s: float, max_output: int 
 
 
 def require_wall() -> None:
-    """NoWall, with what to do, if programs could not be run behind a wall here. Before anything expensive."""
+    """Raise NoWall, with what to do, if this machine cannot sandbox programs. Call it before anything expensive."""
     _PROGRAMS.wall()
 
 
 class _Programs:
-    """The prepared process of this process, started when the first program comes."""
+    """The process that programs are forked from, one per process of ours, started at the first program."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,12 +81,15 @@ class _Programs:
 
 
 def may_read(wall: Wall) -> bool:
-    """Whether a program may open what it finds: where nothing of ours is left to find, or nobody could forbid it."""
+    """Return whether a program may open files for reading.
+
+    True behind bubblewrap, where no file of ours is visible, and without a wall, where nothing can forbid it.
+    """
     return wall.name in ("bubblewrap", "none")
 
 
 _PROGRAMS = _Programs()
-os.register_at_fork(after_in_child=_PROGRAMS.__init__)  # the parent's is not ours to talk to
+os.register_at_fork(after_in_child=_PROGRAMS.__init__)  # a forked child must not use the parent's nursery
 
 
 def _exit_code(code: str, files: tuple[BinaryIO, ...], timeout_s: float) -> int | None:
@@ -110,7 +113,7 @@ def _exit_code(code: str, files: tuple[BinaryIO, ...], timeout_s: float) -> int 
 
 
 def _start_of(file: BinaryIO, max_characters: int) -> str:
-    """The first characters of what the process wrote, with a note where there is more."""
+    """Return the first characters of what the process wrote, with a note if there are more."""
     size = os.fstat(file.fileno()).st_size
     # A character has at most 4 bytes. pread, for a process that is being killed shares the position.
     text = os.pread(file.fileno(), 4 * max_characters, 0).decode("utf-8", "replace")

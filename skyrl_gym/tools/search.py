@@ -1,4 +1,4 @@
-"""The search tool: ask a retrieval server for passages."""
+"""The search tool: it asks a retrieval server for passages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def call_search_api(
     max_retries: int = 10,
     initial_delay: float = 1,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """POST the query: (answer, None); ({}, error) if the server refuses it; (None, error) if the server is at fault.
+    """POST the query. Returns (answer, None); ({}, error) if the server refuses it; (None, error) if the server fails.
 
     Statuses 500, 502, 503, 504, connection errors and time-outs are tried again, up to `max_retries` times in all,
     after 1, 2, 3, … times `initial_delay` seconds.
@@ -73,7 +73,7 @@ class SearchToolGroup(ToolGroup):
 
     @tool
     def search(self, query: str | None) -> str:
-        """Passages for the query, as JSON {"result": text}; with "server_failed": true if the server is at fault."""
+        """Return passages for the query as JSON {"result": text}; with "server_failed": true if the server failed."""
         if query is None:
             return ""
         answer, error = call_search_api(
@@ -90,7 +90,7 @@ class SearchToolGroup(ToolGroup):
 
 
 def search_text(result: str) -> str:
-    """The text of a search tool's result. EnvFailure if the server was at fault: that is nobody's reward."""
+    """Return the text of a search tool's result; EnvFailure if the server failed, so that no reward is paid."""
     content = json.loads(result) if result else {"result": ""}
     if content.get("server_failed"):
         raise EnvFailure(content["result"])
@@ -98,7 +98,7 @@ def search_text(result: str) -> str:
 
 
 def _passages(answer: dict[str, Any]) -> str:
-    """`Doc i: contents` lines; one set of them per query, a line `---` between sets.
+    """Return `Doc i: contents` lines, one set of them per query, with a line `---` between sets.
 
     answer: {"result": [[{"document": {"contents": ...}, "score": ...}, ...], ...]}
     """

@@ -28,7 +28,7 @@ _READER = Path(__file__).with_name("sqlite_reader.py")
 
 
 class QueryError(Exception):
-    """The query is wrong, not allowed or too slow: the policy's doing."""
+    """The query is wrong, not allowed or too slow, which is the fault of the policy that wrote it."""
 
 
 class QueryTimeout(QueryError):
@@ -42,7 +42,7 @@ class ResultSet:
 
 
 class SQLCodeExecutorToolGroup(ToolGroup):
-    """Queries on `<db_file_path>/<db_id>/<db_id>.sqlite`."""
+    """Tool for queries on `<db_file_path>/<db_id>/<db_id>.sqlite`."""
 
     def __init__(self, db_file_path: str) -> None:
         self.db_file_path = db_file_path
@@ -50,7 +50,7 @@ class SQLCodeExecutorToolGroup(ToolGroup):
 
     @tool
     def sql(self, db_id: str, sql: str | None, turns_left: int, timeout: float = 5) -> str:
-        """The result of the query as a table, or what was wrong with it, as an observation."""
+        """Return an observation with the query's result as a table, or with what was wrong with the query."""
         if sql is None:
             answer = INVALID_ACTION
         else:
@@ -68,7 +68,7 @@ def database_path(root: str, db_id: str) -> Path:
 
 
 def query(path: Path, sql: str, *, timeout_s: float = 5, max_rows: int = _MAX_ROWS) -> ResultSet:
-    """The first rows of one reading statement, run in a process that is killed when the time is up.
+    """Return the first rows of one read-only statement, run in a process that is killed when the time is up.
 
     QueryError for a bad query, EnvFailure for a bad database. A blob is the tuple ("blob", hex).
     """
@@ -108,7 +108,7 @@ def query(path: Path, sql: str, *, timeout_s: float = 5, max_rows: int = _MAX_RO
 
 
 def _table(result: ResultSet) -> str:
-    """Rows under their column names; a table that is too long is cut to its first rows."""
+    """Return the rows under their column names; a table that is too long is cut to its first rows."""
     text = _lines(result.columns, result.rows)
     if len(text) <= _MAX_TABLE:
         return text

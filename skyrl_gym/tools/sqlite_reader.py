@@ -1,8 +1,8 @@
-"""Runs one reading statement on a SQLite file. A program of its own: JSON in on stdin, JSON out on stdout.
+"""Program that runs one read-only statement on a SQLite file: JSON comes in on stdin and goes out on stdout.
 
-In a process, because nothing inside one can stop SQLite in the middle of a function: one printf or trim runs for
-minutes, and a progress handler is not called meanwhile. `sql.query` starts it and kills it when the time is up. It is
-our program: no wall stands around it, for it opens a database of ours, and of SQL nothing but reading is allowed.
+It runs in its own process, because nothing inside a process can stop SQLite in the middle of a function: one printf or
+trim runs for minutes, and a progress handler is not called meanwhile. `sql.query` starts it and kills it when the time
+is up. It needs no sandbox: the program is ours, opens a database of ours, and allows no SQL but reading.
 
 in   {"path": ..., "sql": ..., "max_rows": ..., "max_size": ..., "cpu_s": ...}
 out  {"columns": [...], "rows": [[...], ...]}, {"error": ...} (the statement's fault) or {"broken": ...} (the file's)
@@ -25,13 +25,19 @@ BROKEN_FILE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CAN
 
 
 def authorize(action: int, first: str | None, *_: str | None) -> int:
-    """Nothing but reading: no write (not even of temporary tables), no ATTACH, of the PRAGMAs those on the schema."""
+    """Allow reading and the PRAGMAs on the schema; deny every write (also to temporary tables) and ATTACH.
+
+    SQLite calls it for each action of a statement, with the action's code and, for a PRAGMA, its name as `first`.
+    """
     allowed = action in READING or (action == sqlite3.SQLITE_PRAGMA and first in SCHEMA_PRAGMAS)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def first_rows(cursor: sqlite3.Cursor, max_rows: int, max_size: int) -> list[list[Any]]:
-    """A blob becomes ["blob", hex], which no other value is equal to."""
+    """Return at most `max_rows` rows. A blob becomes ["blob", hex], which equals no other value.
+
+    ValueError: the rows hold more than `max_size` characters.
+    """
     rows: list[list[Any]] = []
     size = 0
     for row in cursor:

@@ -1,1 +1,1 @@
-"""The walls around programs that a model writes, and around other processes that need one of their own."""
+"""Walls: sandboxes and memory limits for programs that a model writes and for the workers of environment servers."""

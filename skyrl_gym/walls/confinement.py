@@ -1,4 +1,4 @@
-"""What a process gives up before it runs a model's program, and cannot get back: all but computing.
+"""Confinement: a process gives up, for good, every right but computing before it runs a model's program.
 
 A seccomp filter leaves memory, clocks, and reading and writing what is open already. No file or socket opens, no
 process or thread starts, none is signalled or inspected, no namespace, module, key, ring or counter is made: each
@@ -31,7 +31,7 @@ UNKNOWN = 0x00050000 | errno.ENOSYS
 LOAD_WORD, JUMP_IF_EQUAL, JUMP_IF_ANY_SET, RETURN = 0x20, 0x15, 0x45, 0x06  # linux/bpf_common.h
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 
-# The whole list of what a worker may ask the kernel for: name, number on x86_64, number on aarch64.
+# All system calls that a worker may make: name, number on x86_64, number on aarch64.
 COMPUTING = (
     ("read", 0, 63),
     ("write", 1, 64),
@@ -92,24 +92,24 @@ FIRST_ARGUMENT, THIRD_ARGUMENT = 16, 32  # bytes of struct seccomp_data; the low
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a process keeps."""
+    """The rights that a process keeps."""
 
     memory_bytes: int = MEMORY_LIMIT_BYTES  # of address space
-    file_bytes: int = 0  # what it may write to one file
+    file_bytes: int = 0  # that it may write to one file
     cpu_s: int | None = None
     threads: bool = False
-    reading: bool = False  # may it open files that it finds, for reading
+    reading: bool = False  # may it open existing files for reading
 
 
 def confine(rights: Rights = Rights()) -> None:
-    """Give it all up. Where the kernel has no filter for us (`can_filter`) the limits alone remain."""
+    """Give up every other right, for good. Without a system call filter (`can_filter`) only the limits apply."""
     become_nobody()
     die_with_parent()
     limits = {
         resource.RLIMIT_AS: rights.memory_bytes,
         resource.RLIMIT_FSIZE: rights.file_bytes,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 64 if rights.reading else 0,  # what is open stays open
+        resource.RLIMIT_NOFILE: 64 if rights.reading else 0,  # open descriptors stay open
     }
     if rights.cpu_s is not None:
         limits[resource.RLIMIT_CPU] = rights.cpu_s
@@ -120,9 +120,9 @@ def confine(rights: Rights = Rights()) -> None:
 
 
 def become_nobody() -> None:
-    """Whoever was root has no rights any more; another user stays who it is.
+    """Change the user from root to nobody; a process of another user keeps its user.
 
-    A root that may not do this has lost its rights already, in a container that dropped them.
+    An OSError is ignored: it means that a container has dropped root's rights already.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
@@ -132,7 +132,10 @@ def become_nobody() -> None:
 
 
 def die_with_parent() -> None:
-    """Linux kills us when our parent ends, however it ends. Forgotten when a process changes its user."""
+    """Make Linux kill this process when its parent ends, however it ends.
+
+    Call it after a change of user, which clears the setting.
+    """
     if sys.platform == "linux":
         parent = os.getppid()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -141,15 +144,17 @@ def die_with_parent() -> None:
 
 
 def can_filter() -> bool:
-    """Whether this kernel takes system call filters, and we know the machine's numbers."""
+    """Return whether this kernel accepts system call filters and AUDIT_ARCH has this machine's call numbers."""
     if sys.platform != "linux" or MACHINE not in AUDIT_ARCH:
         return False
-    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None)  # no program: EFAULT where one would be taken, else EINVAL
+    _prctl(
+        PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None
+    )  # no program is given: EFAULT if filters are supported, else EINVAL
     return ctypes.get_errno() == errno.EFAULT
 
 
 def forbid_all_but(rights: Rights) -> None:
-    """Every other system call fails with EPERM, from now on, here and in threads; one of a foreign ABI kills."""
+    """Install the filter: every other system call fails with EPERM, in all threads; a foreign ABI's call kills."""
     program = filter_program(rights, MACHINE)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
@@ -159,7 +164,7 @@ def forbid_all_but(rights: Rights) -> None:
 
 
 def filter_program(rights: Rights, machine: str) -> bytes:
-    """Classic BPF over struct seccomp_data: the call's number is at byte 0, the architecture at byte 4."""
+    """Return the filter as classic BPF over struct seccomp_data: byte 0 holds the call's number, byte 4 the ABI."""
     column = 0 if machine == "x86_64" else 1
     calls = (*COMPUTING, *(THREADS if rights.threads else ()), *(READING if rights.reading else ()))
     instructions = [
@@ -172,7 +177,9 @@ def filter_program(rights: Rights, machine: str) -> bytes:
         number = x86_64 if machine == "x86_64" else aarch64
         if number is not None:
             instructions += [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    if rights.threads:  # a thread, not a process. clone3 has its flags in memory: the C library then takes clone
+    if (
+        rights.threads
+    ):  # threads only, no processes. clone3 hides its flags in memory: ENOSYS makes the C library use clone
         instructions += [(JUMP_IF_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, UNKNOWN)]
         instructions += [
             (JUMP_IF_EQUAL, 0, 4, CLONE[column]),

@@ -1,4 +1,4 @@
-"""The process that a nursery's workers are forked from: `python -m skyrl_gym.walls.forking MODULE DESCRIPTOR`.
+"""The process that workers are forked from: `python -m skyrl_gym.walls.forking MODULE DESCRIPTOR`.
 
 It imports the module once, then forks a worker for each message on the control socket (see nursery.py).
 """
@@ -25,12 +25,12 @@ Answer = Callable[[Any], Any]
 
 
 def run_nursery(control: socket.socket, module: str) -> None:
-    """Fork a worker for each session that comes in, kill those whose lifeline is cut, until the server is gone."""
+    """Fork a worker for each session and kill workers whose lifeline closed, until the server closes `control`."""
     make_answer = importlib.import_module(module).make_answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server reacts to Ctrl-C, and ends this process
     woken, waking = _wakes_when_a_child_ends()
     control.sendall(READY)
-    gc.freeze()  # a collection in a worker shall not copy the pages of all that was imported
+    gc.freeze()  # keeps a garbage collection in a worker from copying the pages of all imports
     workers: dict[int, socket.socket] = {}  # lifelines by process id; a dead worker keeps its id until it is reaped
     poller = select.poll()
     poller.register(control, select.POLLIN)
@@ -55,13 +55,13 @@ def run_nursery(control: socket.socket, module: str) -> None:
         if process_id == 0:
             others = [open_socket.fileno() for open_socket in (control, lifeline, *workers.values())]
             _be_worker(session, files, make_answer, [woken, waking, *others])
-        with contextlib.suppress(OSError):  # the worker does it as well: one of them is first
+        with contextlib.suppress(OSError):  # the worker also does this; either may be first
             os.setpgid(process_id, process_id)
         session.close()
         for descriptor in files:
             os.close(descriptor)
         workers[process_id] = lifeline
-        poller.register(lifeline, select.POLLIN)  # nothing is ever said there: it means that the other end closed
+        poller.register(lifeline, select.POLLIN)  # no data is ever sent: readable means that the other end closed
     for process_id in workers:
         _kill(process_id)
 
@@ -76,7 +76,7 @@ def _wakes_when_a_child_ends() -> tuple[int, int]:
 
 
 def _kill(process_id: int) -> None:
-    """End a worker and what it has started, if it could start anything."""
+    """Kill a worker and every process in its group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
         os.killpg(process_id, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
@@ -84,14 +84,14 @@ def _kill(process_id: int) -> None:
 
 
 def _reap(workers: dict[int, socket.socket], poller: select.poll) -> None:
-    """Tell each worker's owner how it ended. Also reaps what was orphaned, if this is a namespace's first process."""
+    """Send each ended worker's exit code to its owner. As process 1 of a namespace this also reaps orphans."""
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
             process_id, status = ended
             if process_id not in workers:
                 continue
             lifeline = workers.pop(process_id)
-            with contextlib.suppress(KeyError):  # its session was closed first
+            with contextlib.suppress(KeyError):  # unregistered when its lifeline closed
                 poller.unregister(lifeline)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process_id, signal.SIGKILL)
@@ -103,7 +103,10 @@ def _reap(workers: dict[int, socket.socket], poller: select.poll) -> None:
 def _be_worker(
     session: socket.socket, files: list[int], make_answer: Callable[[Any], Answer], not_ours: list[int]
 ) -> None:
-    """The whole life of a worker. Does not return."""
+    """Answer requests on `session` until it closes, then exit. Does not return.
+
+    files become stdin, stdout and stderr; not_ours: the parent's descriptors, which the worker closes.
+    """
     exit_code = 1
     try:
         os.setpgid(0, 0)
@@ -116,10 +119,10 @@ def _be_worker(
             os.close(descriptor)
         die_with_parent()
         descriptor = session.detach()
-        with os.fdopen(descriptor, "rb", closefd=False) as questions:
-            answer = make_answer(json.loads(questions.readline()))
-            for question in questions:
-                _write_all(descriptor, line(answer(json.loads(question))))
+        with os.fdopen(descriptor, "rb", closefd=False) as requests:
+            answer = make_answer(json.loads(requests.readline()))
+            for request in requests:
+                _write_all(descriptor, line(answer(json.loads(request))))
         exit_code = 0
     except BrokenPipeError:
         exit_code = 0
@@ -130,13 +133,13 @@ def _be_worker(
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """With `write` alone: a worker may have forbidden itself the system calls for sockets."""
+    """Write all of `data` with the system call `write`: a confined worker may not use the calls for sockets."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 if __name__ == "__main__":
-    for of_shell in ("PWD", "OLDPWD", "SHLVL", "_"):  # memory.FIRST_TO_GO
-        os.environ.pop(of_shell, None)
+    for shell_variable in ("PWD", "OLDPWD", "SHLVL", "_"):  # set by the shell of memory.FIRST_TO_GO
+        os.environ.pop(shell_variable, None)
     run_nursery(socket.socket(fileno=int(sys.argv[2])), sys.argv[1])

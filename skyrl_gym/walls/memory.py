@@ -1,9 +1,9 @@
-"""How much memory all workers of a nursery may hold together, and who is killed when it is too much.
+"""Limit on the memory that all workers of a nursery hold together; the largest worker is killed when it is exceeded.
 
-cgroup   where we may make one below our own: the kernel counts, and kills the largest worker
-watch    else: a thread looks every tenth of a second, and kills the largest worker
+cgroup   if we may make one below our own: the kernel counts, and kills the largest worker
+watch    else: a thread counts every tenth of a second, and kills the largest worker
 
-A worker that nobody counts in time still meets the kernel's out-of-memory killer before the trainer does (FIRST_TO_GO).
+If neither is fast enough, the kernel's out-of-memory killer takes a worker before it takes the trainer (FIRST_TO_GO).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-SHARE = 8  # of this machine's memory, all programs of one nursery get one part in so many
+SHARE = 8  # all programs of one nursery together get 1/SHARE of this machine's memory
 LEAST_BYTES = 1 << 30
 WATCH_S = 0.1
 PREFIX = "skyrl-programs"
-# Runs what follows as the first that the kernel kills when memory is out. Raising one's own score needs no right.
+# Command prefix: the kernel kills what follows first when memory runs out. Raising one's own score needs no privilege.
 FIRST_TO_GO = ("/bin/sh", "-c", 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"', "sh")
 
 
@@ -34,21 +34,24 @@ def memory_of_programs() -> int:
     return max(LEAST_BYTES, total // SHARE)
 
 
-LIMIT_FILES = {  # what bounds a group, then what keeps it from the swap
+LIMIT_FILES = {  # by cgroup version: the file of the memory limit, the file of the swap limit
     1: ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
     2: ("memory.max", "memory.swap.max"),
 }
 
 
 class Cgroup:
-    """A group below our own with a limit. It goes when its last process has, or at a later start."""
+    """A memory cgroup below our own.
+
+    `close` removes it once empty; else the next `make` does when its owner is dead.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def make(cls, limit_bytes: int) -> Cgroup | None:
-        """None where none is to be had, as in most containers and for most users."""
+        """Return a new group; None if this process may not make one, as in most containers and for most users."""
         for parent, version in _own_cgroups():
             folder = parent / f"{PREFIX}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             try:
@@ -68,7 +71,10 @@ class Cgroup:
         return None
 
     def take(self, process_id: int) -> bool:
-        """Move a process and those that it has started here; those that it will start come by themselves."""
+        """Move a process and its descendants into the group. Processes that they start later are born in it.
+
+        Returns False if the kernel refuses.
+        """
         try:
             (self.folder / "cgroup.procs").write_text(str(process_id))
             for child in descendants(process_id):
@@ -89,7 +95,7 @@ class Cgroup:
 
 
 class Watch:
-    """Kills the largest process below a nursery while all of them hold too much."""
+    """Thread that kills the largest process below a nursery while all of them together hold too much memory."""
 
     def __init__(self, nursery: int, limit_bytes: int) -> None:
         self._nursery, self._limit_bytes = nursery, limit_bytes
@@ -101,7 +107,7 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._stopped.wait(WATCH_S):
-            shared = private_bytes(self._nursery)  # a worker begins with the nursery's pages, and they count once
+            shared = private_bytes(self._nursery)  # pages shared with the nursery are not counted for a worker
             held = {process: max(private_bytes(process) - shared, 0) for process in descendants(self._nursery)}
             while sum(held.values()) > self._limit_bytes:
                 largest = max(held, key=held.__getitem__)
@@ -111,7 +117,10 @@ class Watch:
 
 
 def bound(process_id: int, limit_bytes: int) -> Cgroup | Watch:
-    """Bound what the workers hold of a nursery that has none yet. process_id: it, or the bubblewrap around it."""
+    """Limit the memory of a nursery's workers, by a cgroup or else by a Watch.
+
+    Call it before the first worker is forked. process_id: of the nursery, or of the bubblewrap around it.
+    """
     group = Cgroup.make(limit_bytes)
     if group is not None:
         if group.take(process_id):
@@ -122,7 +131,7 @@ def bound(process_id: int, limit_bytes: int) -> Cgroup | Watch:
 
 def descendants(process_id: int) -> list[int]:
     found = []
-    with contextlib.suppress(OSError, ValueError):  # it has ended, or this kernel does not tell
+    with contextlib.suppress(OSError, ValueError):  # it has ended, or this kernel does not list children
         for task in Path(f"/proc/{process_id}/task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
                 found += [child, *descendants(child)]
@@ -130,16 +139,16 @@ def descendants(process_id: int) -> list[int]:
 
 
 def private_bytes(process_id: int) -> int:
-    """Return the memory that no file stands behind; 0 for a process that has ended."""
+    """Return the resident memory that is not backed by files; 0 for a process that has ended."""
     try:
-        _, resident, of_files, *_ = map(int, Path(f"/proc/{process_id}/statm").read_text().split())
+        _, resident, file_backed, *_ = map(int, Path(f"/proc/{process_id}/statm").read_text().split())
     except (OSError, ValueError):
         return 0
-    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+    return (resident - file_backed) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _own_cgroups() -> Iterator[tuple[Path, int]]:
-    """The groups that this process is in which could count memory: (folder, version)."""
+    """Yield (folder, cgroup version) of the groups of this process that can count memory."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -156,7 +165,7 @@ def _own_cgroups() -> Iterator[tuple[Path, int]]:
 
 
 def _remove_forgotten(parent: Path) -> None:
-    """Groups of processes that were killed."""
+    """Remove the groups whose owner was killed."""
     for folder in parent.glob(f"{PREFIX}-*"):
         owner = folder.name.removeprefix(f"{PREFIX}-").partition("-")[0]
         if owner.isdigit() and not Path("/proc", owner).exists():

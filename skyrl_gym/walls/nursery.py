@@ -1,17 +1,17 @@
-"""Worker processes forked from a prepared one: every session gets a process of its own in about a millisecond.
+"""Prefork server: each session gets a worker process in about a millisecond, forked from one that has imported all.
 
     server ──control socket──▶ nursery (imports the module once) ──fork──▶ worker, one per session
        └────────────────────────── session socket: a JSON line each way ─────────┘
 
-The module has `make_answer(argument)`. It is called once in each worker and returns `answer(question)`; argument,
-question and answer are JSON values, and an answer is never None. What the module imports is imported before the first
+The module has `make_answer(argument)`. It is called once in each worker and returns `answer(request)`; argument,
+request and answer are JSON values, and an answer is never None. What the module imports is imported before the first
 fork. A worker dies when its session closes, and all of them with the nursery, which ends when the server does.
 
     nursery = Nursery("my_package.my_module")
     worker = nursery.worker({"seed": 7})
-    answer = worker.ask({"action": 2}, timeout_s=10.0)  # None: it died of that
+    answer = worker.ask({"action": 2}, timeout_s=10.0)  # None: the worker died
 
-A worker may be given its stdin, stdout and stderr, and its end may be waited for: then it is a process like another.
+A worker may also be given its stdin, stdout and stderr, and its exit code can be waited for.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from skyrl_gym.walls.memory import FIRST_TO_GO, Cgroup, Watch, bound
 KILL_PATIENCE_S = 5.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 PROCESS = "skyrl_gym.walls.forking"
-READY = b"r"  # what it says when it has imported everything
+READY = b"r"  # sent once everything is imported
 
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """How a Python is started: the words before `-m`, and all of its environment variables."""
+    """The command that starts a Python, up to `-m`, and all of its environment variables."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
 
 
 def this_interpreter() -> Interpreter:
-    """The Python that runs here, with its imports and none of its environment variables."""
+    """Return the running Python, with its import path and without its environment variables."""
     return Interpreter(
         (sys.executable, "-P"), {"LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     )
 
 
 class Nursery:
-    """The prepared process that workers are forked from. One per server; may be used from many threads."""
+    """Handle of the process that workers are forked from. One per server; may be used from many threads."""
 
     def __init__(self, module: str, interpreter: Interpreter | None = None, memory_bytes: int | None = None) -> None:
-        """memory_bytes: what all workers may hold together; the largest is killed when it is more."""
+        """Start the process. memory_bytes: limit for all workers together; beyond it the largest is killed."""
         self._module = module
         self._memory_bytes = memory_bytes
         self._bound: Cgroup | Watch | None = None
@@ -64,7 +64,7 @@ class Nursery:
         self._start()
 
     def worker(self, argument: Any = None, files: Sequence[int] = ()) -> Worker:
-        """A fresh worker, which begins with `make_answer(argument)`. Starts the nursery again if it has died.
+        """Return a new worker, which first calls `make_answer(argument)`. Restarts the nursery if it has died.
 
         files: descriptors for its stdin, stdout and stderr; none means /dev/null.
         """
@@ -81,7 +81,10 @@ class Nursery:
         return Worker(ours, lifeline, argument)
 
     def has_died(self, within_s: float = 0.0) -> bool:
-        """Its workers get their signal a moment before its own end can be seen: hence the wait."""
+        """Return whether the nursery ended within that time.
+
+        Its workers are killed a moment before its own end can be observed; a caller that lost one waits for that.
+        """
         try:
             self._process.wait(within_s)
         except subprocess.TimeoutExpired:
@@ -122,50 +125,56 @@ class Nursery:
 
 
 class Worker:
-    """One session's process. What it says is not trusted: it is bounded, and must be one line of JSON."""
+    """Handle of one session's process. Its answers are not trusted: each must be one line of JSON of limited size."""
 
     def __init__(self, connection: socket.socket, lifeline: socket.socket, argument: Any) -> None:
         self._connection = connection
         self._lifeline = lifeline
         self._connection.sendall(line(argument))
 
-    def ask(self, question: Any, timeout_s: float) -> Any:
-        """The answer; None if the worker died, took longer or did not answer with JSON. Then it is gone."""
+    def ask(self, request: Any, timeout_s: float) -> Any:
+        """Send a request and return the answer; None if the worker died, took longer or did not answer with JSON.
+
+        After None the worker is closed.
+        """
         try:
-            return json.loads(self._reply(line(question), time.monotonic() + timeout_s))
+            return json.loads(self._reply(line(request), time.monotonic() + timeout_s))
         except (OSError, ValueError, RecursionError):
             self.close()
             return None
 
     def exit_code(self, timeout_s: float) -> int | None:
-        """Wait for its end: its exit code, or minus the signal that killed it; None if the time is up.
+        """Wait until the worker ends. Returns its exit code, or minus the signal that killed it; None at the time-out.
 
         ConnectionResetError if the nursery died, and the worker with it.
         """
         self._lifeline.settimeout(max(timeout_s, 0.001))
         try:
-            told = self._lifeline.recv(100)
+            sent = self._lifeline.recv(100)
         except TimeoutError:
             return None
-        if not told:
+        if not sent:
             raise ConnectionResetError("the nursery died")
-        return int(told)
+        return int(sent)
 
     def kill(self) -> None:
-        """End it, whatever it does, and wait until it is gone."""
+        """Kill the worker, whatever it does, and wait until it has ended."""
         with contextlib.suppress(OSError):  # it has ended already, or its nursery has
             self._lifeline.shutdown(socket.SHUT_WR)
             self.exit_code(KILL_PATIENCE_S)
         self.close()
 
     def close(self) -> None:
-        """An honest worker ends at once; the nursery sees that the lifeline is cut, and kills any other."""
+        """Close the session, at which a well-behaved worker ends; the nursery kills one that does not.
+
+        The closed lifeline tells the nursery.
+        """
         self._connection.close()
         self._lifeline.close()
 
-    def _reply(self, question: bytes, end: float) -> bytes:
+    def _reply(self, request: bytes, end: float) -> bytes:
         self._connection.settimeout(max(end - time.monotonic(), 0.001))
-        self._connection.sendall(question)
+        self._connection.sendall(request)
         reply = bytearray()
         while not reply.endswith(b"\n"):
             if len(reply) > MAX_ANSWER_BYTES:

@@ -1,6 +1,6 @@
-"""Runs one Python program that a model wrote, as `__main__`, after giving up every right that it does not need.
+"""Worker that runs one Python program of a model as `__main__`, after giving up every right that it does not need.
 
-A worker of a nursery: its stdin, stdout and stderr are files of the owner's, and it ends as the program ends. The
+It is a worker of a nursery: stdin, stdout and stderr are files of the caller, and it ends with the program. The
 standard library is imported before the fork: that saves time, and without bubblewrap no file can be opened afterwards.
 """
 
@@ -23,9 +23,9 @@ from skyrl_gym.walls.confinement import Rights, confine
 
 FILE_BYTES = 64 << 20  # per file; stdout and stderr are files
 FILE_NAME = "program.py"
-PREPARE = "SKYRL_IMPORT_FOR_PROGRAMS"  # set where no file can be opened afterwards
+PREPARE = "SKYRL_IMPORT_FOR_PROGRAMS"  # environment variable, set if no file can be opened later
 
-# What computing programs import, and what they pull in when they first use it.
+# Modules that computing programs import, and those that these import at first use.
 COMPUTING_MODULES = """
 abc argparse array ast asyncio atexit base64 binascii bisect builtins calendar cmath codecs collections
 collections.abc colorsys concurrent.futures contextlib copy copyreg csv ctypes dataclasses datetime decimal difflib
@@ -37,13 +37,13 @@ threading time timeit token tokenize traceback types typing unicodedata unittest
 xml.etree.ElementTree zlib zoneinfo _strptime encodings.ascii encodings.cp1252 encodings.idna encodings.latin_1
 encodings.utf_16 encodings.utf_32 encodings.utf_8_sig
 """
-PACKAGES = ["numpy", "numpy.fft", "numpy.linalg", "sympy", "sympy.tensor.tensor"]  # where they are installed
+PACKAGES = ["numpy", "numpy.fft", "numpy.linalg", "sympy", "sympy.tensor.tensor"]  # if installed
 
 
 def make_answer(argument: dict[str, Any]) -> NoReturn:
-    """Run the program and end. argument: {"code", "cpu_s", "reading": may it open files for reading}."""
+    """Run the program and end. argument: {"code", "cpu_s", "reading": whether it may open files for reading}."""
     with contextlib.suppress(OSError):
-        os.closerange(3, 1024)  # the session: nothing is said there
+        os.closerange(3, 1024)  # the session's socket, which is not used
     os.environ.clear()
     os.environ["LANG"] = "C.UTF-8"
     main = _main_module()
@@ -75,7 +75,10 @@ def _main_module() -> ModuleType:
 
 
 def _exit_code(code: str, main: ModuleType) -> int:
-    """What Python itself does around a program: its errors, its threads, what it registered for the end, its output."""
+    """Run the program as Python would and return its exit code.
+
+    That includes printing its exception, waiting for its threads, its atexit functions and flushing its output.
+    """
     linecache.cache[FILE_NAME] = (len(code), None, code.splitlines(keepends=True), FILE_NAME)
     with _Ending() as program:
         exec(compile(code, FILE_NAME, "exec"), main.__dict__)
@@ -88,12 +91,12 @@ def _exit_code(code: str, main: ModuleType) -> int:
             if stream is not None:
                 stream.flush()
     main.__dict__.clear()
-    gc.collect()  # files of its own are written when they go
+    gc.collect()  # closes, and so writes, files that the program left open
     return program.exit_code or output.exit_code
 
 
 class _Ending:
-    """Stops whatever a program raises, prints it as Python does, and keeps the exit code that comes of it."""
+    """Context that catches every exception, prints it as Python does, and keeps the resulting exit code."""
 
     exit_code = 0
 
@@ -111,7 +114,7 @@ class _Ending:
         elif error is not None:
             self.exit_code = 1
             while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-                frames = frames.tb_next  # from the program's first line on: what stands above it is ours
+                frames = frames.tb_next  # drop our own frames above the program's first
             traceback.print_exception(kind, error, frames)
         return True
 

@@ -1,7 +1,7 @@
-"""The wall around programs that a model writes: the strongest that this machine allows.
+"""Choice of the wall around programs that a model writes: the strongest sandbox that this machine allows.
 
-bubblewrap   the workers' processes see no host file, process, network or variable, and are confined besides
-container    our own Docker image says so (OPENENV_WALL=container): it is the wall, and they are confined besides
+bubblewrap   the workers' processes see no host file, process, network or variable, and are also confined
+container    our own Docker image says so (OPENENV_WALL=container): it is the wall, and they are also confined
 confinement  each worker gives up every system call but those for computing (confinement.py)
 none         a plain process with limits. Refused, unless OPENENV_ACCEPT_UNSAFE=1 accepts the risk
 """
@@ -28,12 +28,12 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class NoWall(RuntimeError):
-    """This machine allows a plain process only, and nobody accepted that."""
+    """No sandbox exists on this machine, and OPENENV_ACCEPT_UNSAFE=1 does not accept running without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wall:
-    """Which wall it is, why it is no stronger one, and the Python that runs behind it."""
+    """The chosen wall, the reason why it is no stronger one, and the Python that runs behind it."""
 
     name: Literal["bubblewrap", "container", "confinement", "none"]
     reason: str
@@ -44,7 +44,7 @@ class Wall:
 
 
 def accepted_wall(readable: Sequence[Path] = ()) -> Wall:
-    """The strongest wall; NoWall, with what to do, if that is none at all and nobody accepted it."""
+    """Return the strongest wall; NoWall, with what to do, if it is "none" and nobody accepted that."""
     wall = strongest_wall(readable)
     if wall.name == "none" and os.environ.get("OPENENV_ACCEPT_UNSAFE") != "1":
         raise NoWall(
@@ -57,13 +57,16 @@ def accepted_wall(readable: Sequence[Path] = ()) -> Wall:
 
 
 def strongest_wall(readable: Sequence[Path] = ()) -> Wall:
-    """readable: the folders of ours that workers import from. Tries bubblewrap once: about 50 ms."""
+    """Return the strongest wall of this machine. Tries bubblewrap once, in about 50 ms.
+
+    readable: folders of ours that workers import from, which bubblewrap then shows read-only.
+    """
     declared = os.environ.get("OPENENV_WALL", "")
     if declared not in ("", "container"):
         raise ValueError(f"OPENENV_WALL={declared} must be container, or not set: then the strongest wall is found")
     filtered = can_filter()
     if declared == "container":
-        confined = "each worker is confined besides" if filtered else "workers have limits, but no filter"
+        confined = "each worker is also confined" if filtered else "workers have limits, but no filter"
         return Wall("container", f"OPENENV_WALL=container; {confined}", this_interpreter())
     if not filtered:
         machine = f"{sys.platform} on {os.uname().machine}"
@@ -75,22 +78,22 @@ def strongest_wall(readable: Sequence[Path] = ()) -> Wall:
     complaint = _complaint(interpreter)
     if complaint:
         return Wall("confinement", f"bubblewrap does not work here: {complaint}", this_interpreter())
-    return Wall("bubblewrap", "no host file, process or network, and each worker is confined besides", interpreter)
+    return Wall("bubblewrap", "no host file, process or network, and each worker is also confined", interpreter)
 
 
 def describe() -> str:
-    """One line for people: which wall coding_env's programs run behind here, and why."""
+    """Return one line for people that says behind which wall coding_env's programs run here, and why."""
     wall = strongest_wall()
     return f"{wall}; the coding server refuses to start" if wall.name == "none" else str(wall)
 
 
 def behind_bubblewrap(bubblewrap: str, readable: Sequence[Path] = ()) -> Interpreter:
-    """A Python that sees, read-only, what its imports need: the standard library, site-packages and `readable`.
+    """Return a Python that sees, read-only, only the standard library, site-packages and `readable`.
 
     There is no /etc, /home, /proc, /tmp, no terminal, and nothing can be written. Root needs no user namespace, and
     keeps what it takes to make its workers nobody; any other user gets one. The Python is the first process of its
-    namespace: all others end with it. No --die-with-parent: that is the thread that started it. No --new-session: a
-    confined worker has no terminal calls, and Linux would schedule the session as a group of its own.
+    namespace: all others end with it. No --die-with-parent: for it, the parent is the thread that started it. No
+    --new-session: a confined worker has no terminal calls, and Linux would schedule the session as a group of its own.
     """
     python = os.path.realpath(sys.executable)
     packages = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
@@ -129,11 +132,14 @@ def _system_libraries() -> list[str]:
 
 
 def _parents(paths: Sequence[Path]) -> list[Path]:
-    """The folders above. Those that bubblewrap makes by itself are its user's alone, so root's workers need these."""
+    """Return the parent folders to create with mode 0755 if we are root; [] for other users.
+
+    Folders that bubblewrap creates by itself are closed to other users, and root's workers run as nobody.
+    """
     if os.geteuid() != 0:
         return []
-    of_system = map(Path, ("/dev/null", "/etc/ld.so.cache", "/usr/lib"))
-    return sorted({parent for path in (*paths, *of_system) for parent in path.parents} - {Path("/")})
+    system_paths = map(Path, ("/dev/null", "/etc/ld.so.cache", "/usr/lib"))
+    return sorted({parent for path in (*paths, *system_paths) for parent in path.parents} - {Path("/")})
 
 
 def _existing(*paths: Path) -> list[Path]:
@@ -141,7 +147,7 @@ def _existing(*paths: Path) -> list[Path]:
 
 
 def _complaint(interpreter: Interpreter) -> str:
-    """What goes wrong when a Python starts there; empty if nothing does."""
+    """Return what goes wrong when this Python starts and imports a worker's module; "" if nothing does."""
     try:
         ended = subprocess.run(
             [*interpreter.command, "-c", PROBE],

@@ -1,9 +1,9 @@
-"""How a GRPO step slows down beside other work: its share of the processors would be fair.
+"""Benchmark of the slow-down of a GRPO step beside other work, compared with a fair share of the CPU cores.
 
 uv run python -m tests.benchmarks.busy --json [--spinning 1 2 4] [--also GOMP_SPINCOUNT=0]
 
 `share_of_fair`, for each number n of processes that spin: the quiet step's seconds over the busy step's, divided by
-cores / (cores + n). 1 is a step that slows down only as its share of the processors does.
+cores / (cores + n). 1 is a step that slows down only as its share of the cores does.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def main() -> None:
 
 
 def shares_of_fair(seconds: Mapping[int, list[float]], cores: int) -> dict[int, float]:
-    """Return the quiet median over the busy one, as a share of what the processors' shares would give."""
+    """Return, for each number of spinning processes, the quiet median over the busy one, divided by the fair share."""
     quiet = median(seconds[0])
     return {n: round(quiet / median(busy) / (cores / (cores + n)), 3) for n, busy in seconds.items() if n}
 
 
 def timed(workers: list[Worker], rounds: int, spinning: list[int]) -> dict[str, Seconds]:
-    """Every worker in turn, quiet and then beside each number of spinning processes, `rounds` times."""
+    """Time every worker in turn, alone and then beside each number of spinning processes, `rounds` times."""
     results: dict[str, Seconds] = {worker.name: {n: [] for n in [0, *spinning]} for worker in workers}
     with ExitStack() as closing:
         for worker in workers:
@@ -83,7 +83,7 @@ def timed(workers: list[Worker], rounds: int, spinning: list[int]) -> dict[str, 
 
 @contextmanager
 def spinners(number: int) -> Generator[None]:
-    """So many processes that do nothing, as fast as they can."""
+    """Run this many processes that each keep one core busy, until the block ends."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

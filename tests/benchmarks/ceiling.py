@@ -1,4 +1,4 @@
-"""The most this machine could do: the rate of its bf16 products, and of reading memory."""
+"""The upper bound of this machine's speed: the rates of bf16 matmuls and of reading memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from skyrl_train.ops.cpu import huge_pages
 
 
 class Ceiling:
-    """Measured between the rounds of a benchmark; medians count."""
+    """Rates of this machine, measured between the rounds of a benchmark; the medians are used."""
 
     def __init__(self, model: Path, rows: int) -> None:
-        """rows: tokens that a layer's products see at once, for `own_product_rate`."""
+        """rows: number of tokens in a matmul of a layer, for `own_product_rate`."""
         self.num_parameters, self._attention_width = num_parameters(model), attention_width(model)
         self._shapes, self._rows = product_shapes(model), rows
         self._products: list[float] = []
@@ -32,39 +32,44 @@ class Ceiling:
 
     @property
     def product_rate(self) -> float:
-        """Floating point operations per second of one large product."""
+        """The floating point operations per second of one large matmul."""
         return median(self._products)
 
     @property
     def own_product_rate(self) -> float:
-        """The same of the products that a layer of the model makes forward and backward."""
+        """The floating point operations per second of a layer's matmuls, forward and backward."""
         return median(self._own_products)
 
     def decode_tokens_per_second(self, rows: int) -> float:
-        """A step of decoding reads every bf16 weight once and multiplies it by every row; attention comes free here."""
+        """Return the tokens per second of decoding `rows` sequences, without the cost of attention.
+
+        A step reads every bf16 weight once and multiplies it by every row.
+        """
         size = self.num_parameters
         return rows / max(2 * size / median(self._reads), 2 * size * rows / self.product_rate)
 
     def update_operations(self, num_tokens: int, num_seen: int) -> float:
-        """Of forward and backward: 6 per parameter and token; 12 per layer and number of its query heads for each token
-        that a token sees (Chowdhery et al., 2022, appendix B; here causal).
+        """Return the floating point operations of forward and backward.
+
+        6 per parameter and token, and 12 per layer and element of its query heads for each token that a token attends
+        to (Chowdhery et al., 2022, appendix B; here causal). num_seen: the sum of those attended tokens.
         """
         return 6 * self.num_parameters * num_tokens + 12 * self._attention_width * num_seen
 
     def update_seconds(self, num_tokens: int, num_seen: int) -> float:
-        """At the rate of one large product."""
+        """Return the seconds of an update at the rate of one large matmul."""
         return self.update_operations(num_tokens, num_seen) / self.product_rate
 
 
 def product_rate(rows: int = 2048, width: int = 2048) -> float:
-    """bf16 floating point operations per second of one large product."""
+    """Measure and return the bf16 floating point operations per second of one large matmul."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     left, right = (torch.randn(rows, width, device=device).bfloat16() for _ in range(2))
     return 2 * rows * width * rows / _seconds(lambda: left @ right.T)
 
 
 def own_product_rate(shapes: list[tuple[int, int]], rows: int) -> float:
-    """The same of what linear layers [in, out] do to `rows` tokens: outputs, gradients of inputs and of weights."""
+    """Measure and return the rate of linear layers [in, out] on `rows` tokens: outputs and both gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = 0.0
     for size_in, size_out in shapes:
@@ -78,12 +83,12 @@ def own_product_rate(shapes: list[tuple[int, int]], rows: int) -> float:
 
 
 def product_shapes(model: Path) -> list[tuple[int, int]]:
-    """[in, out] of the linear layers in the first of a model's layers."""
+    """Return [in, out] of the linear layers in a model's first layer."""
     return [(shape[1], shape[0]) for name, shape in tensor_shapes(model) if ".layers.0." in name and len(shape) == 2]
 
 
 def read_rate(num_bytes: int = 1 << 28) -> float:
-    """Bytes per second that a sum over memory reads, in large pages on a processor."""
+    """Measure and return the bytes per second that a sum reads from memory (in huge pages on a CPU)."""
     shape = (num_bytes // 4,)
     numbers = torch.ones(shape, device="cuda") if torch.cuda.is_available() else huge_pages.zeros(shape, torch.float32)
     numbers.fill_(1)
@@ -91,17 +96,17 @@ def read_rate(num_bytes: int = 1 << 28) -> float:
 
 
 def num_parameters(model: Path) -> int:
-    """Those that a token is multiplied by: all, with tied embeddings counted once, as the head."""
+    """Return the number of weights, each of which a token is multiplied by; tied embeddings count once, as the head."""
     return sum(math.prod(shape) for _, shape in tensor_shapes(model))
 
 
 def attention_width(model: Path) -> int:
-    """Numbers of all query heads of all layers."""
+    """Return the number of elements of all query heads of all layers."""
     return sum(shape[0] for name, shape in tensor_shapes(model) if name.endswith("q_proj.weight"))
 
 
 def tensor_shapes(model: Path) -> list[tuple[str, list[int]]]:
-    """Of all weights in a Hugging Face folder."""
+    """Return (name, shape) of all weights in a Hugging Face folder."""
     from safetensors import safe_open
 
     shapes = []

@@ -1,4 +1,4 @@
-"""What a benchmark says in the end: medians, ratios, the share of what the machine could do, one line of JSON."""
+"""The report of a benchmark: medians, ratios, the fraction of the machine's upper bound, and one line of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One benchmark's outcome. `unit` is of a rate (more is better) unless `is_time`; a ratio above 1 is ours ahead."""
+    """The result of one benchmark.
+
+    `unit` is of a rate (more is better) unless `is_time`; ratios above 1 favour ours.
+    """
 
     what: str
     unit: str
@@ -30,7 +33,7 @@ class Comparison:
 
     @property
     def share(self) -> float | None:
-        """Of what this machine could do."""
+        """The fraction of the machine's upper bound that ours reaches; None without an upper bound."""
         if self.ceiling is None:
             return None
         return self.ceiling / self.ours if self.is_time else self.ours / self.ceiling
@@ -49,7 +52,7 @@ class Comparison:
         }
 
     def print(self, as_json: bool) -> None:
-        """A table for people, unless they want JSON only; JSON in the last line always."""
+        """Print a table, unless `as_json`, and then JSON in the last line."""
         if not as_json:
             print(f"{self.what} [{self.unit}], on {machine()}")
             share = "" if self.share is None else f"   {self.share:.0%} of the ceiling"
@@ -65,12 +68,12 @@ class Comparison:
 
 
 def medians(results: Mapping[str, Sequence[Mapping[str, Any]]], number: Callable[[Any], float]) -> dict[str, float]:
-    """The median of a number over each worker's results."""
+    """Return the median of a number over each worker's results."""
     return {name: median(map(number, rows)) for name, rows in results.items()}
 
 
 def machine() -> str:
-    """Processor, cores, and what torch makes of them."""
+    """Return a line with the name of the GPU or CPU, whether it has AMX, the cores, and torch's version."""
     import torch
 
     model = platform.processor() or platform.machine()

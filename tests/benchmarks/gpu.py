@@ -135,7 +135,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def random_policy(shape: str, device: torch.device) -> Policy:
-    """Made on the device: drawing half a billion numbers on a processor takes longer than all the rest."""
+    """Make the model on the device: drawing half a billion random numbers on a CPU takes longer than all the rest."""
     dtype, _ = choose_compute_dtype(device, None)
     with device:
         module = tiny_module("qwen2", dtype=dtype, **SHAPES[shape])
@@ -143,7 +143,7 @@ def random_policy(shape: str, device: torch.device) -> Policy:
 
 
 def tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namespace) -> float:
-    """Of the engine, with so many requests at once."""
+    """Return the tokens per second of the engine with this many concurrent requests."""
     engine = TorchEngine(policy, tiny_tokenizer(), max_num_seqs=num_requests, max_num_batched_tokens=8192)
     asked = prompts(tiny_tokenizer(), -(-num_requests // GROUP), chosen.prompt_tokens)
     calls = count()
@@ -168,7 +168,7 @@ def tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namesp
 
 
 def transformers_tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namespace) -> float:
-    """Of `generate` with PyTorch's attention, sampling at temperature 1, one batch of equal lengths."""
+    """Return the tokens per second of `generate` with PyTorch's attention, at temperature 1, on one batch."""
     asked = prompts(tiny_tokenizer(), -(-num_requests // GROUP), chosen.prompt_tokens)
     ids = torch.tensor([asked[i // GROUP] for i in range(num_requests)], device=policy.device)
     module: Any = copy.deepcopy(policy.module)
@@ -185,7 +185,7 @@ def transformers_tokens_per_second(policy: Policy, num_requests: int, chosen: ar
 
 
 def update(policy: Policy, chosen: argparse.Namespace) -> dict[str, float]:
-    """Useful tokens per second of the learner, and the most memory it held."""
+    """Return the useful tokens per second of the learner and its peak memory."""
     settings = {
         "num_prompts": chosen.update_prompts,
         "samples": GROUP,
@@ -212,7 +212,7 @@ def update(policy: Policy, chosen: argparse.Namespace) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object], rounds: int, what: str) -> float:
-    """Median of the rounds after the first, in which graphs are recorded and memory is taken."""
+    """Return the median seconds of the rounds; the first, which records graphs and allocates memory, is left out."""
     taken = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def learned(side: str, settings: dict[str, Any], enough: float) -> dict[str, Any]:
-    """One training, in a process and a folder of its own, up to the first step that earns enough."""
+    """Run one training, in its own process and folder, up to the first step that earns enough."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         if side == "ours":
             words = command(f"trainer.policy.model.path={settings['model']}")

@@ -1,4 +1,4 @@
-"""Episodes of eight turns with an environment that answers in 50 ms: is the engine busy, and what does it recompute?
+"""Benchmark of eight-turn episodes with an environment that answers in 50 ms: engine load and recomputed tokens.
 
 uv run python -m tests.benchmarks.multi_turn [--turns 8] [--tokens 24]
 

@@ -1,4 +1,4 @@
-"""run_openenv.sh as a worker's command: the user's own command line, with a worker in the place of the trainer.
+"""run_openenv.sh as a worker's command: the user's command line, with a worker instead of the trainer.
 
 The script looks for uv first on the PATH. There we put a uv that replaces one word, the trainer's module by the
 worker's, and calls the real one. So the recipe and everything before the trainer are the script's own.
@@ -20,7 +20,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def variables(worker: str, folder: Path, path: str) -> dict[str, str]:
-    """The environment variables under which the script starts `worker` and keeps its files in `folder`."""
+    """Return the environment variables with which the script starts `worker` and keeps its files in `folder`."""
     uv = shutil.which("uv")
     if uv is None:
         raise FileNotFoundError(

@@ -42,7 +42,7 @@ Step = Callable[[], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One turn of one side."""
+    """The result of one side in one round."""
 
     steps_per_s: float
     p50_ms: float
@@ -93,7 +93,7 @@ async def benchmark(num_sessions: int, seconds: float, num_rounds: int, image: s
 
 
 async def bare_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> list[Step]:
-    """As little as the protocol needs: a frame out, a frame in."""
+    """Open sessions with `websockets` alone; a step sends one frame and reads one."""
     opening = asyncio.Semaphore(32)
 
     async def opened() -> ClientConnection:
@@ -114,7 +114,7 @@ async def bare_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> l
 
 
 async def pool_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> list[Step]:
-    """Leases of a pool."""
+    """Open sessions as leases of a pool."""
     pool = ServerPool(OpenEnvConfig(url=url, max_sessions=num_sessions))
     stack.push_async_callback(pool.close)
     source = ServerSource("echo_env", url=url)
@@ -125,7 +125,7 @@ async def pool_sessions(url: str, num_sessions: int, stack: AsyncExitStack) -> l
 
 
 async def timed(steps: list[Step], seconds: float) -> Run:
-    """All of them side by side, each as fast as it can, until the time is up. A failure ends its session's turn."""
+    """Step all sessions concurrently, as fast as possible, until the time is up. A failure ends its session."""
     latencies: list[float] = []
     start = time.monotonic()
     end = start + seconds
@@ -147,7 +147,7 @@ async def timed(steps: list[Step], seconds: float) -> Run:
 
 
 async def containers(image: str, num_rounds: int) -> dict[str, Any]:
-    """Episodes per second: a container for each, and a pool's container for all."""
+    """Return episodes per second with a container for each, and with a pool's container for all."""
     each, pooled = [], []
     pool = ServerPool(OpenEnvConfig(runtime="docker", startup_timeout_s=120))
     source = ServerSource("echo_env", image=image)
@@ -174,7 +174,7 @@ async def containers(image: str, num_rounds: int) -> dict[str, Any]:
 
 
 async def episode(pool: ServerPool, source: ServerSource) -> None:
-    """Reset, one step, the end."""
+    """Play one episode of a pool: reset, one step, release."""
     lease = await pool.lease(source)
     await lease.step(HELLO)
     await lease.release()

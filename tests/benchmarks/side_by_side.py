@@ -1,4 +1,4 @@
-"""Two or more ways of doing the same work, timed in turn, each in a process of its own.
+"""Timing of two or more programs that do the same work, in turn, each in its own process.
 
 A worker is a module of tests/benchmarks/workers. It prepares, prints {"ready": ...}, and then does the work once for
 every line it reads, printing {"seconds": ..., ...} each time. So nothing but the work is timed, and whatever else the
@@ -24,11 +24,11 @@ TRL = "trl==1.16.0"
 
 
 class WorkerFailed(RuntimeError):
-    """A worker ended, or said something that is no JSON."""
+    """A worker ended before it answered."""
 
 
 class Worker:
-    """One process that does the work when asked. `variables` are put into its environment."""
+    """One process that does the work once per request. `variables` are added to its environment."""
 
     def __init__(
         self, name: str, command: Sequence[str], settings: dict[str, Any], variables: Mapping[str, str] | None = None
@@ -51,7 +51,7 @@ class Worker:
         )
 
     def read(self) -> dict[str, Any]:
-        """The next line that is a JSON object; whatever else a library prints is passed over."""
+        """Return the worker's next line that is a JSON object; other output, of libraries, is skipped."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith('{"'):
@@ -61,7 +61,7 @@ class Worker:
         raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}:\n{words}")
 
     def work(self) -> dict[str, Any]:
-        """One turn. The worker must be paused, and is again."""
+        """Run the work once and return its result. The worker is paused before and after."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -71,11 +71,11 @@ class Worker:
         return facts
 
     def pause(self) -> None:
-        """Let it stand still: some wait for work by asking again and again, which takes a core from the others."""
+        """Stop the process: some workers poll while they wait, which takes a core from the others."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def close(self, patience_s: float = 20.0) -> None:
-        """End it and all that it started: by itself, as nothing more can be asked, or after a while by force."""
+        """End the worker and all its processes: close its stdin, and kill them if they do not end soon."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         if self._process.poll() is None:
@@ -93,7 +93,7 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFF
 
 
 def _wheels() -> dict[str, str]:
-    """A folder of wheels that pip knows of (a CPU build of PyTorch, say) is known to uv as well."""
+    """Return variables that let uv use pip's folder of wheels, which may hold a CPU build of PyTorch."""
     folder = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
     return {"UV_FIND_LINKS": folder} if folder else {}
 
@@ -101,7 +101,7 @@ def _wheels() -> dict[str, str]:
 def timed_in_turn(
     workers: Sequence[Worker], rounds: int, after_round: Callable[[], None] = lambda: None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every worker once per round, in turn; `rounds` results each."""
+    """Run every worker once per round, in turn. Returns `rounds` results of each."""
     results: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     with ExitStack() as closing:
         for worker in workers:  # one after the other: together they would not only share the cores, but fight for them
@@ -118,14 +118,14 @@ def timed_in_turn(
 
 
 def _seconds(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Of the last round, with the cores that were computing: fewer than the machine has mean that others were, too."""
+    """Return each worker's seconds and busy cores in the last round; few cores mean that other programs ran too."""
     return ", ".join(
-        f"{name} {of[-1]['seconds']:.2f} s on {of[-1].get('cores', 0):.1f} cores" for name, of in results.items()
+        f"{name} {rows[-1]['seconds']:.2f} s on {rows[-1].get('cores', 0):.1f} cores" for name, rows in results.items()
     )
 
 
 def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:
-    """The command of a worker in this project's environment, with more packages on top."""
+    """Return the command of a worker in this project's environment, with these packages added."""
     if not with_packages:
         return [sys.executable, "-m", f"tests.benchmarks.workers.{module}"]
     more = [word for package in with_packages for word in ("--with", package)]
@@ -133,7 +133,7 @@ def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:
 
 
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
-    """What every benchmark understands. SIGTERM, too, ends the workers before it ends this process."""
+    """Return a parser with the arguments of every benchmark. Also makes SIGTERM end the workers first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -146,8 +146,10 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
 
 
 def add_trl_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two settings that decide how fast TRL is. Of those tried the defaults were the fastest on two cores with AMX:
-    an update of 32 samples took 11 s, and with all of them in one pass 27 s."""
+    """Add the two settings that decide how fast TRL is.
+
+    The defaults were the fastest tried on two cores with AMX: an update of 32 samples took 11 s, and 27 s in one pass.
+    """
     parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of TRL's weights")
     parser.add_argument("--trl-rows", type=int, default=8, help="samples in one pass of TRL")
 

@@ -62,7 +62,7 @@ def one_round(folder: Path, model: str, *, with_peers: bool) -> dict[str, Stages
 
 
 def stages_of(words: Sequence[str], settings: dict[str, Any], environment: Mapping[str, str] | None = None) -> Stages:
-    """Run a command up to its first token; each stage ends at the time that the worker says."""
+    """Run a command up to its first token; return the seconds of each stage, whose end the worker reports."""
     worker = Worker(words[0], words, settings, environment)
     began = time.time()
     worker.start()

@@ -73,7 +73,7 @@ def against_trl(chosen: argparse.Namespace, folder: Path) -> None:
 
 
 def growth(chosen: argparse.Namespace, folder: Path) -> None:
-    """1, 2 and 4 times the prompts at one token budget: the time should double, the memory should stay."""
+    """Compare 1, 2 and 4 times the prompts at one token budget: time should double and memory stay constant."""
     model = resolve_model(chosen.model)
     workers = []
     for times in (1, 2, 4):
@@ -112,10 +112,10 @@ def useful_tokens(settings: dict[str, Any]) -> int:
 
 
 def seen_tokens(settings: dict[str, Any]) -> int:
-    """The sum over useful tokens of how many each of them sees, itself among them."""
+    """Return the sum over useful tokens of the number of tokens that each attends to, itself included."""
     prompt, tokens = settings["prompt_tokens"], settings["tokens"]
-    of_samples = settings["samples"] * (tokens * prompt + tokens * (tokens + 1) // 2)
-    return settings["num_prompts"] * (prompt * (prompt + 1) // 2 + of_samples)
+    attended = settings["samples"] * (tokens * prompt + tokens * (tokens + 1) // 2)
+    return settings["num_prompts"] * (prompt * (prompt + 1) // 2 + attended)
 
 
 if __name__ == "__main__":

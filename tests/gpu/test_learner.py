@@ -1,4 +1,4 @@
-"""The learner on a GPU: the processor's gradient, a loss that falls, and memory that keeps to its budget."""
+"""The learner on a GPU has the CPU's gradient, a falling loss, and memory within its budget."""
 
 from __future__ import annotations
 

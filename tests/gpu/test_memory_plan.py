@@ -1,4 +1,4 @@
-"""What the memory plan says an update holds is what the GPU allocates."""
+"""The memory that the plan predicts for an update is the memory that the GPU allocates."""
 
 from __future__ import annotations
 

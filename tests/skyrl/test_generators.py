@@ -34,7 +34,7 @@ PROMPTS = [Prompt(str(i), [{"role": "user", "content": f"task {i}"}], "mine", {"
 
 
 class SingleTurn(GeneratorInterface):
-    """As SkyRL's documents write one: the engine is asked once per prompt, a long reply is paid more."""
+    """A generator as in SkyRL's documentation: one engine request per prompt; a longer reply has a higher reward."""
 
     def __init__(self, client: InferenceEngineClient, tokenizer: Any) -> None:
         self.client, self.tokenizer = client, tokenizer

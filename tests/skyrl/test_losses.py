@@ -70,7 +70,7 @@ def ours(log_probs, advantages, loss_mask, sample_index):
 
 
 def boolean_mask(log_probs, advantages, loss_mask):
-    """Per token as ours are documented: loss_mask is bool."""
+    """A loss per token as our documentation defines one: loss_mask is bool."""
     return torch.where(loss_mask, -log_probs * advantages, 0.0), {}
 
 

@@ -1,4 +1,4 @@
-"""Small real services: a retrieval server and a SQLite database."""
+"""Fixtures: small real services, which are a retrieval server and a SQLite database."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASSAGES = ["The Seine flows through Paris.", "A page may say <answer>River Sein
 
 
 class _Retriever(BaseHTTPRequestHandler):
-    """Finds the same passages for every query; the query "status N" is answered with HTTP status N."""
+    """Request handler that finds the same passages for every query; "status N" is answered with HTTP status N."""
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -53,7 +53,7 @@ def search_server() -> Iterator[SearchServer]:
 
 @pytest.fixture
 def no_server_url() -> str:
-    """The address of a server that has stopped."""
+    """Return the address of a server that has stopped."""
     server = SearchServer()
     server.stop()
     return server.url
@@ -61,7 +61,7 @@ def no_server_url() -> str:
 
 @pytest.fixture(scope="session")
 def sql_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A db_path with spider/database/example/example.sqlite: pets Rex 3, Tom 5, Tom 5; an empty table toys(name)."""
+    """Return a db_path with spider/database/example/example.sqlite: pets Rex 3, Tom 5, Tom 5; empty toys(name)."""
     root = tmp_path_factory.mktemp("sql_data")
     folder = root / "spider" / "database" / "example"
     folder.mkdir(parents=True)
@@ -75,6 +75,6 @@ def sql_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def env_configs(search_server: SearchServer, sql_root: Path) -> dict[str, dict[str, Any]]:
-    """The configuration that each built-in environment needs here."""
+    """Return the env_config of each built-in environment that needs one."""
     search = {"search_url": search_server.url, "timeout": 5, "log_requests": False}
     return {"search": search, "searchcode": search, "text2sql": {"db_path": str(sql_root)}}

@@ -1,4 +1,4 @@
-"""How a run ends when its terminal, its disk or its session does."""
+"""The end of a run whose terminal, disk or session goes away."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def full_disk() -> io.TextIOWrapper:
 
 
 def none() -> None:
-    """As with `>&-`."""
+    """Return None: Python's sys.stdout after `>&-`."""
 
 
 @pytest.mark.parametrize("terminal", [ascii_only, broken_pipe, full_disk, none])
@@ -99,7 +99,7 @@ def test_no_terminal_ends_a_run_with_an_error(given, tmp_path, monkeypatch, term
 
 
 def with_small_files(args: list[str], log: Path, max_bytes: int) -> None:
-    """What a child process does: a run on a system that takes no file larger than `max_bytes`."""
+    """Main function of a child process: a run that may write no file larger than `max_bytes`."""
     register("even", EvenEnv)
     with log.open("w") as file:
         sys.stdout = sys.stderr = file
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_finds_no_room_is_named_and_the_one_before_it_stays(gi
 )
 def test_a_full_disk_says_so_and_which_file(given, tmp_path, capfd, monkeypatch, name, more):
     def settled(folder: Path) -> None:
-        """After the start has cleared the folder: from now on this file has no room."""
+        """Make this file unwritable (no space left), after the start has cleared the folder."""
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("/dev/full")

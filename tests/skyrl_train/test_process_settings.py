@@ -1,4 +1,4 @@
-"""What skyrl_train sets before torch is loaded: each case in a process of its own."""
+"""The settings that skyrl_train makes before torch is loaded; each case runs in its own process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def in_a_process(program: str, **variables: str) -> subprocess.CompletedProcess[
 
 
 def spin_count(**variables: str) -> str:
-    """What libgomp says that it has read."""
+    """Return the value of GOMP_SPINCOUNT that libgomp reports."""
     said = in_a_process("import skyrl_train, torch", OMP_DISPLAY_ENV="verbose", **variables).stderr
     [line] = {line.strip() for line in said.splitlines() if "GOMP_SPINCOUNT" in line}
     return line.split("'")[1]

@@ -1,4 +1,4 @@
-"""What can be known before the first step is refused with one line and status 2, before the model is loaded."""
+"""Errors that can be known before the first step end the run with one line and status 2, before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environments that can be trained on, by name."""
+"""The catalog: the environments that can be trained on, by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 
 
 def catalog_entry(name: str) -> CatalogEntry:
-    """The entry called `name` (echo-env is echo_env), or the one of a server outside the catalog."""
+    """Return the entry called `name` (echo-env means echo_env), or one for a server outside the catalog.
+
+    ValueError: the name is neither an environment of the catalog nor in one of FORMS.
+    """
     known = f"known: {', '.join(CATALOG)}; or name {FORMS}"
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"env_name={name!r} must name an OpenEnv environment ({known})")
@@ -42,5 +45,5 @@ def catalog_entry(name: str) -> CatalogEntry:
 
 @cache
 def _generic_entry(foreign: ForeignName) -> GenericEntry:
-    """One entry per server and process: it remembers what the server says of itself."""
+    """Return the one entry of a server in this process, which keeps the server's description of itself."""
     return GenericEntry(foreign)

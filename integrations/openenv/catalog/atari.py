@@ -1,4 +1,4 @@
-"""atari_env: a few seconds of an Atari 2600 game, told in sentences. Pong, Breakout and Freeway in detail; 101 more."""
+"""atari_env: a few seconds of one of 104 Atari 2600 games; Pong, Breakout and Freeway are described in sentences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RAM_BYTES = 128
 SYNONYMS = {"NOTHING": "NOOP", "NONE": "NOOP", "STAY": "NOOP", "WAIT": "NOOP", "STOP": "NOOP", "SHOOT": "FIRE"}
 PARTS = re.compile(r"(?:UP|DOWN|LEFT|RIGHT|FIRE)+")
 PART = re.compile(r"UP|DOWN|LEFT|RIGHT|FIRE")
-OTHER_FRAMESKIP, OTHER_RANDOM_FRAMES = 12, 0  # of games without a view of their own
+OTHER_FRAMESKIP, OTHER_RANDOM_FRAMES = 12, 0  # for games without a View
 
 
 @dataclass(frozen=True, slots=True)
 class AtariAction:
-    """The action's place among the game's legal ones. The official server ignores the other fields."""
+    """An action by its index among the game's legal ones. The official server ignores the other fields."""
 
     action_id: int
     game_name: str = "pong"
@@ -35,7 +35,7 @@ class AtariAction:
 
 @dataclass(frozen=True, slots=True)
 class AtariObservation:
-    """What a server shows: the memory (128 numbers), or the screen (flat, row by row)."""
+    """An observation: the memory (128 numbers), or the screen (flat, row by row)."""
 
     screen: list[int]
     screen_shape: list[int]
@@ -66,17 +66,17 @@ class AtariObservation:
 
 @dataclass(frozen=True, slots=True)
 class AtariOptions(GameOptions):
-    """An episode: a game, from a seeded moment on, for some turns.
+    """The options of an episode: a game, played for some turns from a moment that the seed chooses.
 
     shaped adds to the game's own points, so that a few turns teach something: Pong and Breakout pay each turn
     nearness / max_steps (1 when paddle and ball are level, 0 when 80 pixels apart), Freeway pays the part of the road
     that was crossed (and takes it back on the way down; a whole crossing pays its point instead). Other games: nothing.
     """
 
-    frameskip: int = 0  # frames of a turn; 0: what suits the game (pong 6, breakout 14, freeway 20, others 12)
-    random_frames: int = -1  # before the episode; -1: what suits the game (pong 175, freeway 60, breakout 20, others 0)
+    frameskip: int = 0  # frames of a turn; 0: the game's default (pong 6, breakout 14, freeway 20, others 12)
+    random_frames: int = -1  # before the episode; -1: the game's default (pong 175, freeway 60, breakout 20, others 0)
     max_steps: int | None = 12  # turns
-    shaped: bool = True  # see above; off: the game's points alone, as OpenEnv has it
+    shaped: bool = True  # see above; False: the game's points alone, as the official server pays
 
     def __post_init__(self) -> None:
         view = VIEWS.get(self.game)
@@ -107,7 +107,7 @@ class AtariEntry(CatalogEntry):
     options_type: ClassVar[type] = AtariOptions
 
     def tasks(self, random: Random, num_tasks: int, options: AtariOptions) -> list[Task]:
-        """All the same but for the seed, which each row gets of its own."""
+        """Return tasks that are all equal; each row's seed makes the difference."""
         usual = asdict(self.read_options({"game": options.game}))
         given = {name: value for name, value in asdict(options).items() if value != usual[name]}
         if options.game != "pong":
@@ -121,7 +121,7 @@ class AtariEntry(CatalogEntry):
         return {field.name: getattr(options, field.name) for field in fields(GameOptions)}
 
     def image_variables(self, options: AtariOptions) -> dict[str, str]:
-        """The official image always starts at the same moment: its seeds, no-ops and random frames do not exist."""
+        """Return the settings of the official image. It has no seed and no random start: its episodes begin alike."""
         variables = {
             "ATARI_GAME": options.game,
             "ATARI_OBS_TYPE": options.obs_type,
@@ -134,7 +134,7 @@ class AtariEntry(CatalogEntry):
 
 
 class AtariTranslator(Translator):
-    """Counts the turns and the points itself, for the official server ends an episode only where the game ends."""
+    """Translator that counts turns and points, because the official server ends an episode only when the game ends."""
 
     def __init__(self, options: AtariOptions) -> None:
         self.options = options
@@ -161,7 +161,7 @@ class AtariTranslator(Translator):
         return AtariAction(place, game.game, game.obs_type, game.full_action_space).fields()
 
     def idle_action(self) -> dict[str, Any]:
-        """The game does not wait: NOOP (FIRE in the two games that have no such action)."""
+        """Return NOOP, because the game runs on (FIRE in the two games without NOOP)."""
         game = self.options
         return AtariAction(0, game.game, game.obs_type, game.full_action_space).fields()
 
@@ -197,7 +197,10 @@ class AtariTranslator(Translator):
 
 
 def emulator_name(text: str, words: dict[str, str], actions: tuple[str, ...]) -> str | None:
-    """The emulator's name of what the model wrote: an offered word, a number, or a legal action in other words."""
+    """Return the emulator's name of the action that the model wrote; None if it is none that is legal.
+
+    words: the offered words and their actions. A number or another spelling of a legal action is read too.
+    """
     said = "".join(character for character in text.upper() if character.isalnum() and character.isascii())
     if said in words:
         return words[said]
@@ -211,7 +214,7 @@ def emulator_name(text: str, words: dict[str, str], actions: tuple[str, ...]) ->
 
 
 def _prompt(options: AtariOptions) -> Messages:
-    """The task and two worked turns, as earlier messages."""
+    """Return the prompt: the task, and two example turns as earlier messages."""
     view, words = VIEWS.get(options.game), ", ".join(words_of(options.game))
     form = f"Answer with one of {words} between <action> and </action>."
     if view is None or options.obs_type != "ram":

@@ -1,4 +1,4 @@
-"""The games of ale-py 0.12: which there are, which actions each takes, and the options that a game is started with."""
+"""The games of ale-py 0.12, the actions that each takes, and the options that a game is started with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 ObsType = Literal["rgb", "grayscale", "ram"]
 
-# In the emulator's order. A game's own set is a part of these, in the same order: `action_id` counts in it.
+# In the emulator's order. A game's legal actions are a subset in the same order, and `action_id` is the index in it.
 ALL_ACTIONS = (
     "NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "UPFIRE", "RIGHTFIRE",
     "LEFTFIRE", "DOWNFIRE", "UPRIGHTFIRE", "UPLEFTFIRE", "DOWNRIGHTFIRE", "DOWNLEFTFIRE",
@@ -58,7 +58,7 @@ _SETS = {
     f"{_STICK} FIRE UPFIRE RIGHTFIRE LEFTFIRE": "video_pinball",
 }
 
-# Joust, combat, maze_craze and warlords are in the wheel too, but are for two players: the emulator refuses them.
+# The package also has joust, combat, maze_craze and warlords, which are for two players: the emulator refuses them.
 GAMES: dict[str, tuple[str, ...]] = {
     game: tuple(action for action in ALL_ACTIONS if action in actions.split())
     for actions, games in _SETS.items()
@@ -69,15 +69,15 @@ WITHOUT_BUTTON = ("lost_luggage", "skiing")  # their full set has the stick's ni
 
 @dataclass(frozen=True, slots=True)
 class GameOptions:
-    """How a game is started and played. Our own server's reset takes each of these."""
+    """Options of a game, each of which our own server's reset takes."""
 
     game: str = "pong"  # one of GAMES
     obs_type: ObsType = "ram"  # 128 bytes of the console's memory; or the screen, flat: rgb 100,800 numbers
     frameskip: int = 4  # frames that an action is held for
-    repeat_action_probability: float = 0.0  # sticky actions: of each frame to go on with the action before
+    repeat_action_probability: float = 0.0  # sticky actions: the chance that a frame repeats the previous action
     noops: int = 30  # frames without action before the episode: a number from 0 to this, drawn from the seed
     random_frames: int = 0  # frames of random actions before the episode, drawn from the seed
-    max_steps: int | None = None  # actions until the episode is over, whatever the game says; None: as the game says
+    max_steps: int | None = None  # actions until the episode is over; None: the game decides
     full_action_space: bool = False  # all 18 actions of the console, also those that do nothing in this game
     mode: int | None = None  # of the console's game select switch
     difficulty: int | None = None  # of its difficulty switch
@@ -97,7 +97,7 @@ class GameOptions:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The emulator's names of the legal actions, by action_id."""
+        """The emulator's names of the legal actions, indexed by action_id."""
         if not self.full_action_space:
             return GAMES[self.game]
         without = self.game in WITHOUT_BUTTON

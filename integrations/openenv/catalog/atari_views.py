@@ -1,5 +1,7 @@
-"""What a language model reads of a running Atari game: a sentence from the console's memory where its addresses are
-known, else what changed in it; and a coarse picture where a server sends only the screen.
+"""Descriptions of a running Atari game for a language model.
+
+They are a sentence from the console's memory if its addresses are known, else the bytes that changed in it, or a coarse
+picture if a server sends only the screen.
 
 Addresses: Anand et al. 2019, "Unsupervised State Representation Learning in Atari", appendix D. Each was compared here
 with the pixels of 600 to 4000 frames (tests/integrations/openenv/catalog/test_atari_views.py does it again).
@@ -13,14 +15,14 @@ from dataclasses import dataclass
 from integrations.openenv.catalog.atari_games import GAMES
 
 Memory = Sequence[int]  # 128 bytes
-Example = tuple[str, str]  # what is read, what is answered
+Example = tuple[str, str]  # the text that is read, the action that is answered
 SHOWN_CHANGES = 6
 PICTURE_COLUMNS, PICTURE_ROWS, SHADES = 20, 10, " .:*#"
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What one look at the memory tells."""
+    """The information read from the memory in one turn."""
 
     text: str
     gold: str  # the word that a good player writes now
@@ -30,7 +32,7 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One game, as it is told to the model."""
+    """The description of one game for the model, and its default options."""
 
     task: str
     examples: tuple[Example, ...]
@@ -123,7 +125,10 @@ VIEWS: dict[str, View] = {
 
 
 def changes(memory: Memory, before: Memory | None) -> str:
-    """The bytes that changed most since the last turn: "byte 14: 6 to 22"."""
+    """Return the bytes that changed most since the last turn, as "2 bytes changed: 14: 6 to 22, ...".
+
+    "" in the first turn.
+    """
     if before is None:
         return ""
     moved = sorted(
@@ -134,7 +139,7 @@ def changes(memory: Memory, before: Memory | None) -> str:
 
 
 def picture(screen: Sequence[int], shape: Sequence[int]) -> str:
-    """10 rows of 20 characters: the brightest pixel of each field, from dark to bright " .:*#"."""
+    """Return 10 rows of 20 characters: the brightest pixel of each field, from dark to bright " .:*#"."""
     height, width = shape[0], shape[1]
     channels = shape[2] if len(shape) == 3 else 1
     brightest = max(*screen, 1)
@@ -151,7 +156,7 @@ def picture(screen: Sequence[int], shape: Sequence[int]) -> str:
 
 
 def words_of(game: str) -> dict[str, str]:
-    """The actions that the model is offered, and the emulator's names of them."""
+    """Return the words of the actions that the model is offered, each with the emulator's name of it."""
     if game in VIEWS:
         return VIEWS[game].words
     return {"STAY" if action == "NOOP" else action: action for action in GAMES[game]}

@@ -1,4 +1,4 @@
-"""coding_env: write a small Python program that prints the right thing. The environment runs it."""
+"""coding_env: write a small Python program that prints a given result. The environment runs it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHOWN_CHARS = 1000  # of stdout and of stderr, in what the model reads
 MAX_COMPARED_CHARS = 200  # more than any expected output
 FENCE = re.compile(r"\A```[a-zA-Z0-9]*[ \t]*\n(.*?)\n?```\Z", re.DOTALL)
 
-RUNS_WITH_ERROR, RUNS, CLOSE = 0.1, 0.2, 0.6  # of the reward: an error; no error; no error and the output nearly right
+RUNS_WITH_ERROR, RUNS, CLOSE = 0.1, 0.2, 0.6  # rewards: an error; no error; no error and nearly the right output
 
 
 @dataclass(frozen=True, slots=True)
 class CodeAction:
-    """Run this."""
+    """The action: a program to run."""
 
     code: str
 
@@ -33,7 +33,7 @@ class CodeAction:
 
 @dataclass(frozen=True, slots=True)
 class CodeObservation:
-    """What the program printed. The interpreter adds the value of the last statement to stdout, if it has one."""
+    """An observation: the program's output. The interpreter adds the value of the last statement, if any, to stdout."""
 
     stdout: str
     stderr: str
@@ -83,7 +83,10 @@ class CodingEntry(ScoredEntry):
         return f"The program printed:\n{_last(seen.stdout)}" if seen.stdout else ""
 
     def score(self, ground_truth: str, observation: dict[str, Any]) -> float:
-        """1.0 for exactly the expected output (white space at its end aside), else a little for coming close."""
+        """Return 1.0 for the expected output (except for white space at its end), 0.1 for an error.
+
+        Any other output gets 0.2 to 0.6, by its similarity to the expected one.
+        """
         seen = CodeObservation.from_fields(observation)
         if seen.exit_code != 0:
             return RUNS_WITH_ERROR
@@ -115,7 +118,7 @@ def _words(random: Random) -> tuple[str, str, str]:
     return f'Print "{words}".', f'print("{words}")', words
 
 
-# Each gives a request, a program that does it, and what that prints.
+# Each draws a request, a program that solves it, and the output of that program.
 FAMILIES: dict[str, Callable[[Random], tuple[str, str, str]]] = {
     "sum": _sum,
     "maximum": _maximum,
@@ -125,7 +128,7 @@ FAMILIES: dict[str, Callable[[Random], tuple[str, str, str]]] = {
 
 
 def _prompt(request: str) -> Messages:
-    """The task and one worked example, as earlier turns."""
+    """Return the prompt: one example as earlier turns, then the task."""
     return [
         {"role": "system", "content": "You write one line of Python. The environment runs it."},
         {"role": "user", "content": "Print the sum of 4, 20 and 7."},
@@ -135,5 +138,5 @@ def _prompt(request: str) -> Messages:
 
 
 def _last(text: str) -> str:
-    """The end of a long text: where an error message says what it is about."""
+    """Return the end of a long text, because an error message comes last."""
     return text if len(text) <= SHOWN_CHARS else "..." + text[-SHOWN_CHARS:]

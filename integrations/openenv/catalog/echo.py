@@ -1,4 +1,4 @@
-"""echo_env: make the environment say exactly the requested words. The smallest task that shows a model learn to act."""
+"""echo_env: make the environment say exactly the requested words. The smallest task in which a model learns to act."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MAX_COMPARED_CHARS = 200  # more than any request; keeps the comparison cheap wh
 
 @dataclass(frozen=True, slots=True)
 class EchoAction:
-    """Say this."""
+    """The action: a message to echo."""
 
     message: str
 
     def fields(self) -> dict[str, Any]:
-        """As the current server takes it: a call of its tool echo_message."""
+        """Return the action as the current server takes it: a call of its tool echo_message."""
         return {"type": "call_tool", "tool_name": "echo_message", "arguments": {"message": self.message}}
 
 
 @dataclass(frozen=True, slots=True)
 class EchoObservation:
-    """What the environment said; None where it said nothing (after reset, or when the tool call failed)."""
+    """An observation: what the environment said; None after reset or a failed tool call."""
 
     echoed: str | None
     error: str | None = None
@@ -75,7 +75,10 @@ class EchoEntry(ScoredEntry):
         return "" if seen.echoed is None else f"The environment said: {seen.echoed}"
 
     def score(self, ground_truth: str, observation: dict[str, Any]) -> float:
-        """2M/T: M characters in common, in order, of T in both texts. 1.0 only if the texts are equal."""
+        """Return 2M/T, where M is the number of matching characters (in order) and T the length of both texts together.
+
+        1.0 only if the texts are equal.
+        """
         echoed = EchoObservation.from_fields(observation).echoed
         if echoed is None:
             return 0.0
@@ -86,7 +89,7 @@ class EchoEntry(ScoredEntry):
 
 
 def _prompt(message: str) -> Messages:
-    """The task and one worked example, as earlier turns.
+    """Return the prompt: one example as earlier turns, then the task.
 
     The wording is measured with SmolLM2-135M-Instruct: at temperature 1 an eighth of the replies hold an action (mean
     reward 0.11), greedily a quarter (0.28). Wordings that repeat "Echo:" before the words start at 0.3 and 0.97.

@@ -1,4 +1,4 @@
-"""What the catalog knows about one environment: its tasks, its options, and how actions and answers look as text."""
+"""The interface of a catalog entry: tasks, options, and the text form of actions and answers of an environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Messages = list[dict[str, str]]
 
 
 class InvalidAction(ValueError):
-    """The policy's action cannot be sent. The message goes back to the policy: what was wrong, what is expected."""
+    """The policy's action cannot be sent.
+
+    The message, which the policy reads, says what is wrong and what is expected.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +30,21 @@ class Task:
 
     prompt: Messages
     family: str  # the kind of task, for metrics and tests
-    ground_truth: str = ""  # what a score compares with; empty where the environment's own reward counts
+    ground_truth: str = ""  # compared with the answer by a score; empty if the environment's own reward counts
     solution: str | None = None  # the content of an <action> tag that earns full reward in one turn, if there is one
     seed: int | None = None  # of the environment's reset; None takes one from the data set's seed
     options: Mapping[str, Any] = field(default_factory=dict)  # of the environment, those that are not the default
 
 
 def paid(result: StepResult, name: str) -> float:
-    """The reward of a step, for an environment whose server pays every step."""
+    """Return the reward of a step; OpenEnvError if it is null although this server pays every step."""
     if result.reward is None:
         raise OpenEnvError(f"{name}: a step without a reward (null, which is also how a server writes NaN)")
     return result.reward
 
 
 class OpenSession(Protocol):
-    """What `prepare` may ask: the server at `url`, and the session's MCP side. The pool's Lease is one."""
+    """The part of a session that `prepare` may use: the server's address and MCP requests. A Lease has it."""
 
     @property
     def url(self) -> str: ...
@@ -51,54 +54,56 @@ class OpenSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the environment's answer to an action means to the policy."""
+    """The environment's answer to an action, as the policy gets it."""
 
-    text: str  # what the model reads next; empty: nothing
+    text: str  # the next message to the model; may be empty
     reward: float  # of this turn
     ended: bool  # the episode is over
 
 
 class Translator(ABC):
-    """Stands between the model's words and the environment's fields for one episode, and may remember what it saw.
+    """Translator between the model's text and the environment's fields, for one episode. It may keep state.
 
     `first_text`, then `action` and `answer` turn by turn. What the server sends is checked here: a field that is
-    missing or of another type raises OpenEnvError, which is the environment's failure and never the policy's.
+    missing or of another type raises OpenEnvError, which counts as a failure of the environment, not of the policy.
     """
 
     success: bool = False  # the task is solved
-    gold_reward: float | None = None  # what an episode of gold actions earns at least; None: no promise
+    gold_reward: float | None = None  # the least that an episode of gold actions earns; None: unknown
 
     @abstractmethod
     def first_text(self, first: StepResult) -> str:
-        """What the model reads of reset's answer, behind the prompt; empty if there is nothing to read."""
+        """Return the text of reset's answer that is appended to the prompt; "" if there is none."""
 
     @abstractmethod
     def action(self, text: str) -> dict[str, Any]:
-        """The text of an <action> tag as the fields of the environment's action; or InvalidAction: what is wrong."""
+        """Return the fields of the action that the text of an <action> tag means; InvalidAction if it means none."""
 
     def idle_action(self) -> dict[str, Any] | None:
-        """What happens in a turn whose action cannot be read: the fields of an action where the world does not wait
-        (a running game), or None where it does, and nothing is sent."""
+        """Return the fields of the action to send in a turn whose action cannot be read, as a running game needs.
+
+        None: nothing is sent, and the environment waits.
+        """
         return None
 
     @abstractmethod
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
-        """What step's answer means."""
+        """Return what the policy gets of a step's result. last_turn: no turn follows, whatever the answer."""
 
     def unfinished_reward(self) -> float:
-        """Added to the last turn's reward when the turns run out first: not to finish must not pay."""
+        """Return what is added to the last turn's reward if the turns run out: 0, or a penalty for not finishing."""
         return 0.0
 
     def gold_action(self) -> str | None:
-        """The content of the <action> tag that a perfect (or at least a good) player writes now, if known."""
+        """Return the text of the <action> tag that a good player writes now; None if unknown."""
         return None
 
     def random_action(self, random: Random) -> str | None:
-        """The content of an <action> tag that a player writes who knows the rules and nothing more, if known."""
+        """Return the text of an <action> tag with a random legal action; None if unknown."""
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Plain numbers about the episode, beside those that every environment has."""
+        """Return numbers about the episode, in addition to the metrics that every environment has."""
         return {}
 
 
@@ -117,16 +122,16 @@ class CatalogEntry(ABC):
 
     @property
     def data_name(self) -> str:
-        """What files and metrics call it."""
+        """The name in files and metrics."""
         return self.name
 
     @property
     def is_prepared(self) -> bool:
-        """Whether `tasks` can be asked for before a server was seen."""
+        """True if `tasks` can be called before `prepare`."""
         return True
 
     async def prepare(self, session: OpenSession) -> None:
-        """Called with a session before its first text: the place to learn what only the server knows."""
+        """Learn what only the server knows. Called with each session before its first text."""
         return None
 
     @property
@@ -136,11 +141,11 @@ class CatalogEntry(ABC):
 
     @property
     def has_engine(self) -> bool:
-        """Whether our own server of it can run: its engine is importable, which is not tried."""
+        """True if our own server can run: the module of its engine is installed (it is not imported)."""
         return self.engine_module is None or find_spec(self.engine_module) is not None
 
     def require_engine(self) -> None:
-        """ValueError, with what to type, where our own server of it cannot run."""
+        """Raise ValueError, with what to type, if our own server cannot run."""
         if not self.has_engine:
             raise ValueError(
                 f"{self.name}: {self.engine_module} is not installed; "
@@ -148,38 +153,38 @@ class CatalogEntry(ABC):
             )
 
     def read_options(self, values: Mapping[str, Any]) -> Any:
-        """An `options_type` with these values; ValueError names what is unknown or wrong."""
+        """Return an `options_type` with these values; ValueError names what is unknown or wrong."""
         return read_options(self.options_type, values, self.name)
 
     def is_refusal(self, error: ServerError, sent: dict[str, Any]) -> bool:
-        """Whether a server's error is the doing of the action that was sent, rather than its own."""
+        """Return whether a server's error was caused by the action that was sent, and not by a fault of the server."""
         return error.code == "VALIDATION_ERROR"
 
     @abstractmethod
     def tasks(self, random: Random, num_tasks: int, options: Any) -> list[Task]:
-        """Different tasks. The same random state gives the same tasks. `options` is an `options_type`."""
+        """Return tasks, equal for equal random states. `options` is an `options_type`."""
 
     @abstractmethod
     def translator(self, task: Task, options: Any) -> Translator:
-        """For one episode of this task. `task.options` are in `options` already."""
+        """Return a translator for one episode of this task. `options` contains `task.options` already."""
 
     def for_split(self, task: Task, split: str, options: Any) -> Task:
-        """The task as one of the split "train" or "validation", where these differ in more than the seed."""
+        """Return the task for the split "train" or "validation", if these differ in more than the seed."""
         return task
 
     def reset_kwargs(self, options: Any) -> dict[str, Any]:
-        """What our own server's reset takes beside `seed`. Servers drop what they do not know."""
+        """Return the keywords, except `seed`, for our own server's reset. Servers ignore unknown ones."""
         return asdict(options)
 
     def image_variables(self, options: Any) -> dict[str, str]:
-        """The same for the official image, which knows its environment variables only."""
+        """Return the options as environment variables, for the official image, whose reset takes none."""
         return {}
 
     def fewest_turns(self, options: Any) -> int:
-        """With fewer turns than this an episode cannot be rewarded."""
+        """Return the number of turns below which an episode cannot be rewarded."""
         return 1
 
     def source(self, options: Any) -> ServerSource:
-        """Where it can be served from."""
+        """Return the ways to serve the environment: our own server's module and the image."""
         variables = tuple(sorted(self.image_variables(options).items()))
         return ServerSource(self.name, module=self.server_module, image=self.local_image, variables=variables)

@@ -1,4 +1,4 @@
-"""finrl_env: trade a few stocks at real daily prices. The environment fills the orders and days pass."""
+"""finrl_env: trade a few stocks at real daily prices. The environment fills the orders, then some days pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from integrations.openenv.client.session import StepResult
 
 @dataclass(frozen=True, slots=True)
 class FinRLAction:
-    """For each stock a number in [-1, 1]: times hmax, so many shares are bought, or sold where it is below 0."""
+    """An action: a number in [-1, 1] per stock. Times hmax it is the shares to buy, or to sell if it is negative."""
 
     actions: list[float]
 
@@ -26,7 +26,7 @@ class FinRLAction:
 
 @dataclass(frozen=True, slots=True)
 class FinRLObservation:
-    """Closing prices and what is owned. `state` is [cash, prices, shares, indicators], each of these stock by stock."""
+    """An observation: `state` is [cash, prices, shares, indicators], of which all but cash go stock by stock."""
 
     state: list[float]
     portfolio_value: float
@@ -51,7 +51,7 @@ class FinRLObservation:
 
 @dataclass(frozen=True, slots=True)
 class Portfolio:
-    """A state, taken apart."""
+    """The parts of an observation's `state`."""
 
     value: float
     cash: float
@@ -63,8 +63,8 @@ class Portfolio:
 class FinRLEntry(CatalogEntry):
     """Two stocks, eight decisions, 20 trading days after each. The reward is how much better than buying and holding.
 
-    What can be learned: to answer with an order at all, and to stay in the market. Prices over weeks are close to
-    noise, and what the last 20 days did is of little use. Mean rewards over 400 validation windows (standard
+    A policy can learn to answer with an order at all, and to stay in the market. Prices over weeks are close to noise,
+    and the change over the last 20 days helps little. Mean rewards over 400 validation windows (standard
     deviation): buying and holding 0, following the 20-day change -0.04 (0.12), against it -0.05 (0.12), random words
     -0.05 (0.13), keeping the cash -0.11 (0.15), never answering with an action -1.
     """
@@ -79,7 +79,7 @@ class FinRLEntry(CatalogEntry):
     options_type: ClassVar[type] = FinRLOptions
 
     def tasks(self, random: Random, num_tasks: int, options: FinRLOptions) -> list[Task]:
-        """The row's seed draws the days; the stocks are in the row, for the model reads their names."""
+        """Return tasks with stocks, drawn here because the model reads their names. A row's seed draws its days."""
         tasks = []
         for _ in range(num_tasks):
             stocks = options.stocks
@@ -90,7 +90,10 @@ class FinRLEntry(CatalogEntry):
         return tasks
 
     def for_split(self, task: Task, split: str, options: FinRLOptions) -> Task:
-        """Training days come before the option `split`, validation days after it; not where `start` names the day."""
+        """Return the task with the split's period: training days before the option `split`, validation days after it.
+
+        With the option `start` the task is unchanged.
+        """
         return task if options.start else replace(task, options={**task.options, "period": split})
 
     def translator(self, task: Task, options: FinRLOptions) -> Translator:
@@ -104,7 +107,7 @@ class FinRLEntry(CatalogEntry):
 
 
 class FinRLTranslator(Translator):
-    """Knows the names of the stocks, and what buying equal parts on the first day and holding would be worth now.
+    """Translator that compares the portfolio with buying equal parts on the first day and holding them.
 
     Shaped reward of a decision, all in parts of the first day's portfolio, with n decisions in an episode:
 
@@ -123,9 +126,9 @@ class FinRLTranslator(Translator):
         self.earned = 0.0
         self.first: Portfolio | None = None
         self.now: Portfolio | None = None
-        self.held_shares: list[int] = []  # by whoever buys and holds
-        self.invested: list[float] = []  # part of the portfolio that was in stocks after each decision
-        # With hmax given, it may take several turns to buy; then buying and holding is no promise.
+        self.held_shares: list[int] = []  # shares of each stock if bought on the first day and held
+        self.invested: list[float] = []  # fraction of the portfolio in stocks after each decision
+        # With hmax, buying may take several turns; then the reward of buying and holding is not certain.
         self.gold_reward = None if options.hmax or not options.shaped_reward else 0.0
 
     def first_text(self, first: StepResult) -> str:
@@ -190,7 +193,7 @@ class FinRLTranslator(Translator):
         return list(costs) if isinstance(costs, tuple) else [costs] * len(self.stocks)
 
     def _market_value(self, portfolio: Portfolio) -> float:
-        """What buying equal parts on the first day and holding would be worth at these prices."""
+        """Return what buying equal parts on the first day and holding would be worth at these prices."""
         assert self.first is not None
         value = self.first.cash
         for stock, cost in enumerate(self._buy_costs()):
@@ -199,7 +202,7 @@ class FinRLTranslator(Translator):
             value -= bought * self.first.prices[stock] * (1.0 + cost)
         return value
 
-    # What the model reads
+    # Texts for the model
 
     def _text(self, seen: Portfolio) -> str:
         of = f" of {self.options.num_decisions}" if self.options.num_decisions else ""
@@ -211,7 +214,7 @@ class FinRLTranslator(Translator):
 
     def _changes(self, seen: Portfolio, stock: int) -> list[str]:
         if len(seen.indicators) != len(self.options.indicators):
-            return []  # of a server with other indicators
+            return []  # the server has other indicators
         words = []
         for name, values in zip(self.options.indicators, seen.indicators, strict=True):
             days = name.removeprefix("return_")
@@ -234,9 +237,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _prompt(options: FinRLOptions) -> Messages:
-    """The task and one worked example turn, as earlier messages; the first prices follow behind the last one.
+    """Return the prompt: the task and an example turn, as earlier messages. The first prices follow the last message.
 
-    The example has the form of the turns to come, and its action names no stock: names bring made-up ones.
+    The example has the form of the turns to come. Its action names no stock, else the model invents names.
     """
     days = "a day passes" if options.days_per_action == 1 else f"{options.days_per_action} days pass"
     instruction = f"You trade stocks. Answer each turn with an action: buy, sell or hold. Then {days}."

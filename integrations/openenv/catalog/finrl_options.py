@@ -1,4 +1,4 @@
-"""What a trading episode is like: the options of finrl_env, for the catalog and for the server."""
+"""The options of a trading episode in finrl_env, shared by the catalog and the server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TICKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-]{0,11}")
 
 @dataclass(frozen=True, slots=True)
 class FinRLOptions:
-    """What is traded, when, and by which rules. Server and catalog read the same."""
+    """The stocks, the days and the rules of a trading episode."""
 
     stocks: tuple[str, ...] = ()  # tickers; none: `num_stocks` are drawn for each task
     num_stocks: int = 2
@@ -44,7 +44,7 @@ class FinRLOptions:
     days_per_action: int = 20  # trading days that pass after each decision
     cash: float = 10_000.0  # in dollars, at the beginning
     shares: int | tuple[int, ...] = 0  # of each stock, at the beginning
-    hmax: int = 0  # shares that an action of 1 is about; 0: as many as an equal part of the initial cash buys
+    hmax: int = 0  # shares that an action of 1 trades; 0: as many as an equal part of the initial cash buys
     buy_cost_pct: float | tuple[float, ...] = 0.001  # fraction of what is bought; FinRL's name
     sell_cost_pct: float | tuple[float, ...] = 0.001
     reward_scaling: float = 1e-4  # dollars to reward, in the server's own reward
@@ -67,5 +67,5 @@ class FinRLOptions:
 
     @property
     def num_decisions(self) -> int:
-        """In an episode; 0 if the end of the prices decides."""
+        """The number of decisions in an episode; 0 if it goes on to the end of the prices."""
         return math.ceil(self.window / self.days_per_action)

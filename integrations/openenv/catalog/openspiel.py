@@ -1,4 +1,4 @@
-"""openspiel_env: a game of OpenSpiel. What each game looks like stands in games/; this file is what they share."""
+"""openspiel_env: a game of OpenSpiel. games/ has a file for each game; this file holds what they share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WORD_CHARS = 100  # of a move
 
 @dataclass(frozen=True, slots=True)
 class OpenSpielAction:
-    """A move: one of the observation's legal_actions. The server knows the other two fields and uses neither."""
+    """A move: one of the observation's legal_actions. The server accepts the other two fields and ignores them."""
 
     action_id: int
     game_name: str = "catch"
@@ -30,15 +30,15 @@ class OpenSpielAction:
 
 @dataclass(frozen=True, slots=True)
 class OpenSpielOptions:
-    """Which game is played, and against whom."""
+    """The game, its parameters and the opponents."""
 
     game: str = (
         "catch"  # or tic_tac_toe, kuhn_poker, cliff_walking, 2048, blackjack; with our server any turn-based one
     )
-    opponent: str = "random"  # plays a random, the first, the last or the middle one of its legal moves
+    opponent: str = "random"  # which of its legal moves it plays: random, first, last or middle
     agent_player: int = 0  # which player the model is
     game_params: Mapping[str, Any] = field(default_factory=dict)  # like rows of catch; with our own server only
-    shaped_reward: bool | None = None  # for catch and cliff_walking, see games/; None: as is best for the game
+    shaped_reward: bool | None = None  # for catch and cliff_walking, see games/; None: the game's default
 
     def __post_init__(self) -> None:
         if not self.game:
@@ -73,7 +73,7 @@ class OpenSpielOptions:
         return bool(known and known.shapes) if self.shaped_reward is None else self.shaped_reward
 
     def differing(self) -> dict[str, Any]:
-        """The game, and what is not the default."""
+        """Return the game and the options that differ from the default, for a data set's row."""
         values, default = asdict(self), asdict(OpenSpielOptions())
         return {name: value for name, value in values.items() if name == "game" or value != default[name]}
 
@@ -112,14 +112,14 @@ class OpenSpielEntry(CatalogEntry):
 
 
 class OpenSpielTranslator(Translator):
-    """One game. The reward is the server's, or the shaped one made from it."""
+    """Translator for one game. The reward is the server's, or the shaped one computed from it."""
 
     def __init__(self, options: OpenSpielOptions) -> None:
         self.options = options
         self.game = game_of(options.game, options.game_params, options.agent_player)
         self.gold_reward = self.game.shaped_gold_reward if options.is_shaped else self.game.gold_reward
         self.seen: OpenSpielObservation | None = None  # the last observation
-        self.total = 0.0  # what the server paid
+        self.total = 0.0  # rewards of the server so far
 
     def first_text(self, first: StepResult) -> str:
         self.seen = OpenSpielObservation.from_fields(first.observation)
@@ -127,7 +127,7 @@ class OpenSpielTranslator(Translator):
 
     def action(self, text: str) -> dict[str, Any]:
         seen = self._seen()
-        if not seen.legal_actions:  # the game was over before the first move; the server says so to any move
+        if not seen.legal_actions:  # the game was over before the first move; the server answers done to any
             return OpenSpielAction(0, self.options.game).fields()
         names = self.game.names(seen)
         word = " ".join(text[:MAX_WORD_CHARS].split()).strip(" .!\"'").casefold()
@@ -169,7 +169,7 @@ class OpenSpielTranslator(Translator):
 
 
 def _prompt(options: OpenSpielOptions) -> Messages:
-    """The rules as system message, which makes more of a small model's replies well formed, and worked turns."""
+    """Return the prompt: the rules as a system message (it helps small models keep the form), then example turns."""
     game = game_of(options.game, options.game_params, options.agent_player)
     messages = [{"role": "system", "content": game.rules()}]
     for view, move in game.examples():

@@ -1,4 +1,4 @@
-"""An environment's options: a frozen dataclass per environment, filled from a row, a configuration or words."""
+"""Options of environments: a frozen dataclass each, filled from a row, a configuration or the command line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ OptionsT = TypeVar("OptionsT")
 
 @dataclass(frozen=True, slots=True)
 class NoOptions:
-    """Of an environment that has none."""
+    """The options of an environment that has none."""
 
 
 def read_options(options_type: type[OptionsT], values: Mapping[str, Any], of: str) -> OptionsT:
-    """The dataclass with these values; ValueError names what is unknown or wrong, and what there is.
+    """Return the dataclass with these values; ValueError names what is unknown or wrong, and the known options.
 
-    A whole number for a text is that text: words and YAML make a number of game=2048.
+    An int given for a str option becomes text: the command line and YAML read game=2048 as a number.
+    of: the environment's name, for messages.
     """
     known = {field.name: field.type for field in fields(options_type)}  # ty: ignore[invalid-argument-type]
     for name in values:
@@ -45,7 +46,7 @@ def _adapter(options_type: type) -> TypeAdapter:
 
 
 def options_from_words(words: Sequence[str]) -> dict[str, Any]:
-    """["game=tic_tac_toe", "rows=8"] as a mapping. A value is JSON where it can be read as that, else a string."""
+    """Return ["game=tic_tac_toe", "rows=8"] as a mapping. A value is read as JSON if possible, else as a string."""
     options: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")

@@ -1,4 +1,4 @@
-"""Orders in words, as numbers: "buy AAPL, sell JPM", "AAPL 0.5, JPM -1", "[0.5, -1]", "hold"."""
+"""Parser of orders for stocks: "buy AAPL, sell JPM", "AAPL 0.5, JPM -1", "[0.5, -1]", "hold"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEPARATORS = {",", ";"}
 
 
 def read_orders(text: str, stocks: Sequence[str]) -> list[float]:
-    """A number in [-1, 1] per stock, 0 for those that are not named; InvalidAction says what cannot be read.
+    """Return a number in [-1, 1] per stock, 0 for those not named; InvalidAction says what cannot be read.
 
     An order is a verb, a stock, an amount, or some of these. A verb is for all that follows it up to the next one, and
     alone it is for every stock. An amount stands beside its stock: 0.5 and 50% are half; more than 1 counts as 1.
@@ -30,14 +30,14 @@ def read_orders(text: str, stocks: Sequence[str]) -> list[float]:
 
 
 def legal_orders(stocks: Sequence[str]) -> str:
-    """What may be written, with the episode's own stocks."""
+    """Return examples of valid orders for these stocks, for messages."""
     first, last = stocks[0], stocks[-1]
     examples = f'"buy {first}", "sell {last}", "{first} 0.5"'
     return f'Your stocks are {", ".join(stocks)}. Write for example {examples} or "hold".'
 
 
 class _Reader:
-    """Goes through the tokens once, with the order that is being read."""
+    """State machine that reads the tokens once, from left to right."""
 
     def __init__(self, stocks: Sequence[str]) -> None:
         self.stocks = stocks
@@ -45,7 +45,7 @@ class _Reader:
         self.orders: dict[int, float] = {}
         self.sign: float | None = None  # of the last verb
         self.is_used = True  # the last verb has a stock
-        self.amount: float | None = None  # before its stock
+        self.amount: float | None = None  # an amount whose stock may follow
         self.stock: int | None = None  # the last one named, while its amount may follow
 
     def read(self, tokens: Sequence[str]) -> list[float]:
@@ -79,7 +79,7 @@ class _Reader:
         self.sign, self.is_used, self.stock = sign, False, None
 
     def _end_verb(self) -> None:
-        """A verb without a stock is for every stock."""
+        """Finish a verb: without a stock it is for every stock."""
         if not self.is_used:
             amount, self.is_used = self.amount, True
             for stock in range(len(self.stocks)):
@@ -100,7 +100,7 @@ class _Reader:
             self.orders[self.stock], self.stock = amount if isnan(order) else order * abs(amount), None
 
     def _signed(self, amount: float | None) -> float:
-        """NaN: it is not known yet whether to buy or to sell."""
+        """Return the signed order; NaN if neither a verb nor an amount says yet whether to buy or to sell."""
         if self.sign is None:
             return nan if amount is None else amount
         return self.sign * (1.0 if amount is None else abs(amount))

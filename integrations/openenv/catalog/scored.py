@@ -1,4 +1,4 @@
-"""Environments whose work is judged by comparing an answer with a known truth: echo_env, coding_env."""
+"""Environments that are scored by comparing the observation with a known answer: echo_env, coding_env."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from integrations.openenv.client.session import StepResult
 
 
 class ScoredEntry(CatalogEntry):
-    """The reward of a turn is by how much it beats the best score so far, so an episode earns its best score."""
+    """Entry whose turns pay by how much they exceed the best score so far: an episode earns its best score."""
 
     def translator(self, task: Task, options: Any) -> Translator:
         return ScoredTranslator(self, task)
 
     @abstractmethod
     def parse(self, text: str) -> dict[str, Any]:
-        """The text of an <action> tag as the fields of the environment's action; or InvalidAction: what is wrong."""
+        """Return the fields of the action that the text of an <action> tag means; InvalidAction if it means none."""
 
     @abstractmethod
     def observation_text(self, observation: dict[str, Any]) -> str:
-        """What the model reads of an observation; empty if there is nothing to read."""
+        """Return the text of an observation for the model; "" if there is none."""
 
     @abstractmethod
     def score(self, ground_truth: str, observation: dict[str, Any]) -> float:
-        """How well the task is solved, in [0, 1]; 1.0 only when it is solved."""
+        """Return how well the task is solved, in [0, 1]; 1.0 only if it is solved."""
 
 
 class ScoredTranslator(Translator):
@@ -57,7 +57,7 @@ class ScoredTranslator(Translator):
         return self.task.solution
 
     def random_action(self, random: Random) -> str | None:
-        """What would be right for another task."""
+        """Return the solution of another, random task."""
         return self.entry.tasks(random, 1, self.entry.read_options({}))[0].solution
 
     def metrics(self) -> dict[str, float]:

@@ -1,14 +1,14 @@
-"""sumo_rl_env: one traffic light. Every turn the model names the approach that gets green; SUMO moves the vehicles.
+"""sumo_rl_env: one traffic light. Each turn the model names the road that gets green, and SUMO moves the vehicles.
 
     Green: north. Waiting: west 14, north 2.     longest queue first, in vehicles
     <action>west</action>                        or the phase's number
 
 Rewards, by the option shaped_reward:
-  True (default)  a turn earns (1 - 3 x share of the lanes' room that waiting vehicles take at its end) / turns, at
-                  least 0: an episode earns 0 to 1, and waiting costs in the turn in which it happens.
-  False           what the server pays. For diff-waiting-time, the official default, that is how much less all vehicles
-                  before the light have waited than a turn ago, in hundreds of seconds; an episode's sum is the
-                  difference of its two ends, whatever happened between.
+  True (default)  a turn earns (1 - 3 x the fraction of the lanes' capacity that waiting vehicles take at its end) /
+                  turns, at least 0: an episode earns 0 to 1, and waiting costs in the turn in which it happens.
+  False           the server's reward. For diff-waiting-time, the official default, that is the decrease within the turn
+                  of the waiting time of all vehicles before the light, in hundreds of seconds; an episode's sum is
+                  the difference between its start and its end, whatever happened between.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ INSTRUCTION = (
     "You control a traffic light. Answer with the road that gets green, as <action>road</action>. "
     "Keep the queues short."
 )
-STEEPNESS = 3.0  # the shaped reward is 0 where a third of the room is taken
-LOW_WAITING = 0.1  # of the room, on average over the turns: the task is solved
-HYSTERESIS = 2.0  # vehicles; the gold player changes for more than these only, for a change costs the yellow time
-LANE_ROOM = 20.0  # vehicles, of a lane that nothing is known about
+STEEPNESS = 3.0  # the shaped reward is 0 if waiting vehicles take a third of the lanes
+LOW_WAITING = 0.1  # mean fraction of the lanes with waiting vehicles below which the task counts as solved
+HYSTERESIS = 2.0  # vehicles; the gold player changes only for more than these: a change costs the yellow time
+LANE_ROOM = 20.0  # vehicles that fit on a lane of unknown length
 
 
 @dataclass(frozen=True, slots=True)
 class SumoAction:
-    """Green for this phase. The official environment has one light, and takes any ts_id."""
+    """An action: the phase that gets green. The official environment has one light and accepts any ts_id."""
 
     phase_id: int
     ts_id: str = "0"
@@ -45,13 +45,13 @@ class SumoAction:
 
 @dataclass(frozen=True, slots=True)
 class SumoObservation:
-    """What the light's detectors say. Densities and queues: per lane, as shares of its room."""
+    """An observation. Densities and queues are per lane, as fractions of the vehicles that fit on it."""
 
-    phase: int  # the green one
+    phase: int  # the phase that has green
     num_phases: int
     may_change: bool  # False: it is too early, and a change would be ignored
     densities: list[float]
-    queues: list[float]  # of vehicles that stand
+    queues: list[float]  # of standing vehicles
     sim_time: float  # s
 
     @classmethod
@@ -73,7 +73,7 @@ class SumoObservation:
 
 @dataclass(frozen=True, slots=True)
 class SumoOptions:
-    """The simulation, and what is paid for it. network to shuffle_flows are reset's options of our server."""
+    """The simulation and its reward. The fields from network to shuffle_flows are options of our server's reset."""
 
     network: str = (
         "single-intersection"  # a network that sumo-rl brings (a wrong name lists them), or a .net.xml's path
@@ -106,16 +106,20 @@ class SumoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Junction:
-    """What the phases of a light mean."""
+    """The phases of a traffic light: their names, and the lanes that each gives green."""
 
     phases: list[str]
-    phase_lanes: list[list[int]]  # that each lets go
-    lane_room: list[float]  # vehicles
+    phase_lanes: list[list[int]]  # lanes that each phase gives green
+    lane_room: list[float]  # vehicles that fit on each lane
     is_known: bool = True
 
     @classmethod
     def from_result(cls, first: StepResult, seen: SumoObservation) -> Self:
-        """Our server tells. The official image does not, but its own network is known; of others only the numbers."""
+        """Return the junction that our server describes.
+
+        The official image describes none: its own network is known here, and of others only the numbers of phases
+        and lanes.
+        """
         told = first.observation.get("junction")
         if told is not None:
             return cls._from_fields(told, seen)
@@ -138,7 +142,7 @@ class Junction:
         raise OpenEnvError(f"sumo_rl_env: junction does not fit the observation: {str(told)[:200]}")
 
     def waiting(self, seen: SumoObservation) -> list[float]:
-        """Vehicles that wait for each phase."""
+        """Return how many vehicles wait for each phase."""
         return [sum(seen.queues[lane] * self.lane_room[lane] for lane in lanes) for lanes in self.phase_lanes]
 
     def text(self, seen: SumoObservation) -> str:
@@ -162,7 +166,7 @@ class SumoEntry(CatalogEntry):
     options_type: ClassVar[type] = SumoOptions
 
     def tasks(self, random: Random, num_tasks: int, options: SumoOptions) -> list[Task]:
-        """All with one prompt: the seed of a row makes its traffic."""
+        """Return tasks that are all equal: the seed of a row makes its traffic."""
         return [Task(_prompt(), family=options.network) for _ in range(num_tasks)]
 
     def translator(self, task: Task, options: SumoOptions) -> SumoTranslator:
@@ -172,7 +176,10 @@ class SumoEntry(CatalogEntry):
         return {name: value for name, value in asdict(options).items() if name != "shaped_reward"}
 
     def image_variables(self, options: SumoOptions) -> dict[str, str]:
-        """The official image knows no seed, no warm-up and no names of networks; it takes paths inside the image."""
+        """Return the official image's settings.
+
+        It has no seed and no warm-up, and its networks are paths in the image.
+        """
         variables = {
             "SUMO_NUM_SECONDS": str(options.num_seconds),
             "SUMO_DELTA_TIME": str(options.delta_time),
@@ -187,7 +194,7 @@ class SumoEntry(CatalogEntry):
         return variables
 
     def fewest_turns(self, options: SumoOptions) -> int:
-        """The shaped reward comes with every turn; the server's makes sense of a whole episode only."""
+        """Return 1 for the shaped reward, which each turn pays; the server's needs a whole episode to mean anything."""
         return 1 if options.shaped_reward else options.num_turns
 
 
@@ -197,7 +204,7 @@ class SumoTranslator(Translator):
         self.gold_reward = _gold_reward(options)
         self.num_steps = 0
         self.score = 0.0  # the shaped reward so far
-        self.sum_waiting = 0.0  # of the shares of the room, over the turns
+        self.sum_waiting = 0.0  # of the fractions of the lanes, over the turns
         self.sum_vehicles = 0.0
 
     def first_text(self, first: StepResult) -> str:
@@ -223,7 +230,7 @@ class SumoTranslator(Translator):
         return Answer("" if result.done else self.junction.text(seen), reward, result.done)
 
     def unfinished_reward(self) -> float:
-        """What the turns that were not played can cost at most: a full junction, in which everybody waits."""
+        """Return the most that the missing turns can cost: every lane full of waiting vehicles."""
         if self.options.shaped_reward or self.options.reward_fn == "average-speed":
             return 0.0  # no turn costs anything
         vehicles = sum(self.junction.lane_room)
@@ -232,7 +239,7 @@ class SumoTranslator(Translator):
         return -turns * vehicles * seconds
 
     def gold_action(self) -> str | None:
-        """Longest queue first, if it is clearly the longest."""
+        """Return the phase with the longest queue if it exceeds the green phase's by HYSTERESIS, else the green one."""
         if not self.junction.is_known:
             return None
         waiting = self.junction.waiting(self.seen)
@@ -244,7 +251,7 @@ class SumoTranslator(Translator):
         return {"score": self.score, "mean_waiting": self.sum_vehicles / max(self.num_steps, 1)}
 
     def _shaped_reward(self) -> float:
-        """Counts the turn."""
+        """Return the shaped reward of this turn, and add the turn to the sums for the metrics."""
         taken = sum(self.seen.queues) / len(self.seen.queues)
         reward = max(0.0, 1.0 - STEEPNESS * taken) / self.options.num_turns
         self.num_steps += 1
@@ -261,7 +268,7 @@ class SumoTranslator(Translator):
 
 
 def _gold_reward(options: SumoOptions) -> float | None:
-    """Below the least of 400 seeds (0.56; -0.98). Other simulations than the default promise nothing."""
+    """Return a reward below the lowest of 400 seeds (0.56; -0.98); None unless the simulation is the default one."""
     as_default = SumoOptions(reward_fn=options.reward_fn, shaped_reward=options.shaped_reward)
     if options != as_default:
         return None
@@ -271,7 +278,7 @@ def _gold_reward(options: SumoOptions) -> float | None:
 
 
 def _prompt() -> Messages:
-    """The task and one worked turn.
+    """Return the prompt: the task and one example turn.
 
     Measured with SmolLM2-135M-Instruct: greedily every reply is an action, and nearly always the road that is green
     already (0.28 of the shaped reward); at temperature 1 a third of the replies are actions (0.13). An example in which
@@ -285,10 +292,10 @@ def _prompt() -> Messages:
     ]
 
 
-def _numbers(values: object, of: str) -> list[float]:
+def _numbers(values: object, name: str) -> list[float]:
     if isinstance(values, list) and all(type(value) in (int, float) and math.isfinite(value) for value in values):
         return [float(value) for value in values]
-    raise OpenEnvError(f"sumo_rl_env: {of}={str(values)[:100]} must hold finite numbers only")
+    raise OpenEnvError(f"sumo_rl_env: {name}={str(values)[:100]} must hold finite numbers only")
 
 
 def _short(text: str) -> str:

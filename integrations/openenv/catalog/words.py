@@ -1,4 +1,4 @@
-"""Common English words for made-up messages. Short, plain, one or two tokens each in most vocabularies."""
+"""Common English words for made-up messages: short ones, of one or two tokens in most vocabularies."""
 
 _TEXT = """
 apple arm autumn baby back bag ball band bank bar basket bath beach bean bear bed bee bell bench bike bird black

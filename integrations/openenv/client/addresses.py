@@ -1,4 +1,4 @@
-"""A server's address as HTTP and as WebSocket, and what a GET there says."""
+"""HTTP and WebSocket forms of a server's address, and GET requests to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from integrations.openenv.client.unix_socket import get_over_socket, socket_path
 
 
 async def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
-    """Whether GET /health says "healthy" in time. It says nothing about free slots. OutOfDescriptors: we cannot ask."""
+    """Return whether GET /health answers "healthy" in time, which says nothing about free slots.
+
+    OutOfDescriptors: this process has no file descriptor left for the request.
+    """
     try:
         return (await fetch_json(url, "/health", timeout_s)).get("status") == "healthy"
     except OutOfDescriptors:
@@ -24,12 +27,15 @@ async def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
 
 
 async def schema(url: str, timeout_s: float = 10.0) -> dict[str, Any]:
-    """GET /schema: the JSON schemas of `action`, `observation` and `state`."""
+    """Return the answer of GET /schema: the JSON schemas of `action`, `observation` and `state`."""
     return await fetch_json(url, "/schema", timeout_s)
 
 
 async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
-    """GET a JSON object, in a thread."""
+    """Return the JSON object that GET `path` answers, requested in a thread.
+
+    OutOfDescriptors or ConnectionLost if the server cannot be reached; OpenEnvError for any other answer.
+    """
     socket = socket_path(url)
     address = f"{url} {path}" if socket is not None else http_url(url) + path
 
@@ -53,14 +59,14 @@ async def fetch_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
 
 
 def websocket_url(url: str) -> str:
-    """http://host:8000 -> ws://host:8000/ws"""
+    """Return the WebSocket address of a server: http://host:8000 -> ws://host:8000/ws."""
     address = http_url(url)
     scheme, rest = address.split("://", 1)
     return f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws"
 
 
 def http_url(url: str) -> str:
-    """ws://host:8000/ws -> http://host:8000"""
+    """Return the HTTP address of a server: ws://host:8000/ws -> http://host:8000."""
     parts = urlsplit(url)
     scheme = {"http": "http", "https": "https", "ws": "http", "wss": "https"}.get(parts.scheme)
     if scheme is None or not parts.hostname:

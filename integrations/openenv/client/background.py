@@ -13,12 +13,12 @@ _starting = threading.Lock()
 
 
 def run_in_background(work: Coroutine[Any, Any, T]) -> T:
-    """Run it on the background loop and wait for it."""
+    """Run a coroutine on the background loop, wait for it and return its result."""
     return asyncio.run_coroutine_threadsafe(work, background_loop()).result()
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
-    """The loop, in a daemon thread that lives as long as the process."""
+    """Return the loop, which runs in a daemon thread as long as the process lives."""
     with _starting:
         return _loop()
 

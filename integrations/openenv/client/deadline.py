@@ -1,4 +1,4 @@
-"""asyncio.timeout for one wait after the other: the timer is set now and then, not for every wait."""
+"""A cheaper asyncio.timeout for many waits one after another: they share a timer, which is seldom set again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._task: asyncio.Task[object] | None = None  # whoever waits now
-        self._num_cancels = 0  # that others asked for before the wait began
+        self._task: asyncio.Task[object] | None = None  # the task that waits now
+        self._num_cancels = 0  # cancellations requested by others before the wait began
         self._ends_s = 0.0
         self._late = False
         self._timer: asyncio.TimerHandle | None = None
@@ -25,7 +25,7 @@ class Deadline:
         self._ends_s = loop.time() + self.seconds
         self._late = False
         if self._timer is None:
-            self._timer = loop.call_at(self._ends_s, self._look)
+            self._timer = loop.call_at(self._ends_s, self._on_timer)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -37,19 +37,19 @@ class Deadline:
             raise TimeoutError from exc
 
     def stop(self) -> None:
-        """There will be no further wait."""
+        """Cancel the timer. Call it when no further wait will come."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
-        """The timer was set for an earlier wait: set it for the one under way, or end that."""
+    def _on_timer(self) -> None:
+        """Called by the timer, which an earlier wait may have set: set it for the current wait, or end that if late."""
         self._timer = None
         if self._task is None:
             return
         loop = asyncio.get_running_loop()
         if loop.time() < self._ends_s:
-            self._timer = loop.call_at(self._ends_s, self._look)
+            self._timer = loop.call_at(self._ends_s, self._on_timer)
         else:
             self._late = True
             self._task.cancel()

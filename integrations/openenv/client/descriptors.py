@@ -1,4 +1,4 @@
-"""How many sessions this process may hold: each is a socket, and the kernel limits the open files of a process."""
+"""The number of sessions that this process can hold: each is a socket, and the kernel limits its open files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 ENOUGH = 65_536  # descriptors; more would only make the system's tables larger
-LEAST_RESERVE = 64  # descriptors for everything that is no session: models, checkpoints, servers' pipes, health checks
-USUALLY_OPEN = 64  # where the system does not tell how many are
+LEAST_RESERVE = 64  # descriptors for everything else: models, checkpoints, servers' pipes, health checks
+USUALLY_OPEN = 64  # assumed where the system does not list open descriptors
 
 
 def raise_limit() -> int | None:
-    """Raise this process's soft limit of open files towards its hard limit. Return it; None where there is no limit."""
+    """Raise this process's soft limit of open files towards its hard limit. Return it; None if there is no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -31,7 +31,10 @@ def raise_limit() -> int | None:
 
 
 def num_affordable(per_session: int = 1) -> int | None:
-    """Return how many sessions of so many descriptors this process can hold beside what it has open and a reserve."""
+    """Return how many sessions, of `per_session` descriptors each, fit beside the open ones and a reserve.
+
+    At least 1; None if there is no limit.
+    """
     limit = raise_limit()
     if limit is None:
         return None

@@ -1,4 +1,4 @@
-"""What can go wrong between us and an environment."""
+"""Errors between this process and an environment's server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_SHOWN_CHARS = 2000  # of what a server says
 
 
 class OpenEnvError(Exception):
-    """Something between us and the environment went wrong."""
+    """The environment's server could not be used, or answered wrongly."""
 
 
 class SessionLost(OpenEnvError):
@@ -18,7 +18,7 @@ class SessionLost(OpenEnvError):
 
 
 class ConnectionLost(SessionLost):
-    """The server went away, or cannot be reached. `in_request`: while it had a request of this session to answer."""
+    """The server closed the connection or cannot be reached. `in_request`: during a request of this session."""
 
     def __init__(self, message: str, *, in_request: bool) -> None:
         super().__init__(message)
@@ -26,23 +26,26 @@ class ConnectionLost(SessionLost):
 
 
 class OutOfDescriptors(OpenEnvError):
-    """This process may open no more files or sockets. It says nothing about the server."""
+    """Our own process has no file descriptor left for a socket; nothing is known about the server."""
 
 
 class FactoryFailed(SessionLost):
-    """The server is there, but could not make the environment. Its answer does not say why."""
+    """The server runs, but could not create the environment. Its answer does not say why."""
 
 
 class CapacityReached(SessionLost):
-    """The server had no free slot. It queues nobody: try again later."""
+    """The server had no free slot. Servers have no queue: the client must try again later."""
 
     def __init__(self, message: str, max_sessions: int | None = None) -> None:
         super().__init__(message)
-        self.max_sessions = max_sessions  # as the server's frame tells it: of the worker that answered
+        self.max_sessions = max_sessions  # limit of the server process that answered, from its frame
 
 
 class ServerError(OpenEnvError):
-    """The server's error frame. VALIDATION_ERROR: the action has the wrong form; EXECUTION_ERROR: step raised."""
+    """The server answered with an error frame.
+
+    code VALIDATION_ERROR: the action has the wrong form; EXECUTION_ERROR: the environment's step raised.
+    """
 
     def __init__(self, code: str, message: str, details: list[Any]) -> None:
         shown = f" {str(details)[:MAX_SHOWN_CHARS]}" if details else ""
@@ -53,14 +56,14 @@ class ServerError(OpenEnvError):
 
 
 def connection_error(error: OSError, words: str) -> OpenEnvError:
-    """Tell our own lack of file descriptors from a server that cannot be reached."""
+    """Return OutOfDescriptors if this process has no file descriptor left, else ConnectionLost."""
     if error.errno in (errno.EMFILE, errno.ENFILE) or _is_out_of_descriptors():
         return OutOfDescriptors(f"{words} (this process has no file descriptor left: ulimit -n)")
     return ConnectionLost(words, in_request=False)
 
 
 def _is_out_of_descriptors() -> bool:
-    """Some errors hide it, such as that of a host name that could not be looked up."""
+    """Test by opening a file: some errors, such as a failed host name look-up, do not show the cause."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as failed:
@@ -69,5 +72,5 @@ def _is_out_of_descriptors() -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """What it says, or its type's name."""
+    """Return the error's message, or its type's name if the message is empty."""
     return str(error) or type(error).__name__

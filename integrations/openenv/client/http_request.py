@@ -1,4 +1,4 @@
-"""One HTTP request, without a proxy where the server is on this machine."""
+"""A single HTTP request, without a proxy if the server is on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
 
 
 def http_request(address: str, body: bytes | None = None, *, timeout_s: float) -> tuple[int, bytes]:
-    """Status and content of GET, or of POST if there is a JSON body. OSError if nobody answers. Blocks."""
+    """Return status and content of a GET, or of a POST if there is a JSON body. OSError: no answer. Blocks."""
     handlers = [urllib.request.ProxyHandler({})] if urlsplit(address).hostname in LOOPBACK_HOSTS else []
     request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
     try:

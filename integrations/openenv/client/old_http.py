@@ -1,12 +1,12 @@
-"""Servers from before 2026 (openenv-core 0.1): plain HTTP, made to look like a WebSocket session.
+"""Adapter for servers from before 2026 (openenv-core 0.1): plain HTTP behind the interface of a WebSocket session.
 
     {"type": "reset", "data": {}}          POST /reset {}
     {"type": "step", "data": {fields}}     POST /step {"action": {fields}}
     {"type": "state"}                      GET /state
     {"type": "error", ...}                 422, 500 and the like
 
-Such a server has one environment, and every client plays in it. So it has one slot in this process; a second session
-is told that the server is full. Whether another process plays too is seen by the episode's id.
+Such a server has one environment, shared by every client. So this process opens one session on it, and answers a second
+that the server is full. A change of the episode's id shows that another process plays too.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Any
 
 from integrations.openenv.client.http_request import http_request
 
-WS_REFUSED = (403, 404)  # what such a server answers where it is asked for a WebSocket
+WS_REFUSED = (403, 404)  # HTTP status of such a server for a WebSocket request
 
-_taken: set[str] = set()  # addresses of the servers that a session of this process plays on
+_taken: set[str] = set()  # addresses of old servers on which this process has a session
 
 
 async def speaks_old_http(address: str, timeout_s: float) -> bool:
-    """Asked once /ws is refused: no /schema, but healthy. Newer servers have /schema, and their /step has no memory."""
+    """Return whether a server that refused /ws is an old one: it is healthy, but has no /schema as newer ones have."""
 
-    def ask() -> bool:
+    def is_old() -> bool:
         if http_request(f"{address}/schema", timeout_s=timeout_s)[0] != 404:
             return False
         return http_request(f"{address}/health", timeout_s=timeout_s)[0] == 200
 
     try:
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(is_old)
     except (OSError, HTTPException):
         return False
 
 
 class OldHttpSession:
-    """As much of a WebSocket connection as the client uses: `send` a frame, `recv` the answer's frame, `close`."""
+    """The part of a WebSocket connection that the client uses: `send` a frame, `recv` the answer's frame, `close`."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self._address = address
@@ -65,7 +65,7 @@ class OldHttpSession:
         self.abort()
 
     def abort(self) -> None:
-        """Give the slot back; not before the server has answered, or a late step would fall into the next episode."""
+        """Free the slot once the server has answered: a late step would otherwise fall into the next episode."""
         self._thread.shutdown(wait=False)
         has_slot, self._has_slot = self._has_slot, False
         if not has_slot:
@@ -78,19 +78,19 @@ class OldHttpSession:
     def _answer(self, frame: dict[str, Any]) -> str:
         try:
             if frame["type"] == "reset":
-                answer = self._ask("/reset", "observation", frame["data"])
+                answer = self._request("/reset", "observation", frame["data"])
                 self._episode_id = self._current_episode_id()
             elif frame["type"] == "step":
-                answer = self._ask("/step", "observation", {"action": _fields(frame["data"])})
+                answer = self._request("/step", "observation", {"action": _fields(frame["data"])})
                 if self._current_episode_id() != self._episode_id:
                     return _error("SESSION_ERROR", "somebody else has reset this server's only environment")
             else:
-                answer = self._ask("/state", "state", None)
+                answer = self._request("/state", "state", None)
         except (OSError, HTTPException) as failed:
             return _error("SESSION_ERROR", f"{type(failed).__name__}: {failed}")
         return answer
 
-    def _ask(self, path: str, kind: str, body: dict[str, Any] | None) -> str:
+    def _request(self, path: str, kind: str, body: dict[str, Any] | None) -> str:
         sent = None if body is None else json.dumps(body).encode()
         status, content = http_request(self._address + path, sent, timeout_s=self._timeout_s)
         text = content.decode(errors="replace")
@@ -110,14 +110,14 @@ class OldHttpSession:
 
 
 def _fields(action: dict[str, Any]) -> dict[str, Any]:
-    """There were no tools then: what is a tool's argument now was a field of the action (echo_env's `message`)."""
+    """Return the action's fields as old servers take them: today's tool arguments (echo_env's `message`)."""
     if action.get("type") == "call_tool" and isinstance(action.get("arguments"), dict):
         return action["arguments"]
     return action
 
 
 def _complaints(text: str) -> list[Any]:
-    """Pydantic's list, as FastAPI wraps it."""
+    """Return pydantic's list of errors out of FastAPI's {"detail": [...]}; [] if the text holds none."""
     try:
         detail = json.loads(text)["detail"]
     except (ValueError, KeyError, TypeError):

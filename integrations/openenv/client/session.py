@@ -1,8 +1,8 @@
-"""OpenEnv's session protocol over one WebSocket: the client of our own.
+"""Client of OpenEnv's session protocol over one WebSocket.
 
 One connection is one session is one environment instance; one JSON frame goes out, one comes back, in order. So a
-session that missed an answer can never be trusted again: a late answer would be taken for the next one. After a
-time-out, a close, a garbage frame or a cancelled wait, every call raises SessionLost.
+session that missed an answer cannot be used again: a late answer would be taken for the next one. After a time-out, a
+close, a malformed frame or a cancelled wait, every call raises SessionLost.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from integrations.openenv.client.unix_socket import socket_path
 from skyrl_gym.contract import WrongAnswer, checked_reward
 
 MAX_FRAME_BYTES = 100 * 1024 * 1024  # what the official client accepts; an Atari screen as JSON is 0.2 MB
-FATAL_CODES = {"CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"}  # the server closes the connection behind these
+FATAL_CODES = {"CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"}  # after these the server closes the connection
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What `reset` and `step` give back."""
+    """An observation frame: the answer to `reset` and `step`."""
 
     observation: dict[str, Any]
-    reward: float | None  # None: the server pays nothing here; the official server also writes NaN as null
+    reward: float | None  # None: no reward for this step; the official server also writes NaN as null
     done: bool
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class OpenEnvClient:
-    """One session. `connect`, `reset`, then `step` until done; one request at a time."""
+    """One session with one environment: `connect`, `reset`, then `step` until done; one request at a time."""
 
     def __init__(self, url: str, *, connect_timeout_s: float = 10.0, step_timeout_s: float = 30.0) -> None:
         self.url = url
@@ -62,7 +62,7 @@ class OpenEnvClient:
         self._deadline = Deadline(step_timeout_s)
 
     async def connect(self) -> None:
-        """Open the connection. The server makes the environment now, or finds that it is full (see `reset`)."""
+        """Open the connection. A full server says so only in the answer to the next request (CapacityReached)."""
         if self._socket is not None:
             raise SessionLost(f"{self.url}: a client is one session; make a new client for a new one")
         try:
@@ -81,15 +81,15 @@ class OpenEnvClient:
         return _step_result(await self._request("reset", "observation", kwargs), self._lose, is_paid=False)
 
     async def step(self, action: dict[str, Any]) -> StepResult:
-        """Act. `action` holds the fields of the environment's action."""
+        """Send an action, given by its fields, and return its result."""
         return _step_result(await self._request("step", "observation", action), self._lose)
 
     async def state(self) -> dict[str, Any]:
-        """The environment's state: episode_id, step_count and what it adds."""
+        """Return the environment's state: episode_id, step_count and fields of its own."""
         return await self._request("state", "state", None)
 
     async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """The result of a JSON-RPC request to the environment's MCP side, such as tools/list."""
+        """Return the result of a JSON-RPC request to the environment's MCP tools, such as tools/list."""
         request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
         answer = await self._request("mcp", "mcp", request)
         result = answer.get("result")
@@ -117,7 +117,7 @@ class OpenEnvClient:
 
     @property
     def lost(self) -> str | None:
-        """Why the session is unusable, or None."""
+        """The reason why the session is unusable, or None."""
         return self._lost
 
     async def _request(self, kind: str, answer_kind: str, data: dict[str, Any] | None) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class OpenEnvClient:
         return ServerError(code, text, body.get("errors") or [])
 
     async def _old_session(self, refused: Exception) -> OldHttpSession | None:
-        """For a server that knows no WebSocket because it is from before 2026."""
+        """Return a session over plain HTTP if the WebSocket was refused by a server from before 2026, else None."""
         if not isinstance(refused, InvalidStatus) or refused.response.status_code not in WS_REFUSED:
             return None
         if socket_path(self.url) is not None:  # servers from then listen on ports only
@@ -188,7 +188,7 @@ class OpenEnvClient:
 async def open_session(
     url: str, reset_kwargs: dict[str, Any], *, deadline_s: float = 60.0, step_timeout_s: float = 30.0
 ) -> tuple[OpenEnvClient, StepResult]:
-    """Connect and reset, as one operation: waits with growing pauses while the server is full, up to the deadline."""
+    """Connect and reset; while the server is full, try again after growing pauses, up to the deadline."""
     end, pause = time.monotonic() + deadline_s, 0.05
     while True:
         client = OpenEnvClient(url, step_timeout_s=step_timeout_s)
@@ -232,12 +232,15 @@ async def _exchange(socket: ClientConnection | OldHttpSession, frame: str) -> st
     try:
         await socket.send(frame)
     except ConnectionClosed:
-        return await socket.recv()  # a full server says CAPACITY_REACHED unasked and closes: that frame still waits
+        return await socket.recv()  # a full server sends CAPACITY_REACHED and closes: that frame can still be read
     return await socket.recv()
 
 
 def _step_result(body: dict[str, Any], lose: Any, *, is_paid: bool = True) -> StepResult:
-    """is_paid: the reward is learned from, so a number that cannot be is no answer. Of reset it is left out."""
+    """Return the result in an observation frame; raise the error of `lose` if a type in it is wrong.
+
+    is_paid: an unusable reward (NaN, huge) is an error, as after a step; else it becomes None, as after reset.
+    """
     observation, reward, done = body.get("observation"), body.get("reward"), body.get("done", False)
     if not isinstance(observation, dict) or not isinstance(done, bool) or not isinstance(reward, int | float | None):
         raise lose(f"an observation frame with a wrong type in it: {str(body)[:200]}")

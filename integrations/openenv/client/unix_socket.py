@@ -1,4 +1,4 @@
-"""Servers that listen on a file instead of a port: unix:/folder/server.sock. Such a server needs no network at all."""
+"""Addresses of servers that listen on a file instead of a port: unix:/folder/server.sock. They need no network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SCHEME = "unix:"
 
 
 def socket_path(url: str) -> str | None:
-    """unix:/folder/server.sock -> /folder/server.sock; None for every other address."""
+    """Return the file of a unix address: unix:/folder/server.sock -> /folder/server.sock; None for any other."""
     return url.removeprefix(SCHEME) if url.startswith(SCHEME) else None
 
 
 def get_over_socket(path: str, target: str, timeout_s: float) -> bytes:
-    """The body of GET `target`; OSError if the answer is not a 200."""
+    """Return the body of GET `target`; OSError if the status is not 200."""
     connection = _UnixConnection(path, timeout_s)
     try:
         connection.request("GET", target)

@@ -1,1 +1,1 @@
-"""The commands of `python -m integrations.openenv`, a file each: `add_arguments`; `run` gives the exit code."""
+"""The commands of `python -m integrations.openenv`, a file each with `add_arguments` and `run` (returns exit code)."""

@@ -1,4 +1,4 @@
-"""The arguments that `play` and `check` share: which environment, its options, and where it is served from."""
+"""The arguments that `play` and `check` share: the environment, its options, and where it is served from."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from skyrl_train.run.records.visible import visible
 def add_environment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("env", metavar="ENV", help=f"{', '.join(CATALOG)}; or {FORMS}")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the environment, e.g. game=catch"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the environment, e.g. game=catch"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the tasks and of the environment's chance")
-    parser.add_argument("--max-turns", type=int, help="of one episode")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of the environment")
+    parser.add_argument("--max-turns", type=int, help="turn limit of an episode")
     parser.add_argument("--runtime", default="auto", help="auto, local, docker or url")
-    parser.add_argument("--url", help="a server that runs already")
+    parser.add_argument("--url", help="address of a server that runs already")
 
 
 def shown(text: str) -> str:
-    """Text of a server or a data set for rich's console: it steers neither the terminal nor rich's markup."""
+    """Return text of a server or a data set without effects on the terminal or in rich's markup."""
     return escape(visible(text))
 
 
 def environment_config(arguments: argparse.Namespace, **more: Any) -> OpenEnvConfig:
-    """What the command line names is trusted: the environment, its reward function, its variables."""
+    """Return the configuration of the command line.
+
+    It trusts what the user typed: the environment, its reward function and its variables.
+    """
     words = options_from_words(arguments.option)
     named = {name: words[name] for name in catalog_entry(arguments.env).code_options & words.keys()}
     return OpenEnvConfig(runtime=arguments.runtime, url=arguments.url, env_names=[arguments.env], options=named, **more)
@@ -40,7 +43,7 @@ def environment_config(arguments: argparse.Namespace, **more: Any) -> OpenEnvCon
 def task_rows(
     arguments: argparse.Namespace, num_rows: int, config: OpenEnvConfig
 ) -> tuple[CatalogEntry, list[dict[str, Any]]]:
-    """Rows of the data set, with `max_turns`."""
+    """Return the environment's entry and rows of a made-up data set, with `max_turns`."""
     entry = catalog_entry(arguments.env)
     rows, _ = dataset_rows(
         entry.name, num_rows, 0, arguments.seed, options=options_from_words(arguments.option), config=config

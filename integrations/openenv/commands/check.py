@@ -1,4 +1,4 @@
-"""`check`: play an environment before computing on it, and say what would make training fail."""
+"""`check`: play an environment before training in it, and report what would make training fail."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measuremen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_environment(parser)
-    parser.add_argument("-n", "--num-episodes", type=int, default=20, help="of each player")
-    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument("-n", "--num-episodes", type=int, default=20, help="episodes of each player")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when nothing would make training fail."""
+    """Play, print the report, and return 0 if nothing in it would make training fail, else 1."""
     if arguments.num_episodes < 1:
         raise ValueError(f"--num-episodes={arguments.num_episodes} must be at least 1")
     config = environment_config(arguments, max_sessions=4 * MAX_SESSIONS_TRIED)
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         entry, rows = task_rows(arguments, arguments.num_episodes, config)
         checked = report(run_in_background(measure(config, entry.name, rows, began_s=began_s, before=before)))
-    except OpenEnvError as failed:  # a server outside the catalog that cannot even be asked
+    except OpenEnvError as failed:  # a server outside the catalog that cannot be reached
         checked = report(Measurements(arguments.env, failure=str(failed)))
     if arguments.json:
         print(json.dumps({**asdict(checked), "passed": checked.passed}, indent=2))
@@ -54,7 +54,7 @@ def show(checked: Report, console: Console) -> None:
         console.print(f"[{colour}]{finding.level}[/]  {shown(finding.words)}", soft_wrap=True)
     failures = sum(finding.level == "fail" for finding in checked.findings)
     console.print(
-        "[green]Nothing here would make training fail.[/]" if checked.passed else f"[red]{failures} to mend.[/]"
+        "[green]Nothing here would make training fail.[/]" if checked.passed else f"[red]{failures} to fix.[/]"
     )
 
 
@@ -72,14 +72,14 @@ def _lines(checked: Report) -> list[tuple[str, str]]:
         ("longest text", f"{checked.longest_text_chars} characters"),
         (
             "left behind",
-            f"{'not told here' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
+            f"{'?' if left is None else len(left)} processes, {len(checked.left_containers)} containers",
         ),
     ]
 
 
 def _returns(returns: Returns | None) -> str:
     if returns is None:
-        return "nobody knows how"
+        return "no player is known"
     return (
         f"reward {returns.mean:.3g} ± {returns.std:.3g} ({returns.low:.3g} to {returns.high:.3g}), "
         f"{returns.ended:.0%} ended by itself, {returns.invalid:.0%} of actions refused, "

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can run, and what to do where it cannot. Imports neither torch nor an engine."""
+"""`doctor`: report what this machine can run, and what to do if it cannot. Imports neither torch nor an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LITTLE_MEMORY_GB, LITTLE_DISK_GB = 4.0, 5.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One thing, whether it is well, and what to do."""
+    """One row of the report: what was examined, its state, whether that is good, and what to do if not."""
 
     what: str
     state: str
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: training can begin here, however slowly."""
+    """Print the report. Returns 0 in any case: every machine can train, however slowly."""
     del arguments
     lines = [*machine_lines(), *wall_lines(), *environment_lines()]
     table = Table(title=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def machine_lines() -> Iterator[Line]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Line("processor", f"{cores} cores", True)
+    yield Line("CPU", f"{cores} cores", True)
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     enough = memory_gb >= LITTLE_MEMORY_GB
     yield Line(
@@ -91,7 +91,7 @@ def wall_lines() -> Iterator[Line]:
         yield Line("Docker", "answers", True)
     wall = strongest_wall()
     advice = {
-        "confinement": "apt install bubblewrap, and let users make namespaces: a second wall around a model's programs",
+        "confinement": "apt install bubblewrap, and allow user namespaces: a second sandbox for a model's programs",
         "none": "Linux on x86-64 or ARM, or Docker; environment.openenv.accept_unsafe=true takes the risk",
     }
     yield Line("wall", str(wall), wall.name in ("bubblewrap", "container"), advice.get(wall.name, ""))
@@ -107,7 +107,7 @@ def environment_lines() -> Iterator[Line]:
 
 
 def _bf16_line(*, on_gpu: bool) -> Line:
-    """By the processor's flags, as the learner decides."""
+    """Return the row on bfloat16, decided by the CPU's flags as the learner does."""
     if on_gpu:
         return Line("bfloat16", "on the GPU", True)
     cpu = Path("/proc/cpuinfo")
@@ -135,7 +135,7 @@ def _torch_line() -> Line:
 
 
 def _output(*command: str) -> str:
-    """What a command printed; empty if it is not there, fails, or takes long."""
+    """Return what a command printed; "" if it is not installed, fails, or takes longer than PATIENCE_S."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What `check` makes of its measurements: in plain words, what would make training fail."""
+"""The findings of `check`: its measurements as a report that says what would make training fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from integrations.openenv.commands.measure import Measurements, PlayedEpisode, seeds_differ
 
-MAX_TEXT_CHARS = 8000  # about 2000 tokens a turn: small models' context is over after four of them
+MAX_TEXT_CHARS = 8000  # about 2000 tokens a turn: four of them fill a small model's context
 SLOW_STEP_MS = 1000.0
 SAME = 1e-6
 MAX_REFUSAL_CHARS = 300
@@ -18,7 +18,7 @@ MAX_REFUSAL_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """fail: training would fail or learn nothing; warn: it works, but know this."""
+    """One finding. fail: training would fail or learn nothing; warn: it works, with this restriction."""
 
     level: Literal["fail", "warn"]
     words: str
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Returns:
-    """What episodes of one player earned."""
+    """Statistics of the rewards that one player's episodes earned."""
 
     num_episodes: int
     mean: float
@@ -55,7 +55,7 @@ class Returns:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The check, in numbers and words."""
+    """The result of `check`: statistics and findings."""
 
     name: str
     action: str
@@ -102,14 +102,14 @@ def report(seen: Measurements) -> Report:
 
 
 def _findings(seen: Measurements) -> Iterator[Finding]:
-    yield from _of_failures(seen)
-    yield from _of_rewards(seen)
-    yield from _of_repetition(seen)
-    yield from _of_texts(seen)
-    yield from _of_server(seen)
+    yield from _failure_findings(seen)
+    yield from _reward_findings(seen)
+    yield from _repetition_findings(seen)
+    yield from _text_findings(seen)
+    yield from _server_findings(seen)
 
 
-def _of_failures(seen: Measurements) -> Iterator[Finding]:
+def _failure_findings(seen: Measurements) -> Iterator[Finding]:
     failures = [episode.failure for episode in (*seen.random, *seen.again, *seen.gold) if episode.failure]
     if failures:
         yield Finding("fail", f"{len(failures)} episodes failed: {failures[0]}")
@@ -124,7 +124,7 @@ def _of_failures(seen: Measurements) -> Iterator[Finding]:
         )
 
 
-def _of_rewards(seen: Measurements) -> Iterator[Finding]:
+def _reward_findings(seen: Measurements) -> Iterator[Finding]:
     random, gold = Returns.of([episode for episode in seen.random if episode.replies]), Returns.of(seen.gold)
     both = [episode.reward for episode in (*seen.random, *seen.gold) if episode.replies]
     promise = next((episode.gold_reward for episode in seen.gold if episode.gold_reward is not None), None)
@@ -157,7 +157,7 @@ def _of_rewards(seen: Measurements) -> Iterator[Finding]:
         yield Finding("warn", "no gold player is known, so nobody showed here that the task can be solved")
 
 
-def _of_repetition(seen: Measurements) -> Iterator[Finding]:
+def _repetition_findings(seen: Measurements) -> Iterator[Finding]:
     differences = _differences(seen)
     if differences:
         yield Finding(
@@ -176,7 +176,7 @@ def _of_repetition(seen: Measurements) -> Iterator[Finding]:
         )
 
 
-def _of_texts(seen: Measurements) -> Iterator[Finding]:
+def _text_findings(seen: Measurements) -> Iterator[Finding]:
     if _longest_text(seen) > MAX_TEXT_CHARS:
         yield Finding("fail", f"a turn's text has {_longest_text(seen)} characters; {MAX_TEXT_CHARS} are a lot already")
     firsts = [episode.texts[0] for episode in seen.random if episode.texts]
@@ -186,7 +186,7 @@ def _of_texts(seen: Measurements) -> Iterator[Finding]:
         yield Finding("warn", "no episode ended by itself (done): each goes on until generator.max_turns")
 
 
-def _of_server(seen: Measurements) -> Iterator[Finding]:
+def _server_findings(seen: Measurements) -> Iterator[Finding]:
     if seen.num_sessions == 1:
         yield Finding("warn", "the server takes one session at a time: each episode at once needs a server of its own")
     if seen.num_sessions_again < seen.num_sessions:
@@ -202,7 +202,7 @@ def _of_server(seen: Measurements) -> Iterator[Finding]:
 
 
 def _differences(seen: Measurements) -> list[str]:
-    """What of the repeated episodes was not the same, of what training sees."""
+    """Return which of texts, rewards and ends differed between an episode and its repetition."""
     found = []
     for name in ("texts", "rewards", "ended"):
         if any(getattr(a, name) != getattr(b, name) for a, b in zip(seen.random, seen.again, strict=False)):
@@ -222,7 +222,7 @@ def _fields_that_differ(seen: Measurements) -> str:
 
 
 def _unpaid_now_and_then(seen: Measurements) -> int:
-    """Turns without a reward from the server, where it paid in other turns of the same kind: last ones, or others."""
+    """Return the number of turns with a null reward, if other turns of the same kind (last or not last) were paid."""
     last, others = [], []
     for episode in (*seen.random, *seen.gold):
         others += episode.paid[:-1] if episode.ended else episode.paid
@@ -231,7 +231,7 @@ def _unpaid_now_and_then(seen: Measurements) -> int:
 
 
 def _tasks_differ(seen: Measurements) -> bool:
-    """By what they show first, what a good player does, or what comes of the same actions: a task may hide its goal."""
+    """Return whether seeds lead to different tasks, by first texts, gold actions, or results of equal actions."""
     if seeds_differ(seen):
         return True
     return any(

@@ -1,4 +1,4 @@
-"""`list`: the environments of the catalog, their options, and what of them is on this machine."""
+"""`list`: show the environments of the catalog, their options, and whether engine and image are on this machine."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def about(entry: CatalogEntry) -> str:
-    """The first line of the entry's own words."""
+    """Return the first line of the entry's docstring."""
     return (type(entry).__doc__ or "").strip().split("\n")[0]
 
 
 def options_text(entry: CatalogEntry) -> str:
-    """name=default, a line each."""
+    """Return "name=default" of each option, a line each."""
     plain = entry.read_options({})
     return "\n".join(f"{option.name}={getattr(plain, option.name)!r}" for option in fields(plain))
 
 
 def images_here() -> set[str] | None:
-    """name:tag of every image that Docker has; None where no Docker answers."""
+    """Return "name:tag" of every image that Docker has; None if no Docker answers."""
     command = ["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=DOCKER_PATIENCE_S)

@@ -1,4 +1,4 @@
-"""What `check` measures: episodes of two players on one server, and what is left when they are over."""
+"""The measurements of `check`: episodes of two players on one server, and processes left running afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from integrations.openenv.client.errors import CapacityReached, OpenEnvError
 from integrations.openenv.client.session import OpenEnvClient, open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
-from integrations.openenv.hosting.containers import Container, watchman_pid
+from integrations.openenv.hosting.containers import Container, container_reaper_pid
 from integrations.openenv.hosting.docker_command import containers_of
 from integrations.openenv.hosting.reaping import this_process
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
@@ -36,10 +36,10 @@ Player = Callable[["WatchedEnv"], str | None]  # the next reply; None: the playe
 
 @dataclass(slots=True)
 class PlayedEpisode:
-    """One episode: what was done and what came of it."""
+    """A record of one episode: the actions and their results."""
 
     replies: list[str] = field(default_factory=list)
-    sent: list[dict[str, Any]] = field(default_factory=list)  # the fields of each action
+    sent: list[dict[str, Any]] = field(default_factory=list)  # fields of each action
     texts: list[str] = field(default_factory=list)  # what the model reads: the first, then one a turn
     observations: list[dict[str, Any]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -47,9 +47,9 @@ class PlayedEpisode:
     step_s: list[float] = field(default_factory=list)
     ended: bool = False  # by the environment, not by the turns
     num_invalid: int = 0
-    refusals: list[str] = field(default_factory=list)  # what the server, or the reader of actions, said of those
-    gold_reward: float | None = None  # what the entry promises its gold player
-    failure: str | None = None  # of the environment
+    refusals: list[str] = field(default_factory=list)  # messages of the server, or of the parser, for those
+    gold_reward: float | None = None  # the entry's promise for its gold player
+    failure: str | None = None  # message of an EnvFailure
 
     @property
     def reward(self) -> float:
@@ -58,7 +58,7 @@ class PlayedEpisode:
 
 @dataclass(slots=True)
 class Measurements:
-    """Everything `check` saw."""
+    """All measurements of `check`."""
 
     name: str
     action: str = ""  # how an action is written, in short
@@ -71,13 +71,13 @@ class Measurements:
     gold: list[PlayedEpisode] = field(default_factory=list)
     num_sessions: int = 0  # that the server took at once, of MAX_SESSIONS_TRIED
     num_sessions_again: int = 0  # the same, after all of those were closed
-    left_processes: list[int] | None = None  # None: this system does not tell
+    left_processes: list[int] | None = None  # None: unknown on this system
     left_containers: list[str] = field(default_factory=list)
     failure: str | None = None  # why nothing could be played
 
 
 class WatchedEnv(OpenEnv):
-    """An episode whose actions can be given as fields, for environments whose file has no random player."""
+    """An episode whose actions can be given as fields, for environments without a random player."""
 
     fields_to_send: dict[str, Any] | None = None
 
@@ -105,20 +105,20 @@ async def measure(
     began_s: float,
     before: Collection[Process] = (),
 ) -> Measurements:
-    """Play the rows at random, some of them again, all of them well; then count sessions and leftovers.
+    """Play the rows at random, repeat some, play all with the gold player; then count sessions and leftovers.
 
-    began_s: on time.monotonic, when the server was first asked for.
-    before: the processes below this one that are none of the environment's.
+    began_s: time.monotonic() when the server was first requested.
+    before: processes below this one that do not belong to the environment.
     """
     seen = Measurements(name, first_prompts=[row["prompt"][-1]["content"] for row in rows])
     try:
-        form = await _look(config, rows[0], seen)
+        form = await _action_form(config, rows[0], seen)
         seen.start_s = time.monotonic() - began_s
         for number, row in enumerate(rows):
             seen.random.append(await played(config, row, random_player(Random(number), form)))
         for row, first in list(zip(rows, seen.random, strict=True))[:NUM_REPEATED]:
             seen.again.append(await played(config, row, repeating_player(first)))
-        if not seeds_differ(seen):  # by what they show first: then perhaps by what comes of the same actions
+        if not seeds_differ(seen):  # not in their first text: compare the results of equal actions
             for row, before_it in zip(rows[1:], seen.random, strict=False):
                 seen.elsewhere.append(await played(config, row, repeating_player(before_it)))
         seen.gold = [await played(config, row, WatchedEnv.gold_action) for row in rows]
@@ -127,7 +127,7 @@ async def measure(
     except (OpenEnvError, EnvFailure) as failed:
         seen.failure = str(failed)
     finally:
-        started = {process for process in set(descendants()) - set(before) if process[0] != watchman_pid()}
+        started = {process for process in set(descendants()) - set(before) if process[0] != container_reaper_pid()}
         containers = {server.name for _, server in shared_pool(config).servers() if isinstance(server, Container)}
         await close_shared_pools()
     if HAS_PROC:
@@ -138,13 +138,13 @@ async def measure(
 
 
 def seeds_differ(seen: Measurements) -> bool:
-    """Whether two tasks differ in what they show before the first action, or in what a good player does."""
+    """Return whether two tasks differ in their text before the first action, or in what the gold player does."""
     firsts = {(prompt, *episode.texts[:1]) for prompt, episode in zip(seen.first_prompts, seen.random, strict=False)}
     return len(firsts) > 1 or len({tuple(episode.replies) for episode in seen.gold}) > 1
 
 
 async def _left_of(started: set[Process]) -> list[int]:
-    """Those that do not end soon."""
+    """Return the ids of processes that do not end within TIME_TO_END_S."""
     end = time.monotonic() + TIME_TO_END_S
     while left := started & set(alive()):
         if time.monotonic() > end:
@@ -154,7 +154,7 @@ async def _left_of(started: set[Process]) -> list[int]:
 
 
 async def played(config: OpenEnvConfig, row: dict[str, Any], player: Player) -> PlayedEpisode:
-    """One episode of the row, until its end or until the player knows no more."""
+    """Play one episode of the row, until its end or until the player knows no further reply."""
     env, episode, ended = WatchedEnv(config, row), PlayedEpisode(), False
     try:
         messages, _ = await env.init_async(row["prompt"])
@@ -184,7 +184,7 @@ async def played(config: OpenEnvConfig, row: dict[str, Any], player: Player) -> 
 
 
 def random_player(random: Random, form: ActionForm | None) -> Player:
-    """Who knows the rules: the entry's own, else any action that the server's schema and observation allow."""
+    """Return a player of random legal actions: the entry's own, else by the server's schema and observation."""
 
     def reply(env: WatchedEnv) -> str | None:
         text = env.translator.random_action(random)
@@ -200,7 +200,7 @@ def random_player(random: Random, form: ActionForm | None) -> Player:
 
 
 def repeating_player(first: PlayedEpisode) -> Player:
-    """Does what was done, action for action."""
+    """Return a player that repeats the actions of an episode."""
 
     def reply(env: WatchedEnv) -> str | None:
         if env.turns >= len(first.replies):
@@ -212,8 +212,8 @@ def repeating_player(first: PlayedEpisode) -> Player:
     return reply
 
 
-async def _look(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> ActionForm | None:
-    """What the server says of itself; None from servers before 2026, which say nothing."""
+async def _action_form(config: OpenEnvConfig, row: dict[str, Any], seen: Measurements) -> ActionForm | None:
+    """Note the server's form of actions; return it, or None for servers before 2026, which describe none."""
     env = WatchedEnv(config, row)
     lease = await shared_pool(config).lease(env.entry.source(env.options), **env.reset_kwargs)
     try:
@@ -248,17 +248,17 @@ async def _sessions_at_once(url: str, kwargs: dict[str, Any]) -> int:
         except CapacityReached:
             return None
 
-    asked = await asyncio.gather(*(session() for _ in range(MAX_SESSIONS_TRIED - 1)), return_exceptions=True)
-    clients = [client for client in asked if isinstance(client, OpenEnvClient)]
+    opened = await asyncio.gather(*(session() for _ in range(MAX_SESSIONS_TRIED - 1)), return_exceptions=True)
+    clients = [client for client in opened if isinstance(client, OpenEnvClient)]
     await asyncio.gather(*(client.close() for client in clients))
-    for failed in asked:
+    for failed in opened:
         if isinstance(failed, BaseException):
             raise failed
     return len(clients)
 
 
 def descendants() -> list[Process]:
-    """Every process below this one, on Linux."""
+    """Return every process below this one; [] on systems other than Linux."""
     parents = {pid: (parent, started) for pid, parent, started in _processes()}
     below: list[Process] = []
     for pid, (parent, started) in parents.items():
@@ -270,12 +270,12 @@ def descendants() -> list[Process]:
 
 
 def alive() -> list[Process]:
-    """Every process."""
+    """Return every process of the machine; [] on systems other than Linux."""
     return [(pid, started) for pid, _, started in _processes()]
 
 
 def _processes() -> list[tuple[int, int, str]]:
-    """pid, parent and start time, without zombies."""
+    """Return pid, parent and start time of every process except zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

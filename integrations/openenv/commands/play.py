@@ -1,4 +1,4 @@
-"""`play`: an environment in the terminal, one action a line, seen as the model sees it."""
+"""`play`: play an environment in the terminal, one action a line, with the texts that a model reads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _play(env: OpenEnv, prompt: Any, console: Console) -> None:
 
 
 async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
-    """Until the end, q, or the end of the input."""
+    """Play until the end of the episode, "q", or the end of the input. Returns the sum of the rewards."""
     earned = 0.0
     while True:
         line = await asyncio.to_thread(_read_line, console, env.turns + 1)
@@ -77,7 +77,7 @@ def _show_task(messages: Any, console: Console) -> None:
 
 
 def _read_line(console: Console, turn: int) -> str | None:
-    """None: no more input. The prompt is for people: a pipe gets none."""
+    """Return a line of input; None at its end. A prompt is shown on a terminal only."""
     if sys.stdin.isatty():
         console.print(f"[cyan]{turn}>[/] ", end="")
     line = sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""`serve`: our own server of an environment, in the foreground."""
+"""`serve`: run our own server of an environment in the foreground."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from integrations.openenv.catalog import CATALOG, catalog_entry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("env", metavar="ENV", help=f"{', '.join(CATALOG)}, or a folder or an app")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the server: --port, --host, --max-sessions, ...")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="for the server: --port, --host, --max-sessions, ...")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """`python -m integrations.openenv.entrypoints.main_openenv key=value ...`: train in OpenEnv environments.
 
-What it adds to `skyrl_train.entrypoints.main_base`: the environment "openenv", its section of the configuration, and
-the end of the environments' servers.
+It adds to `skyrl_train.entrypoints.main_base` the environment "openenv", its section of the configuration, and the
+shutdown of the environments' servers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skyrl_train.entrypoints.main_base import BasePPOExp, main
 
 @dataclass
 class OpenEnvEnvironmentConfig(EnvironmentConfig):
-    """The environments, OpenEnv's among them."""
+    """The section `environment` with the options of OpenEnv environments in `openenv`."""
 
     env_class: str = "openenv"
     openenv: OpenEnvConfig = field(default_factory=OpenEnvConfig)
@@ -29,20 +29,23 @@ class OpenEnvEnvironmentConfig(EnvironmentConfig):
 
 @dataclass
 class OpenEnvRunConfig(SkyRLConfig):
-    """SkyRL's tree with `environment.openenv`."""
+    """SkyRL's configuration with `environment.openenv`."""
 
     environment: OpenEnvEnvironmentConfig = field(default_factory=OpenEnvEnvironmentConfig)  # ty: ignore[incompatible-mutable-override]
 
 
 class OpenEnvExp(BasePPOExp):
-    """SkyRL's experiment; the servers that its episodes shared end with it."""
+    """SkyRL's experiment in OpenEnv environments; it stops their servers at its end."""
 
     def __init__(self, cfg: OpenEnvRunConfig) -> None:
         super().__init__(cfg)
         self._preflight(cfg)
 
     def _preflight(self, cfg: OpenEnvRunConfig) -> None:
-        """Before the model is loaded: the data sets' environments know their options and can be served here."""
+        """Check, before the model is loaded, that the data sets' environments accept their options and can be served.
+
+        ValueError says what is missing.
+        """
         config = cfg.environment.openenv
         envs: dict[tuple[str, str], OpenEnv] = {}
         for prompt in [*self.train_dataset, *(self.eval_dataset or ())]:

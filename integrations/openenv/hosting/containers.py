@@ -1,8 +1,8 @@
-"""One container with an environment's server: limits, its owner's mark, and removal whatever it does.
+"""One container with an environment's server: its limits, its owner's label, and its removal in every case.
 
-Images of ours get no network at all: their server listens on a file in a folder that the container shares with us.
-Official images listen on a port only, which Docker publishes on the loopback; for that they need Docker's network, and
-through it they reach what this machine reaches. Docker has no switch for a published port without a way out.
+Images of ours get no network: their server listens on a file in a folder that the container shares with this process.
+Official images listen on a port only, which Docker publishes on the loopback. That needs Docker's network, through
+which the container reaches whatever this machine reaches: Docker cannot publish a port without outgoing traffic.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from integrations.openenv.hosting.docker_command import Image, daemon_is_here, d
 from integrations.openenv.hosting.reaping import OWNER_LABEL, owner_folder, this_process
 from integrations.openenv.hosting.server import ServerStartFailed
 
-SHARED = "/run/openenv"  # where a container of ours sees the folder with its socket
+SHARED = "/run/openenv"  # path in a container of ours of the folder with its socket
 PULL_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one container may use."""
+    """Resource limits of one container."""
 
     memory_gb: float = 2.0
     cpus: float | None = None  # None: all but one of this machine's
-    max_sessions: int = 256  # at once; the number of processes follows
-    network: bool = False  # for images of ours; an official one cannot do without
+    max_sessions: int = 256  # at once; the limit of processes follows from it
+    network: bool = False  # for images of ours; official ones always have one
 
     def flags(self) -> list[str]:
         cpus = self.cpus or max(1, (os.cpu_count() or 1) - 1)
         memory = f"{int(self.memory_gb * 1024)}m"
         return [
             f"--memory={memory}",
-            f"--memory-swap={memory}",  # no swap beside it
+            f"--memory-swap={memory}",  # the sum of memory and swap: no swap
             f"--cpus={cpus:g}",
             f"--pids-limit={256 + 8 * self.max_sessions}",  # threads count
-            "--no-healthcheck",  # ours is to ask whether the server answers
+            "--no-healthcheck",  # the pool checks the server's health itself
             "--read-only",
             "--tmpfs=/tmp:size=256m,mode=1777",
             "--cap-drop=ALL",
@@ -58,7 +58,7 @@ class Limits:
 
 
 class Container:
-    """A running container. `stop` removes it, as does the end of this process, however it ends."""
+    """A running container. `stop` removes it; so does the end of this process, even by a kill."""
 
     def __init__(self, image: Image, limits: Limits, *, by_socket: bool, num_workers: int) -> None:
         self.name = f"skyrl-openenv-{uuid.uuid4().hex[:12]}"
@@ -79,7 +79,7 @@ class Container:
         timeout_s: float = 60.0,
         pull: bool = True,
     ) -> Container:
-        """`docker run` the image and wait until its server answers. `arguments` are for images of ours."""
+        """Run the image and wait until its server answers. Only images of ours are given `arguments`."""
         await require_docker()
         limits = limits or Limits()
         found = await _image(image, pull)
@@ -101,17 +101,17 @@ class Container:
 
     @property
     def is_running(self) -> bool:
-        """Docker that does not answer has not said that the container is gone."""
+        """True if the container runs, or if Docker does not answer."""
         answer = _output("inspect", "--format={{.State.Running}}", self.name)
         return answer != "false" and "no such" not in answer.lower()
 
-    def last_words(self) -> str:
-        """The end of what the server wrote, for an error message."""
+    def log_end(self) -> str:
+        """Return the end of the server's log, for an error message."""
         text = _output("logs", "--tail=20", self.name)[-2000:].strip()
-        return f"; its last words:\n{text}" if text else ""
+        return f"; the end of its log:\n{text}" if text else ""
 
     def stop(self) -> None:
-        """Kill and remove it, whether or not it listens to SIGTERM. May be called twice."""
+        """Kill and remove the container, without waiting for it to react to SIGTERM. May be called twice."""
         atexit.unregister(self.stop)
         _output("rm", "--force", "--volumes", self.name)
         if self.folder is not None:
@@ -126,18 +126,18 @@ class Container:
             raise
 
     async def _run(self, env: Mapping[str, str], arguments: Sequence[str], timeout_s: float) -> None:
-        watchman(os.getpid())
+        container_reaper(os.getpid())
         atexit.register(self.stop)
         sessions = self._limits.max_sessions
         variables = {"HOME": "/tmp", "MAX_CONCURRENT_ENVS": str(sessions)}
         if self.image.is_ours:
             arguments = ["--max-sessions", str(sessions), *arguments]
-        else:  # most official servers take one session per process: uvicorn forks so many
+        else:  # most official servers take one session per process, so uvicorn forks several
             variables |= {"WEB_CONCURRENCY": str(self.num_workers), "WORKERS": str(self.num_workers)}
         flags = [*self._limits.flags(), *(f"--env={key}={value}" for key, value in (variables | dict(env)).items())]
         if self.folder is not None:
             self.folder.mkdir()
-            self.folder.chmod(0o777)  # the container's user is another one; the folder above is closed to all others
+            self.folder.chmod(0o777)  # the container has another user; no user but ours can enter the parent folder
             flags += ["--network=none", f"--volume={self.folder}:{SHARED}"]
             arguments = ["--uds", f"{SHARED}/server.sock", *arguments]
         else:
@@ -150,7 +150,7 @@ class Container:
         if self.folder is None:
             address = (await docker("port", self.name, f"{self.image.port}/tcp")).splitlines()
             if not address:
-                raise ServerStartFailed(f"the container of {self.image.name} ended at once{self.last_words()}")
+                raise ServerStartFailed(f"the container of {self.image.name} ended at once{self.log_end()}")
             self.url = f"http://{address[0]}"
 
     async def _wait_until_healthy(self, timeout_s: float) -> None:
@@ -159,20 +159,23 @@ class Container:
             running = await asyncio.to_thread(lambda: self.is_running)
             if not running or time.monotonic() > end:
                 what = f"does not answer within {timeout_s:g} s" if running else "ended at once"
-                words = await asyncio.to_thread(self.last_words)
+                words = await asyncio.to_thread(self.log_end)
                 raise ServerStartFailed(f"the container of {self.image.name} {what}{words}")
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, 0.5)
 
 
 def num_workers() -> int:
-    """Processes that an official image's server is asked to fork."""
+    """Return how many worker processes an official image's server is asked to fork."""
     return os.cpu_count() or 1
 
 
 @cache
-def watchman(owner_pid: int) -> subprocess.Popen[bytes]:
-    """A process that removes this one's containers when this one is gone: the end of its stdin tells."""
+def container_reaper(owner_pid: int) -> subprocess.Popen[bytes]:
+    """Start, once per process, a shell that removes this process's containers when this process has ended.
+
+    It notices the end because its stdin closes.
+    """
     command = (
         f"while read -r _; do :; done; docker ps -aq --filter {shlex.quote(f'label={OWNER_LABEL}={this_process()}')}"
         f" | while read -r id; do docker rm -f -v $id; done; rm -rf {shlex.quote(str(owner_folder()))}"
@@ -189,9 +192,9 @@ def watchman(owner_pid: int) -> subprocess.Popen[bytes]:
     )
 
 
-def watchman_pid() -> int | None:
-    """Of this process's watchman, if a container has called for one. It lives as long as this process."""
-    return watchman(os.getpid()).pid if watchman.cache_info().currsize else None
+def container_reaper_pid() -> int | None:
+    """Return the process id of this process's container reaper; None if no container has been started yet."""
+    return container_reaper(os.getpid()).pid if container_reaper.cache_info().currsize else None
 
 
 async def _image(name: str, pull: bool) -> Image:
@@ -205,7 +208,7 @@ async def _image(name: str, pull: bool) -> Image:
 
 
 def _output(*arguments: str) -> str:
-    """Of a docker command, its complaints included. Nothing if Docker itself hangs."""
+    """Return what a docker command printed, stderr included; "" if Docker does not answer within 60 s."""
     command = ["docker", *arguments]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False)

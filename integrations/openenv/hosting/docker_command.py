@@ -1,4 +1,4 @@
-"""The docker command, whatever Docker context the user has set up: what it says, and what to do if it fails."""
+"""Calls of the docker command, in the user's own Docker context, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONTAINER_PORT = 8000  # where a server listens if its image does not say
 
 
 class DockerUnavailable(OpenEnvError):
-    """No Docker answers on this machine."""
+    """No Docker daemon answers on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What `docker image inspect` says."""
+    """An image, as `docker image inspect` describes it."""
 
     name: str
     is_ours: bool
@@ -30,7 +30,7 @@ class Image:
 
 
 async def docker(*arguments: str, timeout_s: float = 60.0, with_stderr: bool = False) -> str:
-    """The output of a docker command; OpenEnvError with Docker's words if it fails."""
+    """Return the output of a docker command; OpenEnvError with Docker's message if it fails."""
     stderr = asyncio.subprocess.STDOUT if with_stderr else asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         "docker", *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr
@@ -49,7 +49,7 @@ async def docker(*arguments: str, timeout_s: float = 60.0, with_stderr: bool = F
 
 
 async def require_docker() -> None:
-    """DockerUnavailable, with what to do, unless a daemon answers."""
+    """Raise DockerUnavailable, with what to do, unless a daemon answers."""
     if shutil.which("docker") is None:
         reason = "the docker command is not installed"
     else:
@@ -73,7 +73,7 @@ async def has_docker() -> bool:
 
 
 async def find_image(name: str) -> Image | None:
-    """The image, if it is on this machine. Never pulls."""
+    """Return the image if it is on this machine, else None. Never pulls."""
     try:
         settings = json.loads(await docker("image", "inspect", "--format={{json .Config}}", name))
     except OpenEnvError as missing:
@@ -85,13 +85,13 @@ async def find_image(name: str) -> Image | None:
 
 
 async def daemon_is_here() -> bool:
-    """Whether the daemon runs on this machine, so that a folder can be shared with a container."""
+    """Return whether the daemon runs on this machine, so that a folder can be shared with a container."""
     address = os.environ.get("DOCKER_HOST") or await docker("context", "inspect", "--format={{.Endpoints.docker.Host}}")
     return address.startswith("unix://")
 
 
 async def reap_containers() -> int:
-    """Remove the containers whose owner is dead. How many there were."""
+    """Remove the containers whose owner is dead. Returns how many there were."""
     form = f'--format={{{{.ID}}}}\t{{{{.State}}}}\t{{{{.Label "{OWNER_LABEL}"}}}}'
     lines = (await docker("ps", "--all", "--no-trunc", f"--filter=label={OWNER_LABEL}", form)).splitlines()
     found = [line.split("\t", 2) for line in lines]
@@ -102,7 +102,7 @@ async def reap_containers() -> int:
 
 
 async def containers_of(owner: Owner) -> set[str]:
-    """Names of the containers that carry the owner's mark, whether they run or not."""
+    """Return the names of the containers that carry the owner's label, whether they run or not."""
     named = await docker("ps", "--all", f"--filter=label={OWNER_LABEL}={owner}", "--format={{.Names}}")
     return set(named.split())
 

@@ -1,8 +1,8 @@
-"""From a source to a running server: which runtime serves it here, and the start.
+"""Choice of the runtime that serves an environment here, and the start of its server.
 
 url     if the source or the configuration has one
 docker  if a daemon answers and the image is on this machine; nothing is ever pulled in the middle of a run
-local   else: a server of ours as a child process
+local   otherwise: a server of ours as a child process
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PROCESS_GB = 0.25  # of one server process; those measured take 0.1 to 0.2
 
 
 async def preflight(sources: Iterable[ServerSource], config: OpenEnvConfig) -> dict[str, str]:
-    """What can be known before anything expensive: OpenEnvError if a source cannot be served. Runtimes by name.
+    """Return the runtime of each source by name, before anything expensive; OpenEnvError if one cannot be served.
 
-    Also the end of whatever earlier runs left behind.
+    Also ends the servers that killed runs left behind.
     """
     runtimes = {}
     for source in sources:
@@ -53,7 +53,7 @@ async def reap_orphans(*, containers: bool) -> None:
 
 
 async def choose_runtime(source: ServerSource, config: OpenEnvConfig) -> str:
-    """ "url", "docker" or "local"; OpenEnvError with what to do if `openenv.runtime` asks for what is not to be had."""
+    """Return "url", "docker" or "local"; OpenEnvError, with what to do, if `openenv.runtime` cannot be had here."""
     if config.runtime == "docker":
         await _require_image(source)
         return "docker"
@@ -82,14 +82,14 @@ async def _require_image(source: ServerSource) -> None:
 
 
 def url_of(source: ServerSource, config: OpenEnvConfig) -> str | None:
-    """Where it runs already, if the runtime lets us use that."""
+    """Return the address of a server that runs already, if the runtime ("auto" or "url") allows using it."""
     return (source.url or config.url) if config.runtime in ("auto", "url") else None
 
 
 async def start_server(source: ServerSource, runtime: str, config: OpenEnvConfig, *, patience_s: float = 0.0) -> Server:
-    """A server that answers. ServerStartFailed with its last words if it does not.
+    """Start a server and return it once it answers; ServerStartFailed, with the end of its log, if it does not.
 
-    patience_s: how long a server that is not ours to start may be away.
+    patience_s: how long to wait for a server that somebody else runs, at an address.
     """
     if runtime == "url":
         return await _given(source, config, patience_s)
@@ -130,7 +130,7 @@ async def _given(source: ServerSource, config: OpenEnvConfig, patience_s: float)
 
 
 def announce(source: ServerSource, runtime: str, server: Server) -> None:
-    """Say once what serves an environment."""
+    """Log once what serves an environment."""
     if not isinstance(server, Container):
         logger.info(f"{source.name}: served by {server.url if runtime == 'url' else 'a process of ours'} ({runtime})")
     elif not server.has_network:
@@ -145,9 +145,10 @@ def announce(source: ServerSource, runtime: str, server: Server) -> None:
 
 
 def default_max_servers(config: OpenEnvConfig, runtime: str) -> int:
-    """Of one environment: half the memory at most, and four containers or sixteen processes per core.
+    """Return how many servers one environment may have.
 
-    So many are needed only where a server takes one session, as most that others wrote do.
+    Unless configured, at most half the memory, and four containers or sixteen processes per core. So many are needed
+    only if a server takes one session, as most servers written by others do.
     """
     if config.max_servers is not None:
         return config.max_servers

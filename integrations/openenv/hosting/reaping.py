@@ -1,7 +1,8 @@
-"""Who owns a server, and the end of servers whose owner is dead.
+"""Owners of servers, and the removal of servers whose owner is dead.
 
-Every process and container that the pool starts carries its owner's mark. An owner that ends in whatever way takes its
-servers with it (serving.py, watchman in containers.py); what slipped through is found by its mark at the next start.
+Every process and container that the pool starts carries its owner's mark (an environment variable or a label). An owner
+that ends, in whatever way, takes its servers with it (serving.py, container_reaper in containers.py); a server that
+survives is found by its mark at the next start.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ FOLDER_PREFIX = "skyrl-openenv-"
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process, told apart from every other that had or will have its pid."""
+    """A process, distinguished from every other that had or will have the same pid."""
 
     boot: str  # of the machine, and the pid namespace
     pid: int
-    started: str  # in whatever unit the system counts
+    started: str  # in the system's own unit
 
     def __str__(self) -> str:
         return "|".join(map(str, astuple(self)))
@@ -41,13 +42,13 @@ class Owner:
         return cls(boot, int(pid), started) if pid.isdigit() else None
 
     @property
-    def is_of_here(self) -> bool:
-        """Of another boot, machine or pid namespace we cannot know whether it lives."""
+    def is_of_this_boot(self) -> bool:
+        """True if the owner is of this boot, machine and pid namespace, so that we can know whether it lives."""
         return self.boot == _boot()
 
     @property
     def is_dead(self) -> bool:
-        return self.is_of_here and _started(self.pid) != self.started
+        return self.is_of_this_boot and _started(self.pid) != self.started
 
 
 def this_process() -> Owner:
@@ -55,7 +56,7 @@ def this_process() -> Owner:
 
 
 def owner_folder() -> Path:
-    """A folder of this process's own, for its containers' sockets. Gone with the process or at the next start."""
+    """Return this process's folder for its containers' sockets, removed with the process or at the next start."""
     return _folder_of(os.getpid())
 
 
@@ -67,7 +68,7 @@ def _folder_of(pid: int) -> Path:
 
 
 def reap_processes() -> int:
-    """Kill servers of ours whose owner is dead. How many there were."""
+    """Kill servers of ours whose owner is dead. Returns how many there were."""
     orphans = [pid for pid, mark in _marked_processes() if (owner := Owner.parse(mark)) and owner.is_dead]
     for pid in orphans:
         try:
@@ -89,11 +90,11 @@ def reap_folders() -> None:
 
 
 def is_orphan(mark: str, container_state: str) -> bool:
-    """Whether a container's owner is dead. Containers of an earlier boot have stopped with it."""
+    """Return whether a container's owner is dead, or is of another boot and the container has stopped."""
     owner = Owner.parse(mark)
     if owner is None:
         return False
-    return owner.is_dead or (not owner.is_of_here and container_state in ("exited", "dead"))
+    return owner.is_dead or (not owner.is_of_this_boot and container_state in ("exited", "dead"))
 
 
 def _marked_processes() -> Iterator[tuple[int, str]]:
@@ -117,7 +118,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """None if there is no such process, or only what is left of it."""
+    """Return when a process started, in the system's unit; None if it does not exist or is a zombie."""
     if sys.platform != "linux":
         return _output("ps", "-o", "lstart=", "-p", str(pid)) or None
     try:
@@ -132,6 +133,6 @@ def _output(*command: str) -> str:
 
 
 def _short_temporary_folder() -> Path:
-    """The path of a socket may have 107 characters, some temporary folders have half of it."""
+    """Return a temporary folder with a short path: a socket's path may have at most 107 characters."""
     usual = Path(tempfile.gettempdir())
     return usual if len(str(usual)) < 40 else Path("/tmp")

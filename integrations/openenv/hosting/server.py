@@ -1,4 +1,4 @@
-"""What the pool knows of a server, whether it is a process, a container or only an address."""
+"""The pool's interface to a server, which is a process, a container or only an address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ServerStartFailed(OpenEnvError):
 
 
 class Server(Protocol):
-    """A server that has answered once. Everything here may take a moment: call it from a thread."""
+    """A server that has answered once. The methods may block for a moment: call them from a thread."""
 
     url: str
     num_workers: int | None  # processes behind the address, each with sessions of its own; None: unknown
@@ -20,17 +20,17 @@ class Server(Protocol):
     @property
     def is_running(self) -> bool: ...
 
-    def last_words(self) -> str:
-        """The end of what it wrote, behind "; its last words:", or nothing."""
+    def log_end(self) -> str:
+        """Return the end of its log after "; the end of its log:", for an error message; "" if there is none."""
         ...
 
     def stop(self) -> None:
-        """End it, at once. Its sessions are lost."""
+        """End the server at once. Its sessions are lost."""
         ...
 
 
 class GivenServer:
-    """An address. Who started the server ends it."""
+    """A server that somebody else started at an address; stopping it is left to them."""
 
     num_workers: int | None = None
     is_running = True
@@ -38,7 +38,7 @@ class GivenServer:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         return ""
 
     def stop(self) -> None:

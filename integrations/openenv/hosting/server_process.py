@@ -1,4 +1,4 @@
-"""One environment server as a child process: started on a free port, and gone when we are gone, however we go."""
+"""One environment server as a child process on a free port. It ends with this process, even if that is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSED_ON = ("PATH", "TMPDIR", "SYSTEMROOT")  # nothing else of our environment 
 
 
 class ServerProcess:
-    """A running server. `start` makes one; `stop` ends it; it ends by itself when this process dies."""
+    """A running server process. `start` makes one, `stop` ends it, and it ends by itself when this process dies."""
 
     num_workers: int | None = 1
 
@@ -45,7 +45,7 @@ class ServerProcess:
             stderr=errors,
             env=_environment(),
             cwd=tempfile.gettempdir(),
-            start_new_session=True,  # Ctrl-C is ours to answer
+            start_new_session=True,  # Ctrl-C reaches only this process
         )
         server = cls(module, process, errors, url="")
         try:
@@ -55,7 +55,7 @@ class ServerProcess:
                     server._check_running()
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            words = server.last_words()
+            words = server.log_end()
             server.stop()
             raise ServerStartFailed(
                 f"{module} did not answer within {timeout_s:g} s (openenv.startup_timeout_s){words}"
@@ -73,16 +73,16 @@ class ServerProcess:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def last_words(self) -> str:
-        """The end of what the server wrote to stderr, for an error message."""
+    def log_end(self) -> str:
+        """Return the end of the server's stderr, for an error message."""
         if self._errors.closed:
             return ""
         self._errors.seek(0)
         text = self._errors.read()[-2000:].decode(errors="replace").strip()
-        return f"; its last words:\n{text}" if text else ""
+        return f"; the end of its log:\n{text}" if text else ""
 
     def stop(self) -> None:
-        """End the server, at once. Its sessions are lost."""
+        """End the server at once. Its sessions are lost."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -114,7 +114,7 @@ class ServerProcess:
 
     def _check_running(self) -> None:
         if not self.is_running:
-            raise ServerStartFailed(f"{self.module} ended with code {self._process.returncode}{self.last_words()}")
+            raise ServerStartFailed(f"{self.module} ended with code {self._process.returncode}{self.log_end()}")
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where one environment can be served from."""
+"""The source of an environment's servers: a module, an image or an address."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServerSource:
-    """A server of ours, an image, an address, or several of them: the pool takes what `openenv.runtime` says.
+    """One or more ways to serve an environment; `openenv.runtime` decides which of them the pool takes.
 
     Episodes with equal sources share servers.
     """
 
     name: str  # of the environment, for messages and metrics
     module: str | None = None  # a server of ours, for `python -m`
-    arguments: tuple[str, ...] = ()  # of that command, beside the pool's own
+    arguments: tuple[str, ...] = ()  # further arguments of that command
     image: str | None = None  # of a container that serves it
     variables: tuple[tuple[str, str], ...] = ()  # environment variables of that container
-    url: str | None = None  # where it runs already
+    url: str | None = None  # of a server that runs already
 
     def __post_init__(self) -> None:
         if not (self.module or self.image or self.url):

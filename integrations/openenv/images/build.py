@@ -1,4 +1,4 @@
-"""Build an environment's image: our own server on its engine, in the versions installed here.
+"""Build of an environment's image: our own server and its engine, in the versions installed here.
 
 The build context is a tar made in memory. Equal inputs give equal bytes, so Docker's cache holds as long as nothing
 changed: what all servers need is installed once for all images, an engine once for all changes of our code.
@@ -25,11 +25,11 @@ from integrations.openenv.images.long_command import run_long_command
 BASE_IMAGE = "python:3.11-slim"
 DOCKERFILE = REPOSITORY_ROOT / "integrations" / "openenv" / "images" / "Dockerfile"
 
-# What openenv-core's server imports. The rest of what it asks for (gradio, openai, ...) is for its web page and tools.
+# What openenv-core's server imports. Its other dependencies (gradio, openai, ...) are for its web page and tools.
 SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "websockets", "requests", "fastmcp")
 # Engines that stand among pyproject.toml's dependencies and not in an extra.
 ENGINES_WITHOUT_EXTRA = {"coding_env": ("smolagents",)}
-# Asked for by an engine's package, imported by no server of ours.
+# Dependencies of an engine's package that no server of ours imports.
 UNUSED = {
     "openspiel_env": {"numpy", "scipy", "absl-py", "ml-collections"},  # of its Python games; ours are the C++ ones
     "sumo_rl_env": {"pillow"},
@@ -41,7 +41,7 @@ LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"
 async def build_image(
     entry: CatalogEntry, tag: str, *, base_image: str = BASE_IMAGE, timeout_s: float = 1800.0
 ) -> None:
-    """Build and tag. If it fails the tag stays where it was; OpenEnvError has the last lines of the build."""
+    """Build and tag the image. On failure the tag does not move, and OpenEnvError has the build's last lines."""
     arguments = {"BASE_IMAGE": base_image, "ENVIRONMENT": entry.name, "SERVER_MODULE": entry.server_module}
     command = ["docker", "build", "--tag", tag]
     for name, value in arguments.items():
@@ -50,12 +50,12 @@ async def build_image(
 
 
 def context_hash(entry: CatalogEntry) -> str:
-    """Changes when the image would."""
+    """Return a hash of the build context: it changes when the image would."""
     return hashlib.sha256(build_context(entry)).hexdigest()[:12]
 
 
 def build_context(entry: CatalogEntry) -> bytes:
-    """The tar that `docker build -` reads."""
+    """Return the tar that `docker build -` reads."""
     server = installed_closure(SERVER_PACKAGES)
     server["openenv-core"] = _installed_version("openenv-core")
     engine = installed_closure(engine_packages(entry), left_out=UNUSED.get(entry.name, set()))
@@ -72,7 +72,7 @@ def build_context(entry: CatalogEntry) -> bytes:
 
 
 def engine_packages(entry: CatalogEntry) -> list[str]:
-    """Names of the packages that bring the engine of our server."""
+    """Return the names of the packages of our server's engine."""
     if entry.extra is None:
         return list(ENGINES_WITHOUT_EXTRA.get(entry.name, ()))
     project = tomllib.loads((REPOSITORY_ROOT / "pyproject.toml").read_text())["project"]
@@ -80,9 +80,9 @@ def engine_packages(entry: CatalogEntry) -> list[str]:
 
 
 def installed_closure(names: Iterable[str], left_out: Collection[str] = ()) -> dict[str, str]:
-    """These packages and all that they ask for on Linux, as far as installed here: {name: version}.
+    """Return {name: version} of these packages and their dependencies on Linux that are installed here.
 
-    What is not installed here was taken out by pyproject.toml's overrides, and is not needed there either.
+    Dependencies that are not installed were excluded by pyproject.toml's overrides; the image needs none of them.
     """
     waiting = [Requirement(name) for name in names]
     versions = {requirement.name: _installed_version(requirement.name) for requirement in waiting}
@@ -99,11 +99,11 @@ def installed_closure(names: Iterable[str], left_out: Collection[str] = ()) -> d
             continue
         versions[name] = found.version
         for line in found.requires or ():
-            asked = Requirement(line)
-            if asked.marker is None or any(
-                asked.marker.evaluate({**LINUX, "extra": extra}) for extra in extras or {""}
+            needed = Requirement(line)
+            if needed.marker is None or any(
+                needed.marker.evaluate({**LINUX, "extra": extra}) for extra in extras or {""}
             ):
-                waiting.append(asked)
+                waiting.append(needed)
     return versions
 
 
@@ -128,7 +128,7 @@ def _sources() -> list[Path]:
 
 
 def _tar(files: dict[str, bytes]) -> bytes:
-    """Without times and owners, which would make every context a new one."""
+    """Return the files as a tar without times and owners, so that equal files give equal bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():

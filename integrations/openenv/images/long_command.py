@@ -1,4 +1,4 @@
-"""Run a command that takes minutes, and let the user see that it lives."""
+"""Run a command that takes minutes, and show the user its progress."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from integrations.openenv.client.errors import OpenEnvError
 from skyrl_train.run.records.visible import visible
 
 SHOWN_AT_THE_END = 20  # lines of a command that failed
-REPORT_EVERY_S = 15.0  # where nobody watches a terminal
+REPORT_EVERY_S = 15.0  # if stdout is not a terminal
 
 
 async def run_long_command(
     *command: str, stdin: bytes = b"", timeout_s: float, environment: Mapping[str, str] | None = None
 ) -> None:
-    """On a terminal its output is shown as it comes, elsewhere a line now and then; OpenEnvError if it fails."""
+    """Run a command; show its output on a terminal, elsewhere a line every 15 s. OpenEnvError if it fails."""
     what = " ".join(command[:2])
     try:
         process = await asyncio.create_subprocess_exec(

@@ -1,5 +1,5 @@
-# libsumo is linked against the libraries of a graphical interface that it never opens. OpenGL's entry points are
-# unpacked by hand: its package would bring a driver and a compiler for graphics processors, 150 MB.
+# libsumo is linked against the libraries of a graphical interface that it never opens. OpenGL's libraries are unpacked
+# by hand, because their package would also install a GPU driver and compiler (150 MB).
 set -eu
 apt-get update
 apt-get install --yes --no-install-recommends libx11-6 libxext6 libxrender1 libatomic1

@@ -1,11 +1,11 @@
-"""The servers of one environment, and who may open a session on them: nobody knocks at a server that is full.
+"""The servers of one environment, and the queue of leases that wait for a slot on one of them.
 
-Leases wait in the order in which they came. How many sessions a server takes is learned: sessions are opened one at a
-time, then two, four, ... while it accepts; when it says CAPACITY_REACHED it is believed, and another server is started
-(up to `max_servers`), or the lease goes on waiting. A server that fails a session is doubted: nobody is sent to it
-until it has proved that it answers, and one that does not is replaced while the others go on: at once, then after
-pauses that double as long as no episode gets through. A place is also a file descriptor of this process
-(session_budget.py): where those are used up, leases wait as they do for a full server.
+Leases are served in the order in which they came. The capacity of a server is learned: sessions are opened one at a
+time, then two, four, ... while it accepts. CAPACITY_REACHED sets its capacity; then another server is started (up to
+`max_servers`), or the lease goes on waiting. A server that loses a session is suspect: it gets no new session until it
+has answered a health check, and one that does not answer is replaced while the others go on: at once, then after pauses
+that double as long as no episode gets through. A session also needs a file descriptor of this process
+(session_budget.py): when those are used up, leases wait as they do for a full server.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.member import Member
 from integrations.openenv.pool.session_budget import SessionBudget
 
-MAX_FAILURES = 7  # servers in a row that failed since an episode got through; then the environment is given up
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before the second of them is replaced; each pause is twice the one before
-LONGEST_SILENCE_S = 5.0  # of a server that is asked for its health
-LOG_DELAY_S = 0.2  # until what a server has met stands in its log
+MAX_FAILURES = 7  # servers in a row that failed without an episode getting through; then the environment is given up
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a replacement, from the second failure in a row on; doubles
+LONGEST_SILENCE_S = 5.0  # within which a suspect server must answer its health check
+LOG_DELAY_S = 0.2  # until an error that a server has met is in its log
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|NotFound|Timeout)\b.*|[A-Za-z_][\w.]*: \S.*")
-NO_GROWTH_S = 60.0  # after a further server could not be started beside those that run
+NO_GROWTH_S = 60.0  # in which no further server is started, after one beside running ones failed to start
 
 
 @dataclass(order=True)
 class Waiter:
-    """A lease in the queue."""
+    """A lease in the queue. Its number orders it; `slot` is set to the server it may open a session on."""
 
     number: int
-    place: asyncio.Future[Member] = field(compare=False)
+    slot: asyncio.Future[Member] = field(compare=False)
 
 
 class Fleet:
-    """Gives out places on servers: `place`, then `opened`, `refused` or `failed`, at last `give_back`."""
+    """Assigns slots on servers.
+
+    Call `slot`; then `opened`, `refused`, `out_of_descriptors` or `not_opened`, by how opening the session went; and
+    after `opened`, when the session has ended, `give_back`.
+    """
 
     def __init__(self, source: ServerSource, config: OpenEnvConfig, budget: SessionBudget) -> None:
         self.source = source
@@ -69,24 +73,24 @@ class Fleet:
         self._num_starting = 0
         self._num_dead = 0  # not replaced yet
         self._num_failures = 0  # servers in a row that did not start or died, since an episode got through
-        self._num_eras = 0  # servers that were started before the last failure and fail too are no further failure
-        self._last_words = ""
+        self._num_eras = 0  # failures counted so far; a server that started before the latest one does not count again
+        self._last_failure = ""
         self._no_growth_until_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def place(self, number: int) -> Member:
-        """A place on a server, in the order of the numbers. ServerStartFailed if there is no server to be had."""
+    async def slot(self, number: int) -> Member:
+        """Return a server with a slot, in the order of the numbers. ServerStartFailed if no server can be started."""
         if self._closed:
             raise OpenEnvError("the server pool is closed")
         waiter = Waiter(number, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting, waiter)
         self._dispatch()
         try:
-            return await waiter.place
+            return await waiter.slot
         except asyncio.CancelledError:
-            if not waiter.place.cancelled() and waiter.place.exception() is None:
-                member = waiter.place.result()
+            if not waiter.slot.cancelled() and waiter.slot.exception() is None:
+                member = waiter.slot.result()
                 member.num_opening -= 1
                 self._vacate(member)
             self._waiting = [other for other in self._waiting if other is not waiter]
@@ -103,52 +107,60 @@ class Fleet:
         self._dispatch()
 
     def out_of_descriptors(self, member: Member) -> None:
-        """This process could not open the session: no fault of the server, which is asked again a moment later."""
+        """The session could not be opened for want of file descriptors: the lease waits and tries again.
+
+        The server is not at fault.
+        """
         self._budget.shrink()
-        self._budget.say_once()
+        self._budget.warn_once()
         member.refused(None, asyncio.get_running_loop().time())
         self._budget.give_back()
         self._dispatch()
 
-    def not_opened(self, member: Member, *, doubt: bool) -> None:
-        """The session could not be opened, for another reason than a full server; or nobody wants it any more."""
+    def not_opened(self, member: Member, *, suspect: bool) -> None:
+        """The session could not be opened for a reason other than a full server, or its lease was cancelled.
+
+        suspect: the server may be at fault, so examine it.
+        """
         member.num_opening -= 1
-        if doubt:
-            self.doubt(member)
+        if suspect:
+            self.suspect(member)
         self._vacate(member)
 
     def give_back(self, member: Member, *, got_through: bool) -> None:
-        """A session has ended."""
+        """A session has ended: free its slot. got_through: it was not lost, so the server is well."""
         if got_through:
             member.num_lost_in_a_row = 0
             self._num_failures = 0
         self._vacate(member)
 
-    def doubt(self, member: Member) -> None:
-        """A session on it was lost: see whether the server is alive before anybody is sent there."""
+    def suspect(self, member: Member) -> None:
+        """A session on this server was lost: give out no slot on it until it has been examined."""
         member.num_lost_in_a_row += 1
-        if not member.doubted and member in self.members and not self._closed:
-            member.doubted = True
+        if not member.suspect and member in self.members and not self._closed:
+            member.suspect = True
             self._spawn(self._examine(member))
 
     async def why_no_environment(self, member: Member) -> str:
-        """Return the reason why its server cannot make an environment, in words; asked once for all its sessions."""
+        """Return, in words, why the server cannot make an environment. Found out once for all its sessions."""
         if member.why_no_environment is None:
             member.why_no_environment = asyncio.get_running_loop().create_task(self._read_why(member.server))
         return await asyncio.shield(member.why_no_environment)
 
     async def _read_why(self, server: Server) -> str:
-        """It tells no client, and over a WebSocket does not log it; an error of GET /state, which makes an environment
-        too, it does log."""
+        """Return the last exception in the server's log, after a GET /state.
+
+        That makes an environment too, and its error is logged; over a WebSocket the error is neither sent nor logged.
+        """
         with contextlib.suppress(OpenEnvError):
             await fetch_json(server.url, "/state", self.config.step_timeout_s)
         await asyncio.sleep(LOG_DELAY_S)
-        words = await asyncio.to_thread(server.last_words)
+        words = await asyncio.to_thread(server.log_end)
         lines = [line for line in words.splitlines() if EXCEPTION.match(line)]
         return f" It says in its log: {lines[-1][:500]}" if lines else " Its log may say why."
 
     def stop(self) -> list[Server]:
-        """No more places. Gives the servers, for the caller to stop; who waits is told."""
+        """End the queue: leases that wait get ServerStartFailed. Returns the servers, for the caller to stop."""
         self._closed = True
         servers = [member.server for member in self.members]
         self.members = []
@@ -159,68 +171,71 @@ class Fleet:
         return servers
 
     async def ended(self) -> None:
-        """After `stop`: starts that were under way have cleaned up."""
+        """Wait, after `stop`, until server starts that were under way have cleaned up."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def is_full(self) -> bool:
-        """Nothing comes free by itself: no server has a place, none is being started, examined or opened to anyone."""
+        """True if a slot comes free only when a session ends.
+
+        Then no server has a free slot, and none is being started or examined or has sessions being opened.
+        """
         coming = self._num_starting or self._num_missing(asyncio.get_running_loop().time())
         full = all(member.is_full for member in self.members)
         return bool(self.members) and not coming and (full or self._budget.is_used_up)
 
     def describe(self) -> str:
-        """What the servers are doing, for a message."""
+        """Return what the servers are doing, for a message."""
         servers = ", ".join(f"{member.num_open} of {member.capacity} sessions open" for member in self.members)
         few = f"; {self._budget.describe()}" if self._budget.is_used_up else ""
         running = f"{len(self.members)} of at most {self._max_servers} servers run ({servers})"
         return f"{running}, {len(self._waiting)} wait{few}"
 
-    # Who goes where
+    # Assignment of slots
 
     def _vacate(self, member: Member) -> None:
         member.num_open -= 1
-        member.pause_s = member.refused_until_s = 0.0  # a slot has come free: worth an attempt
+        member.pause_s = member.refused_until_s = 0.0  # a slot has come free, so try again at once
         self._budget.give_back()
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Send the first in the queue to servers with places, and start servers for those who find none."""
+        """Give free slots to the first leases in the queue, and start servers for the rest."""
         if self._closed:
             return
         now_s = asyncio.get_running_loop().time()
         while self._waiting:
             if self._budget.is_used_up:
-                self._budget.say_once()
+                self._budget.warn_once()
                 return
-            free = [member for member in self.members if member.has_place(now_s)]
+            free = [member for member in self.members if member.has_slot(now_s)]
             if not free:
                 break
             waiter = self._waiting.pop(0)
-            if not waiter.place.done():
+            if not waiter.slot.done():
                 member = min(free, key=lambda member: member.num_open / member.capacity)
                 self._budget.take()
                 member.num_open += 1
                 member.num_opening += 1
-                waiter.place.set_result(member)
+                waiter.slot.set_result(member)
         for _ in range(self._num_missing(now_s)):
             self._num_starting += 1
             self._spawn(self._start())
         if self._waiting:
-            self._look_again(now_s)
+            self._dispatch_after_pause(now_s)
 
     def _num_missing(self, now_s: float) -> int:
-        """Servers to start for those who wait."""
+        """Return how many servers to start for the leases that wait."""
         per_server = min((member.capacity for member in self.members), default=self.config.max_sessions)
-        places = sum(member.num_places(now_s) for member in self.members) + self._num_starting * per_server
+        slots = sum(member.num_free_slots(now_s) for member in self.members) + self._num_starting * per_server
         allowed = self._max_servers if self._runtime else 1
         if self.members and now_s < self._no_growth_until_s:
             return 0
-        wanted = math.ceil(max(0, len(self._waiting) - places) / per_server)
-        at_once = os.cpu_count() or 1  # more would only make each other late
+        wanted = math.ceil(max(0, len(self._waiting) - slots) / per_server)
+        at_once = os.cpu_count() or 1  # more starts at once would only slow each other down
         return max(0, min(wanted, allowed - len(self.members) - self._num_starting, at_once - self._num_starting))
 
-    def _look_again(self, now_s: float) -> None:
+    def _dispatch_after_pause(self, now_s: float) -> None:
         pauses = [m.refused_until_s for m in self.members if m.refused_until_s > now_s]
         if pauses:
             asyncio.get_running_loop().call_at(min(pauses), self._dispatch)
@@ -232,7 +247,8 @@ class Fleet:
         try:
             if self._num_failures >= MAX_FAILURES:
                 raise ServerStartFailed(
-                    f"given up, {MAX_FAILURES} servers in a row failed before an episode got through{self._last_words}"
+                    f"given up, {MAX_FAILURES} servers in a row failed before an episode got through"
+                    f"{self._last_failure}"
                 )
             await self._pause()
             era = self._num_eras
@@ -258,7 +274,7 @@ class Fleet:
         self._dispatch()
 
     async def _pause(self) -> None:
-        """Wait before a server is started in place of one that died, the longer the more have died in a row."""
+        """Wait before replacing a dead server; the pause doubles with each that died in a row."""
         if self._runtime is None or self.members or self._num_failures < 2:
             return
         pause_s = min(FIRST_PAUSE_S * 2 ** (self._num_failures - 2), LONGEST_PAUSE_S)
@@ -276,23 +292,23 @@ class Fleet:
         return runtime
 
     def _capacity(self) -> int:
-        """Of a new server: as large as the others have turned out to be."""
+        """Return the assumed capacity of a new server: the smallest that another one has turned out to have."""
         return min((member.capacity for member in self.members), default=self.config.max_sessions)
 
     def _count_failure(self, era: int, words: str) -> None:
-        """Servers that ran side by side and died together are one failure."""
+        """Count a server that died or did not start; servers that ran at the same time count as one failure."""
         if era == self._num_eras and self._num_failures < MAX_FAILURES:
             self._num_eras += 1
             self._num_failures += 1
-            self._last_words = words
+            self._last_failure = words
 
     def _start_failed(self, failed: Exception, era: int) -> None:
         given_up = self._num_failures >= MAX_FAILURES
         self._count_failure(era, f"; the last one: {failed}")
-        if self.members:  # the others go on, and take those who wait in turn
+        if self.members:  # the other servers serve the waiting leases in turn
             logger.warning(f"{self.source.name}: no further server, {failed}")
             self._no_growth_until_s = asyncio.get_running_loop().time() + NO_GROWTH_S
-        elif self._runtime is None or given_up:  # never was one: the reason is known at once
+        elif self._runtime is None or given_up:  # the first server of a run, or given up: report the reason at once
             self._refuse_all(str(failed))
         else:
             logger.warning(f"{self.source.name}: {failed}")
@@ -301,35 +317,35 @@ class Fleet:
     def _refuse_all(self, reason: str) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
-            if not waiter.place.done() and not waiter.place.get_loop().is_closed():
-                waiter.place.set_exception(ServerStartFailed(reason))
+            if not waiter.slot.done() and not waiter.slot.get_loop().is_closed():
+                waiter.slot.set_exception(ServerStartFailed(reason))
 
     async def _examine(self, member: Member) -> None:
-        """A doubted server: back among the others if it is well, else replaced."""
+        """Examine a suspect server: use it again if it is healthy, else replace it."""
         server = member.server
         running = await asyncio.to_thread(lambda: server.is_running)
         healthy = running and await self._is_healthy(server)
         if healthy and not member.is_hopeless:
-            member.doubted = False
+            member.suspect = False
         else:
-            running = running and await asyncio.to_thread(lambda: server.is_running)  # it may have been about to end
+            running = running and await asyncio.to_thread(lambda: server.is_running)  # it may have ended meanwhile
             what = "is silent" if not healthy else f"lost {member.num_lost_in_a_row} sessions in a row"
             await self._replace(member, what if running else "has ended")
         self._dispatch()
 
     async def _is_healthy(self, server: Server) -> bool:
-        """Whether it answers in time, asked again as long as this process has no descriptor to ask with."""
+        """Return whether the server answers in time; repeats while this process has no file descriptor left."""
         while True:
             try:
                 return await is_healthy(server.url, min(LONGEST_SILENCE_S, self.config.step_timeout_s))
             except OutOfDescriptors:
-                self._budget.say_once()
+                self._budget.warn_once()
                 await asyncio.sleep(1.0)
 
     async def _replace(self, member: Member, why: str) -> None:
         self.members.remove(member)
         self._num_dead += 1
-        words = await asyncio.to_thread(member.server.last_words)
+        words = await asyncio.to_thread(member.server.log_end)
         self._count_failure(member.era, f"; the last one {why}{words}")
         logger.warning(f"{self.source.name}: the server at {member.server.url} {why}; it is replaced{words}")
         await asyncio.to_thread(member.server.stop)

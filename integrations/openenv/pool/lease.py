@@ -1,4 +1,4 @@
-"""One episode's session, with its deadlines."""
+"""A lease: one episode's session on a server of the pool, with its deadlines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Lease:
-    """A session that is connected and reset. Whoever took it gives it back with `release`."""
+    """A session that is connected and reset. Its holder gives it back with `release`."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Lease:
         config: OpenEnvConfig,
         on_end: Callable[[Lease], None],
     ) -> None:
-        self._client, self.first = session  # `first`: what reset gave
+        self._client, self.first = session  # `first`: the result of reset
         self.num_steps = 0
         self._fleet = fleet
         self._member = member
@@ -34,26 +34,26 @@ class Lease:
         self._on_end = on_end
         self._began_s = self._used_s = time.monotonic()
         self._stepping = False
-        self._doubted = False  # the pool has been told that this session was lost
+        self._reported_lost = False  # the fleet knows that this session was lost
         self._ended: str | None = None  # why no step is possible any more
         self._closing: asyncio.Task[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(self._seconds_left(), self._watch)
 
     @property
     def url(self) -> str:
-        """Of the server."""
+        """The server's address."""
         return self._member.server.url
 
     async def step(self, action: dict[str, Any]) -> StepResult:
-        """Act. SessionLost: the episode is over; the pool looks after the server by itself."""
+        """Send an action and return its result. SessionLost: the episode is over; the pool examines the server."""
         self.num_steps += 1
-        return await self._asked(self._client.step, action)
+        return await self._request(self._client.step, action)
 
     async def mcp(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Ask the environment's MCP side, such as for tools/list."""
-        return await self._asked(self._client.mcp, method, params)
+        """Return the result of a request to the environment's MCP tools, such as tools/list."""
+        return await self._request(self._client.mcp, method, params)
 
-    async def _asked(self, request: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    async def _request(self, request: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         if self._ended is not None:
             raise SessionLost(self._ended)
         self._stepping = True
@@ -62,7 +62,7 @@ class Lease:
         except SessionLost as lost:
             if self._ended is not None:
                 raise SessionLost(self._ended) from lost
-            self._doubt()
+            self._report_lost()
             raise
         finally:
             self._stepping = False
@@ -76,7 +76,7 @@ class Lease:
             await asyncio.shield(self._closing)
 
     def describe(self) -> str:
-        """Who holds it, for a message."""
+        """Return how long the lease has been held and unused, for a message."""
         now_s = time.monotonic()
         what = "in a step" if self._stepping else "unused"
         return f"{self.num_steps} steps in {now_s - self._began_s:.0f} s, {what} for {now_s - self._used_s:.0f} s"
@@ -86,13 +86,13 @@ class Lease:
         self._timer.cancel()
         got_through = self._client.lost is None
         if not got_through:
-            self._doubt()
+            self._report_lost()
         self._closing = asyncio.get_running_loop().create_task(self._close(got_through))
 
-    def _doubt(self) -> None:
-        if not self._doubted:
-            self._doubted = True
-            self._fleet.doubt(self._member)
+    def _report_lost(self) -> None:
+        if not self._reported_lost:
+            self._reported_lost = True
+            self._fleet.suspect(self._member)
 
     async def _close(self, got_through: bool) -> None:
         try:

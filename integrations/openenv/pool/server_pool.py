@@ -1,7 +1,7 @@
-"""Servers shared by many episodes: started when first needed, more where one is not enough, replaced when they die.
+"""Servers shared by many episodes: started when first needed, more if one is not enough, replaced when they die.
 
-An episode holds a lease (lease.py): a session that is connected and reset. Which server it is on, and when it may be
-opened, the environment's fleet decides (fleet.py); where the server runs, hosting/launch.py. A pool belongs to one
+An episode holds a lease (lease.py): a session that is connected and reset. The environment's fleet (fleet.py) decides
+on which server it is and when it may be opened; hosting/launch.py decides where that server runs. A pool belongs to one
 event loop.
 """
 
@@ -30,11 +30,11 @@ from integrations.openenv.pool.session_budget import SessionBudget
 
 
 class NoFreeSession(OpenEnvError):
-    """All sessions were taken for too long."""
+    """No session came free within openenv.lease_timeout_s."""
 
 
 class ServerPool:
-    """Servers by environment. Closed by `close`, at the latest when Python exits."""
+    """The servers of all environments of a run. `close` stops them; at the latest Python's exit does."""
 
     def __init__(self, config: OpenEnvConfig) -> None:
         self.config = config
@@ -46,7 +46,10 @@ class ServerPool:
         atexit.register(self.stop)
 
     async def lease(self, source: ServerSource, **reset_kwargs: Any) -> Lease:
-        """A session of this environment, connected and reset. First come, first served; NoFreeSession in the end."""
+        """Return a session of this environment, connected and reset, in order of the calls.
+
+        NoFreeSession: none came free within openenv.lease_timeout_s. reset_kwargs: for the server's reset.
+        """
         if self._closed:
             raise OpenEnvError("the server pool is closed")
         fleet = self._fleets.get(source)
@@ -57,14 +60,14 @@ class ServerPool:
             async with asyncio.timeout(self.config.lease_timeout_s):
                 lease = None
                 while lease is None:
-                    lease = await self._opened(fleet, await fleet.place(number), reset_kwargs)
+                    lease = await self._opened(fleet, await fleet.slot(number), reset_kwargs)
         except TimeoutError:
             raise NoFreeSession(self._who_holds_what(source, fleet)) from None
         self._leases[lease] = source
         return lease
 
     async def _opened(self, fleet: Fleet, member: Member, reset_kwargs: dict[str, Any]) -> Lease | None:
-        """None if the server turned out to be full, or if this process has no descriptor for the session."""
+        """Open a session on this server; None if it was full, or if this process has no file descriptor left."""
         try:
             session = await open_session(
                 member.server.url, reset_kwargs, deadline_s=0.0, step_timeout_s=self.config.step_timeout_s
@@ -74,26 +77,26 @@ class ServerPool:
             return None
         except FactoryFailed as failed:
             words = await fleet.why_no_environment(member)
-            fleet.not_opened(member, doubt=True)
+            fleet.not_opened(member, suspect=True)
             raise FactoryFailed(f"{failed}{words}") from failed
         except OutOfDescriptors:
             fleet.out_of_descriptors(member)
             return None
         except BaseException as failed:
-            fleet.not_opened(member, doubt=isinstance(failed, SessionLost))
+            fleet.not_opened(member, suspect=isinstance(failed, SessionLost))
             raise
         fleet.opened(member)
         return Lease(fleet, member, session, self.config, on_end=self._forget)
 
     def is_full(self, source: ServerSource) -> bool:
-        """Whether a lease that waits gets a session only when another one is released."""
+        """Return whether a waiting lease gets a session only when another one is released."""
         return source in self._fleets and self._fleets[source].is_full
 
     def _forget(self, lease: Lease) -> None:
         self._leases.pop(lease, None)
 
     def _who_holds_what(self, source: ServerSource, fleet: Fleet) -> str:
-        holders = [lease.describe() for lease, of in self._leases.items() if of == source]  # the oldest first
+        holders = [lease.describe() for lease, leased in self._leases.items() if leased == source]  # the oldest first
         held = f"; the oldest of {len(holders)} sessions: {'; '.join(holders[:3])}" if holders else ""
         return (
             f"no session came free within {self.config.lease_timeout_s:g} s "
@@ -102,11 +105,11 @@ class ServerPool:
 
     @property
     def num_restarts(self) -> int:
-        """Servers that were started in place of a dead one."""
+        """The number of servers that were started in place of a dead one."""
         return sum(fleet.num_restarts for fleet in self._fleets.values())
 
     def servers(self) -> Iterator[tuple[str, Server]]:
-        """The servers in use, by environment name."""
+        """Yield (environment name, server) of the servers in use."""
         for source, fleet in self._fleets.items():
             for member in fleet.members:
                 yield source.name, member.server
@@ -118,7 +121,7 @@ class ServerPool:
         await asyncio.gather(*(fleet.ended() for fleet in self._fleets.values()))
 
     def stop(self) -> None:
-        """What `close` does, for callers without a loop."""
+        """Do what `close` does, for callers without an event loop."""
         for server in self._end():
             server.stop()
 
@@ -133,7 +136,7 @@ _restarts_of_closed_pools = 0
 
 
 def shared_pool(config: OpenEnvConfig) -> ServerPool:
-    """This process's pool for the running event loop and this configuration."""
+    """Return this process's pool for the running event loop and this configuration, made at the first call."""
     loop = asyncio.get_running_loop()
     for key, (owner, pool) in list(_shared.items()):
         if owner.is_closed():
@@ -146,12 +149,12 @@ def shared_pool(config: OpenEnvConfig) -> ServerPool:
 
 
 def num_server_restarts() -> int:
-    """Servers that this process's shared pools started in place of dead ones. For the run's metrics."""
+    """Return how many servers this process's shared pools started in place of dead ones, for the run's metrics."""
     return _restarts_of_closed_pools + sum(pool.num_restarts for _, pool in _shared.values())
 
 
 async def close_shared_pools() -> None:
-    """Close the shared pools of the running event loop. The entry point's last act."""
+    """Close the shared pools of the running event loop, at the end of a run."""
     loop = asyncio.get_running_loop()
     for key, (owner, pool) in list(_shared.items()):
         if owner is loop:

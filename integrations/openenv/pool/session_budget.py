@@ -1,4 +1,4 @@
-"""How many sessions a pool may hold, by what this process may open: it waits rather than runs into the limit."""
+"""The limit on a pool's sessions by open files: episodes wait before the process runs out of file descriptors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from integrations.openenv.client.descriptors import num_affordable
 
 
 class SessionBudget:
-    """The sessions that all fleets of a pool may hold together. Whoever finds none left waits for `on_free`."""
+    """Counter of the sessions that all fleets of a pool hold together, and their limit.
+
+    A fleet that finds the limit reached waits for its function in `on_free` to be called.
+    """
 
     def __init__(self) -> None:
         self.num_open = 0
         self.most = self._planned = num_affordable()
         self.on_free: list[Callable[[], None]] = []
-        self._said = False
+        self._warned = False
 
     @property
     def is_used_up(self) -> bool:
@@ -33,18 +36,18 @@ class SessionBudget:
                 notify()
 
     def shrink(self) -> None:
-        """A session could not be opened for want of descriptors: those that are open now are the most for a while."""
+        """Lower the limit to the sessions open now, after one could not be opened for want of descriptors."""
         self.most = max(1, self.num_open - 1)
 
     def grow(self) -> None:
-        """A session was opened: whoever took the descriptors that we had planned with may have given them back."""
+        """Raise a lowered limit by one after a session was opened: descriptors used elsewhere may be free again."""
         if self.most is not None and self._planned is not None:
             self.most = min(self._planned, self.most + 1)
 
-    def say_once(self) -> None:
-        """Tell the user, once, why episodes wait though servers have places."""
-        if not self._said:
-            self._said = True
+    def warn_once(self) -> None:
+        """Log, once, why episodes wait although servers have free slots."""
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 f"{self.describe()}; further episodes wait for their turn. Raise the hard limit (ulimit -Hn) to play "
                 "more at once"

@@ -1,7 +1,7 @@
-"""The environments' own servers. `python -m integrations.openenv.servers.echo_env --port 8000` runs one by hand.
+"""Our own servers of the environments. `python -m integrations.openenv.servers.echo_env --port 8000` runs one by hand.
 
-openenv.core imports gradio, for a web page that is not served here, and that alone costs two of three seconds. Where
-gradio cannot be imported openenv does without it; so it is kept out, of the processes that import this package.
+openenv.core imports gradio for a web page that is not served here, which takes two of the three seconds of a start. It
+works without gradio, so this package blocks that import in every process that imports it.
 """
 
 import sys

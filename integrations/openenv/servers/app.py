@@ -1,4 +1,4 @@
-"""Serve an OpenEnv environment that somebody else wrote, unmodified: a folder made by `openenv init`, or module:app.
+"""Server for an OpenEnv environment of other authors, unmodified: a folder made by `openenv init`, or module:app.
 
 python -m integrations.openenv.servers.app ./my_env --port 8000
 python -m integrations.openenv.servers.app my_package.server.app:app
@@ -17,12 +17,12 @@ import yaml
 
 from integrations.openenv.servers.serving import serve_as, server_parser
 
-WITH_GRADIO = "SKYRL_SERVE_WITH_GRADIO"  # most apps do without, as ours do (servers/__init__.py); the rest start again
+WITH_GRADIO = "SKYRL_SERVE_WITH_GRADIO"  # set when an app that needs gradio (see servers/__init__.py) is started again
 DEFAULT_APP = "server.app:app"
 
 
 def load_app(target: str) -> Any:
-    """The ASGI app of a folder or of module:attribute. ValueError says what is missing."""
+    """Return the ASGI app of a folder or of module:attribute; ValueError says what is missing."""
     folder = Path(target)
     if not folder.is_dir():
         return _attribute(target)
@@ -46,7 +46,7 @@ def load_app(target: str) -> Any:
 
 
 def _app_of(folder: Path) -> str:
-    """`app` of openenv.yaml."""
+    """Return `app` of the folder's openenv.yaml, or DEFAULT_APP."""
     settings = folder / "openenv.yaml"
     read = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
     app = read.get("app", DEFAULT_APP) if isinstance(read, dict) else None
@@ -75,7 +75,7 @@ def main() -> None:
         if WITH_GRADIO in os.environ:
             del sys.modules["gradio"]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the announcement of the address
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is only for the server's address
                 return load_app(arguments.target)
         except (ValueError, ImportError) as wrong:
             if "gradio" in str(wrong) and WITH_GRADIO not in os.environ:

@@ -1,6 +1,6 @@
 """The Atari environment's server: 104 games of the Atari 2600, on ale-py.
 
-Same wire format, reward and environment variables as the official image. Beyond it, `reset` takes a seed and every
+It has the official image's wire format, reward and environment variables. In addition, `reset` takes a seed and every
 option of `GameOptions`; the same seed, options and actions give the same observations and rewards. A step after the
 end of an episode changes nothing: the same observation again, done, reward 0.
 """
@@ -25,7 +25,7 @@ STEP_TIMEOUT_S = 25.0  # a thousand frames take 0.05 s
 
 
 class AtariAction(Action):
-    """The action's place among the legal ones. The other fields are the official client's, and have no effect."""
+    """An action by its index among the legal ones. The other fields are sent by the official client and ignored."""
 
     action_id: int
     game_name: str = "pong"
@@ -34,7 +34,7 @@ class AtariAction(Action):
 
 
 class AtariObservation(Observation):
-    """The screen or the memory as flat numbers, row by row; its shape; and where the game stands."""
+    """The screen or the memory as flat numbers, row by row, with its shape, and the state of the game."""
 
     screen: list[int]
     screen_shape: list[int]
@@ -45,7 +45,7 @@ class AtariObservation(Observation):
 
 
 class AtariState(State):
-    """The common state, and how the game is played."""
+    """OpenEnv's common state and the game's options."""
 
     game_name: str = "pong"
     obs_type: ObsType = "rgb"
@@ -57,7 +57,7 @@ class AtariState(State):
 
 
 class AtariEnvironment(Environment[AtariAction, AtariObservation, AtariState]):
-    """One session: a console in a process of its own."""
+    """One session, whose console runs in its own worker process."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -74,12 +74,12 @@ class AtariEnvironment(Environment[AtariAction, AtariObservation, AtariState]):
         if self._worker is None:
             self._worker = self._nursery.worker()
         self._state = _state(self._options, episode_id)
-        return self._ask({"reset": asdict(self._options), "seed": seed})
+        return self._request({"reset": asdict(self._options), "seed": seed})
 
     def step(self, action: AtariAction, timeout_s: float | None = None, **kwargs: Any) -> AtariObservation:
         if self._worker is None:
             raise RuntimeError("atari_env: no game is running; reset first")
-        observation = self._ask({"act": action.action_id})
+        observation = self._request({"act": action.action_id})
         self._state.step_count += 1
         return observation
 
@@ -92,9 +92,9 @@ class AtariEnvironment(Environment[AtariAction, AtariObservation, AtariState]):
     def state(self) -> AtariState:
         return self._state
 
-    def _ask(self, question: dict[str, Any]) -> AtariObservation:
+    def _request(self, request: dict[str, Any]) -> AtariObservation:
         assert self._worker is not None
-        answer = self._worker.ask(question, STEP_TIMEOUT_S)
+        answer = self._worker.ask(request, STEP_TIMEOUT_S)
         if answer is None:
             self.close()
             raise RuntimeError(f"atari_env: the emulator of {self._options.game} died; reset begins with a new one")
@@ -107,7 +107,7 @@ class AtariEnvironment(Environment[AtariAction, AtariObservation, AtariState]):
 
 
 def options_of(variables: Mapping[str, str]) -> GameOptions:
-    """The official image's environment variables and their defaults."""
+    """Return the options in the official image's environment variables, with its defaults."""
     values: dict[str, Any] = {
         "game": variables.get("ATARI_GAME", "pong"),
         "obs_type": variables.get("ATARI_OBS_TYPE", "rgb"),

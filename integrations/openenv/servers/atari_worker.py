@@ -1,10 +1,12 @@
-"""What a session's worker does: it runs one Atari console. ale-py keeps Python's lock while it emulates, and ends the
-process for some ROMs, so every session has a process of its own.
+"""Worker of one session, which runs one Atari console.
+
+ale-py holds Python's global lock while it emulates, and ends the process for some ROMs, so each session has its own
+process.
 
     {"reset": {...options...}, "seed": 7}   a console with this game, freshly loaded
     {"act": 2}                              one action, held for `frameskip` frames
 
-Both are answered with the fields of an observation, or {"refused": why}.
+Both requests are answered with the fields of an observation, or {"refused": why}.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ ALEInterface.setLoggerMode(LoggerMode.Error)
 
 
 class Refused(ValueError):
-    """The game cannot be played like this."""
+    """The game cannot be played with these options or this action."""
 
 
 class Console:
     """One episode. The same options, seed and actions give the same observations and rewards.
 
-    A console is loaded anew for each episode: after `reset_game` many games remember what was played before.
+    Each episode loads a new console, because many games keep state over `reset_game`.
     """
 
     def __init__(self, options: GameOptions, seed: int | None) -> None:
@@ -53,7 +55,10 @@ class Console:
         self._num_steps = 0
 
     def act(self, action_id: int) -> dict[str, Any]:
-        """Afterwards, when the episode is over, nothing moves and nothing is paid."""
+        """Hold an action for `frameskip` frames and return the observation.
+
+        After the end of the episode nothing moves and the reward is 0.
+        """
         if not 0 <= action_id < len(self._actions):
             raise Refused(f"action_id={action_id} must be from 0 to {len(self._actions) - 1}")
         reward = 0.0
@@ -82,7 +87,10 @@ class Console:
         }
 
     def _hold(self, action: Action, num_frames: int) -> float:
-        """The points of these frames. Sticky actions are decided frame by frame (Machado et al. 2018, section 5.2)."""
+        """Hold an action and return the points of these frames.
+
+        Sticky actions are drawn frame by frame (Machado et al. 2018, section 5.2).
+        """
         points = 0
         for _ in range(num_frames):
             if not self._random.random() < self.options.repeat_action_probability:
@@ -93,7 +101,7 @@ class Console:
         return float(points)
 
     def _play_before_the_episode(self) -> None:
-        """So that seeds differ. A game that ends meanwhile begins again."""
+        """Play random frames, so that seeds lead to different episodes. A game that ends meanwhile begins again."""
         for _ in range(self._random.randint(0, self.options.noops)):
             self._ale.act(Action.NOOP)
         action = Action.NOOP
@@ -119,15 +127,15 @@ class Console:
 def make_answer(_: None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     console: Console | None = None
 
-    def answer(question: dict[str, Any]) -> dict[str, Any]:
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal console
         try:
-            if "reset" in question:
-                options = read_options(GameOptions, question["reset"], "atari_env")
-                console = Console(options, question["seed"])
+            if "reset" in request:
+                options = read_options(GameOptions, request["reset"], "atari_env")
+                console = Console(options, request["seed"])
                 return console.observed(0.0)
             assert console is not None
-            return console.act(question["act"])
+            return console.act(request["act"])
         except Refused as refused:
             return {"refused": str(refused)}
 

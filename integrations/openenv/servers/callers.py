@@ -1,7 +1,7 @@
-"""Who may talk to a local server: programs that name it as this machine does, and no page of another site.
+"""Check of the Host and Origin headers, so that no web page of another site can use a local server.
 
-A page in the user's browser can reach every port of this machine. What it asks for carries its Origin; where it made
-its own name point here (DNS rebinding), the Host is that name. The protocol has no password, so both are looked at.
+A page in the user's browser can reach every port of this machine. Its requests carry its Origin; if it made its own
+name point here (DNS rebinding), their Host is that name. The protocol has no password, so both headers are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def for_local_callers(app: App, bound_host: str | None, allowed: Collection[str] = ()) -> App:
-    """The app behind a check of Host and Origin. bound_host: the address that is listened on; None: a file."""
+    """Return the app behind a check of Host and Origin.
+
+    bound_host: the address that the server listens on; None for a socket file. allowed: further names of this machine.
+    """
     names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in allowed)}
     if bound_host:
         names.add(bound_host.lower())
@@ -51,7 +54,11 @@ def _values(scope: Any, name: bytes) -> list[str]:
 
 
 def _is_ours(host: str, bound_host: str, names: Collection[str]) -> bool:
-    """An address cannot be a page's name. On other than loopback, names without a dot are those of one network."""
+    """Return whether a Host header names this server.
+
+    An IP address always does, because a page cannot be named by one. Unless the server listens on loopback only, names
+    without a dot do too: they belong to the local network.
+    """
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -1,7 +1,7 @@
-"""The coding environment's server: it runs small Python programs and says what they printed.
+"""The coding environment's server: it runs small Python programs and returns their output.
 
-Same wire format and same reward as the official image. That reward looks at the text of the program only, not at what
-it does: -1 for a forbidden pattern, +0.1 for being short, -0.2 for not being Python.
+It has the official image's wire format and reward. That reward depends on the text of the program only, not on what it
+does: -1 for a forbidden pattern, +0.1 for being short, -0.2 for not being Python.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SERVERS = Path(__file__).parent
 
 
 class CodeAction(Action):
-    """A program to run. Variables stay for the next one."""
+    """A program to run. Its variables are kept for the next one."""
 
     code: str
 
 
 class CodeObservation(Observation):
-    """What the program printed, or how it failed."""
+    """The program's output, or its error."""
 
     stdout: str = ""
     stderr: str = ""
@@ -44,13 +44,13 @@ class CodeObservation(Observation):
 
 
 class CodeState(State):
-    """The common state, and how the last program ended."""
+    """OpenEnv's common state and the exit code of the last program."""
 
     last_exit_code: int = 0
 
 
 class CodingEnvironment(Environment[CodeAction, CodeObservation, CodeState]):
-    """One session: an interpreter in a process of its own."""
+    """One session, whose interpreter runs in its own worker process."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -90,7 +90,7 @@ class CodingEnvironment(Environment[CodeAction, CodeObservation, CodeState]):
 
 
 def official_reward(code: str) -> float:
-    """The official environment's reward. It pays 0.1 for `1/0` too."""
+    """Return the official environment's reward, which does not depend on the result: 0.1 for `1/0` too."""
     reward = FORBIDDEN_REWARD if FORBIDDEN.search(code) else 0.0
     if len(code.strip()) <= SHORT_CHARS:
         reward += SHORT_REWARD

@@ -1,8 +1,8 @@
-"""The echo environment's server: it says back what it is told.
+"""The echo environment's server: it returns the message that it is sent.
 
-Same wire format as the official image: the tools echo_message(message) and echo_with_length(message), called with
+It has the official image's wire format: the tools echo_message(message) and echo_with_length(message), called with
 {"type": "call_tool", "tool_name": ..., "arguments": {...}}, reward None, never done. The older form {"message": ...}
-is understood as well and answered as it was then: echoed_message, message_length and reward 0.1 per character.
+is also accepted and answered as those servers did: echoed_message, message_length and reward 0.1 per character.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from integrations.openenv.servers.serving import serve
 
 
 class MessageAction(Action):
-    """The older form of an action."""
+    """An action in the form of servers before 2026."""
 
     message: str
 
 
 class MessageObservation(Observation):
-    """The answer to the older form."""
+    """The answer to a MessageAction."""
 
     echoed_message: str
     message_length: int
 
 
 class EchoAction(CallToolAction):
-    """Whichever of the three actions a frame holds; its schema is that of a tool call."""
+    """Parses a frame as one of the three actions; its schema is that of a tool call."""
 
     model_config = ConfigDict(title="CallToolAction")
 
@@ -65,8 +65,7 @@ TOOLS = {"echo_message": echo_message, "echo_with_length": echo_with_length}
 class EchoEnvironment(MCPEnvironment):
     """Two tools and a step count.
 
-    A call that is right is answered here, in the form that FastMCP gives it and in a tenth of the time; one that is
-    not, FastMCP answers.
+    A valid call is answered here, in FastMCP's form and in a tenth of its time; FastMCP answers an invalid one.
     """
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -104,7 +103,7 @@ class EchoEnvironment(MCPEnvironment):
 
 @cache
 def _tool_server() -> FastMCP:
-    """One for all sessions: the tools remember nothing."""
+    """Return one server for all sessions, because the tools have no state."""
     server = FastMCP("echo_env")
     for tool in TOOLS.values():
         server.tool(tool)
@@ -118,7 +117,7 @@ def _is_right(action: CallToolAction) -> bool:
 
 
 def _result(action: CallToolAction) -> dict[str, Any]:
-    """What the tool returns: as text, and as data. MCP wraps what is not an object: {"result": ...}."""
+    """Return the result of a tool as text and as data. MCP wraps a result that is no object: {"result": ...}."""
     returned = TOOLS[action.tool_name](**action.arguments)
     is_object = isinstance(returned, dict)
     text = json.dumps(returned, ensure_ascii=False, separators=(",", ":")) if is_object else returned

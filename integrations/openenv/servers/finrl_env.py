@@ -1,10 +1,10 @@
 """The stock trading environment's server: FinRL's StockTradingEnv by its published rules, without FinRL.
 
-Same wire format as the official server: actions in; state [cash, prices, shares, indicators], portfolio_value and date
+It has the official server's wire format: actions in; state [cash, prices, shares, indicators], portfolio_value and date
 out; reward = change of the portfolio's value * reward_scaling; done on the last day; GET /config; FINRL_CONFIG_PATH
 names a JSON file with FinRL's own keys, whose values are then the defaults.
 
-What differs, on purpose:
+It differs on purpose in these points:
 - Actions outside [-1, 1] are cut to it, as FinRL's action space says; its step buys 50 times hmax for 50.0.
 - The step that reaches the last day is done. FinRL needs one call more, trades nothing in it and repeats the last
   reward, so that an episode's sum counts it twice. A step after the end answers done again, with reward 0.
@@ -29,7 +29,7 @@ from integrations.openenv.servers.serving import serve
 from integrations.openenv.servers.stock_market import Market
 from integrations.openenv.servers.stock_prices import Window, draw_window, price_table
 
-# FinRL's name of a setting: ours.
+# FinRL's names of settings, and ours.
 FINRL_KEYS = {
     "data_path": "prices",
     "stock_dim": "num_stocks",
@@ -41,17 +41,17 @@ FINRL_KEYS = {
     "reward_scaling": "reward_scaling",
     "tech_indicator_list": "indicators",
 }
-DERIVED_KEYS = ("state_space", "action_space")  # they follow from the others
+DERIVED_KEYS = ("state_space", "action_space")  # computed from the others
 
 
 class FinRLAction(Action):
-    """One number per stock in [-1, 1]: below 0 sells, above 0 buys, 1 is as many shares as hmax says."""
+    """One number in [-1, 1] per stock: times hmax, the shares to buy, or to sell if it is negative."""
 
     actions: list[float]
 
 
 class FinRLObservation(Observation):
-    """[cash, prices, shares held, indicators], what it is all worth, and the day."""
+    """`state` is [cash, prices, shares held, indicators]; with the portfolio's value and the day."""
 
     state: list[float]
     portfolio_value: float
@@ -59,7 +59,7 @@ class FinRLObservation(Observation):
 
 
 class FinRLEnvironment(Environment[FinRLAction, FinRLObservation, State]):
-    """One session. A step costs microseconds, so the sessions' threads share one process."""
+    """One session. A step takes microseconds, so all sessions run in threads of one process."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -71,7 +71,10 @@ class FinRLEnvironment(Environment[FinRLAction, FinRLObservation, State]):
         self._state = State(episode_id=str(uuid.uuid4()))
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **options: Any) -> FinRLObservation:
-        """`options`: those of FinRLOptions. The seed draws what they leave open: the first day, the stocks."""
+        """Start an episode.
+
+        `options`: fields of FinRLOptions. The seed draws the first day and the stocks if not given.
+        """
         chosen = read_options(FinRLOptions, {**self._defaults, **options}, "finrl_env")
         self._market = new_market(chosen, draw_window(chosen, seed))
         self._options = chosen
@@ -111,7 +114,10 @@ class FinRLEnvironment(Environment[FinRLAction, FinRLObservation, State]):
 
 
 def new_market(options: FinRLOptions, window: Window) -> Market:
-    """hmax=0: an action of 1 spends an equal part of the initial cash, so that buying every stock spends all of it."""
+    """Return the market at the start of an episode.
+
+    With hmax=0 an action of 1 spends an equal part of the initial cash, so that buying every stock spends all of it.
+    """
     num, first = len(window.stocks), window.closes[0]
     buy_costs = per_stock("buy_cost_pct", options.buy_cost_pct, num)
     limits = [options.hmax] * num
@@ -131,7 +137,7 @@ def new_market(options: FinRLOptions, window: Window) -> Market:
 
 
 def per_stock(name: str, value: float | tuple[float, ...], num: int) -> list[float]:
-    """A number for all stocks, or one number for each."""
+    """Return one number per stock, from one for all or a tuple with one for each; ValueError if the length is wrong."""
     if not isinstance(value, tuple):
         return [float(value)] * num
     if len(value) != num:
@@ -140,9 +146,9 @@ def per_stock(name: str, value: float | tuple[float, ...], num: int) -> list[flo
 
 
 def default_options(config_path: str | None) -> dict[str, Any]:
-    """What an episode is like where reset does not say: our own defaults, or those of a FinRL configuration.
+    """Return the defaults of reset's options: {} for our own, or those of a FinRL configuration.
 
-    FinRL plays the whole file, all of its stocks, and decides every day.
+    As in FinRL, an episode of such a configuration spans the whole file with all its stocks and a decision every day.
     """
     if not config_path:
         return {}
@@ -161,7 +167,7 @@ def default_options(config_path: str | None) -> dict[str, Any]:
 
 
 def public_config(options: FinRLOptions) -> dict[str, Any]:
-    """What GET /config answers, with the official names."""
+    """Return the answer of GET /config, with the official names."""
     stocks = len(options.stocks) or options.num_stocks
     return {
         "stock_dim": stocks,

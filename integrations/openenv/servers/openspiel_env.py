@@ -1,10 +1,10 @@
 """The server of OpenSpiel: catch, tic_tac_toe, kuhn_poker, cliff_walking, 2048, blackjack, and other turn-based games.
 
-Same wire format, rewards and environment variables as the official image. What it does beyond: reset takes a seed and
-the options, and the seed fixes chance and opponents; an illegal action is refused (it would crash the engine); a step
-after the end says done again, with reward 0; `text` and `legal_names` say what the player sees in the engine's words.
+It has the official image's wire format, rewards and environment variables. In addition, reset takes a seed, which fixes
+chance and opponents, and the options; an illegal action is refused (it would crash the engine); a step after the end
+answers done again, with reward 0; `text` and `legal_names` describe the position in the engine's words.
 
-A move takes microseconds, less than the protocol around it, so all sessions share this process.
+A move takes microseconds, less than the protocol, so all sessions share this process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from integrations.openenv.servers.serving import serve
 
 
 class OpenSpielAction(Action):
-    """A move: one of the observation's legal_actions. The other two fields are the official ones and have no effect."""
+    """A move: one of the observation's legal_actions. The official client's other fields are ignored."""
 
     action_id: int
     game_name: str = "catch"
@@ -30,7 +30,7 @@ class OpenSpielAction(Action):
 
 
 class OpenSpielObservation(Observation):
-    """What the player sees. The last three fields are ours."""
+    """A player's observation. The official image does not have the last three fields."""
 
     info_state: list[float]
     legal_actions: list[int]
@@ -39,11 +39,11 @@ class OpenSpielObservation(Observation):
     opponent_last_action: int | None = None
     text: str = ""  # the engine's text of what this player may know
     legal_names: list[str] = Field(default_factory=list)  # of legal_actions
-    lowest_return: float | None = None  # no episode of this game pays less
+    lowest_return: float | None = None  # the least that an episode of this game can pay
 
 
 class OpenSpielState(State):
-    """The common state, and which game it is."""
+    """OpenEnv's common state and the game's setup."""
 
     game_name: str = "catch"
     agent_player: int = 0
@@ -53,7 +53,7 @@ class OpenSpielState(State):
 
 
 class OpenSpielEnvironment(Environment[OpenSpielAction, OpenSpielObservation, OpenSpielState]):
-    """One session: one player of one game. Opponents move at once."""
+    """One session: one player of one game. Opponents move within the player's step."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -72,7 +72,7 @@ class OpenSpielEnvironment(Environment[OpenSpielAction, OpenSpielObservation, Op
         game_params: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> OpenSpielObservation:
-        """A new game. What is left out comes from OPENSPIEL_GAME, _OPPONENT_POLICY and _AGENT_PLAYER."""
+        """Start a game. Defaults come from OPENSPIEL_GAME, OPENSPIEL_OPPONENT_POLICY and OPENSPIEL_AGENT_PLAYER."""
         if unknown:
             options = "seed, episode_id, game, opponent, agent_player and game_params"
             raise ValueError(f"openspiel_env: reset takes {options}, not {', '.join(sorted(unknown))}")

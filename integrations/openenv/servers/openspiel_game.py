@@ -1,9 +1,9 @@
-"""One game of OpenSpiel, played by one player against chance and seeded opponents.
+"""A game of OpenSpiel, played by one player against chance and seeded opponents.
 
     python -m integrations.openenv.servers.openspiel_game '{"game": "catch", "game_params": {"rows": 4}}'
 
-plays one game at random and prints nothing if that went well: a trial, because parameters that the engine does not
-check can crash it (catch with 0 rows does), and a crash would take every session of the server with it.
+plays one game at random and prints nothing if that succeeded. It is a trial: parameters that the engine does not check
+can crash it (catch with 0 rows does), and a crash of the server would end all its sessions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ONE_TRIAL = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a game is played with."""
+    """The game, its parameters, the player's number and the opponents' policy."""
 
     game: str
     game_params: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Play:
         self._let_others_move()
 
     def move(self, action: int) -> None:
-        """The player's move, and then everyone else's until it is the player's turn again."""
+        """Play the player's move, then all others until it is the player's turn again; ValueError if it is illegal."""
         legal = self.legal_actions
         if action not in legal:
             raise ValueError(f"action_id={action} is not legal in {self.setup.game} now; legal: {legal}")
@@ -86,7 +86,7 @@ class Play:
 
     @property
     def reward(self) -> float:
-        """The player's, for the last move that was made."""
+        """The player's reward for the last move that was made; 0 if the engine's is not finite."""
         reward = float(self._state.rewards()[self.setup.agent_player])
         return reward if math.isfinite(reward) else 0.0
 
@@ -106,7 +106,7 @@ class Play:
 
     @property
     def text(self) -> str:
-        """What this player may know; the state's own text would show the others' cards."""
+        """The engine's text of what this player may know: the state's own text would show the others' cards."""
         return "" if self._strings is None else str(getattr(self._state, self._strings)(self.setup.agent_player))
 
     def name_of(self, action: int) -> str:
@@ -136,11 +136,11 @@ class Play:
 
 
 def play_of(*, game: str, game_params: dict[str, Any], agent_player: int, opponent: str, seed: int | None) -> Play:
-    """A started game; ValueError says which option is wrong and what there is."""
+    """Start a game; ValueError says which option is wrong and which values there are."""
     setup = Setup(game, game_params, agent_player, opponent)
     kind = _sequential_game(game)
     params = dict(game_params)
-    if seed is not None and "rng_seed" in kind.parameter_specification:  # such a game draws numbers of its own
+    if seed is not None and "rng_seed" in kind.parameter_specification:  # such a game has its own random numbers
         params.setdefault("rng_seed", Random(f"engine {seed}").randrange(1, 2**31))
     if game not in DOCUMENTED or game_params:
         _check_by_trial(json.dumps({"game": game, "game_params": game_params}, sort_keys=True))
@@ -148,7 +148,7 @@ def play_of(*, game: str, game_params: dict[str, Any], agent_player: int, oppone
 
 
 def _sequential_game(name: str) -> Any:
-    """The type of a turn-based game; ValueError names the nearest ones."""
+    """Return the engine's type of a turn-based game; ValueError names the nearest ones."""
     kinds = {kind.short_name: kind for kind in pyspiel.registered_games()}
     playable = [name for name, kind in kinds.items() if kind.dynamics == pyspiel.GameType.Dynamics.SEQUENTIAL]
     if name in playable:
@@ -176,7 +176,7 @@ def _loaded(game: str, params: dict[str, Any]) -> Any:
 
 
 def _tensor_name(game: Any) -> str | None:
-    """The engine's method that gives a player's numbers, the same that its own RL environment takes."""
+    """Return the name of the engine's method for a player's tensor, chosen as in its own RL environment."""
     kind = game.get_type()
     if kind.provides_information_state_tensor:
         return "information_state_tensor"
@@ -191,7 +191,7 @@ def _string_name(game: Any) -> str | None:
 
 
 def _check_by_trial(words: str) -> None:
-    """Play a trial game in a process of its own, once for all sessions; ValueError says how it ended badly."""
+    """Play a trial game in a separate process, once for all sessions; ValueError says how it failed."""
     with _ONE_TRIAL:
         complaint = _complaint(words)
     if complaint is not None:

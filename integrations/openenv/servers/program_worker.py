@@ -1,4 +1,4 @@
-"""What a session's worker does: it runs programs in smolagents' interpreter, after giving up every right it can."""
+"""Worker of one session: it runs programs in smolagents' interpreter, after giving up every right it can."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from smolagents.local_python_executor import BASE_BUILTIN_MODULES, InterpreterEr
 from integrations.openenv.servers.programs import CPU_LIMIT_S, MAX_OUTPUT_CHARS, WALL_LIMIT_S, capped
 from skyrl_gym.walls.confinement import confine
 
-ALLOWED_IMPORTS = ["json"]  # beside smolagents' own: collections datetime itertools math queue random re stat ...
+ALLOWED_IMPORTS = ["json"]  # besides smolagents' own: collections datetime itertools math queue random re stat ...
 
 for module in (*BASE_BUILTIN_MODULES, *ALLOWED_IMPORTS):
-    __import__(module)  # a worker cannot open a file any more
+    __import__(module)  # now, because a confined worker cannot open files
 
 
 def make_answer(seed: int | None) -> Callable[[str], dict[str, Any]]:
-    """seed: of Python's `random`. Variables last from program to program."""
+    """Return the function that runs a program; variables are kept from one program to the next.
+
+    seed: for Python's `random`.
+    """
     executor = LocalPythonExecutor(ALLOWED_IMPORTS, max_print_outputs_length=MAX_OUTPUT_CHARS, timeout_seconds=None)
     tools: dict[str, Any] = {  # the two helpers that the official environment offers to programs
         "format_exc": traceback.format_exc,
@@ -44,10 +47,10 @@ def make_answer(seed: int | None) -> Callable[[str], dict[str, Any]]:
 
 
 def run_program(executor: LocalPythonExecutor, code: str) -> dict[str, Any]:
-    """stdout is what was printed, then the value of the last statement as JSON, as in the official environment.
+    """Return the output of a program: what it printed, then the value of its last statement as JSON.
 
-    What a program raises comes out as InterpreterError, except for what ends a process; a program that raises anything
-    stranger than these ends its own worker.
+    An exception of a program becomes InterpreterError, except for those that end a process; any other kind of exception
+    ends the worker.
     """
     try:
         result = executor(code)
@@ -60,7 +63,7 @@ def run_program(executor: LocalPythonExecutor, code: str) -> dict[str, Any]:
 
 
 def set_clocks(cpu_s: float, wall_s: float) -> None:
-    """SIGPROF and SIGALRM end a process that does not expect them, in the middle of C code too. 0: no clock."""
+    """Set timers whose signals (SIGPROF, SIGALRM) kill this process, even within C code. 0 stops a timer."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     signal.setitimer(signal.ITIMER_REAL, wall_s)
 

@@ -1,7 +1,7 @@
-"""Programs of a coding session, as the server sees them: what each did, in a worker that it cannot leave.
+"""The server's side of a coding session: it runs programs in a sandboxed worker and checks the worker's answers.
 
-smolagents' interpreter is no wall by itself: its time limit does not stop a running program, it has no limit on
-memory, and it can be left. So a program is taken to own its worker, and what the worker says is checked.
+smolagents' interpreter is no sandbox: its time limit does not stop a running program, it has no limit on memory, and
+programs can escape from it. So a program is assumed to control its worker, whose answers are not trusted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from skyrl_gym.walls.nursery import Nursery, Worker
 WORKER_MODULE = "integrations.openenv.servers.program_worker"
 MAX_OUTPUT_CHARS = 50_000  # of each of stdout and stderr
 CPU_LIMIT_S = 5.0  # of one program
-WALL_LIMIT_S = 10.0  # of one program, asleep or starved as well
-PATIENCE_S = 2 * WALL_LIMIT_S  # a program that left the interpreter can stop its worker's clocks, not this one
+WALL_LIMIT_S = 10.0  # of one program, sleeping and waiting for a CPU included
+PATIENCE_S = 2 * WALL_LIMIT_S  # the server's own limit: an escaped program can stop its worker's timers
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a program did. exit_code 1: it raised, or broke a limit."""
+    """The result of a program. exit_code 1: it raised, or exceeded a limit."""
 
     stdout: str
     stderr: str
@@ -31,7 +31,7 @@ class Outcome:
 
 
 class Session:
-    """Programs one after another in one worker, with a new worker where the last one died."""
+    """Runs programs one after another in one worker, and in a new worker after the last one died."""
 
     def __init__(self, nursery: Nursery) -> None:
         self._nursery = nursery
@@ -51,14 +51,14 @@ class Session:
             raise RuntimeError("the process that workers are forked from died, and they with it")
         return Outcome(
             stdout="",
-            stderr=f"The program was stopped after {seconds:.1f} s: it may use {CPU_LIMIT_S:g} s of processor time, "
+            stderr=f"The program was stopped after {seconds:.1f} s: it may use {CPU_LIMIT_S:g} s of CPU time, "
             f"{WALL_LIMIT_S:g} s in all and {MEMORY_LIMIT_BYTES // 2**20} MB, and all sessions together "
-            f"{memory_of_programs() // 2**20} MB, of which the largest gives way. Its variables are gone.",
+            f"{memory_of_programs() // 2**20} MB, above which the largest is stopped. Its variables are gone.",
             exit_code=1,
         )
 
     def reset(self, seed: int | None) -> None:
-        """Forget every variable."""
+        """Forget every variable: the next program runs in a new worker, with this seed."""
         self.close()
         self._seed = seed
 
@@ -69,7 +69,7 @@ class Session:
 
 
 def checked_outcome(answer: Any) -> Outcome | None:
-    """None if this is not what an honest worker says."""
+    """Return a worker's answer as an Outcome; None if it has another form, which only an escaped program sends."""
     match answer:
         case {"stdout": str(stdout), "stderr": str(stderr), "exit_code": 0 | 1 as exit_code}:
             outcome = Outcome(_printable(stdout), _printable(stderr), int(exit_code))
@@ -79,11 +79,11 @@ def checked_outcome(answer: Any) -> Outcome | None:
 
 
 def capped(text: str) -> str:
-    """What a worker says of a long text."""
+    """Return the text, cut to MAX_OUTPUT_CHARS characters with a note of its length."""
     text = _printable(text)
     return text if len(text) <= MAX_OUTPUT_CHARS else f"{text[:MAX_OUTPUT_CHARS]}\n... ({len(text)} characters)"
 
 
 def _printable(text: str) -> str:
-    """Without lone surrogates, which no socket takes."""
+    """Return the text without lone surrogates, which a socket cannot send."""
     return text.encode(errors="replace").decode()

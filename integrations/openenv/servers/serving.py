@@ -1,4 +1,4 @@
-"""How each of our servers runs: bind first, announce the real address, serve, and never outlive the parent."""
+"""The main loop of our servers: bind, print the real address, serve, and end with the parent process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-DESCRIPTORS_PER_SESSION = 4  # a connection, and the pipes of a worker
+DESCRIPTORS_PER_SESSION = 4  # a connection and the sockets of a worker
 
 
 def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
@@ -31,7 +31,7 @@ def serve(make_app: Callable[[int], FastAPI], description: str) -> None:
 
 
 def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) -> None:
-    """The same, with a command line that is parsed already."""
+    """Serve `make_app(max_sessions)` until killed, as the parsed command line says."""
     if arguments.exit_with_parent:
         exit_with_parent()
     if arguments.accept_unsafe:
@@ -40,7 +40,7 @@ def serve_as(arguments: argparse.Namespace, make_app: Callable[[int], FastAPI]) 
     app = make_app(_affordable(arguments.max_sessions))
     write_nan_as_such()
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
-    sys.stdout = sys.stderr  # the announcement is the only line on stdout
+    sys.stdout = sys.stderr  # the address is the only line on stdout
     import uvicorn
 
     config: dict[str, Any] = {"log_level": "warning", "ws_ping_interval": None, "ws_per_message_deflate": False}
@@ -61,7 +61,7 @@ def write_nan_as_such() -> None:
 
 
 def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:
-    """openenv-core also closes connections that their client has closed: no error, and no page in the log for each."""
+    """Return the app without the exception that openenv-core raises when it closes an already closed connection."""
     from starlette.websockets import WebSocketDisconnect
 
     async def served(scope: Any, receive: Any, send: Any) -> None:
@@ -72,7 +72,7 @@ def _without_late_closes(app: Any) -> Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def _affordable(max_sessions: int) -> int:
-    """As many sessions as were asked for, if the limit of open files allows them."""
+    """Return the smaller of `max_sessions` and the sessions that the limit of open files allows."""
     most = num_affordable(DESCRIPTORS_PER_SESSION)
     if most is None or most >= max_sessions:
         return max_sessions
@@ -82,10 +82,10 @@ def _affordable(max_sessions: int) -> int:
 
 def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:
     if arguments.uds:
-        Path(arguments.uds).unlink(missing_ok=True)  # what a killed server left
+        Path(arguments.uds).unlink(missing_ok=True)  # left by a killed server
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(arguments.uds)
-        Path(arguments.uds).chmod(0o666)  # in a container we are another user; who reaches it, the folder decides
+        Path(arguments.uds).chmod(0o666)  # a container has another user; the folder's mode decides who may connect
         listening.listen(1024)
         return listening, f"unix:{arguments.uds}"
     listening = socket.create_server((arguments.host, arguments.port), backlog=1024)
@@ -94,9 +94,9 @@ def _bound(arguments: argparse.Namespace) -> tuple[socket.socket, str]:
 
 
 def exit_with_parent() -> None:
-    """Die when the parent does, however it dies: its end of our stdin closes. Linux also sends a signal."""
+    """Make this process end when its parent ends, however it ends: then stdin closes. Linux also sends a signal."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # the kernel ends a server before the trainer when memory is out
+        with contextlib.suppress(OSError):  # out of memory, the kernel kills a server before the trainer
             Path("/proc/self/oom_score_adj").write_text("500")
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -109,7 +109,7 @@ def exit_with_parent() -> None:
 
 
 def server_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that every server has."""
+    """Return a parser with the flags that every server has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the protocol has no password")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the first line of output says which")

@@ -1,4 +1,4 @@
-"""A portfolio in a window of prices, by the rules of FinRL's StockTradingEnv (version 0.3.7)."""
+"""A portfolio and its trades, by the rules of FinRL's StockTradingEnv (version 0.3.7)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from integrations.openenv.servers.stock_prices import Window
 
 
 class Market:
-    """Money, shares and a day. Orders are filled at the day's close; then days pass.
+    """The cash, the shares and the day of one episode. Orders are filled at the day's close; then days pass.
 
-    An action is a number in [-1, 1] per stock: times the stock's `limit` and cut to whole shares, it is what is bought
-    (or, below 0, sold). Sells come first, then buys, the largest first, each as far as the cash goes.
+    An action is a number in [-1, 1] per stock: times the stock's `limit` and cut to whole shares, it is the shares to
+    buy (or to sell if negative). Sells come first, then buys, the largest first, each as far as the cash goes.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Market:
         self.window = window
         self.cash = cash
         self.shares = list(shares)
-        self.limits = list(limits)  # shares that an action of 1 is about
+        self.limits = list(limits)  # shares that an action of 1 trades
         self.buy_costs = list(buy_costs)  # as a fraction of what is traded
         self.sell_costs = list(sell_costs)
         self.day = 0
@@ -46,11 +46,11 @@ class Market:
 
     @property
     def value(self) -> float:
-        """The cash, and the shares at today's close."""
+        """The value of the portfolio: the cash, and the shares at the day's close."""
         return self.cash + sum(price * held for price, held in zip(self.prices, self.shares, strict=True))
 
     def state(self) -> list[float]:
-        """[cash, price per stock, shares per stock, indicators], as FinRL lays it out."""
+        """Return [cash, price per stock, shares per stock, indicators], in FinRL's order."""
         return [self.cash, *self.prices, *map(float, self.shares), *self.window.indicators[self.day]]
 
     def trade(self, actions: Sequence[float]) -> None:
@@ -59,7 +59,7 @@ class Market:
         for stock in by_size:
             if orders[stock] < 0:
                 self._sell(stock, -orders[stock])
-        for stock in reversed(by_size):  # so of two equal buys the later stock's comes first, as in FinRL
+        for stock in reversed(by_size):  # of two equal buys the later stock comes first, as in FinRL
             if orders[stock] > 0:
                 self._buy(stock, orders[stock])
 

@@ -1,8 +1,8 @@
-"""Daily closing prices, and the stretch of them that one episode is played on.
+"""Daily closing prices, and the window of them for one episode.
 
-Without a file of the user's: 20 stocks of the S&P 500, 1990-01-02 to 2022-12-28, adjusted closes, from the
-data file that comes with skfolio 1.12.2 (BSD-3-Clause). These companies were still there at the end, so holding
-them did better than holding what one would have picked in 1990.
+The default is 20 stocks of the S&P 500, 1990-01-02 to 2022-12-28, adjusted closes, from the
+data file that comes with skfolio 1.12.2 (BSD-3-Clause). These companies survived to the end, so holding them did better
+than holding stocks picked in 1990 (survivorship bias).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PriceTable:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What one episode sees, day by day. The first day is the one on which the first decision is taken."""
+    """The prices and indicators of one episode, day by day. The first decision is taken on the first day."""
 
     stocks: tuple[str, ...]
     dates: tuple[str, ...]
@@ -50,7 +50,7 @@ class Window:
 
 
 def price_table(path: str) -> PriceTable:
-    """The user's file, or the bundled one if the path is empty."""
+    """Return the prices in the user's file, or the bundled ones if the path is empty; ValueError if unusable."""
     if not path:
         return _bundled_table()
     if not path.endswith(CSV_ENDINGS):
@@ -61,7 +61,7 @@ def price_table(path: str) -> PriceTable:
 
 
 def draw_window(options: FinRLOptions, seed: int | None) -> Window:
-    """The seed draws the stocks (where none are named) and then the first day (where none is given)."""
+    """Return the window of an episode. The seed draws the stocks and then the first day, unless they are given."""
     random = Random(seed)
     table = price_table(options.prices)
     stocks = _stocks(table, options, random)
@@ -75,7 +75,7 @@ def draw_window(options: FinRLOptions, seed: int | None) -> Window:
 
 
 def lookback(indicators: Sequence[str]) -> int:
-    """Days before the first one that the indicators look at."""
+    """Return how many days before the first one the indicators need."""
     return max((_return_days(name) or 0 for name in indicators), default=0)
 
 
@@ -90,7 +90,10 @@ def _stocks(table: PriceTable, options: FinRLOptions, random: Random) -> tuple[s
 
 
 def _start(dates: list[str], options: FinRLOptions, random: Random) -> int:
-    """The first day's index. A window and its look-back lie whole in the period: train and validation share no day."""
+    """Return the first day's index.
+
+    A window and its look-back lie completely within the period, so train and validation share no day.
+    """
     days, split = options.window or 1, bisect_left(dates, options.split)
     low = 0 if options.period != "validation" else split
     end = len(dates) if options.period != "train" else split
@@ -149,7 +152,10 @@ def _bundled_table() -> PriceTable:
 
 @lru_cache(maxsize=8)
 def _table_of_file(path: str, modified_ns: int) -> PriceTable:
-    """A row per day and stock: date, ticker (or tic), close, and any columns more. `modified_ns` renews the cache."""
+    """Read a file with a row per day and stock: date, ticker (or tic), close, and any further columns.
+
+    `modified_ns` makes the cache miss when the file has changed.
+    """
     try:
         frame = pd.read_csv(path)
     except (ValueError, OSError) as wrong:  # pandas' ParserError is a ValueError

@@ -1,4 +1,4 @@
-"""What the phases of a traffic light are called: by the sides its traffic comes from, as the network is drawn."""
+"""Names for the phases of a traffic light, by the sides from which their traffic comes on the network's map."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 COMPASS = ("north", "east", "south", "west")  # clockwise
 NAMING_ORDER = ("north", "south", "east", "west")
 TURNS = {"s": "straight", "l": "left", "L": "left", "r": "right", "R": "right", "t": "turning back"}
-VEHICLE_LENGTH, MIN_GAP = 5.0, 2.5  # m, SUMO's defaults; sumo-rl reckons with the same gap
+VEHICLE_LENGTH, MIN_GAP = 5.0, 2.5  # m, SUMO's defaults; sumo-rl assumes the same gap
 
 
 def junction_of(sumo: Any, light: Any) -> dict[str, Any]:
-    """phases: their names. phase_lanes: the lanes that each lets go, as indices. lane_room: vehicles that fit.
+    """Return the junction's description.
+
+    phases: their names. phase_lanes: the indices of the lanes that each gives green. lane_room: the vehicles that fit
+    on each lane.
 
     sumo: libsumo, with the simulation running. light: sumo-rl's TrafficSignal, whose order of phases and lanes is the
     observation's.
@@ -35,7 +38,7 @@ def junction_of(sumo: Any, light: Any) -> dict[str, Any]:
 
 
 def phase_names(phases: list[tuple[list[str], list[str]]]) -> list[str]:
-    """One name each, all different: sides, then the turns where sides do not tell, then the number.
+    """Return distinct names of the phases: by sides, then also by turn if sides are equal, then by number.
 
     phases: the sides and the turns of the links that are green.
     """
@@ -54,7 +57,7 @@ def _sides(sides: list[str]) -> str:
 
 
 def _side(shape: Any) -> str:
-    """Where traffic on a lane comes from: opposite to the direction of its last piece."""
+    """Return the side from which traffic on a lane comes: opposite to the direction of its last segment."""
     (x0, y0), (x1, y1) = shape[-2], shape[-1]
     degrees = math.degrees(math.atan2(x0 - x1, y0 - y1))  # clockwise from north
     return COMPASS[round(degrees / 90) % 4]

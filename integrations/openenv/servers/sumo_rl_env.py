@@ -1,8 +1,8 @@
 """The traffic light environment's server: an agent chooses the green phase of one light, SUMO moves the vehicles.
 
-Same wire format, rewards and end of episode as the official image, and its environment variables are the defaults.
-Beyond it: reset takes a seed and the options of SumoSettings and says what the phases are called, each session has a
-simulation of its own, and a step after the end repeats the last observation with reward 0.
+It has the official image's wire format, rewards and end of episode, and its environment variables set the defaults. In
+addition, reset takes a seed and the options of SumoSettings and returns the names of the phases, each session has its
+own simulation, and a step after the end repeats the last observation with reward 0.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ START_TIMEOUT_S, STEP_TIMEOUT_S = 60.0, 25.0  # a step of the bundled networks t
 
 
 class SumoAction(Action):
-    """The phase to be green from now on. ts_id is there for the official client: the session has one light."""
+    """The phase that gets green. ts_id is for the official client and ignored: a session has one light."""
 
     phase_id: int
     ts_id: str = "0"
 
 
 class SumoObservation(Observation):
-    """One-hot phase, whether it may change, then density and queue of every lane as shares of its room.
+    """One-hot phase, whether it may change, then density and queue of each lane as fractions of its capacity.
 
-    junction is ours, and comes with reset: what the phases are called (see sumo_junction.py). It is no metadata, for
-    openenv before 0.4 does not send any.
+    junction, which the official image does not have, comes with reset: the names of the phases (see sumo_junction.py).
+    It is a field and not metadata, because openenv before 0.4 sends no metadata.
     """
 
     observation: list[float]
@@ -45,7 +45,7 @@ class SumoObservation(Observation):
 
 
 class SumoState(State):
-    """The settings, and the traffic in the whole network. Times in s, speed in m/s."""
+    """OpenEnv's common state, the settings, and the traffic in the whole network. Times in s, speed in m/s."""
 
     net_file: str = ""
     route_file: str = ""
@@ -63,7 +63,7 @@ class SumoState(State):
 
 
 class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
-    """One session: a worker per episode."""
+    """One session, with a new worker process for each episode."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -79,7 +79,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
         settings = read_settings(options if seed is None else {**options, "sumo_seed": seed})
         self._worker = self._nursery.worker(asdict(settings))
         self._state = _new_state(settings, episode_id)
-        seen = self._ask(None, START_TIMEOUT_S)
+        seen = self._request(None, START_TIMEOUT_S)
         return self._observation(seen)
 
     def step(self, action: SumoAction, timeout_s: float | None = None, **kwargs: Any) -> SumoObservation:
@@ -90,7 +90,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
             return last.model_copy(update={"reward": 0.0})
         if action.phase_id not in last.action_mask:
             raise ValueError(f"phase_id={action.phase_id} must be 0 to {len(last.action_mask) - 1}")
-        seen = self._ask(action.phase_id, STEP_TIMEOUT_S)
+        seen = self._request(action.phase_id, STEP_TIMEOUT_S)
         self._state.step_count += 1
         return self._observation(seen)
 
@@ -103,7 +103,7 @@ class SumoRlEnvironment(Environment[SumoAction, SumoObservation, SumoState]):
     def state(self) -> SumoState:
         return self._state
 
-    def _ask(self, phase: int | None, timeout_s: float) -> dict[str, Any]:
+    def _request(self, phase: int | None, timeout_s: float) -> dict[str, Any]:
         assert self._worker is not None
         seen = self._worker.ask(phase, timeout_s)
         if seen is None:
@@ -141,7 +141,7 @@ def _new_state(settings: SumoSettings, episode_id: str | None) -> SumoState:
 
 
 def make_app(max_sessions: int) -> FastAPI:
-    read_settings({})  # environment variables that cannot be are said before anybody connects
+    read_settings({})  # reports wrong environment variables before anybody connects
     nursery = Nursery(WORKER_MODULE)
 
     def make_environment() -> SumoRlEnvironment:

@@ -1,4 +1,4 @@
-"""What one simulation of sumo_rl_env is made of, checked before SUMO sees it; and the networks that sumo-rl brings."""
+"""Settings of a simulation in sumo_rl_env, checked before SUMO reads them, and the networks bundled with sumo-rl."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class SumoSettings:
-    """The options of reset. The first nine are the official environment's, with its defaults."""
+    """Options of reset. The first nine and their defaults are the official environment's."""
 
     network: str = "single-intersection"  # a bundled network, or the path of a .net.xml
-    route_file: str = ""  # a .rou.xml: of the network's folder, or a path; empty: that folder's first
+    route_file: str = ""  # a .rou.xml in the network's folder, or a path; empty: the folder's first
     num_seconds: int = 20_000  # simulated for the agent, after the warm-up
     delta_time: int = 5  # seconds from one action to the next
     yellow_time: int = 2
-    min_green: int = 5  # a change that comes sooner after the last one than this and yellow_time is ignored
-    max_green: int = 50  # told in the state; sumo-rl itself ignores it
+    min_green: int = 5  # a change within this plus yellow_time of the last one is ignored
+    max_green: int = 50  # only shown in the state: sumo-rl ignores it
     reward_fn: str = "diff-waiting-time"
     sumo_seed: int = 42  # without a seed at reset
     begin_time: int | None = None  # time of day, in seconds; None: what the network's .sumocfg says, else 0
-    traffic_light: str = ""  # which one the agent has; empty: the first. The others keep the network's own program
+    traffic_light: str = ""  # the agent's; empty: the first. Others run the network's own program
     warmup_seconds: int = 0  # before the agent's first turn, with the light on a phase that the seed draws
-    shuffle_flows: bool = False  # the seed deals the rates of the route file's flows out anew
+    shuffle_flows: bool = False  # permute the rates of the route file's flows by the seed
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -77,7 +77,7 @@ class SumoSettings:
 
     @property
     def routes(self) -> list[str]:
-        """The route files beside the network."""
+        """The names of the route files in the network's folder."""
         return sorted(path.name for path in self.net_path.parent.glob("*.rou.xml"))
 
     @property
@@ -95,14 +95,14 @@ class SumoSettings:
 
 
 def read_settings(options: Mapping[str, Any]) -> SumoSettings:
-    """The settings with these options, over the environment variables, over the defaults. ValueError: what is wrong."""
-    of_variables = {name: os.environ[variable] for variable, name in VARIABLES.items() if os.environ.get(variable)}
-    return read_options(SumoSettings, {**of_variables, **options}, "sumo_rl_env")
+    """Return settings from these options, else environment variables, else defaults; ValueError says what is wrong."""
+    from_environment = {name: os.environ[variable] for variable, name in VARIABLES.items() if os.environ.get(variable)}
+    return read_options(SumoSettings, {**from_environment, **options}, "sumo_rl_env")
 
 
 @cache
 def bundled_networks() -> dict[str, Path]:
-    """The networks inside sumo-rl that have traffic and traffic lights, by the names of their folders."""
+    """Return the networks inside sumo-rl that have traffic and traffic lights, by the names of their folders."""
     found = importlib.util.find_spec("sumo_rl")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("sumo_rl_env needs sumo-rl and libsumo: uv sync --extra sumo-rl-env")

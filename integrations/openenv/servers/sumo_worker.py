@@ -1,6 +1,6 @@
-"""One simulation in a process of its own: libsumo holds no more than one. Forked for every episode by nursery.py.
+"""Worker that runs one simulation, because a process can hold only one of libsumo's. Forked for each episode.
 
-A question is a phase, or null for the first observation; an answer is a dictionary, {"error": ...} if SUMO refused.
+A request is a phase, or null for the first observation; an answer is a dictionary, {"error": ...} if SUMO refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 os.environ["SUMO_HOME"] = "libsumo needs none"
 os.environ["LIBSUMO_AS_TRACI"] = "quiet"
-# pandas would import pyarrow, whose allocator starts a thread; a process with threads must not be forked from.
+# pandas would import pyarrow, whose allocator starts a thread, and a process with threads must not fork.
 sys.modules.setdefault("pyarrow", None)  # ty: ignore[no-matching-overload]
 
 import traci  # noqa: E402  (libsumo, under this name)
@@ -31,11 +31,11 @@ if not traci.isLibsumo():
         "apt install libgl1 libx11-6 libxext6 libxrender1 libatomic1"
     )
 
-RATES = ("probability", "vehsPerHour", "period", "number")  # the attributes that say how many vehicles a flow has
+RATES = ("probability", "vehsPerHour", "period", "number")  # attributes for the number of a flow's vehicles
 
 
 def make_answer(settings: dict[str, Any]) -> Callable[[int | None], dict[str, Any]]:
-    """settings: the fields of a SumoSettings."""
+    """Return the function that answers requests. settings: the fields of a SumoSettings."""
     simulation: Simulation | None = None
 
     def answer(phase: int | None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def make_answer(settings: dict[str, Any]) -> Callable[[int | None], dict[str, An
 
 
 class Simulation:
-    """sumo-rl's environment for one traffic light."""
+    """One simulation: sumo-rl's environment, with one traffic light for the agent."""
 
     def __init__(self, settings: SumoSettings) -> None:
         self.settings = settings
@@ -74,11 +74,11 @@ class Simulation:
                 add_per_agent_info=False,
             )
             self._take_light()
-            self.observation, self.info = self.env.reset()  # SUMO has opened the files now, and may read on
+            self.observation, self.info = self.env.reset()  # SUMO has the files open now: they may be removed
         self.light = self.env.traffic_signals[self.env.ts_ids[0]]
 
     def first(self) -> dict[str, Any]:
-        """Warm up, then the first observation. The agent's seconds count from here."""
+        """Run the warm-up and return the first observation. The agent's num_seconds count from here."""
         held = Random(self.settings.sumo_seed).randrange(self.light.num_green_phases)
         start = self.env.sim_step
         while self.env.sim_step < start + self.settings.warmup_seconds:
@@ -91,7 +91,7 @@ class Simulation:
         return self._seen(float(reward), bool(out_of_time))
 
     def _seen(self, reward: float | None, done: bool) -> dict[str, Any]:
-        """As JSON values: sumo-rl mixes in NumPy's."""
+        """Return the answer with plain JSON values, because sumo-rl's contain NumPy's."""
         return {
             "observation": [float(number) for number in self.observation],
             "num_phases": int(self.light.num_green_phases),
@@ -103,7 +103,7 @@ class Simulation:
         }
 
     def _take_light(self) -> None:
-        """From here on the environment knows one light only, so that SUMO runs the others by their own program."""
+        """Give the agent one light and hide the others, which SUMO then runs by their own program."""
         lights, wanted = list(self.env.ts_ids), self.settings.traffic_light
         if not lights:
             raise ValueError(f"network={self.settings.network!r} has no traffic light")
@@ -115,9 +115,9 @@ class Simulation:
 
 
 def _route_file(settings: SumoSettings, folder: Path) -> Path:
-    """The route file; with shuffle_flows a copy in which every flow has the rate of some flow, dealt by the seed.
+    """Return the route file; with shuffle_flows a copy in which the seed permutes the rates of the flows.
 
-    One kind of rate changes hands among the flows that begin at the same time: the traffic in all stays what it is.
+    Rates of one kind are permuted among the flows that begin at the same time, so the total traffic stays the same.
     """
     if not settings.shuffle_flows:
         return settings.route_path
@@ -129,9 +129,9 @@ def _route_file(settings: SumoSettings, folder: Path) -> Path:
                 alike.setdefault((rate, flow.get("begin")), []).append(flow)
     random = Random(f"flows {settings.sumo_seed}")
     for (rate, _), flows in alike.items():
-        dealt = [flow.attrib[rate] for flow in flows]
-        random.shuffle(dealt)
-        for flow, value in zip(flows, dealt, strict=True):
+        permuted = [flow.attrib[rate] for flow in flows]
+        random.shuffle(permuted)
+        for flow, value in zip(flows, permuted, strict=True):
             flow.set(rate, value)
     shuffled = folder / "shuffled.rou.xml"
     routes.write(shuffled)

@@ -1,4 +1,4 @@
-"""Where the answer to a competition problem stands, and its normal form."""
+"""The answer in a reply to a competition problem: how it is found, and its normal form."""
 
 from __future__ import annotations
 

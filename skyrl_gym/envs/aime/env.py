@@ -1,4 +1,4 @@
-"""AIME in one turn."""
+"""AIME in one turn: a competition problem, whose answer is right or wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from skyrl_gym.reply import printable
 
 
 class AIMEEnv(BaseTextEnv):
-    """1.0 if what follows the last "Answer:" means `reward_model.ground_truth` (or reward_spec's), else -1.0."""
+    """Pays 1.0 if the text after the last "Answer:" equals the ground truth in value, else -1.0.
+
+    extras: `reward_spec.ground_truth` or `reward_model.ground_truth`.
+    """
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from functools import cache
 
 from skyrl_gym.envs.aime.latex import argument
 
-_DIGITS = 400  # more than an answer has characters, so that no two numbers that can be written down look equal
+_DIGITS = 400  # more than an answer has characters, so two numbers that differ in writing never compare equal
 _SAME_DIGITS = 350
 _MAX_EXPONENT, _MAX_DEPTH, _MAX_CHARACTERS = 1000, 40, 400
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
@@ -25,11 +25,11 @@ _BRACKETS = {"(": ")", "[": "]"}
 
 
 class _NoNumber(ValueError):
-    """The text is no number, or none that can be worked out here."""
+    """The text is not a number that this reader can compute."""
 
 
 def same_value(prediction: str, truth: str) -> bool:
-    """Whether two answers in normal form are one number, or lists of the same numbers in the same brackets."""
+    """Return whether two answers in normal form are one number, or lists of equal numbers in equal brackets."""
     if prediction == truth:
         return True
     ours, theirs = _elements(prediction), _elements(truth)
@@ -60,7 +60,7 @@ def _context() -> Context:
 
 
 class _Reader:
-    """Reads one expression from left to right. `depth`: how many braces and parentheses it stands in."""
+    """Recursive-descent parser of one expression. `depth`: how many braces and parentheses surround it."""
 
     def __init__(self, text: str, depth: int) -> None:
         if depth > _MAX_DEPTH:
@@ -106,7 +106,7 @@ class _Reader:
         return result
 
     def _proper_fraction(self) -> Decimal | None:
-        r"""Read the \frac{1}{2} of a mixed number: whole numbers, the upper one smaller."""
+        r"""Read the proper fraction of a mixed number, such as \frac{1}{2}, if one follows; else return None."""
         if not self._text.startswith(r"\frac", self._at):
             return None
         upper, lower, end = self._two_arguments(self._at + len(r"\frac"))
@@ -174,19 +174,19 @@ class _Reader:
         return found
 
 
-def _root(of: Decimal, index: int) -> Decimal:
+def _root(radicand: Decimal, index: int) -> Decimal:
     if index == 0:
         raise _NoNumber("the root with index 0")
     if index == 2:
-        return of.sqrt()
-    if of < 0 and index % 2:
-        return -_root(-of, index)
-    return of if of == 0 else of ** (1 / Decimal(index))
+        return radicand.sqrt()
+    if radicand < 0 and index % 2:
+        return -_root(-radicand, index)
+    return radicand if radicand == 0 else radicand ** (1 / Decimal(index))
 
 
 @cache
 def _pi() -> Decimal:
-    """Machin's formula: pi = 16 arctan(1/5) - 4 arctan(1/239)."""
+    """Return pi to 400 digits by Machin's formula: pi = 16 arctan(1/5) - 4 arctan(1/239)."""
     unit = 10 ** (_DIGITS + 10)
 
     def arctan_of_inverse(x: int) -> int:

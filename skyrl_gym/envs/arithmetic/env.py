@@ -1,4 +1,4 @@
-"""What is 17 + 25? One turn, one number."""
+"""Arithmetic in one turn, such as "What is 17 + 25?"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skyrl_gym.reply import last_number, last_tagged
 
 
 def score(reply: str, truth: Decimal) -> float:
-    """A ladder, so that a beginner's progress shows:
+    """Return the reward of a reply. It rises in steps, so that progress shows before the first right answer:
 
     1.0  the right number between the tags       "<answer>42</answer>", "<answer>17 + 25 = 42.0</answer>"
     0.3  the right number, but not between tags  "It is 42."
@@ -31,7 +31,7 @@ def score(reply: str, truth: Decimal) -> float:
 
 
 class ArithmeticEnv(BaseTextEnv):
-    """extras: `reward_spec.ground_truth`, a number. `rows` makes them."""
+    """One sum, difference or product. extras: `reward_spec.ground_truth`, a number; `rows` makes such rows."""
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()

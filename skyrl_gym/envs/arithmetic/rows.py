@@ -1,4 +1,4 @@
-"""Dataset rows for the arithmetic environment, made on the spot."""
+"""Dataset rows for the arithmetic environment, generated from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXAMPLE = [
 def rows(
     num: int, *, seed: int = 0, split: Literal["train", "validation"] = "train", digits: int = 2, operators: str = "+"
 ) -> list[dict[str, Any]]:
-    """`num` random problems with numbers of up to `digits` digits and one of the operators "+", "-" and "*".
+    """Return `num` random problems with numbers of up to `digits` digits and one of the operators "+", "-" and "*".
 
     A problem (a, operator, b) belongs to exactly one split: validation where a + 3b is a multiple of 5, a fifth of all.
     Within a split a problem may come twice.

@@ -1,1 +1,1 @@
-"""GSM8K: word problems whose answer is a number behind ####."""
+"""GSM8K: word problems whose answer is a number after ####."""

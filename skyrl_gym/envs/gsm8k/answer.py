@@ -1,4 +1,4 @@
-"""Where the answer to a word problem stands, and what it is worth."""
+"""The answer in a reply to a word problem."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _ANSWER = re.compile(r"####[ \t]*\$?(-?[0-9.,]+)")
 
 
 def final_answer(text: str) -> Decimal | None:
-    """The number behind the last `####`: compared as a number, so "42", "42." and "42.0" are one answer."""
+    """Return the number after the last `####` that one follows; None if there is none.
+
+    It is a Decimal, so that "42", "42." and "42.0" are one answer.
+    """
     start = text.rfind("####")
     while start != -1:
         if match := _ANSWER.match(text, start):

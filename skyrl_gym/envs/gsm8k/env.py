@@ -1,4 +1,4 @@
-"""GSM8K in one turn."""
+"""GSM8K in one turn: a word problem, answered with a number after ####."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skyrl_gym.envs.gsm8k.answer import final_answer
 
 
 class GSM8kEnv(BaseTextEnv):
-    """1.0 if the number behind the last `####` equals `reward_spec.ground_truth`, else 0.0."""
+    """Pays 1.0 if the number after the last `####` equals `reward_spec.ground_truth`, else 0.0."""
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()

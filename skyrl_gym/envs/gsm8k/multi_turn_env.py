@@ -1,4 +1,4 @@
-"""GSM8K with several attempts."""
+"""GSM8K with several attempts at one word problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAST_TURN = "This is your last turn. Write only your answer, in the form #### A
 
 
 class GSM8kMultiTurnEnv(BaseTextEnv):
-    """Each turn: 1.0 for the right answer, which ends the episode; 0.2 / max_turns for another number; else 0.0."""
+    """Pays per turn: 1.0 for the right answer, which ends the episode; 0.2 / max_turns for another number; else 0.0."""
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LiveCodeBench in one turn."""
+"""LiveCodeBench in one turn: write a program that passes hidden tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS_PER_TEST = 6.0
 
 
 class LCBEnv(BaseTextEnv):
-    """1.0 if the last fenced code block passes every test, else 0.0. Programs run behind a wall; NoWall without one.
+    """Pays 1.0 if the last fenced code block passes every test, else 0.0. NoWall: programs cannot be sandboxed here.
 
     `reward_spec.ground_truth`: the tests, as a list or as JSON (see ProgramTest.from_row).
     """
@@ -48,6 +48,6 @@ class LCBEnv(BaseTextEnv):
         return [{"reward_spec": {"method": "rule", "ground_truth": json.dumps(tests)}}]
 
     def gold_actions(self) -> list[str] | None:
-        """For the tests of `example_extras`."""
+        """Return a solution for the tests of `example_extras`; None for other tests."""
         known = self.tests == [ProgramTest("3\n", "6\n", None)]
         return ["```python\nprint(2 * int(input()))\n```"] if known else None

@@ -1,4 +1,4 @@
-"""Does a program pass its tests? Each test runs it in a process of its own; what is expected never goes there."""
+"""Grading of a program by tests. Each test runs in its own process, which never sees the expected output."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from skyrl_gym.tools.python_process import run_python
 
-_MAX_OUTPUT = 4_000_000  # characters; a longer right answer does not occur
+_MAX_OUTPUT = 4_000_000  # characters; no right answer is longer
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _RESULT_MARK = "\n--result--\n"
 
-# The benchmark's programs take these names for granted.
+# The benchmark's programs use these names without importing them.
 _BEFORE = (
     "from typing import *; from collections import *; from itertools import *; from functools import *; "
     "import bisect, collections, functools, heapq, itertools, math, random, re, string, sys\n"
@@ -38,7 +38,7 @@ class ProgramTest:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> ProgramTest:
-        """{input, output, testtype: "stdin" or "functional", metadata: {func_name}}"""
+        """Read a row {input, output, testtype: "stdin" or "functional", metadata: {func_name}}."""
         functional = row.get("testtype") == "functional"
         name = (row.get("metadata") or {}).get("func_name") if functional else None
         if functional and not name:
@@ -60,7 +60,7 @@ def passes(code: str, test: ProgramTest, *, timeout_s: float) -> bool:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line and word by word, whatever the spaces; words that are numbers are compared as numbers."""
+    """Return whether two outputs have the same lines of the same words; numbers are compared by value."""
     ours, theirs = ([line.split() for line in text.strip().split("\n")] for text in (printed, expected))
     return len(ours) == len(theirs) and all(
         len(mine) == len(other) and all(map(_same_word, mine, other)) for mine, other in zip(ours, theirs, strict=True)
@@ -86,7 +86,7 @@ def _same_json(mine: str, other: str) -> bool:
 
 
 def _same_value(mine: Any, other: Any) -> bool:
-    """As JSON has it: 1 is 1.0, but neither is true, which in Python equals 1."""
+    """Return whether two JSON values are equal: 1 equals 1.0, but not true (which it does in Python)."""
     if isinstance(mine, list) and isinstance(other, list):
         return len(mine) == len(other) and all(map(_same_value, mine, other))
     if isinstance(mine, dict) and isinstance(other, dict):

@@ -1,4 +1,4 @@
-"""Answer a question, with a few searches first."""
+"""The search environment: answer a question after a few searches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(answer: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces: exact match as open-domain QA counts it."""
+    """Return the answer in lower case, without punctuation, articles and extra spaces, as QA's exact match compares."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION)).split())
 
 
 class SearchEnv(BaseTextEnv):
-    """1.0 if the model's `<answer>` equals one of `reward_spec.ground_truth.target`, else 0.0.
+    """Pays 1.0 if the model's `<answer>` equals one of `reward_spec.ground_truth.target`, else 0.0.
 
-    Only what the model wrote is read, never a retrieved passage, and of one reply only what comes before the end of
-    its first `</search>` or `</answer>`. A search server that is down is an EnvFailure.
+    Retrieved passages are never scored. A reply is read up to its first `</search>` or `</answer>`. A search server
+    that is down is an EnvFailure.
     env_config: search_url, topk, timeout, log_requests, as in SearchToolGroup.
     """
 

@@ -1,4 +1,4 @@
-"""A word problem, a search tool and a Python tool."""
+"""The searchcode environment: a word problem, a search tool and a Python tool."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CALL = re.compile(r"<(\w{1,50})>")
 
 
 class SearchCodeEnv(BaseTextEnv):
-    """`<tool><python>code</python></tool>`, `<tool><search>query</search></tool>`, then `<solution>#### n</solution>`.
+    """Turns of `<tool><python>code</python></tool>` or `<tool><search>query</search></tool>`, then `<solution>`.
 
-    1.0 if the number behind the last `####` that the model itself wrote equals `reward_spec.ground_truth`, else 0.0.
-    Ends with a solution or the last turn; what the tools print is never scored.
+    Pays 1.0 if the number after the last `####` in the model's own replies equals `reward_spec.ground_truth`, else 0.0.
+    The episode ends with a solution or the last turn. Output of the tools is never scored.
     """
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class SearchCodeEnv(BaseTextEnv):
 
 
 def _tool_call(text: str) -> tuple[str, str]:
-    """(tool, input) of `<tool><name>input</name></tool>`, or two empty strings."""
+    """Return (name, input) of `<tool><name>input</name></tool>`, or two empty strings."""
     call = (first_tagged(text, "tool") or "").strip()
     opening = _CALL.match(call)
     if opening is None or not call.endswith(closing := f"</{opening[1]}>"):

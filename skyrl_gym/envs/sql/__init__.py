@@ -1,1 +1,1 @@
-"""Text to SQL: explore a database with queries, then hand in one."""
+"""Text to SQL: explore a database with queries, then submit one."""

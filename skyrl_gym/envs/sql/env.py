@@ -1,4 +1,4 @@
-"""Explore a database with queries, then hand in the one that answers the question."""
+"""The text2sql environment: explore a database with queries, then submit the one that answers the question."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _FOLDERS = {
     "synsql": "SynSQL-2.5M/databases",
     "spider": "spider/database",
     "bird": "bird/train/train_databases",
-}  # of each data set below db_path
-_MAX_ROWS = 1_000_000  # of a truth
+}  # of each data set, relative to db_path
+_MAX_ROWS = 1_000_000  # of the ground truth's result
 
 
 class SQLEnv(BaseTextEnv):
     """Turns of `<think>` and `<sql>`, at the end `<solution>`.
 
-    -1.0 if the form is broken (see `well_formed`); 1.0 if the solution's rows are those of
-    `reward_spec.ground_truth`, in any order but as often; else 0.0. Only reading is possible.
+    Pays -1.0 if the form is broken (see `well_formed`); 1.0 if the solution returns the same rows, equally often but in
+    any order, as `reward_spec.ground_truth`; else 0.0. Queries can only read.
     env_config: db_path, the folder of the databases. extras: db_id; data, one of synsql, spider, bird.
     """
 
@@ -86,7 +86,7 @@ class SQLEnv(BaseTextEnv):
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:
-        """For a database `spider/database/example/example.sqlite` below db_path with a table `pets(name, age)`."""
+        """Return a row for spider/database/example/example.sqlite below db_path, with a table `pets(name, age)`."""
         return [{"db_id": "example", "data": "spider", "reward_spec": {"ground_truth": "SELECT name FROM pets"}}]
 
     def gold_actions(self) -> list[str]:
@@ -95,9 +95,10 @@ class SQLEnv(BaseTextEnv):
 
 
 def well_formed(replies: list[str]) -> bool:
-    """One solution in all, some thinking, no other tags inside the solution, thinking right after every observation.
+    """Return whether the replies hold one solution, without other tags in it, and thinking after every observation.
 
-    The environment answers every reply but the last with an observation. One that the model makes up counts too.
+    The environment answers every reply but the last with an observation. An observation that the model makes up counts
+    too.
     """
     text = "\n".join(replies)
     if text.count("<solution>") != 1 or text.count("</solution>") != 1 or first_tagged(text, "think") is None:

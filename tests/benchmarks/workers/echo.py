@@ -12,7 +12,7 @@ ENTRY = EchoEntry()
 
 
 def rows() -> list[dict[str, Any]]:
-    """The tasks that run_openenv.sh trains on."""
+    """Return the tasks that run_openenv.sh trains on."""
     train, _ = dataset_rows("echo_env", 64, 32, 0)
     return [{"prompt": row["prompt"], "wanted": row["reward_spec"]["ground_truth"]} for row in train]
 
@@ -22,7 +22,7 @@ def rewards(completions: list[list[dict[str, str]]], wanted: list[str], **_: Any
 
 
 def reward(reply: str, truth: str) -> float:
-    """As the environment pays: the first complete action of the reply, echoed, compared with what was wanted."""
+    """Return echo_env's reward of a reply: its first complete action, echoed, is compared with the wanted words."""
     _, _, rest = reply.partition("<action>")
     action, closed, _ = rest.partition("</action>")
     if not closed:

@@ -1,4 +1,4 @@
-"""Environments that cost nothing but what is said, so that a benchmark measures the trainer."""
+"""Environments that take no time but what their docstrings say, so that a benchmark measures the trainer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ANSWER_S = 0.05
 
 
 def share_of_vowels(text: str) -> float:
-    """A reward in which the samples of a group differ."""
+    """Return the share of vowels, a reward that differs between the samples of a group."""
     return sum(letter in "aeiou" for letter in text.lower()) / max(len(text), 1)
 
 
 class VowelsEnv(BaseTextEnv):
-    """One turn, paid by its share of vowels."""
+    """Environment of one turn, which pays the reply's share of vowels."""
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class VowelsEnv(BaseTextEnv):
 
 
 class PatientEnv(BaseTextEnv):
-    """Answers every turn after 50 ms, with a message, until the turns run out."""
+    """Environment that answers every turn with a message after 50 ms, until the turns run out."""
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PatientEnv(BaseTextEnv):
 
 
 def register_environments() -> None:
-    """Under benchmark_vowels and benchmark_patient. Calling it again changes nothing."""
+    """Register the environments as benchmark_vowels and benchmark_patient, unless they are registered."""
     for name, environment in (("benchmark_vowels", VowelsEnv), ("benchmark_patient", PatientEnv)):
         if name not in registry:
             register(name, environment)

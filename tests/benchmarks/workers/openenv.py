@@ -1,4 +1,4 @@
-"""What the workers behind run_openenv.sh share: the arguments that the script gives to the trainer."""
+"""The training run of the workers behind run_openenv.sh, with the arguments that the script gives the trainer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from skyrl_train.entrypoints.main_base import main
 
 
 def train(experiment: type[OpenEnvExp], overrides: Sequence[str] = ()) -> int:
-    """As main_openenv does it, with an experiment that reports. The last word of the command line is for the worker."""
+    """Train as main_openenv does, with an experiment that reports.
+
+    Leaves out the command line's last word (settings).
+    """
     register_openenv()
     return main([*sys.argv[1:-1], *overrides], experiment=experiment, root=OpenEnvRunConfig)

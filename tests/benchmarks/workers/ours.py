@@ -1,4 +1,4 @@
-"""Ours, built as a training run builds it: an experiment from a configuration, and everything heavy in its thread."""
+"""Ours, built as in a training run: an experiment from a configuration, with heavy work in its thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.benchmarks.workers.prompts import conversations
 
 Experiment = TypeVar("Experiment", bound=BasePPOExp)
 
-# What run_openenv.sh chooses for a small model on a processor, without evaluation and checkpoints.
+# What run_openenv.sh chooses for a small model on a CPU, without evaluation and checkpoints.
 RECIPE = (
     "trainer.policy.optimizer_config.lr=1e-5",
     "trainer.algorithm.use_kl_loss=false",
@@ -27,7 +27,7 @@ RECIPE = (
 
 
 def configuration(settings: dict[str, Any], env_class: str, *overrides: str) -> SkyRLConfig:
-    """Prompts of the asked number and length, `samples` episodes each, all of them in one optimizer step."""
+    """Return a configuration of one optimizer step: prompts of the given number and length, `samples` episodes each."""
     from skyrl_train.policy.model_files import load_tokenizer
 
     folder = Path(settings["folder"])

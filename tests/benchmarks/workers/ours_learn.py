@@ -20,7 +20,7 @@ OVERRIDES = (
 
 
 class Learn(OpenEnvExp):
-    """The experiment, which says how far it is after every step."""
+    """An experiment that reports after every step."""
 
     def build_trainer(self, run: Any) -> Any:
         trainer = super().build_trainer(run)

@@ -44,9 +44,9 @@ def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def least_prompt_tokens(groups: Iterable[Group]) -> int:
-    """A group's prompt once, and in every later turn what was not computed before it.
+    """Return the fewest tokens to compute: a group's prompt once, and in every later turn the new tokens.
 
-    Those are the observation and the reply's last token, which was sampled but never went through the model.
+    Those are the observation and the last token of the reply, which was sampled but not computed yet.
     """
     total = 0
     for group in groups:

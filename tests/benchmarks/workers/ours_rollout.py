@@ -1,4 +1,4 @@
-"""Ours: the engine of a training run, asked for one group per prompt."""
+"""Ours: the engine of a training run samples one group per prompt."""
 
 from __future__ import annotations
 

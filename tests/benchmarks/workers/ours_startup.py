@@ -1,4 +1,4 @@
-"""Ours: main_openenv as run_openenv.sh starts it, up to the first sampled token. Says when each stage was reached."""
+"""Ours: main_openenv as run_openenv.sh starts it, up to the first sampled token. Reports the time of each stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> int:
     reached("configuration modules")
 
     class Watched(OpenEnvExp):
-        """The experiment, which says what it has done."""
+        """An experiment that reports the time of each stage."""
 
         def get_tokenizer(self) -> Any:
             reached("imports, device, model's folder")
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def report_first_token(engine: Any) -> None:
-    """The training goes on behind it, until the benchmark ends it."""
+    """Wait for the first sampled token and report it. Training goes on until the benchmark ends the process."""
     while engine.stats().tokens_sampled == 0:
         time.sleep(0.01)
     reached("first token")

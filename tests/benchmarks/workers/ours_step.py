@@ -1,4 +1,4 @@
-"""Ours: the trainer's own loop, which waits before each step until it is asked for one."""
+"""Ours: the trainer's own loop, which waits before each step for the benchmark's request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.benchmarks.workers.turns import NoMoreTurns, Turns, settings
 
 
 class InTurns(BasePPOExp):
-    """A training run, a turn per step."""
+    """A training run with one request per step."""
 
     def build_trainer(self, run: Any) -> Any:
         trainer, turns = super().build_trainer(run), Turns()

@@ -1,4 +1,4 @@
-"""Ours: one update of the learner on samples that are there."""
+"""Ours: one update of the learner on given samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def peak_memory() -> int:
-    """The most that this process has held at once, in bytes."""
+    """Return the peak memory of this process in bytes."""
     import torch
 
     if torch.cuda.is_available():

@@ -8,17 +8,17 @@ WORDS = "the sea and a mountain met one day to talk of rain and wind while birds
 
 
 def prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
-    """Different prompts of `num_tokens` tokens each, generation prompt included."""
+    """Return different prompts of `num_tokens` tokens each, generation prompt included."""
     return [_ids(tokenizer, message["content"]) for [message] in conversations(tokenizer, num_prompts, num_tokens)]
 
 
 def conversations(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[dict[str, str]]]:
-    """The same as messages: one of the user each."""
+    """Return the same prompts as conversations of one user message."""
     return [[{"role": "user", "content": _text(tokenizer, index, num_tokens)}] for index in range(num_prompts)]
 
 
 def _text(tokenizer: Any, index: int, num_tokens: int) -> str:
-    """Word by word, and what fits at the end."""
+    """Return a text of exactly this length: words, and a filler at the end."""
     words, text, place = WORDS.split(), f"Story {index}:", index
     while (size := len(_ids(tokenizer, text))) < num_tokens:
         longer = [text + piece for piece in (f" {words[place % len(words)]}", " a", "?")]

@@ -11,7 +11,7 @@ from tests.benchmarks.workers.prompts import prompts
 
 
 def batch(tokenizer: Any, settings: dict[str, Any]) -> Batch:
-    """`num_prompts` groups of `samples`, each a prompt of `prompt_tokens` and a response of `tokens`."""
+    """Return a batch of `num_prompts` groups of `samples`: a prompt of `prompt_tokens`, a response of `tokens`."""
     random, num_tokens = Random(0), settings["tokens"]
     samples = []
     for group, prompt in enumerate(prompts(tokenizer, settings["num_prompts"], settings["prompt_tokens"])):

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with the settings of ours, as fast as it goes on this machine."""
+"""TRL's GRPOTrainer with our settings, in its fastest configuration on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Reward = Callable[..., list[float]]
 def make_trainer(
     settings: dict[str, Any], rows: Rows, reward: Reward, kind: type[GRPOTrainer], *, exact_length: bool = True
 ) -> GRPOTrainer:
-    """All prompts of a step and their samples, `rows` of them at a time, one optimizer step. `dtype`: of the weights.
+    """Return TRL's trainer: one optimizer step on all samples of a step, `rows` in a pass. `dtype`: of the weights.
 
     In bfloat16 the optimizer's moments are bfloat16, too, and small updates of large weights are lost; float32 computes
     in bfloat16 through autocast, but samples in float32.
@@ -56,7 +56,7 @@ def make_trainer(
 
 
 class TimedGeneration(GRPOTrainer):
-    """Keeps how long the last generation took."""
+    """A trainer that keeps how long the last generation took."""
 
     generate_s = 0.0
 
@@ -69,7 +69,7 @@ class TimedGeneration(GRPOTrainer):
 
 
 class InTurns(TrainerCallback):
-    """Every training step is a turn: generation, rewards, loss, backward and the optimizer's step."""
+    """Callback that runs one training step (generation, rewards, loss, backward, optimizer) per request."""
 
     def __init__(self, facts: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self._turns, self._facts = Turns(), facts

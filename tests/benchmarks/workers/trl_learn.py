@@ -14,7 +14,7 @@ from tests.benchmarks.workers.turns import settings
 
 
 class Rewards(TrainerCallback):
-    """Says how far the training is after every step."""
+    """Callback that reports after every step."""
 
     def __init__(self) -> None:
         self._began: float | None = None

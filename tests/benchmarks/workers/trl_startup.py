@@ -17,7 +17,7 @@ def main() -> None:
     stages["imports"] = time.time()
 
     class UpToFirstToken(GRPOTrainer):
-        """Samples one token a prompt and stops."""
+        """Trainer that samples one token per prompt and stops."""
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             stages["model and trainer"] = time.time()

@@ -1,4 +1,4 @@
-"""TRL: its training step on samples that are there, in place of those it would generate."""
+"""TRL: its training step on given samples instead of generated ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.benchmarks.workers.turns import NoMoreTurns, settings
 
 
 class GivenSamples(GRPOTrainer):
-    """Trains on `samples`, the tensors that generation and rewards would have left."""
+    """Trainer on `samples`, the tensors that generation and rewards would have returned."""
 
     samples: dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ class GivenSamples(GRPOTrainer):
 
 
 def padded_samples(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """As TRL lays them out: a row per sample. Prompts are of one length and responses too, so nothing is padded."""
+    """Return the samples in TRL's layout, a row each. All prompts and all responses have one length: no padding."""
     tokenizer: Any = AutoTokenizer.from_pretrained(asked["model"])
     ready = add_advantages(batch(tokenizer, asked), AlgorithmConfig())
     assert ready.advantages is not None

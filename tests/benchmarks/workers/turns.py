@@ -1,4 +1,4 @@
-"""A worker's side: wait until asked, do the work, say how long it took (the other side is side_by_side.py)."""
+"""A worker's side of side_by_side.py: wait for a request, do the work, report how long it took."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 
 class NoMoreTurns(Exception):
-    """Nobody will ask again: thrown through whatever loop the work runs in."""
+    """No further request will come. Raised to leave the loop in which the work runs."""
 
 
 class Turns:
-    """Turns of work. The first one warms up: nobody asks for it, and nobody is told of it."""
+    """Requests for work. The first run is a warm-up, without a request and without a report."""
 
     def __init__(self) -> None:
         self._num_begun = 0
         self._began = self._began_cpu = self._seconds = self._cores = 0.0
 
     def begin(self) -> None:
-        """Returns when the work is asked for; NoMoreTurns once nobody will ask any more."""
+        """Wait for a request and start the clock; NoMoreTurns if no further one will come."""
         if self._num_begun == 1:
             print(json.dumps({"ready": True}), flush=True)
         if self._num_begun > 0 and not sys.stdin.readline():
@@ -30,7 +30,7 @@ class Turns:
         self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._seconds = time.perf_counter() - self._began
         self._cores = (time.process_time() - self._began_cpu) / self._seconds
 
@@ -40,12 +40,12 @@ class Turns:
 
 
 def settings() -> dict[str, Any]:
-    """What the benchmark asks of this worker: the last word of its command line."""
+    """Return the benchmark's settings: JSON in the last word of the command line."""
     return json.loads(sys.argv[-1])
 
 
 def serve(settings_to_work: Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]) -> None:
-    """A worker's main function where the work is a call: prepare from the settings, then work once a turn."""
+    """Run a worker: make the work (a function) from the settings, then call it once per request."""
     work, turns = settings_to_work(settings()), Turns()
     try:
         while True:

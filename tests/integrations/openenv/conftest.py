@@ -1,4 +1,4 @@
-"""Real servers of ours, one per test run, on free ports."""
+"""Fixtures: real servers of ours on free ports, one of each per test run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def coding_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A server that nobody here wrote: what `openenv init` of the package openenv-core makes.
+    """Return the folder of a server by other authors, which `openenv init` of the package openenv-core makes.
 
-    Without uv on its PATH the command leaves the lock file out, for which it would need a registry.
+    Without uv on its PATH the command writes no lock file, which would need a package registry.
     """
     where = tmp_path_factory.mktemp("init")
     command = [str(Path(sys.executable).parent / "openenv"), "init", "my_env"]

@@ -1,4 +1,4 @@
-"""Whether processes have ended."""
+"""Check that processes have ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 
 
 def gone(pids: list[int], within_s: float = 10.0) -> bool:
-    """Zombies count as gone: whoever reaps them may take its time."""
+    """Return whether all processes end within that time. Zombies count as ended: they may be reaped later."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         if not any(_lives(pid) for pid in pids):

@@ -1,4 +1,4 @@
-"""A TCP proxy that can be told to go wrong: the faults of a network and of a sick server, on real connections."""
+"""A TCP proxy that injects the faults of a network and of a broken server into real connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FAULTS = ("garbage", "not json", "wrong frame", "refuse", "cut", "stall", "slow"
 
 
 class Proxy:
-    """`fault` holds for whatever passes from now on; None lets everything through."""
+    """The proxy of one server. `fault`, one of FAULTS, changes all data from now on; None passes it unchanged."""
 
     def __init__(self, url: str) -> None:
         self._to = urlsplit(url)
@@ -49,14 +49,14 @@ class Proxy:
                 writer.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, from_server: bool) -> None:
-        is_session = False  # behind the handshake; HTTP requests are never spoiled
+        is_session = False  # after the handshake: plain HTTP is never changed
         while data := await reader.read(2**16):
-            writer.write(await self._spoiled(data) if is_session else data)
+            writer.write(await self._with_fault(data) if is_session else data)
             await writer.drain()
             is_session |= from_server and data.startswith(b"HTTP/1.1 101")
         writer.close()
 
-    async def _spoiled(self, data: bytes) -> bytes:
+    async def _with_fault(self, data: bytes) -> bytes:
         match self.fault:
             case "garbage":
                 return b"\xff\x00 no frame at all"
@@ -76,7 +76,7 @@ class Proxy:
 
 
 def frame(text: bytes) -> bytes:
-    """An unmasked WebSocket text frame, RFC 6455 section 5.2."""
+    """Return an unmasked WebSocket text frame (RFC 6455 section 5.2)."""
     head = bytes([0x81, len(text)]) if len(text) < 126 else bytes([0x81, 126]) + len(text).to_bytes(2, "big")
     return head + text
 

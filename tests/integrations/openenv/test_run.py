@@ -71,7 +71,7 @@ def wait_for_step(run_folder: Path, step: int, trainer: subprocess.Popen[bytes])
 
 
 def wait_for_sessions(server: psutil.Process, num_sessions: int) -> None:
-    """Until so many episodes are being played on the server."""
+    """Wait until the server has this many sessions."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         connections = server.net_connections(kind="tcp")

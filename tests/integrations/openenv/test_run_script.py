@@ -94,7 +94,7 @@ def test_a_new_enough_driver_installs_the_fused_kernels_and_leaves_memory_to_the
     assert "max_tokens_per_microbatch" not in train
 
 
-def test_an_old_driver_does_not_stop_a_run_on_the_processor(machine):
+def test_an_old_driver_does_not_stop_a_run_on_the_cpu(machine):
     machine.gpu("470.82.01")
     assert machine.run(NUM_GPUS="0").returncode == 0
     assert "--extra=cuda" not in machine.calls[-1]

@@ -1,4 +1,4 @@
-"""A server with faults, as somebody else could have written it: served as `tests.integrations.openenv.troubled:app`."""
+"""A server with faults, as other authors may write one; served as `tests.integrations.openenv.troubled:app`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ NAME = f"{__name__}:app"
 
 
 class SayAction(Action):
-    """What to do: say a digit, "0", "1", "2", "3", "4", "5" or "6"."""
+    """Say a digit: "0", "1", "2", "3", "4", "5" or "6"."""
 
     word: str
 
 
 class SaidObservation(Observation):
-    """What came of it."""
+    """The answer, which says whether the digit was right."""
 
     text: str = ""
 
 
 class TroubledEnvironment(Environment):
-    """Goes wrong in the way that the action or the variable TROUBLE names."""
+    """Guess a digit; fails in the way that the action or the environment variable TROUBLE names."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 

@@ -1,4 +1,4 @@
-"""What a policy writes is input: any string, of any size, in every built-in environment."""
+"""Every built-in environment accepts any string of any size as a reply."""
 
 import time
 from typing import Any

@@ -1,7 +1,7 @@
-"""What a program that left its interpreter may try: real Python, run wherever a test puts it.
+"""Attacks that a program may try after escaping its interpreter: real Python, run wherever a test puts it.
 
-Each finds what it needs in the dictionary `given` and leaves in `loot` what it got. The amounts are bounded, so that
-the attacks can be let loose without a wall too.
+Each reads its targets from the dictionary `given` and stores its result in `loot`. The amounts are bounded, so that the
+attacks can also run without a wall.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A worker module: it counts, and does what a test asks of it."""
+"""A worker module that counts its requests, and dies, hangs or holds memory as a request says."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def make_answer(start: int) -> Callable[[Any], Any]:
     count = start
     held: list[bytes] = []
 
-    def answer(question: Any) -> Any:
+    def answer(request: Any) -> Any:
         nonlocal count
-        match question:
+        match request:
             case "count":
                 count += 1
                 return [count, os.getpid()]

@@ -1,4 +1,4 @@
-"""Off-policy correction: two rows, ratios old / rollout 2 and 2 | 0.5, and an untrained token that says nothing."""
+"""Correction for off-policy samples: two rows with ratios old / rollout 2, 2 | 0.5, and an untrained token."""
 
 import pytest
 from torch import tensor, zeros

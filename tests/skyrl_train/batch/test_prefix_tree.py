@@ -1,4 +1,4 @@
-"""Which tokens of a batch are computed once."""
+"""The tokens of a batch that are computed once, because samples share a prefix."""
 
 import torch
 

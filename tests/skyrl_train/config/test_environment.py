@@ -1,4 +1,4 @@
-"""What an environment is told, and how an integration adds a section of its own."""
+"""The configuration that an environment gets, and the section that an integration adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the command line to the typed tree, and every way in which that can go wrong."""
+"""Loading of the command line into the typed configuration, and every error in that."""
 
 from __future__ import annotations
 

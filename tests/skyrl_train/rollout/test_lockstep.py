@@ -1,4 +1,4 @@
-"""Who takes a turn together, whatever the timing."""
+"""The episodes that take a turn together do not depend on timing."""
 
 from __future__ import annotations
 

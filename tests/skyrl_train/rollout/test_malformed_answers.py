@@ -1,4 +1,4 @@
-"""Whatever one environment returns or raises is its own failure: the round goes on, and its words are kept."""
+"""An environment that returns or raises anything wrong fails alone: the round goes on and the message is kept."""
 
 from __future__ import annotations
 

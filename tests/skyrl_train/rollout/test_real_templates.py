@@ -158,7 +158,10 @@ def play_kept(template: ChatTemplate, end: str) -> str:
 
 
 def outcomes(name: str) -> Iterator[str]:
-    """How a template fares with an engine that ends at what the template prints behind a reply, and with what helps."""
+    """Yield whether a template is exact with an engine that ends at the template's own end of a reply.
+
+    If it is refused, yields which switch, or keeping the thinking, makes it exact.
+    """
     end = printed_end(source_of(name)) or "</s>"
     tokenizer = byte_tokenizer(source_of(name), [end])
     make = partial(ChatTemplate, tokenizer, end_ids=ids_of(tokenizer, [end, "</s>"]))

@@ -88,7 +88,7 @@ def other_weights(folder: Path) -> None:
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """When each file was written, but for the lock, which every start takes."""
+    """Return when each file was written, except for the lock, which every start writes."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 
 

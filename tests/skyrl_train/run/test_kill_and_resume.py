@@ -60,7 +60,7 @@ def arguments(given: Path, run_folder: Path, *, deterministic: bool) -> list[str
 
 
 def run_to_its_end(args: list[str], log: Path) -> None:
-    """What the child process does. Its words go to `log`."""
+    """Main function of the child process, which writes its output to `log`."""
     from skyrl_train.entrypoints.main_base import main
 
     register("even", EvenEnv)

@@ -1,4 +1,4 @@
-"""What a run does with its memory plan: it refuses before any weight is read, or hands the plan to its parts."""
+"""A run refuses its memory plan before any weight is read, or passes the plan to its parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OnGpu(BasePPOExp):
 
 
 class Planned(BasePPOExp):
-    """On a CPU, with the plan of a GPU."""
+    """An experiment on a CPU with the memory plan of a GPU."""
 
     def get_memory_plan(self):
         return MemoryPlan(96, True, kv_cache_bytes=2**20, session_cache_bytes=2**10, parts={})

@@ -1,4 +1,4 @@
-"""Where a run starts, and what becomes of the files of an earlier one."""
+"""The step at which a run starts, and its treatment of files of an earlier run."""
 
 from __future__ import annotations
 

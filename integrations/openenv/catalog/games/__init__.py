@@ -1,4 +1,4 @@
-"""The games of OpenSpiel that have a file of their own here, and one for all others. To add a game, copy catch.py."""
+"""The games of OpenSpiel: six with a file each, and other.py for all others. To add a game, copy catch.py."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ MINE, DEALERS = slice(85, 137), slice(137, 189)  # of info_state: one number for
 
 
 class Blackjack(Game):
-    """+1, 0 or -1. Chance deals, so no reward can be promised.
+    """Blackjack: pays +1, 0 or -1. Cards are dealt at random, so good play has no guaranteed reward.
 
     Good play is the basic strategy without doubling or splitting.
     """
@@ -61,7 +61,7 @@ class Blackjack(Game):
         return {"total": float(_total(self._cards(seen)[0])[0])}
 
     def _cards(self, seen: OpenSpielObservation) -> tuple[list[int], list[int]]:
-        """Ranks of my cards and of those that the dealer shows: 0 is an ace, 12 a king."""
+        """Return the ranks of my cards and of those that the dealer shows: 0 is an ace, 12 a king."""
         self.check_size(seen, 189)
         mine, dealers = (
             [card % 13 for card, has in enumerate(seen.info_state[part]) if has] for part in (MINE, DEALERS)
@@ -76,7 +76,7 @@ def _value(rank: int) -> int:
 
 
 def _total(ranks: Sequence[int]) -> tuple[int, bool]:
-    """The best total, and whether an ace counts 11 in it."""
+    """Return the best total, and whether an ace counts 11 in it."""
     hard = sum(map(_value, ranks))
     return (hard + 10, True) if 0 in ranks and hard <= 11 else (hard, False)
 

@@ -13,11 +13,11 @@ REPLY_FORM = "Reply only with <action>left</action>, <action>stay</action> or <a
 
 
 class Catch(Game):
-    """+1 for catching the ball, -1 for missing it, at the last of rows - 1 moves.
+    """Catch: pays +1 for catching the ball or -1 for missing it, at the last of rows - 1 moves.
 
-    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it, and takes as much
-    for each move that was never made. It is the default: an untrained small model writes a readable move in about half
-    of its turns, so hardly a game of its is finished, and the plain reward, -1 for all of them, teaches nothing.
+    The shaped reward adds 1 / (rows - 1) for each move that goes towards the ball or stays under it, and subtracts as
+    much for each missing move. It is the default: an untrained small model writes a readable move in about half of its
+    turns and so finishes hardly any game, and a plain reward of -1 for all of them teaches nothing.
 
     The view has two rows, the ball's and the paddle's (ten would cost 22 tokens a turn), and says where the ball is:
     SmolLM2-135M-Instruct learns to follow that, not to compare columns. Measured with it on all 25 positions of a first
@@ -76,7 +76,10 @@ class Catch(Game):
         return self.rows - 1
 
     def _where(self, seen: OpenSpielObservation) -> tuple[int, int, int]:
-        """The ball's row, its column and the paddle's column, from 0. Only at the end is the ball in the bottom row."""
+        """Return the ball's row, its column and the paddle's column, from 0.
+
+        The ball reaches the bottom row, where the paddle is, only at the end.
+        """
         self.check_size(seen, self.rows * self.columns)
         marks = [divmod(index, self.columns) for index, value in enumerate(seen.info_state) if value]
         if not 1 <= len(marks) <= 2 or marks[-1][0] != self.rows - 1:
@@ -84,7 +87,10 @@ class Catch(Game):
         return *marks[0], marks[-1][1]
 
     def _distance(self, before: OpenSpielObservation, seen: OpenSpielObservation) -> int:
-        """Columns between ball and paddle. The ball keeps its column, which tells the two apart in the bottom row."""
+        """Return the columns between ball and paddle.
+
+        In the bottom row the two look alike: the ball is the one in the column that it had in `before`.
+        """
         _, ball, _ = self._where(before)
         _, *columns = self._where(seen)
         return max(abs(column - ball) for column in columns)

@@ -16,9 +16,9 @@ Cell = tuple[int, int]
 
 
 class CliffWalking(Game):
-    """-1 for each step, -100 for falling, which ends the game. A game of `horizon` steps ends as well.
+    """Cliff walking: pays -1 for each step and -100 for falling, which ends the game, as `horizon` steps do.
 
-    The shaped reward is a hundredth of that, plus the share of the shortest way to the goal that a step gains.
+    The shaped reward is a hundredth of that, plus the fraction of the shortest way to the goal that a step gains.
     """
 
     name: ClassVar[str] = "cliff_walking"
@@ -87,7 +87,7 @@ class CliffWalking(Game):
         return {"steps_left": float(self._steps_left(self._place(seen)))}
 
     def _steps_left(self, place: Cell) -> int:
-        """Of the shortest way: from the bottom row it leads over the row above."""
+        """Return the length of the shortest way to the goal; from the bottom row it leads over the row above."""
         row, column = place
         if place == self.goal:
             return 0
@@ -96,7 +96,10 @@ class CliffWalking(Game):
         return self.height - 1 - row + self.width - 1 - column
 
     def _place(self, seen: OpenSpielObservation) -> Cell:
-        """info_state is the history: for each of `horizon` moves, which of the four it was. Walls stop a step."""
+        """Return the player's cell, by replaying the moves. A step into a wall does not move.
+
+        info_state is the history: for each of `horizon` moves four numbers, one-hot, or zeros for a move to come.
+        """
         self.check_size(seen, 4 * self.horizon)
         row, column = self.start
         for start in range(0, 4 * self.horizon, 4):

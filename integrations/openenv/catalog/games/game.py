@@ -1,4 +1,4 @@
-"""What the catalog knows about one game of OpenSpiel: the rules, the board as text, and how it is played well."""
+"""The interface of a game of OpenSpiel in the catalog: its rules, its board as text, and good moves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TEXT_CHARS = 2000  # of the engine's own text, in what the model reads
 
 @dataclass(frozen=True, slots=True)
 class OpenSpielObservation:
-    """What the player sees. `text`, `legal_names` and `lowest_return` come from our own server only."""
+    """A player's observation. Only our own server sends `text`, `legal_names` and `lowest_return`."""
 
     info_state: tuple[float, ...]
     legal_actions: tuple[int, ...]
@@ -28,7 +28,7 @@ class OpenSpielObservation:
 
     @classmethod
     def from_fields(cls, observation: Mapping[str, Any]) -> Self:
-        """OpenEnvError names the field that is missing or has another type."""
+        """Check and read a server's observation; OpenEnvError names the field that is missing or of a wrong type."""
         numbers, legal = observation.get("info_state"), observation.get("legal_actions")
         names, lowest = observation.get("legal_names") or [], observation.get("lowest_return")
         phase, player = observation.get("game_phase", "playing"), observation.get("current_player_id", 0)
@@ -51,16 +51,16 @@ class OpenSpielObservation:
 
 
 class Game(ABC):
-    """One game with its parameters, as one of its players sees it. All methods are functions of what was seen."""
+    """One game with its parameters, for one of its players. All methods are pure functions of the observations."""
 
-    name: ClassVar[str]  # the engine's
+    name: ClassVar[str]  # in the engine
     default_params: ClassVar[Mapping[str, int]] = {}  # those that can be set
-    smallest_params: ClassVar[Mapping[str, int]] = {}  # below this the engine refuses them, or crashes
+    smallest_params: ClassVar[Mapping[str, int]] = {}  # least values: below them the engine refuses or crashes
     num_players: ClassVar[int] = 1
     can_shape: ClassVar[bool] = False  # there is a shaped reward
     shapes: ClassVar[bool] = False  # and it is the default
-    shaped_scale: ClassVar[float] = 1.0  # of the server's rewards in the shaped ones
-    gold_reward: float | None = None  # what a plain episode of gold moves earns at least; None: no promise
+    shaped_scale: ClassVar[float] = 1.0  # factor of the server's rewards in the shaped ones
+    gold_reward: float | None = None  # the least that gold moves earn in the plain reward; None: unknown
 
     def __init__(self, params: Mapping[str, Any], agent_player: int) -> None:
         self.params = {**self.default_params, **params}
@@ -68,34 +68,34 @@ class Game(ABC):
 
     @abstractmethod
     def rules(self) -> str:
-        """What the model is told before the game."""
+        """Return the system message that explains the game."""
 
     def examples(self) -> Sequence[tuple[str, str]]:
-        """Views and good moves: earlier turns that show what a reply looks like."""
+        """Return pairs of a view and a good move, used as example turns in the prompt."""
         return ()
 
     @abstractmethod
     def view(self, seen: OpenSpielObservation) -> str:
-        """What the model reads of an observation on its turn."""
+        """Return the text of an observation at the model's turn."""
 
     @abstractmethod
     def names(self, seen: OpenSpielObservation) -> Mapping[str, int]:
-        """Words for moves, in the legal actions' order; a second word for the same move may follow."""
+        """Return the actions by their words, in the legal actions' order; synonyms may follow."""
 
     def end(self, before: OpenSpielObservation, seen: OpenSpielObservation, total: float) -> str:
-        """What the model reads when the game is over. `total`: what the server paid in this game."""
+        """Return the text at the end of the game. `total`: the sum of the server's rewards in this game."""
         return f"The game is over. You {'won' if total > 0 else 'lost' if total < 0 else 'drew'}."
 
     def won(self, seen: OpenSpielObservation, total: float) -> bool:
-        """Whether a game that is over was a success."""
+        """Return whether a game that is over was a success."""
         return total > 0
 
     def gold(self, seen: OpenSpielObservation) -> int | None:
-        """A good player's move."""
+        """Return a good player's move; None if unknown."""
         return None
 
     def shaped(self, before: OpenSpielObservation, seen: OpenSpielObservation, paid: float) -> float:
-        """The shaped reward of the move from `before` to `seen`, for which the server paid `paid`."""
+        """Return the shaped reward of the move from `before` to `seen`, for which the server paid `paid`."""
         return paid
 
     @property
@@ -104,22 +104,22 @@ class Game(ABC):
 
     @property
     def fewest_turns(self) -> int:
-        """A good game is no shorter."""
+        """The number of moves in the shortest good game."""
         return 1
 
     def unfinished(self, seen: OpenSpielObservation) -> float:
-        """The reward for a game whose turns ran out: what the worst player gets, so that stalling never pays."""
+        """Return the reward of a game whose turns ran out: that of the worst player, so that stalling never pays."""
         return -1.0 if seen.lowest_return is None else min(seen.lowest_return, 0.0)
 
     def shaped_unfinished(self, seen: OpenSpielObservation, plain: float) -> float:
-        """The same in the shaped reward."""
+        """Return the shaped reward of a game whose turns ran out. `plain`: the result of `unfinished`."""
         return self.shaped_scale * plain
 
     def metrics(self, seen: OpenSpielObservation) -> dict[str, float]:
         return {}
 
     def check_size(self, seen: OpenSpielObservation, size: int) -> None:
-        """OpenEnvError unless info_state has as many numbers as this game's."""
+        """Raise OpenEnvError unless info_state has `size` numbers."""
         if len(seen.info_state) != size:
             raise OpenEnvError(
                 f"openspiel_env: the server's observation has {len(seen.info_state)} numbers, {self.name} with "
@@ -129,7 +129,7 @@ class Game(ABC):
 
 
 def spoken(words: Sequence[str], most: int = 30) -> str:
-    """ "left, stay or right"; of many, the first."""
+    """Return "left, stay or right"; of more than `most` words the first, and the number of the rest."""
     if len(words) > most:
         return f"{', '.join(words[:most])} or one of {len(words) - most} more"
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"

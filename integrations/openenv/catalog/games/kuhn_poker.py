@@ -14,10 +14,10 @@ JACK, QUEEN, KING = range(3)
 
 
 class KuhnPoker(Game):
-    """Everyone puts 1 in, and 1 more with a bet: +1, +2, -1 or -2. Chance deals, so no reward can be promised.
+    """Kuhn poker: each player pays 1, and 1 more for a bet, so a game pays +1, +2, -1 or -2.
 
-    Good play against the seeded opponents, which bet without looking: bet or call with a king, call with a queen,
-    bluff with a jack when nobody has bet, fold it when somebody has.
+    Cards are dealt at random, so good play has no guaranteed reward. Against the seeded opponents, which ignore their
+    card, it is: bet or call with a king; pass with a queen, but call a bet; bluff with a jack, but fold after a bet.
     """
 
     name: ClassVar[str] = "kuhn_poker"
@@ -55,9 +55,10 @@ class KuhnPoker(Game):
         return -2.0
 
     def _hand(self, seen: OpenSpielObservation) -> tuple[int, list[tuple[bool, int]]]:
-        """My card and the moves so far, each with whether it was mine.
+        """Return my card and the moves so far, each with whether it was mine.
 
-        info_state: who I am [2], my card [3], then for each of three moves whether it was a pass or a bet [2].
+        info_state: the player, one-hot [2], my card, one-hot [3], then for each of three moves whether it was a pass or
+        a bet [2].
         """
         self.check_size(seen, 11)
         card, pairs = seen.info_state[2:5], [seen.info_state[start : start + 2] for start in (5, 7, 9)]

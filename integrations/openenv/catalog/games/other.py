@@ -1,4 +1,4 @@
-"""Any other turn-based game of OpenSpiel: the engine's own words, where our server sends them."""
+"""Any other turn-based game of OpenSpiel, described by the engine's own text if our server sends it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN_NUMBERS = 24  # of an info_state without text
 
 
 class OtherGame(Game):
-    """The rules are not told: a model that knows the game by name has them. Moves may also be given by number."""
+    """A game without rules in the prompt: the model must know it by its name. Moves may also be given by number."""
 
     def __init__(self, name: str, params: Mapping[str, object], agent_player: int) -> None:
         super().__init__(params, agent_player)
@@ -33,7 +33,7 @@ class OtherGame(Game):
         return f"{self._position(seen)}\n{super().end(before, seen, total)}".lstrip()
 
     def _position(self, seen: OpenSpielObservation) -> str:
-        """The engine's text; without it, which numbers of the info_state are not 0."""
+        """Return the engine's text; without it, the numbers of the info_state that are not 0."""
         if seen.text.strip():
             return seen.text.strip("\n")
         there = [f"{index}={value:g}" for index, value in enumerate(seen.info_state) if value]

@@ -14,11 +14,11 @@ FREE, O, X = " ", "o", "x"  # noqa: E741  (the letters on the board)
 
 
 class TicTacToe(Game):
-    """+1 for winning, 0 for a draw, -1 for losing. Player 0 is x and begins."""
+    """Tic-tac-toe: pays +1 for winning, 0 for a draw, -1 for losing. Player 0 is x and begins."""
 
     name: ClassVar[str] = "tic_tac_toe"
     num_players: ClassVar[int] = 2
-    gold_reward = 0.0  # who plays perfectly never loses
+    gold_reward = 0.0  # perfect play never loses
 
     def rules(self) -> str:
         return (
@@ -54,7 +54,10 @@ class TicTacToe(Game):
         return X if (self.agent_player == 0) != other else O
 
     def _board(self, seen: OpenSpielObservation) -> str:
-        """Nine characters. info_state has a plane of nine numbers for free cells, one for o and one for x."""
+        """Return the board as nine characters.
+
+        info_state has a plane of nine numbers for free cells, one for o and one for x.
+        """
         self.check_size(seen, 27)
         planes = [seen.info_state[start : start + 9] for start in (0, 9, 18)]
         if any(sorted(cell) != [0.0, 0.0, 1.0] for cell in zip(*planes, strict=True)):
@@ -68,7 +71,7 @@ def _with(board: str, cell: int, mark: str) -> str:
 
 @cache
 def _value(board: str, to_move: str) -> float:
-    """What perfect play gives the player to move: 1 won, 0 drawn, -1 lost; what is far off counts a little less."""
+    """Return the value for the player to move, by minimax: 1 won, 0 drawn, -1 lost, times 0.99 per move until then."""
     if any(board[a] == board[b] == board[c] != FREE for a, b, c in LINES):
         return -1.0
     free = [cell for cell in range(9) if board[cell] == FREE]

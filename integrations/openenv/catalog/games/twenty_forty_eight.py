@@ -8,30 +8,14 @@ from typing import ClassVar
 from integrations.openenv.catalog.games.game import Game, OpenSpielObservation, spoken
 
 MOVES = {"up": 0, "right": 1, "down": 2, "left": 3}
-SNAKE = (
-    15,
-    14,
-    13,
-    12,
-    8,
-    9,
-    10,
-    11,
-    7,
-    6,
-    5,
-    4,
-    0,
-    1,
-    2,
-    3,
-)  # a good order: the greatest tile in a corner, then along
+# Cells in the order in which good play keeps its tiles, the greatest first: row by row, in alternating directions.
+SNAKE = (15, 14, 13, 12, 8, 9, 10, 11, 7, 6, 5, 4, 0, 1, 2, 3)
 
 Board = tuple[int, ...]
 
 
 class TwentyFortyEight(Game):
-    """A move pays the sum of the tiles that it made. Chance adds tiles, so no reward can be promised."""
+    """2048: a move pays the sum of the tiles that it made. Tiles appear at random, so no reward is guaranteed."""
 
     name: ClassVar[str] = "2048"
     default_params: ClassVar[Mapping[str, int]] = {"max_tile": 2048}
@@ -62,7 +46,7 @@ class TwentyFortyEight(Game):
         return max(self._board(seen)) >= self.params["max_tile"]
 
     def gold(self, seen: OpenSpielObservation) -> int | None:
-        """The move after which tiles stand in the snake's order, cells are free and tiles have merged."""
+        """Return the move with the best sum of its pay, free cells and large tiles along SNAKE."""
         board = self._board(seen)
 
         def worth(move: int) -> float:
@@ -84,7 +68,7 @@ class TwentyFortyEight(Game):
 
 
 def _moved(board: Board, move: int) -> tuple[Board, int]:
-    """The board after a move, before chance adds a tile, and what it pays."""
+    """Return the board after a move, before a random tile is added, and what the move pays."""
     lines = [range(4 * line, 4 * line + 4) if move in (1, 3) else range(line, 16, 4) for line in range(4)]
     after, paid = [0] * 16, 0
     for line in lines:
@@ -97,7 +81,7 @@ def _moved(board: Board, move: int) -> tuple[Board, int]:
 
 
 def _slid(tiles: list[int]) -> tuple[list[int], int]:
-    """Tiles without gaps, slid towards the first: [2, 2, 4] -> [4, 4], which pays 4."""
+    """Slide tiles towards the first and merge equal ones: [2, 2, 4] -> [4, 4], which pays 4."""
     slid: list[int] = []
     paid, can_merge = 0, False
     for tile in tiles:

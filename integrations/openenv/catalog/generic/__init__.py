@@ -1,7 +1,7 @@
-"""Any OpenEnv server outside the catalog, by what it says of itself.
+"""Entries for OpenEnv servers outside the catalog, made from what the server says of itself.
 
-names.py (what env_name names) -> description.py (what the server says) -> actions.py, tools.py (how a model acts)
--> observation.py (what it reads) -> entry.py (all of it, as an entry of the catalog)
+names.py (meaning of env_name) -> description.py (the server's schemas) -> actions.py, tools.py (text to action)
+-> observation.py (observation to text) -> entry.py (all of it, as an entry of the catalog)
 """
 
 from integrations.openenv.catalog.generic.entry import GenericEntry, GenericOptions

@@ -1,4 +1,4 @@
-"""How a model writes an action, derived from the JSON schema that a server gives of it.
+"""Forms of actions as text, derived from the JSON schema of a server's actions.
 
 {"move": string}                      the text itself                     <action>e2e4</action>
 {"column": integer}                   a whole number, a legal one         <action>3</action>
@@ -19,31 +19,31 @@ from integrations.openenv.catalog.generic.validation import ActionSchema, json_v
 from integrations.openenv.catalog.generic.values import MAX_WRITTEN_CHARS, Field, Legal, named
 from integrations.openenv.client.errors import OpenEnvError
 
-NOT_THE_POLICYS = {"metadata"}  # of every action in OpenEnv; nothing a policy should write
+NOT_THE_POLICYS = {"metadata"}  # a field of every action in OpenEnv that a policy does not write
 MAX_FIELDS_SHOWN = 30
 MAX_DESCRIPTION_CHARS = 200
 
 
 class ActionForm(ABC):
-    """One way to write actions. `legal` is what the last observation allows, where it says so."""
+    """One way to write actions. `legal`: the actions that the last observation allows; None if it does not say."""
 
     kind: str  # for reports
 
     @abstractmethod
     def how(self) -> str:
-        """What to write between the tags, for the prompt."""
+        """Return what to write between the tags, for the prompt."""
 
     @abstractmethod
     def fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
-        """The fields of the action; InvalidAction says what is wrong and what is expected."""
+        """Return the fields of the action; InvalidAction says what is wrong and what is expected."""
 
     @abstractmethod
     def random_text(self, random: Random, legal: Legal | None) -> str:
-        """An action that the form allows."""
+        """Return a random action in this form."""
 
 
 class ObjectForm(ActionForm):
-    """A JSON object with the action's fields."""
+    """Form of an action with several fields: a JSON object."""
 
     kind = "a JSON object"
 
@@ -71,7 +71,7 @@ class ObjectForm(ActionForm):
         return self.complete(value)
 
     def complete(self, value: dict[str, Any]) -> dict[str, Any]:
-        """With the schema's defaults for what is left out, if it is an action."""
+        """Return the fields, with the schema's defaults for those left out; InvalidAction if they break the schema."""
         for name in value:
             if name not in {field.name for field in self.members}:
                 raise InvalidAction(
@@ -88,7 +88,7 @@ class ObjectForm(ActionForm):
 
 
 class ValueForm(ActionForm):
-    """The value of one field. Fields with a default may be set too, by writing the JSON object instead."""
+    """Form of an action with one required field: its value alone, or the JSON object to set other fields too."""
 
     def __init__(self, form: ObjectForm, field: Field) -> None:
         self.field = field
@@ -128,13 +128,13 @@ class ValueForm(ActionForm):
             raise InvalidAction(f"{str(value)[:50]!r} is not legal now. Legal: {named(legal)}.")
 
     def _names_values(self, legal: Legal) -> bool:
-        """Whether the legal ones are values of our field: names of moves are none of an integer's."""
+        """Return whether the legal actions are values of this field; names of moves are not values of an integer."""
         wanted = {"integer": int, "string": str}.get(self.field.kind)
         return wanted is not None and all(isinstance(value, wanted) for value in legal)
 
 
 def action_form(schema: dict[str, Any]) -> ActionForm:
-    """The form for an action's schema: one required field is written plainly, several as an object."""
+    """Return the form for an action's schema: ValueForm for one required field, ObjectForm for several."""
     form = ObjectForm(schema)
     fields = form.members
     required = [field for field in fields if field.required] or fields
@@ -144,7 +144,7 @@ def action_form(schema: dict[str, Any]) -> ActionForm:
 
 
 def members(schema: dict[str, Any]) -> list[Field]:
-    """The fields that a policy may set."""
+    """Return the fields that a policy may set."""
     required = schema.get("required") or []
     return [
         Field.of(name, value, schema, required=name in required) for name, value in _without_metadata(schema).items()

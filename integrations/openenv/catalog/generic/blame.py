@@ -1,12 +1,12 @@
-"""Whose doing a server's error is: that of the action it was sent, or its own.
+"""Decision whether a server's error was caused by the action that it was sent or by a fault of the server.
 
-OpenEnv's servers tell of an exception by its words only, without its type, and send VALIDATION_ERROR also where what
-they build themselves does not validate. So the words and the action have to say it:
+OpenEnv's servers send an exception's message without its type, and send VALIDATION_ERROR also if an object that they
+built themselves does not validate. So the message and the action must be compared:
 
-VALIDATION_ERROR   the action's, if what is complained about was sent
-EXECUTION_ERROR    the server's, if the words are those of a programming error or of a machine that lacks something;
-                   but the action's, if that could have come from what was sent: a key or an index that it names
-all others         the server's
+VALIDATION_ERROR   the action, if the complaint is about something that was sent
+EXECUTION_ERROR    the server, if the message is that of a programming error or of a machine that lacks something;
+                   but the action, if the error could come from what was sent: a key or an index in it
+all others         the server
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from integrations.openenv.client.errors import ServerError
 
-# What Python says of a mistake in a program, and of files and machines that are not there.
+# Messages of Python for mistakes in a program, and for files and machines that do not exist.
 PROGRAMMING_ERROR = re.compile(
     r"has no attribute '|^name '.*' is not defined|cannot access (local|free) variable|referenced before assignment"
     r"|No module named |cannot import name |not JSON serializable|Unable to serialize|maximum recursion depth"
@@ -30,15 +30,15 @@ PROGRAMMING_ERROR = re.compile(
     r"|object cannot be interpreted as an integer|indices must be integers|object does not support item"
     r"|not enough values to unpack|too many values to unpack|cannot unpack non-iterable|unhashable type"
     r"|argument of type '.*' is not iterable|expected str, bytes or os.PathLike|must be str, not "
-    r"|\breset\(\)"  # "call reset() first": we did
+    r"|\breset\(\)"  # "call reset() first", which we did
 )
-# What it says of a look-up in vain: a key as it is written, or an index or a divisor.
+# Messages for a failed look-up (the key as it is written), and for an index or a divisor.
 KEY = re.compile(r"""'([^']*)'|"([^"]*)"|-?\d+(?:\.\d+)?|None|\(.*\)""", re.DOTALL)
 INDEX = re.compile(r"index out of (range|bounds)|division (or modulo )?by zero|is out of bounds for")
 
 
 def caused_by_action(error: ServerError, sent: dict[str, Any], field_names: set[str]) -> bool:
-    """Whether the error is the doing of the action that was sent; `field_names`: of the schema of actions."""
+    """Return whether the action caused the error. `field_names`: those in the schema of actions."""
     if error.code == "VALIDATION_ERROR":
         complaints = [detail for detail in error.details if isinstance(detail, dict)]
         return not complaints or any(_is_about(complaint, sent, field_names) for complaint in complaints)
@@ -53,7 +53,7 @@ def caused_by_action(error: ServerError, sent: dict[str, Any], field_names: set[
 
 
 def _is_about(complaint: dict[str, Any], sent: dict[str, Any], field_names: set[str]) -> bool:
-    """Pydantic names the field and shows the value that it complains about."""
+    """Return whether a complaint of pydantic, which names the field and shows its value, is about what was sent."""
     where = complaint.get("loc") or ()
     if not where:
         return True
@@ -64,5 +64,5 @@ def _is_about(complaint: dict[str, Any], sent: dict[str, Any], field_names: set[
 
 
 def _is_loose(sent: dict[str, Any]) -> bool:
-    """Whether the action has parts whose form no schema says, so that a program may stumble over them."""
+    """Return whether the action has nested parts without a schema, which can cause any error in a program."""
     return "tool_name" not in sent and any(isinstance(value, dict | list) and value for value in sent.values())

@@ -1,4 +1,4 @@
-"""What a running server tells about itself: GET /schema and /metadata, and the tools of an MCP environment."""
+"""A running server's description of itself: GET /schema and /metadata, and the tools of an MCP environment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MAX_MANUAL_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class ServerDescription:
-    """Of one environment."""
+    """The description of one environment by its server."""
 
     title: str
-    manual: str  # the words that its authors gave its action and observation; may be empty
+    manual: str  # the description in its action's schema; may be empty
     form: ActionForm
     action_schema: dict[str, Any]
     observation_schema: dict[str, Any]
 
 
 async def describe(session: OpenSession) -> ServerDescription:
-    """Ask the session's server. OpenEnvError where what it says cannot be played by."""
+    """Ask the session's server for its description; OpenEnvError if no actions can be derived from it."""
     url = session.url
     try:
         schemas = await schema(url)
@@ -40,10 +40,10 @@ async def describe(session: OpenSession) -> ServerDescription:
     if not isinstance(action, dict) or not isinstance(action.get("properties"), dict):
         raise OpenEnvError(f"{url}/schema gives no properties of an action: {str(schemas)[:200]}")
     observation = observation if isinstance(observation, dict) else {}
-    ActionSchema(action)  # from here on its keywords have the types that JSON schema gives them
+    ActionSchema(action)  # checks the schema: below, its keywords have the types that JSON schema gives them
     if calls_tools(action):
         form: ActionForm = ToolForm(await list_tools(session), call_constants(action))
-        manual = ""  # of tool calls in general, which says nothing about this environment
+        manual = ""  # the schema describes tool calls in general, not this environment
     else:
         form = action_form(action)
         manual = _manual(action)
@@ -58,7 +58,7 @@ async def list_tools(session: OpenSession) -> list[Tool]:
 
 
 async def _title(url: str) -> str:
-    """The environment's name for itself, GridWorldEnvironment; empty if it has none."""
+    """Return the environment's own name, such as GridWorldEnvironment; "" if it has none."""
     try:
         name = (await fetch_json(url, "/metadata", 10.0)).get("name")
     except OpenEnvError:  # an optional route

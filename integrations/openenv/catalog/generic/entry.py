@@ -1,4 +1,4 @@
-"""Any OpenEnv server as an entry of the catalog: what the catalog's files say of six, this one asks the server."""
+"""An OpenEnv server outside the catalog as a catalog entry: tasks and text forms come from its description."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from integrations.openenv.hosting.source import ServerSource
 from skyrl_gym.contract import WrongAnswer, checked_reward
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
-MAX_SAID = 5  # errors of one server that are logged
+MAX_LOGGED = 5  # errors of one server
 EXAMPLE_SEED = 1  # of the action that the prompt shows
 
 
 @dataclass(frozen=True, slots=True)
 class GenericOptions:
-    """What no server tells."""
+    """Options for what no server describes: the task, the reward, success, and arguments of reset."""
 
     instruction: str = ""  # the task, in words; empty: earn reward
     reward: str = ""  # "package.module:function"(action, observation, server_reward, done); empty: the server's
@@ -38,7 +38,7 @@ class GenericOptions:
 
 
 class GenericEntry(CatalogEntry):
-    """One server outside the catalog. What it says of itself is asked once, by `prepare`."""
+    """One server outside the catalog. `prepare` asks for its description once."""
 
     options_type: ClassVar[type] = GenericOptions
     code_options: ClassVar[frozenset[str]] = frozenset({"reward", "variables"})
@@ -50,13 +50,13 @@ class GenericEntry(CatalogEntry):
         self.image = foreign.target if foreign.form == "image" else ""  # ty: ignore[invalid-attribute-access]
         self.server_module = foreign.source().module or ""  # ty: ignore[invalid-attribute-access]
         self._description: ServerDescription | None = None
-        self._asking: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
-        self._asking = WeakKeyDictionary()
-        self._said: set[str] = set()  # errors that were logged
+        self._describing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[ServerDescription]]
+        self._describing = WeakKeyDictionary()
+        self._logged: set[str] = set()  # errors that were logged
 
     @property
     def data_name(self) -> str:
-        """http://127.0.0.1:8000 -> http_127_0_0_1_8000, for files and metrics."""
+        """The name in files and metrics: http://127.0.0.1:8000 -> http_127_0_0_1_8000."""
         return re.sub(r"[^a-z0-9]+", "_", self.foreign.target.lower()).strip("_")
 
     @property
@@ -74,34 +74,37 @@ class GenericEntry(CatalogEntry):
         return self._description
 
     async def prepare(self, session: OpenSession) -> None:
-        """Ask the server, unless this process has asked it before. Episodes that come at once ask together."""
+        """Ask the server for its description, once per process; concurrent episodes share one request."""
         if self._description is None:
             loop = asyncio.get_running_loop()
-            asking = self._asking.get(loop)
-            if asking is None or asking.done():
-                asking = self._asking[loop] = loop.create_task(describe(session))
-            self._description = await asyncio.shield(asking)
+            describing = self._describing.get(loop)
+            if describing is None or describing.done():
+                describing = self._describing[loop] = loop.create_task(describe(session))
+            self._description = await asyncio.shield(describing)
 
     def is_refusal(self, error: ServerError, sent: dict[str, Any]) -> bool:
-        """As far as its words tell; what is charged to the policy is logged once, for a person to judge."""
+        """Return whether the error counts as the policy's mistake, judged by its message.
+
+        Each such message is logged once, so that a person can check the judgement.
+        """
         if not caused_by_action(error, sent, set(self.description.action_schema["properties"])):
             return False
-        if error.code == "EXECUTION_ERROR" and error.message not in self._said and len(self._said) < MAX_SAID:
-            from loguru import logger  # not in the images of servers, which import the catalog
+        if error.code == "EXECUTION_ERROR" and error.message not in self._logged and len(self._logged) < MAX_LOGGED:
+            from loguru import logger  # imported here because the servers' images, which import the catalog, lack it
 
-            self._said.add(error.message)
+            self._logged.add(error.message)
             logger.warning(f"{self.name}: an action is refused, and counts as the policy's mistake: {error.message!r}")
         return True
 
     def tasks(self, random: Random, num_tasks: int, options: GenericOptions) -> list[Task]:
-        """The same words each time: the tasks differ by the seed that the environment is reset with."""
+        """Return tasks that are all equal; each row's seed, given to reset, makes the difference."""
         prompt = self.prompt(options)
         plain = asdict(GenericOptions())
         given = {name: value for name, value in asdict(options).items() if value != plain[name]}
         return [Task(prompt, family=self.data_name, options=given) for _ in range(num_tasks)]
 
     def prompt(self, options: GenericOptions) -> Messages:
-        """The task, and one reply as it should look: a small model does what it sees rather than what it is told."""
+        """Return the prompt: the task, the form of actions, and an example reply, which helps small models most."""
         about = self.description
         task = options.instruction or f"You act in the environment {about.title or self.name}. Earn as much as you can."
         example = about.form.random_text(Random(EXAMPLE_SEED), None)
@@ -126,14 +129,14 @@ class GenericEntry(CatalogEntry):
 
 
 class GenericTranslator(Translator):
-    """Remembers which actions are legal and what was earned."""
+    """Translator that remembers the last observation, for its legal actions, and the rewards so far."""
 
     def __init__(self, entry: GenericEntry, options: GenericOptions) -> None:
         self.entry = entry
         self.options = options
         self.reward_function = load_function(options.reward) if options.reward else None
         self.earned = 0.0
-        self.num_unpaid = 0  # turns for which the server paid null, which counts as 0
+        self.num_unpaid = 0  # turns in which the server's reward was null, which counts as 0
         self._last: dict[str, Any] = {}
         self._action: dict[str, Any] = {}
 
@@ -170,7 +173,7 @@ class GenericTranslator(Translator):
 
 
 def load_function(path: str) -> RewardFunction:
-    """package.module:function"""
+    """Import "package.module:function"; ValueError if it is no function."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)

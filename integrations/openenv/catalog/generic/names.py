@@ -1,4 +1,4 @@
-"""What an env_name outside the catalog names: an address, an image, a folder or an app."""
+"""Reader of env_names outside the catalog: an address, an image, a folder or an app."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ APP = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+:[A-Za-z_]\w*")  # a dot before 
 
 @dataclass(frozen=True, slots=True)
 class ForeignName:
-    """One env_name, read. The same server has the same text wherever it is read."""
+    """One env_name, parsed. `text` is its canonical form, equal for equal servers."""
 
     form: Literal["address", "image", "folder", "app"]
     target: str  # the url, the image, the absolute folder, module:attribute
@@ -30,7 +30,7 @@ class ForeignName:
         return f"image:{self.target}" if self.form == "image" else self.target
 
     def source(self, variables: tuple[tuple[str, str], ...] = ()) -> ServerSource:
-        """Where it can be served from; `variables` are set in the server's environment."""
+        """Return the source of its server; `variables` are set in the server's environment."""
         if self.form == "address":
             return ServerSource(self.text, url=self.target)
         if self.form == "image":
@@ -40,7 +40,7 @@ class ForeignName:
 
 
 def foreign_name(text: str) -> ForeignName | None:
-    """The first rule that fits decides; None: a plain word, which can only be a name of the catalog.
+    """Parse an env_name by the first rule that fits; None for a plain word, which can only be in the catalog.
 
     http://, https://, ws://, wss:// begin an address; image: an image; / ./ ../ ~ a folder; a.b:c is an app;
     whatever else has a / or a : in it is an image.

@@ -1,4 +1,4 @@
-"""What a model reads of any server's observation: its texts as they are, small boards drawn, long lists summarised."""
+"""Text of any server's observation: texts are kept, small boards drawn, long lists summarised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_DEPTH = 3
 SHORT_LIST, BOARD_SIDE, FIRST_SHOWN = 12, 24, 5
 NOT_SHOWN = {"reward", "done", "metadata"}
 LEGAL_KEYS = ("legal_actions", "legal_moves", "valid_actions", "valid_moves", "available_actions", "action_mask")
-CHECKED_KEYS = set(LEGAL_KEYS) - {"available_actions"}  # that one often holds how calls look, not the actions
+CHECKED_KEYS = set(LEGAL_KEYS) - {"available_actions"}  # which often lists forms of calls, not actions
 FIRST_KEYS = (
     *("prompt", "task", "instruction", "question", "messages", "message", "text", "content", "result"),
     *("stdout", "stderr", "output", "error", "feedback", "board", "grid", "observation", "state"),
@@ -23,7 +23,7 @@ FIRST_KEYS = (
 
 
 def observation_text(observation: dict[str, Any]) -> str:
-    """Bounded whatever the server sends; empty if there is nothing to read."""
+    """Return the text of an observation, at most MAX_CHARS long plus the legal actions; "" if there is nothing."""
     shown = {
         key: value
         for key, value in observation.items()
@@ -43,7 +43,10 @@ def observation_text(observation: dict[str, Any]) -> str:
 
 
 def legal_actions(observation: dict[str, Any], *, checked: bool = False) -> Legal | None:
-    """The actions that an observation allows, numbers or names, if it says so; with `checked`, only if for certain."""
+    """Return the actions (numbers or names) that an observation allows; None if it does not say.
+
+    checked: only under keys that certainly list actions, so that others may be refused.
+    """
     for key in LEGAL_KEYS:
         values = observation.get(key)
         if not isinstance(values, list) or not values or (checked and key not in CHECKED_KEYS):
@@ -56,14 +59,17 @@ def legal_actions(observation: dict[str, Any], *, checked: bool = False) -> Lega
 
 
 def _is_mask(values: list[Any]) -> bool:
-    """Flags, rather than the allowed numbers in order: [0, 1] allows 0 and 1, [1, 0] and [1, 1] are flags."""
+    """Return whether the values are flags and not sorted action numbers.
+
+    [0, 1] lists the actions 0 and 1; [1, 0], [1, 1] and bools are flags.
+    """
     if any(value not in (0, 1) for value in values):
         return False
     return any(isinstance(value, bool) for value in values) or values != sorted(set(values))
 
 
 def _fold(observation: dict[str, Any]) -> None:
-    """A flat list of width x height numbers becomes its rows, where those can be drawn."""
+    """Replace, in place, flat lists of width x height numbers by lists of rows, if a board of that size is drawn."""
     width, height = observation.get("width"), observation.get("height")
     if not (isinstance(width, int) and isinstance(height, int) and 0 < width <= BOARD_SIDE and height <= BOARD_SIDE):
         return
@@ -73,7 +79,7 @@ def _fold(observation: dict[str, Any]) -> None:
 
 
 def _tool_answer(observation: dict[str, Any]) -> dict[str, Any]:
-    """What a tool said: its data, else its texts, else why it failed."""
+    """Return a tool's error if it failed, else its data, else its texts."""
     error, result = observation.get("error"), observation.get("result")
     if error:
         return {"error": error.get("message", error) if isinstance(error, dict) else error}
@@ -86,12 +92,12 @@ def _tool_answer(observation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(key: str, value: Any, *, alone: bool, depth: int) -> Iterator[str]:
-    """`key: value`; what fills several lines stands below its key; a text that is alone needs no key."""
+    """Yield "key: value". A value of several lines follows its key; a text that is the only field needs no key."""
     label = key.replace("_", " ")
     if isinstance(value, dict) and depth < MAX_DEPTH:
-        for inner, of_inner in list(value.items())[:MAX_LINES]:
-            if not _is_empty(of_inner):
-                yield from _lines(f"{key}.{inner}", of_inner, alone=False, depth=depth + 1)
+        for inner, inner_value in list(value.items())[:MAX_LINES]:
+            if not _is_empty(inner_value):
+                yield from _lines(f"{key}.{inner}", inner_value, alone=False, depth=depth + 1)
         return
     text = _shortened(_text(value), MAX_VALUE_CHARS)
     if alone and isinstance(value, str):
@@ -134,16 +140,16 @@ def _list_text(values: list[Any]) -> str:
 
 
 def _message(value: dict[str, Any]) -> str:
-    """A turn of a conversation, else the fields in short."""
+    """Return a message of a conversation as "role: content", any other dict as its shortened fields."""
     content = value.get("content", value.get("text"))
     if isinstance(content, str):
         who = value.get("role") or value.get("sender") or value.get("sender_id")
         return f"{who}: {content}" if isinstance(who, str | int) else content
-    return ", ".join(f"{key}: {_shortened(_text(of), 80)}" for key, of in list(value.items())[:SHORT_LIST])
+    return ", ".join(f"{key}: {_shortened(_text(field), 80)}" for key, field in list(value.items())[:SHORT_LIST])
 
 
 def _is_board(values: list[Any]) -> bool:
-    """Rows of equal length, small enough to draw, of short numbers or words."""
+    """Return whether these are rows of equal length, of short numbers or words, small enough to draw."""
     if not all(isinstance(row, list) and row for row in values) or len(values) > BOARD_SIDE:
         return False
     if len({len(row) for row in values}) != 1 or len(values[0]) > BOARD_SIDE:
@@ -171,7 +177,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Head and tail: a task stands at the beginning, an error at the end."""
+    """Return a long text's head and tail: a task stands at the beginning, an error at the end."""
     return (
         text
         if len(text) <= limit

@@ -31,7 +31,7 @@ class Tool:
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:
-        """Of one item of tools/list."""
+        """Read one item of the answer to tools/list; OpenEnvError if it has no name or schema."""
         schema = fields.get("inputSchema", fields.get("input_schema")) if isinstance(fields, dict) else None
         if not isinstance(schema, dict) or not isinstance(fields.get("name"), str):
             raise OpenEnvError(f"the server lists a tool without a name and a schema: {str(fields)[:200]}")
@@ -46,7 +46,7 @@ class Tool:
 
 
 class ToolForm(ActionForm):
-    """A call of one of the tools. `constants` are the fields of every call, beside its tool and arguments."""
+    """Form of an action that calls a tool. `constants`: the fields of every call besides its tool and arguments."""
 
     kind = "a call of a tool"
 
@@ -85,13 +85,13 @@ class ToolForm(ActionForm):
 
 
 def calls_tools(schema: dict[str, Any]) -> bool:
-    """Whether an action's schema is that of a tool call."""
+    """Return whether an action's schema is that of a tool call."""
     properties = schema.get("properties") or {}
     others = set(schema.get("required") or []) - {"type", "tool_name", "arguments"}
     return {"tool_name", "arguments"} <= set(properties) and not others
 
 
 def call_constants(schema: dict[str, Any]) -> dict[str, Any]:
-    """{"type": "call_tool"} where the schema fixes it."""
+    """Return the fields that the schema fixes for every call: {"type": "call_tool"}, or {}."""
     kind = (schema.get("properties") or {}).get("type")
     return {"type": kind["const"]} if isinstance(kind, dict) and "const" in kind else {}

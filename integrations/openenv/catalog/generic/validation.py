@@ -1,4 +1,4 @@
-"""JSON as a model writes it, and whether it keeps a schema that a server sent. Neither is trusted."""
+"""Reader of a model's JSON, and its validation by a schema that a server sent. Neither is trusted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from integrations.openenv.client.errors import OpenEnvError
 
 MAX_DEPTH = 30
 MAX_COMPLAINT_CHARS = 300
-# The server looks at these itself; here they could take a model's text minutes to check.
+# The server checks these itself; here a model's text could make them take minutes.
 NOT_CHECKED = {"pattern", "patternProperties", "format", "uniqueItems"}
 
 
 class ActionSchema:
-    """Whether a JSON object is an action. Fields that the schema does not name are refused, whatever it says."""
+    """Validator of actions by a server's JSON schema. Fields that it does not name are always refused."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         cleaned = _cleaned(schema, MAX_DEPTH)
@@ -34,7 +34,7 @@ class ActionSchema:
         self._validator = Draft202012Validator(cleaned, registry=Registry())  # an empty registry fetches nothing
 
     def check(self, value: Any) -> None:
-        """InvalidAction names the worst of what is wrong."""
+        """Raise InvalidAction, with the most relevant error, unless the value is an action."""
         try:
             worst = best_match(self._validator.iter_errors(value))
         except Unresolvable as missing:
@@ -48,7 +48,7 @@ class ActionSchema:
 
 
 def json_value(text: str) -> Any:
-    """The JSON value that a model wrote; InvalidAction where it is none, or none that can be sent."""
+    """Return the JSON value that a model wrote; InvalidAction if it is none, or one that cannot be sent."""
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
@@ -64,7 +64,10 @@ def json_value(text: str) -> Any:
 
 
 def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """With its own "#/..." references followed, and "this or null" read as "this". Beside a reference, words stay."""
+    """Return a schema with its "#/..." reference followed and "this or null" reduced to "this".
+
+    Keywords beside a reference, such as a description, are kept. root: the schema that references point into.
+    """
     for _ in range(MAX_DEPTH):
         if not isinstance(schema, dict):
             return {}
@@ -105,7 +108,7 @@ def _cleaned(schema: Any, depth: int) -> Any:
 
 
 def _is_left_out(key: str, value: Any) -> bool:
-    """A property may be called "pattern" too: then its value is a schema, which is no text or flag."""
+    """Return whether a keyword is not checked; a property called "pattern" has a schema as its value and is kept."""
     return key in NOT_CHECKED and (not isinstance(value, dict) or key == "patternProperties")
 
 

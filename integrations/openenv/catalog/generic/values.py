@@ -1,4 +1,4 @@
-"""Values of an action's fields, by their JSON schema: said in words, read from a model's text, drawn at random."""
+"""Fields of actions by their JSON schema: described in words, read from a model's text, drawn at random."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Field:
 
     @property
     def fewest_chars(self) -> int:
-        """How long the shortest text is that the schema allows, as far as that is easily seen."""
+        """A lower bound on the length of a text that the schema allows, from minItems and minLength."""
         items = self.schema.get("minItems", 0) if self.kind in ("list", "json") else 0
         return max(2 * items, self.schema.get("minLength", 0) if self.kind == "string" else 0)
 
     def words(self) -> str:
-        """What a value must be: "a whole number from 0 to 6"."""
+        """Return what a value must be: "a whole number from 0 to 6"."""
         match self.kind:
             case "choice":
                 return f"one of {named(self.choices)}"
@@ -72,7 +72,7 @@ class Field:
         return f"JSON of type {' or '.join(kinds) if isinstance(kinds, list) else kinds}"
 
     def read(self, text: str) -> Any:
-        """The value that a text stands for; InvalidAction says what is expected. Its bounds are not looked at."""
+        """Return the value that a text means; InvalidAction says what is expected. Bounds are not checked here."""
         match self.kind:
             case "string":
                 return text
@@ -91,7 +91,7 @@ class Field:
         raise InvalidAction(f"{text[:50]!r} is not {self.words()}.")
 
     def drawn(self, random: Random) -> Any:
-        """A value that the schema allows, as far as it is simple."""
+        """Return a random value; it keeps the schema's simple keywords (bounds, lengths, enum) only."""
         match self.kind:
             case "choice":
                 return random.choice(self.choices)
@@ -144,7 +144,7 @@ class Field:
 
 
 def named(values: Sequence[Any]) -> str:
-    """ "a, b, c", cut where it becomes long."""
+    """Return the values as "a, b, c", cut after MAX_SHOWN_CHOICES of them."""
     shown = ", ".join(_spelling(value)[:60] for value in values[:MAX_SHOWN_CHOICES])
     return shown if len(values) <= MAX_SHOWN_CHOICES else f"{shown}, ... ({len(values)} in all)"
 
@@ -178,7 +178,7 @@ def _bounds(schema: dict[str, Any]) -> tuple[float, float]:
 
 
 def _finite(low: float, high: float, *, width: float) -> tuple[float, float]:
-    """Bounds to draw between: around 0, or as far as `width` from the one that there is."""
+    """Return finite bounds to draw between: around 0, or `width` from the only finite one."""
     low, high = (-math.inf if low == math.inf else low), (math.inf if high == -math.inf else high)
     if math.isinf(low) and math.isinf(high):
         return (0, width) if width > 2 else (-1, 1)

@@ -37,7 +37,7 @@ def played(game: str, num_frames: int, hold: int) -> Iterator[tuple[Any, Any]]:
 
 
 def rows_and_columns(screen: Any, colour: tuple[int, int, int], top: int, bottom: int) -> tuple[Any, Any]:
-    """Where this colour is, between two rows."""
+    """Return the rows and columns of the pixels of this colour between two rows."""
     rows, columns = np.nonzero((screen[top:bottom] == colour).all(-1))
     return rows + top, columns
 

@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "integrations.openenv"]
 
 
 def run(*words: str, lines: str = "", code: int = 0) -> str:
-    """What the command printed."""
+    """Run a command; return its stdout, or its stderr if the expected exit code is 2."""
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*COMMAND, *words], input=lines, capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT
@@ -40,7 +40,7 @@ def test_list_shows_every_environment_with_its_options() -> None:
 
 def test_doctor_has_a_line_for_everything_a_run_needs() -> None:
     shown = run("doctor")
-    for what in ("processor", "memory", "GPU", "bfloat16", "model", "free disk", "Docker", "wall", *CATALOG):
+    for what in ("CPU", "memory", "GPU", "bfloat16", "model", "free disk", "Docker", "wall", *CATALOG):
         assert what in shown
 
 
@@ -88,7 +88,7 @@ def test_check_says_why_training_would_fail(echo_url: str) -> None:
     shown = run("check", echo_url, "-n", "2", code=1)
     assert "fail  the reward never varies: every episode earned 0 and none reached its end: allow more with" in shown
     assert "warn  the first observation is empty and all prompts are equal" in shown
-    assert "1 to mend." in shown
+    assert "1 to fix." in shown
     assert "nothing could be played" in run("check", "http://127.0.0.1:9", "-n", "2", code=1)
 
 

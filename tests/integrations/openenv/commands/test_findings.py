@@ -13,7 +13,7 @@ def episode(reward: float, **more: Any) -> PlayedEpisode:
 
 
 def measurements(**more: Any) -> Measurements:
-    """Of an environment with which all is well."""
+    """Return measurements of an environment without any fault, with `more` changed."""
     fields: dict[str, Any] = {
         "first_prompts": ["a", "b"],
         "random": [episode(0.0), episode(0.5)],

@@ -98,9 +98,9 @@ async def test_a_container_that_dies_or_stands_still_is_replaced(image: str, dee
     assert containers() == []
 
 
-async def test_a_container_that_cannot_serve_is_removed_and_its_last_words_shown(image: str) -> None:
+async def test_a_container_that_cannot_serve_is_removed_and_the_end_of_its_log_shown(image: str) -> None:
     with pytest.raises(
-        ServerStartFailed, match=r"(?s)ended at once; its last words:.*unrecognized arguments: --colour"
+        ServerStartFailed, match=r"(?s)ended at once; the end of its log:.*unrecognized arguments: --colour"
     ):
         await Container.start(image, arguments=["--colour"], timeout_s=120, pull=False)
     assert containers() == []
@@ -128,7 +128,7 @@ async def test_the_typed_client_of_an_image_without_a_network(image: str) -> Non
 TRAINER = """
     import asyncio, json, os
     from integrations.openenv.config import OpenEnvConfig
-    from integrations.openenv.hosting.containers import watchman
+    from integrations.openenv.hosting.containers import container_reaper
     from integrations.openenv.pool.server_pool import shared_pool
     from integrations.openenv.hosting.reaping import owner_folder, this_process
     from integrations.openenv.hosting.source import ServerSource
@@ -136,7 +136,7 @@ TRAINER = """
     async def main():
         config = OpenEnvConfig(runtime="docker")
         lease = await shared_pool(config).lease(ServerSource("echo_env", image="{image}"))
-        told = [str(this_process()), str(owner_folder()), watchman(os.getpid()).pid]
+        told = [str(this_process()), str(owner_folder()), container_reaper(os.getpid()).pid]
         print(json.dumps(told), flush=True)
         await asyncio.sleep(600)
 
@@ -145,13 +145,13 @@ TRAINER = """
 
 
 def trainer(image: str) -> tuple[subprocess.Popen[bytes], str, Path, int]:
-    """A process with a lease on a container: itself, its mark, its folder, its watchman's pid."""
+    """A process with a lease on a container: itself, its mark, its folder, and the pid of its container reaper."""
     command = [sys.executable, "-c", textwrap.dedent(TRAINER.format(image=image))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
-    owner, folder, watchman_pid = json.loads(process.stdout.readline())
+    owner, folder, reaper_pid = json.loads(process.stdout.readline())
     process.stdout.close()
-    return process, owner, Path(folder), watchman_pid
+    return process, owner, Path(folder), reaper_pid
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -167,9 +167,9 @@ def test_no_container_outlives_the_trainer(image: str, how: signal.Signals) -> N
     assert not folder.exists()
 
 
-async def test_what_even_the_watchman_missed_is_found_by_its_mark_at_the_next_start(image: str) -> None:
-    process, owner, folder, watchman_pid = await asyncio.to_thread(trainer, image)
-    os.kill(watchman_pid, signal.SIGKILL)
+async def test_what_even_the_container_reaper_missed_is_found_by_its_mark_at_the_next_start(image: str) -> None:
+    process, owner, folder, reaper_pid = await asyncio.to_thread(trainer, image)
+    os.kill(reaper_pid, signal.SIGKILL)
     process.kill()
     process.wait(60)
     others = replace(this_process(), boot="another machine")

@@ -1,4 +1,4 @@
-"""Real images and containers for tests. Tags and labels are the tests' own: nothing of the user's is touched."""
+"""Real images and containers for tests, with tags and labels of their own, apart from the user's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from integrations.openenv.catalog import catalog_entry
 from integrations.openenv.client.addresses import is_healthy
 from integrations.openenv.images.build import BASE_IMAGE, build_image, context_hash
 
-BASE_IMAGES = ("python-standin:3.11-slim", BASE_IMAGE)  # the first that is here
+BASE_IMAGES = ("python-standin:3.11-slim", BASE_IMAGE)  # the first that Docker has is taken
 LABEL = "skyrl.test"
 HARDENED = (
     "--read-only",
@@ -27,19 +27,19 @@ HARDENED = (
     "--security-opt=no-new-privileges",
     "--memory=2g",
     "--pids-limit=512",
-    "--user=4242:4242",  # not the image's own: any user will do
+    "--user=4242:4242",  # not the user of the image: any must work
 )
 
 
 def docker(*arguments: str, check: bool = True, timeout_s: float = 120.0) -> str:
-    """What the command printed."""
+    """Run a docker command and return what it printed."""
     ended = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s)
     assert ended.returncode == 0 or not check, f"docker {arguments[0]}: {ended.stderr}"
     return ended.stdout.strip()
 
 
 def docker_or_skip() -> str:
-    """The base image that images are built on here; without a daemon or a base image the test is skipped."""
+    """Return the base image to build on; skip the test without a daemon or a base image."""
     why = _why_not()
     if why is not None:
         pytest.skip(why)
@@ -48,7 +48,7 @@ def docker_or_skip() -> str:
 
 @cache
 def built_image(name: str) -> str:
-    """The tag of our image of this environment. Built once per content: the tag says what went in."""
+    """Return the tag of our image of this environment, built once per content, of which the tag has a hash."""
     base_image, entry = docker_or_skip(), catalog_entry(name)
     tag = f"skyrl-test/{entry.name.replace('_', '-')}:{context_hash(entry)}"
     if not _is_here(tag):
@@ -58,7 +58,7 @@ def built_image(name: str) -> str:
 
 @contextmanager
 def hardened_container(tag: str, *arguments: str) -> Generator[tuple[str, str]]:
-    """A container of it with every wall up: (name, url). Removed at the end, also if it cannot be started."""
+    """Start a container with all restrictions and yield (name, url); remove it at the end in any case."""
     container = f"skyrl-test-{uuid.uuid4().hex[:12]}"
     try:
         docker(

@@ -111,7 +111,7 @@ def test_our_own_lack_of_descriptors_is_not_blamed_on_the_server(roomy_url: str)
                 else:
                     raise AssertionError("no descriptor was left")
             [fleet] = pool._fleets.values()
-            fleet.doubt(fleet.members[0])  # its health cannot be asked for now
+            fleet.suspect(fleet.members[0])  # its health cannot be asked for now
             playing = [asyncio.create_task(play(pool, 0)) for _ in range(20)]
             await asyncio.sleep(1.5)
             assert not any(task.done() for task in playing)
@@ -140,7 +140,7 @@ def test_a_server_of_ours_takes_no_more_sessions_than_it_has_descriptors_for() -
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))  # the server inherits it
             server = await ServerProcess.start(ECHO.server_module, max_sessions=256, timeout_s=100)
-            assert not await asyncio.to_thread(lambda: server.last_words()) or "at most" in server.last_words()
+            assert not await asyncio.to_thread(lambda: server.log_end()) or "at most" in server.log_end()
             sessions = []
             try:
                 while True:

@@ -286,7 +286,7 @@ async def test_a_session_in_use_is_not_idle(echo_url: str) -> None:
     await pool.close()
 
 
-async def test_a_server_that_keeps_failing_is_given_up_with_its_last_words() -> None:
+async def test_a_server_that_keeps_failing_is_given_up_with_the_end_of_its_log() -> None:
     chess = ServerSource("chess_env", module="integrations.openenv.servers.chess_env")
     pool = ServerPool(LOCAL)
     for _ in range(MAX_FAILURES):

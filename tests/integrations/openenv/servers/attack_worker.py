@@ -1,4 +1,4 @@
-"""A worker module whose programs have left the interpreter already: it runs raw Python where the real one runs."""
+"""A worker module whose programs have escaped already: it runs plain Python where the real one has an interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from skyrl_gym.walls.confinement import confine
 
-OPENED_BEFORE = (os, signal, socket, subprocess, time)  # a confined worker imports nothing any more
+OPENED_BEFORE = (os, signal, socket, subprocess, time)  # a confined worker cannot import anything
 
 
 def make_answer(secret: str) -> Callable[[dict[str, Any]], Any]:
@@ -23,12 +23,12 @@ def make_answer(secret: str) -> Callable[[dict[str, Any]], Any]:
     os.dup2(1, 2)  # as the real worker does
     confine()
 
-    def answer(question: dict[str, Any]) -> Any:
-        if not question:
+    def answer(request: dict[str, Any]) -> Any:
+        if not request:
             return {"pid": os.getpid(), "address": address, "held": len(held)}
-        names: dict[str, Any] = {"given": question["given"]}
+        names: dict[str, Any] = {"given": request["given"]}
         try:
-            exec(question["code"], names)
+            exec(request["code"], names)
         except (OSError, MemoryError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return str(names["loot"])

@@ -1,4 +1,4 @@
-"""The places where an attack is let loose: no wall, bubblewrap alone, a confined worker, one behind both, Docker."""
+"""The places where attacks run: without a wall, in bubblewrap, in a confined worker, in both, in Docker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.integrations.openenv.processes import gone
 from tests.skyrl_gym.walls import attacks
 
 WAIT_S = 60.0  # the machine may be busy
-SILENT = ("endless loop", "1 GB of output", "memory bomb")  # some walls kill these before they say anything
+SILENT = ("endless loop", "1 GB of output", "memory bomb")  # some walls kill these before they write anything
 BASE_IMAGES = ("python-standin:3.11-slim", "python:3.11-slim")
 VICTIM = """
 import ctypes, os, sys
@@ -39,7 +39,7 @@ sys.stdin.read()
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What there is to attack on this machine: all of it holds the secret."""
+    """The targets of an attack on this machine. Each of them holds the secret."""
 
     secret: str
     secret_file: Path
@@ -67,7 +67,7 @@ class Scene:
         }
 
     def survivors(self) -> list[psutil.Process]:
-        """Processes of the attack that live."""
+        """Return the processes of the attack that still run."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -80,10 +80,10 @@ class Scene:
 
 @contextlib.contextmanager
 def scene() -> Generator[Scene]:
-    """Set it up, and kill what an attack left of itself."""
+    """Set the targets up; at the end remove them and kill processes that an attack left running."""
     secret, marker = uuid.uuid4().hex, uuid.uuid4().hex[:12]
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as tcp:
-        os.chmod(folder, 0o777)  # only a wall keeps anybody out
+        os.chmod(folder, 0o777)  # accessible to every user, unless a wall prevents it
         secret_file = Path(folder, "secret")
         secret_file.write_text(secret)
         abstract = socket.socket(socket.AF_UNIX)
@@ -124,21 +124,21 @@ def _tell(listening: socket.socket, secret: str) -> None:
 
 
 class Place(Protocol):
-    """Somewhere to run one attack."""
+    """A place to run one attack."""
 
     def run(self, code: str, here: Scene, wait_s: float) -> str:
-        """The loot, or the error; empty if nothing came back in time."""
+        """Run the attack; return its loot or its error, "" if nothing came back in time."""
         ...
 
     def victim_lives(self, here: Scene) -> bool: ...
 
     def close(self) -> None:
-        """End it as its owner would."""
+        """End the attack's process as the owner of the place would."""
         ...
 
 
 class Workers:
-    """A worker of a nursery, with a sibling to attack."""
+    """A worker of a nursery, with a second worker to attack."""
 
     def __init__(self, nursery: Nursery) -> None:
         self._nursery = nursery
@@ -160,7 +160,7 @@ class Workers:
 
 
 class Process:
-    """A process of its own session, whose group is killed in the end; what it says is read to the end."""
+    """A process in its own session, whose group is killed at the end."""
 
     def __init__(self, interpreter: Interpreter, max_bytes: int) -> None:
         self._interpreter = interpreter
@@ -190,7 +190,7 @@ class Process:
 
 
 class Programs:
-    """What runs the programs of skyrl_gym's lcb, searchcode and python tool."""
+    """The sandbox of skyrl_gym's lcb, searchcode and python tool (run_python)."""
 
     def run(self, code: str, here: Scene, wait_s: float) -> str:
         lines = run_python(_script(code, here), timeout_s=wait_s, max_output=200_000).stdout.splitlines()
@@ -201,11 +201,11 @@ class Programs:
         return here.victim.poll() is None
 
     def close(self) -> None:
-        """A program is gone when `run` comes back."""
+        """Do nothing: the program has ended when `run` returns."""
 
 
 class DockerContainer:
-    """A container with the pool's limits, smaller, which is removed when its time is up."""
+    """A container with the pool's limits but less memory, removed when its time is up."""
 
     def __init__(self, image: str) -> None:
         self._image = image
@@ -240,7 +240,7 @@ class DockerContainer:
 
 
 def succeeds(name: str, place: Place, here: Scene) -> bool:
-    """Let it loose, and look at what it got or did."""
+    """Run an attack and return whether it got the secret or did its damage."""
     try:
         if name in SILENT:
             loot = place.run(attacks.ALL[name], here, 4.0 if name == "endless loop" else WAIT_S)
@@ -269,7 +269,7 @@ def _lives_on(here: Scene) -> bool:
 
 
 def base_image() -> str | None:
-    """An image with a Python in the Docker that answers, if any."""
+    """Return an image with a Python that Docker has; None without Docker or such an image."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         for image in BASE_IMAGES:
             if subprocess.run(["docker", "image", "inspect", image], capture_output=True, timeout=10).returncode == 0:
@@ -278,7 +278,7 @@ def base_image() -> str | None:
 
 
 def last_line(process: subprocess.Popen[bytes], max_bytes: int, wait_s: float) -> str:
-    """Of what it writes within the time; empty if that is more than max_bytes, or it does not end a line."""
+    """Return the line before "end" in a process's output; "" if it comes too late or after max_bytes."""
     assert process.stdout is not None
     end, received, tail = time.monotonic() + wait_s, 0, b""
     while select.select([process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
@@ -293,7 +293,7 @@ def last_line(process: subprocess.Popen[bytes], max_bytes: int, wait_s: float) -
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> None:
-    """Without reading on: an orphan may hold the other end of its output."""
+    """Wait for the process without reading its output, whose other end an orphan may hold."""
     assert process.stdout is not None
     process.stdout.close()
     process.wait()

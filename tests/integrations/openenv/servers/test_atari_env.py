@@ -51,7 +51,7 @@ async def session(url: str, **options: Any) -> tuple[OpenEnvClient, StepResult]:
 
 
 async def episode(url: str, num_steps: int, **options: Any) -> list[tuple[Any, float | None, bool]]:
-    """What random actions, always the same ones, bring about."""
+    """Play random actions, always the same ones; return (observation, reward, done) of reset and each step."""
     client, first = await session(url, **options)
     random, seen = Random(0), [(first.observation, first.reward, first.done)]
     for _ in range(num_steps):

@@ -132,7 +132,7 @@ async def test_clients_that_leave_are_no_errors_in_the_log() -> None:
     for _ in range(3):
         client, _ = await open_session(server.url, {})
         await client.close()
-    assert server.last_words() == ""
+    assert server.log_end() == ""
     server.stop()
 
 

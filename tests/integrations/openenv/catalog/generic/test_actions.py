@@ -19,7 +19,7 @@ OPTIONAL_INTEGER = {"anyOf": [{"type": "integer"}, {"type": "null"}], "default":
 
 
 def schema(required: list[str], **properties: Any) -> dict[str, Any]:
-    """As pydantic writes it."""
+    """Return an action's schema as pydantic writes it."""
     return {"type": "object", "required": required, "properties": {**METADATA, **properties}}
 
 

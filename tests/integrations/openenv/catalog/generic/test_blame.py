@@ -22,7 +22,7 @@ EXCEPTIONS = (ArithmeticError, AttributeError, ImportError, LookupError, NameErr
 
 
 def raised_by(program: str) -> str:
-    """What a server sends of the exception that the program raises."""
+    """Return what a server sends of the exception that the program raises: its message."""
     with pytest.raises((*EXCEPTIONS, ValueError)) as raised:
         exec(program, {})
     return str(raised.value)

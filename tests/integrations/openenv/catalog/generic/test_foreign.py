@@ -31,7 +31,7 @@ def no_server_left() -> Any:
 
 
 def reward_for_brevity(action: dict[str, Any], observation: dict[str, Any], server: float, done: bool) -> float:
-    """Of the tests: 1 for a message of one word."""
+    """Return 1 for an echo of one word, else 0; at the end of the episode the server's reward."""
     return float(" " not in observation["echoed_message"]) if not done else server
 
 
@@ -40,7 +40,10 @@ def reward_of_nothing(action: dict[str, Any], observation: dict[str, Any], serve
 
 
 def episode(name: str, *actions: str, **options: Any) -> tuple[list[Any], dict[str, Any], OpenEnv]:
-    """What the model reads first and what each action gave. Episodes of one server share it."""
+    """Play one episode; return [first messages, output of each step], the metrics, and the environment.
+
+    Episodes of one server share its process.
+    """
     [row], _ = dataset_rows(name, 1, 0, 0, options, SLOW_START)
     with OpenEnv(SLOW_START, {**row, "max_turns": 5}) as env:
         messages, _ = env.init(row["prompt"])
