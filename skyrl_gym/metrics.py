@@ -7,6 +7,8 @@ from typing import Any
 
 from skyrl_gym import error
 
+INVALID_ACTIONS = "invalid_actions"  # the key under which `get_metrics` counts the actions that could not be read
+
 
 def default_aggregate_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of each numeric or bool key over the episodes that have it; other values are dropped.
