@@ -80,7 +80,7 @@ class PromptDataset(Sequence[Prompt]):
                 f"trainer.max_prompt_length={max_prompt_length}"
             )
         dropped = f", {self.num_dropped} dropped (longer than {max_prompt_length} tokens)" if self.num_dropped else ""
-        logger.info(f"{len(self._prompts)} prompts from {names}{dropped}")
+        logger.log("WARNING" if dropped else "INFO", f"{len(self._prompts)} prompts from {names}{dropped}")
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -152,6 +152,14 @@ class TrainPrompts:
             f"{schedule.num_steps} steps of {schedule.batch_size} prompts: {schedule.steps_per_epoch} per epoch"
             + (f", which leaves out {left_out} of {len(dataset)} prompts, others in each epoch" if left_out else "")
         )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return how many rows are never played, and how many each epoch leaves out behind its last whole batch."""
+        return {
+            "data/num_dropped_prompts": float(self.dataset.num_dropped),
+            "data/num_left_out_prompts": float(self.schedule.num_left_out),
+        }
 
     def take(self, step: int) -> list[Prompt]:
         """The prompts of a step, counted from 1."""

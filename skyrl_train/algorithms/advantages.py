@@ -74,8 +74,21 @@ def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]
     return checked_pair(answer, estimator, (batch.num_tokens,), "tokens")
 
 
+def group_metrics(batch: Batch) -> dict[str, float]:
+    """Return `reward/equal_group_share`: of the prompts, those whose trajectories all scored the same.
+
+    Group-relative advantages are 0 there. So it is for a prompt with one trajectory, where the others failed.
+    """
+    scores, groups, _ = trajectory_scores(batch)
+    equal = groups[has_equal_rewards(scores, groups)].unique().numel()
+    return {"reward/equal_group_share": equal / groups.unique().numel()}
+
+
 def advantage_metrics(batch: Batch) -> dict[str, float]:
-    """What the trainer logs of a batch with advantages, under SkyRL's names."""
+    """Return means over the trajectories and the trained tokens, under SkyRL's names, and how many tokens those are.
+
+    Tokens that a filter took out of the loss are not trained: a filter that empties the batch leaves 0.
+    """
     if batch.advantages is None:
         raise ValueError("the batch has no advantages yet: call add_advantages first")
     scores, _, _ = trajectory_scores(batch)
@@ -83,6 +96,7 @@ def advantage_metrics(batch: Batch) -> dict[str, float]:
         "loss/avg_final_rewards": float(scores.mean()),
         "loss/avg_raw_advantages": float(masked_mean(batch.advantages, batch.loss_mask)),
         "loss/avg_raw_advantages_abs": float(masked_mean(batch.advantages.abs(), batch.loss_mask)),
+        "loss/num_trained_tokens": float(batch.loss_mask.sum()),
     }
 
 

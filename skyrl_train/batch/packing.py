@@ -22,7 +22,7 @@ LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
 def pack(samples: list[Sample]) -> Batch:
     """Lay the samples end to end. Groups and trajectories are numbered in the order in which they first appear."""
     if not samples:
-        raise ValueError("no samples to train on: every trajectory failed or sampled no token")
+        raise ValueError("no samples: a batch needs at least one, and a step without any makes no update")
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     return Batch(
         input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.long),

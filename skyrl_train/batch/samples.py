@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory, Turn
 
@@ -53,15 +54,21 @@ def check_shaped(groups: Sequence[Group], before: list[str]) -> None:
 
 
 def num_unplaced_rewards(trajectories: Iterable[Trajectory]) -> int:
-    """Turns which were paid before the policy had sampled any token: no sampled token can carry that reward."""
+    """Return how many rewards were paid before the policy had sampled any token: no sampled token carries them.
+
+    A turn counts once; in samples that a generator or a hook made, a token does. A sample that is masked whole was left
+    out on purpose and does not count.
+    """
     count = 0
     for trajectory in trajectories:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
-        for turn in trajectory.turns:
-            if turn.response_ids:
-                break
-            count += turn.reward != 0.0
+        if trajectory.samples is None:
+            before = takewhile(lambda turn: not turn.response_ids, trajectory.turns)
+            count += sum(turn.reward != 0.0 for turn in before)
+        for sample in trajectory.samples or []:
+            before_first = sample.rewards[: sample.loss_mask.index(True)] if any(sample.loss_mask) else []
+            count += sum(reward != 0.0 for reward in before_first)
     return count
 
 

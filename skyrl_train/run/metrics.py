@@ -12,7 +12,8 @@ from typing import Any
 from loguru import logger
 
 from skyrl_gym.contract import Outcome, checked_metrics
-from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
+from skyrl_gym.metrics import INVALID_ACTIONS, aggregate_for_environment, default_aggregate_metrics
+from skyrl_train.batch.samples import num_unplaced_rewards
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.run.run_folder import METRICS
@@ -34,7 +35,8 @@ def rollout_metrics(groups: list[Group]) -> Metrics:
     """`generate/`, `environment/` and `reward/` of one step. Environment failures count as such and nowhere else."""
     trajectories = [t for group in groups for t in group.trajectories]
     valid = [t for t in trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
-    found = _length_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
+    found = _length_metrics(valid) | _reply_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
+    found["reward/unplaced_turns"] = float(num_unplaced_rewards(valid))
     scores = reward_metrics(groups)
     return found | {f"reward/{key}": value for key, value in scores.items()}
 
@@ -94,6 +96,26 @@ def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
         "generate/num_turns": _mean([float(len(t.turns)) for t in trajectories]),
         "generate/avg_episode_seconds": _mean([t.seconds for t in trajectories]),
     }
+
+
+def _reply_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """Return what was wrong with the replies, one of which is a turn.
+
+    cut_reply_share: ended by their length. invalid_action_share: the environment could read no action in them, over
+    the episodes whose environment counts that (skyrl_gym.metrics.INVALID_ACTIONS); left out if none does.
+    episodes_without_tokens: episodes in which the policy sampled no token, so nothing of them is trained.
+    """
+    turns = [turn for t in trajectories for turn in t.turns]
+    found = {
+        "generate/cut_reply_share": _mean([float(turn.stop_reason == "length") for turn in turns]),
+        "generate/episodes_without_tokens": float(sum(not any(u.response_ids for u in t.turns) for t in trajectories)),
+    }
+    counts = [(t.env_metrics.get(INVALID_ACTIONS), len(t.turns)) for t in trajectories]
+    known = [(count, num_turns) for count, num_turns in counts if isinstance(count, int | float) and num_turns]
+    if known:
+        num_invalid = sum(min(float(count), num_turns) for count, num_turns in known)
+        found["generate/invalid_action_share"] = num_invalid / sum(num_turns for _, num_turns in known)
+    return found
 
 
 def num_response_tokens(trajectory: Trajectory) -> int:

@@ -25,7 +25,11 @@ COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("grad", ("policy/grad_norm",), "6.2f"),
     ("length", ("generate/avg_num_tokens",), "5.0f"),
     ("failures", ("generate/env_failures",), "2.0f"),
+    ("equal groups", ("reward/equal_group_share",), ".0%"),
+    ("unreadable", ("generate/invalid_action_share",), ".0%"),
+    ("cut", ("generate/cut_reply_share",), ".0%"),
 )
+ONLY_IF_ANY = {"failures", "equal groups", "unreadable", "cut"}  # left out where they would be shown as 0
 KEPT_TIMES = 15  # steps over whose median the time left is estimated
 
 
@@ -41,9 +45,10 @@ def step_line(step: int, metrics: Metrics) -> str:
     cells = [f"step {step:4d}"]
     for heading, keys, form in COLUMNS:
         value = next((values[key] for key in keys if key in values), None)
-        if value is None or (heading == "failures" and value == 0):
+        shown = "" if value is None else f"{value:{form}}"
+        if value is None or (heading in ONLY_IF_ANY and shown.strip() in ("0", "0%")):
             continue
-        cells.append(f"{heading} {value:{form}}")
+        cells.append(f"{heading} {shown}")
     if "timing/step" in metrics:
         cells.append(f"time {metrics['timing/step']:5.1f} s{breakdown(metrics)}")
     if "timing/eval" in metrics:

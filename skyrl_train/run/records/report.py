@@ -15,7 +15,7 @@ from skyrl_train.run.records.charts import Chart, Point, line_chart, stacked_bar
 from skyrl_train.run.records.conversation import ENDS, episode_card
 from skyrl_train.run.records.episode import EpisodeRecord
 from skyrl_train.run.records.run_info import RunInfo, read_run_info
-from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, summarise
+from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, num_steps_without_learning, summarise
 from skyrl_train.run.records.trajectories import iterate_trajectories, trajectory_files
 from skyrl_train.run.run_folder import METRICS, REPORT
 from skyrl_train.types import EpisodeEnd
@@ -31,6 +31,9 @@ SMALL_CHARTS = (  # title, metric
     ("Turns per episode", "generate/num_turns"),
     ("Engine against learner, |logprob difference|", "policy/rollout_train_logprobs_abs_diff_mean"),
     ("Seconds per step", "timing/step"),
+    ("Groups with equal rewards, share", "reward/equal_group_share"),
+    ("Unreadable actions, share", "generate/invalid_action_share"),
+    ("Replies cut by length, share", "generate/cut_reply_share"),
 )
 MAX_FAILURES, MAX_FAILURE_FILES = 8, 5
 Line = dict[str, Any]
@@ -108,7 +111,22 @@ def _training_section(lines: list[Line]) -> str:
         drawn = line_chart(Chart(title, points, line_name=title.lower(), width=340, height=150))
         if drawn and any(value for _, value in points):
             cards.append(f'<div class="card"><h3>{title}</h3>{drawn}</div>')
-    return f'<h2>How training went</h2><div class="grid-3">{"".join(cards)}</div>' if cards else ""
+    words = " ".join(_losses(lines))
+    told = f'<p class="soft">{words}</p>' if words else ""
+    return f'<h2>How training went</h2>{told}<div class="grid-3">{"".join(cards)}</div>' if cards or told else ""
+
+
+def _losses(lines: list[Line]) -> Iterator[str]:
+    """Yield a sentence for each thing that was played or paid in vain."""
+    steps = [line for line in lines if "trainer/global_step" in line]
+    if idle := num_steps_without_learning(lines):
+        yield f"Nothing could be learned in {idle} of {len(steps)} steps."
+    if dropped := max((line.get("data/num_dropped_prompts", 0) for line in steps), default=0):
+        yield f"{_count(dropped)} prompts are longer than trainer.max_prompt_length and were never played."
+    if unplaced := sum(line.get("reward/unplaced_turns", 0) for line in steps):
+        yield f"{_count(unplaced)} rewards were paid before the first sampled token and reached none."
+    if empty := sum(line.get("generate/episodes_without_tokens", 0) for line in steps):
+        yield f"{_count(empty)} episodes ended before the policy had sampled a token."
 
 
 def _episodes_section(folder: Path) -> str:

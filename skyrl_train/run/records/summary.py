@@ -41,6 +41,7 @@ class Summary:
     trajectories: str
     report: str | None
     profile: str | None  # the newest step's
+    steps_without_learning: int = 0  # in which no optimizer step had a gradient
 
 
 def summarise(run_folder: Path | str) -> Summary:
@@ -64,7 +65,13 @@ def summarise(run_folder: Path | str) -> Summary:
         trajectories=str(folder / TRAJECTORIES),
         report=str(folder / REPORT) if (folder / REPORT).exists() else None,
         profile=profiles[-1] if profiles else None,
+        steps_without_learning=num_steps_without_learning(lines),
     )
+
+
+def num_steps_without_learning(lines: list[dict[str, Any]]) -> int:
+    """Return how many of the steps learned nothing (run/standstill.py)."""
+    return sum(line.get("trainer/steps_without_learning", 0) > 0 for line in lines)
 
 
 def write_summary(run_folder: Path | str) -> Summary:
@@ -92,6 +99,8 @@ def closing_panel(summary: Summary) -> Panel:
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
     headline.append(f"   {summary.steps} steps, {clock(summary.seconds)}, {summary.tokens:,} tokens sampled")
+    if summary.steps_without_learning:
+        headline.append(f"\nnothing could be learned in {summary.steps_without_learning} of them", style="yellow")
     folder = Path(summary.metrics).parent
     rows = [
         ("checkpoint", summary.checkpoint or "none (trainer.ckpt_interval)"),

@@ -92,6 +92,29 @@ def test_the_page_says_what_happened(run):
     assert cards == [("Best", "0.5"), ("Best", "1"), ("Typical", "0"), ("Typical", "0.75")]
 
 
+def test_the_page_and_the_last_words_say_what_was_in_vain(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step, idle in ((1, 0), (2, 1), (3, 2)):
+        vain = {"data/num_dropped_prompts": 7, "reward/unplaced_turns": 2, "generate/episodes_without_tokens": 3}
+        log.log(step, {"trainer/global_step": step, "trainer/steps_without_learning": idle, **vain})
+    log.close()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Nothing could be learned in 2 of 3 steps." in text
+    assert "7 prompts are longer than trainer.max_prompt_length and were never played." in text
+    assert "6 rewards were paid before the first sampled token" in text
+    assert "9 episodes ended before the policy had sampled a token." in text
+    console = Console(record=True, width=160)
+    console.print(closing_panel(write_summary(tmp_path)))
+    assert "nothing could be learned in 2 of them" in console.export_text()
+
+
+def test_nothing_is_said_of_what_did_not_happen(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "could be learned" not in text
+    assert "never played" not in text
+    assert write_summary(run).steps_without_learning == 0
+
+
 def test_a_report_of_an_empty_folder_is_still_a_page(tmp_path):
     assert Page(write_report(tmp_path).read_text()).open == []
 
