@@ -50,7 +50,8 @@ def test_an_episode_comes_back_with_everything(store, tmp_path):
     assert [(s.sampled, s.text) for s in read.segments] == [
         (False, "say hi>"), (True, "yo"), (False, "[no]>"), (True, "hi"),
     ]  # fmt: skip
-    assert read.segments[1].logprobs == [-0.5, -0.5]
+    assert read.segments[1].logprobs == [round(logprob, 6) for logprob in kept.turns[0].logprobs]
+    assert len(set(read.segments[1].logprobs)) == 2
     assert read.segments[3].ids == ids("hi")
 
 
