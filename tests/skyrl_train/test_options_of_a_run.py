@@ -1,0 +1,124 @@
+"""Options that act between episodes and update, seen in the metrics of whole small runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from string import ascii_letters
+from typing import Any
+
+import pytest
+import torch
+
+import skyrl_gym
+from skyrl_gym.envs import register
+from skyrl_train.entrypoints.main_base import main
+from skyrl_train.run.metrics import read_metrics
+from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
+from tests.fakes import EvenEnv
+from tests.tiny_models import save_tiny_model
+
+Lines = list[dict[str, Any]]
+# Every fifth token of a random model is a letter and ends its reply, so about half of the replies are cut.
+OFTEN_CUT = (
+    "generator.sampling_params.max_generate_length=3",
+    f"generator.sampling_params.stop=[{','.join(ascii_letters)}]",
+    "generator.max_turns=1",
+    "generator.n_samples_per_prompt=8",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
+    """Return a function: settings -> the metrics of a run of two steps an epoch, one prompt each."""
+    given = tmp_path_factory.mktemp("given")
+    save_tiny_model(given / "model")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("a", "b")]
+    (given / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(folder: Path, *more: str) -> Lines:
+        register("even", EvenEnv)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            status = main(
+                [
+                    f"data.train_data=['{given}/data.jsonl']",
+                    "data.val_data=[]",
+                    f"trainer.policy.model.path={given}/model",
+                    f"trainer.ckpt_path={folder}",
+                    "trainer.device=cpu",
+                    "trainer.bf16=false",
+                    "trainer.eval_before_train=false",
+                    "environment.env_class=even",
+                    "trainer.train_batch_size=1",
+                    "trainer.policy_mini_batch_size=1",
+                    "trainer.algorithm.use_kl_loss=false",
+                    "generator.n_samples_per_prompt=4",
+                    *more,
+                ]
+            )
+        finally:
+            torch.set_num_threads(threads)
+            skyrl_gym.envs.deregister("even")
+        assert status == 0
+        return read_metrics(folder / "metrics.jsonl")
+
+    return run
+
+
+def by_end(folder: Path) -> tuple[list[float], list[float], int, int]:
+    """(rewards of finished, of cut episodes, sampled tokens of finished, of cut episodes) of the first step."""
+    episodes = read_trajectories(trajectory_files(folder, "train")[1])
+    finished = [episode for episode in episodes if episode.stop_reason == "stop"]
+    cut = [episode for episode in episodes if episode.stop_reason == "length"]
+    assert finished
+    assert cut
+    return (
+        [episode.reward for episode in finished],
+        [episode.reward for episode in cut],
+        sum(episode.num_sampled for episode in finished),
+        sum(episode.num_sampled for episode in cut),
+    )
+
+
+def test_without_the_options_cut_episodes_are_paid_and_trained_like_others(run, tmp_path):
+    first = run(tmp_path, *OFTEN_CUT)[0]
+    of_finished, of_cut, tokens_of_finished, tokens_of_cut = by_end(tmp_path)
+    assert first["loss/num_trained_tokens"] == tokens_of_finished + tokens_of_cut
+    assert first["loss/avg_final_rewards"] == pytest.approx(sum(of_finished + of_cut) / 8)
+
+
+def test_apply_overlong_filtering_leaves_cut_episodes_out_of_the_loss_and_pays_them(run, tmp_path):
+    first = run(tmp_path, *OFTEN_CUT, "generator.apply_overlong_filtering=true")[0]
+    of_finished, of_cut, tokens_of_finished, tokens_of_cut = by_end(tmp_path)
+    assert first["loss/num_trained_tokens"] == tokens_of_finished
+    assert first["loss/avg_final_rewards"] == pytest.approx(sum(of_finished + of_cut) / 8)
+    assert first["trainer/num_tokens"] == tokens_of_finished + tokens_of_cut  # all that was sampled
+
+
+def test_zero_reward_on_non_stop_trains_cut_episodes_without_their_rewards(run, tmp_path):
+    first = run(tmp_path, *OFTEN_CUT, "generator.zero_reward_on_non_stop=true")[0]
+    of_finished, of_cut, tokens_of_finished, tokens_of_cut = by_end(tmp_path)
+    assert sum(of_cut) > 0
+    assert first["loss/num_trained_tokens"] == tokens_of_finished + tokens_of_cut
+    assert first["loss/avg_final_rewards"] == pytest.approx(sum(of_finished) / 8)
+    assert first["reward/avg_raw_reward"] == pytest.approx(sum(of_finished + of_cut) / 8)
+
+
+def test_the_adaptive_weight_of_the_kl_goes_on_where_the_checkpoint_left_it(run, tmp_path):
+    kl = (
+        "trainer.algorithm.use_kl_in_reward=true",
+        "trainer.algorithm.kl_loss_coef=0.5",
+        "trainer.algorithm.kl_ctrl.type=adaptive",
+        "trainer.algorithm.kl_ctrl.kl_target=100",  # far above any KL here: each step lowers the weight by its most
+        "trainer.algorithm.kl_ctrl.horizon=8",
+        "generator.sampling_params.max_generate_length=4",
+        "trainer.ckpt_interval=1",
+    )
+    run(tmp_path, *kl, "trainer.epochs=1")
+    lines = run(tmp_path, *kl, "trainer.epochs=2")
+    step = 1 - 0.2 * 4 / 8  # four samples of a horizon of eight
+    weights = [line["loss/kl_loss_coef"] for line in lines]
+    assert weights == pytest.approx([0.5, 0.5 * step, 0.5 * step**2, 0.5 * step**3])
