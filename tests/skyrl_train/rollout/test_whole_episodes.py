@@ -21,6 +21,7 @@ from tests.tiny_models import tiny_tokenizer
 
 LIMITS = EpisodeLimits(max_turns=None, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
 END = "<|im_end|>"
+SECOND = "sec<|im_start|>ond"  # reads "second" without its special token: encoded again it would be other tokens
 
 
 class ThreeTurnsEnv(EvenEnv):
@@ -103,7 +104,7 @@ def test_within_messages_every_end_is_trained(tokenizer):
 
 @pytest.mark.parametrize("one_message", [False, True])
 def test_an_edited_reply_is_what_the_policy_reads_and_the_sampled_one_is_what_is_trained(tokenizer, one_message):
-    trajectory, engine = play(tokenizer, "editing", one_message=one_message, replies=["too long", "second", "third"])
+    trajectory, engine = play(tokenizer, "editing", one_message=one_message, replies=["too long", SECOND, "third"])
     assert [turn.text for turn in trajectory.turns] == ["too long", "second", "third"]
     first, second, last = engine.completions
     edited, unedited = to_samples([trajectory])
@@ -117,7 +118,7 @@ def test_an_edited_reply_is_what_the_policy_reads_and_the_sampled_one_is_what_is
     )
     read = [tokenizer.decode(request.prompt_ids) for request in engine.requests]
     assert read[1] == f"{start}short{between('[1]')}"
-    assert read[2] == f"{start}short{between('[1]')}second{between('[2]')}"
+    assert read[2] == f"{start}short{between('[1]')}{SECOND}{between('[2]')}"
     assert tokenizer.decode(unedited.input_ids) == f"{read[2]}third{END}"
     assert unedited.num_prompt_tokens == len(engine.requests[1].prompt_ids)
     assert (sum(edited.rewards), sum(unedited.rewards)) == (1.0, 6.0)
