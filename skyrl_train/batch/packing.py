@@ -42,7 +42,7 @@ def _numbered(names: list[str]) -> Tensor:
 
 
 def mini_batches(batch: Batch, prompts_per_mini_batch: int) -> list[Batch]:
-    """Cut by prompt: a group is never split, and what is left over is a smaller last mini batch."""
+    """Cut the batch by prompt: a group is never split, and the last mini batch may be smaller."""
     if prompts_per_mini_batch < 1:
         raise ValueError(f"prompts_per_mini_batch={prompts_per_mini_batch} must be at least 1")
     rank = batch.group_index.unique(return_inverse=True)[1]  # group numbers without gaps
@@ -94,7 +94,7 @@ def _token_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = 
 
 
 def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None) -> list[Batch]:
-    """Cut into runs of whole neighbouring samples within both limits; joined again they are the batch, in its order.
+    """Cut the batch into runs of whole neighbouring samples within both limits, in the order of the batch.
 
     `max_tokens` counts what a forward pass computes: a prefix that samples share counts once. Samples that share one
     stay together where the limits allow. A sample longer than `max_tokens` goes alone.

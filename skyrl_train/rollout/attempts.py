@@ -1,4 +1,4 @@
-"""How often one episode is played again after its environment failed, and how long to wait before."""
+"""The retries of an episode whose environment failed: how many there are, and the pause before each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSSES_ALLOWED = 8  # of what an environment runs on. A loss in the episode's ow
 
 @dataclass
 class Attempts:
-    """The attempts at one episode: the first one and those that its failures leave to it."""
+    """The attempts at one episode: the first one, and the retries that its failures still allow."""
 
     max_retries: int  # after failures that are no losses
     num: int = 1

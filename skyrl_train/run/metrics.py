@@ -1,4 +1,4 @@
-"""Metrics: what the rollouts say about themselves, under SkyRL's names, and the log that every run keeps."""
+"""Metrics of rollouts and evaluations under SkyRL's names, and the log of metrics that every run keeps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PHASES = {
 
 
 def rollout_metrics(groups: list[Group]) -> Metrics:
-    """`generate/`, `environment/` and `reward/` of one step. Environment failures count as such and nowhere else."""
+    """Return `generate/`, `environment/` and `reward/` of one step. Environment failures count only as such."""
     trajectories = [t for group in groups for t in group.trajectories]
     valid = [t for t in trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
     found = _length_metrics(valid) | _reply_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
@@ -42,7 +42,7 @@ def rollout_metrics(groups: list[Group]) -> Metrics:
 
 
 def eval_metrics(groups: list[Group]) -> Metrics:
-    """`eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
+    """Return `eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
     sources: dict[str, list[Group]] = {}
     for group in groups:
         sources.setdefault(_file_name(group.prompt.data_source), []).append(group)
@@ -58,7 +58,7 @@ _EVAL_NAMES = {"avg_raw_reward": "avg_score", "mean_positive_reward": "mean_posi
 
 
 def reward_metrics(groups: list[Group]) -> Metrics:
-    """Over the episodes that the environment did not break; a prompt whose episodes all broke is left out.
+    """Return the rewards of the episodes that the environment did not break, without prompts whose episodes all broke.
 
     avg_pass_at_n: share of prompts with an episode of positive reward, n = the most episodes a prompt was given.
     mean_positive_reward: an episode's positive turn rewards summed, the mean over episodes.
@@ -79,7 +79,7 @@ def reward_metrics(groups: list[Group]) -> Metrics:
 
 
 def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """Response length counts the tokens behind the first prompt, observations included, as SkyRL counts."""
+    """Return response lengths as SkyRL counts them: all tokens behind the first prompt, observations included."""
     if not trajectories:
         return {}
     lengths = [float(num_response_tokens(t)) for t in trajectories]
@@ -119,7 +119,7 @@ def _reply_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def num_response_tokens(trajectory: Trajectory) -> int:
-    """SkyRL's response length: tokens behind the first prompt, observations included."""
+    """Return SkyRL's response length: the tokens behind the first prompt, observations included."""
     count, row = 0, []
     for turn in trajectory.turns:
         continues = bool(row) and turn.prompt_ids[: len(row)] == row
@@ -129,7 +129,7 @@ def num_response_tokens(trajectory: Trajectory) -> int:
 
 
 def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """Counts over all episodes, failed ones included."""
+    """Return how the episodes ended, how many there were and what they sampled, failed ones included."""
     counts = {f"generate/end_{end}": float(sum(t.end is end for t in trajectories)) for end in EpisodeEnd}
     return counts | {
         "generate/num_episodes": float(len(trajectories)),
@@ -141,7 +141,7 @@ def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """`environment/<key>`; with several environments `environment/<env_class>/<key>`, so that none hides another."""
+    """Return `environment/<key>`, or `environment/<env_class>/<key>` where several environments were played."""
     by_env: dict[str, list[dict[str, Any]]] = {}
     for t in trajectories:
         by_env.setdefault(t.prompt.env_class, [])
@@ -156,7 +156,7 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
-    """As the environment's class wishes; the means where its `aggregate_metrics` breaks, which must not end a run."""
+    """Return what `aggregate_metrics` of the environment's class makes of its episodes, or the means if it raises."""
     outcome = Outcome.of(lambda: checked_metrics(aggregate_for_environment(env_class, episodes)))
     if outcome.error is not None:
         logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")
@@ -165,7 +165,7 @@ def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
 
 
 def reduce_metrics(parts: Iterable[Metrics]) -> Metrics:
-    """One dictionary of many: `..._max` keys by their maximum, `..._min` by their minimum, all others by their mean."""
+    """Return one dictionary of many: the maximum of `..._max` keys, the minimum of `..._min` keys, else the mean."""
     values: dict[str, list[float]] = {}
     for part in parts:
         for key, value in part.items():
@@ -180,7 +180,7 @@ def _reduce(key: str, numbers: list[float]) -> float:
 
 
 def tokens_per_second(metrics: Metrics) -> float | None:
-    """Sampled tokens of a step by the seconds of the whole step (without them: of the rollout)."""
+    """Return the sampled tokens of a step divided by its seconds, or by those of its rollout if the step has none."""
     seconds = metrics.get("timing/step") or metrics.get("timing/generate")
     tokens = metrics.get("generate/num_sampled_tokens")
     return tokens / seconds if tokens is not None and seconds else None
@@ -193,7 +193,7 @@ def dump_eval_results(
     step: int | None,
     decode: Callable[[list[int]], str],
 ) -> Path:
-    """`dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and the metrics."""
+    """Write `dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and metrics."""
     name = "eval_only" if step is None else f"global_step_{step}_evals"
     path = Path(export_path) / "dumped_evals" / name
     with naming(path), whole_folder(path) as unfinished:
@@ -222,7 +222,7 @@ def _eval_line(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> di
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line per call, on its way to the disk when the call returns.
+    """Writes `metrics.jsonl`: one line per call, handed to the operating system when the call returns.
 
     Each line also holds `step`, `time` (Unix) and `elapsed_s`: the seconds that the run has worked so far, over all
     its processes, pauses between them left out.
@@ -252,7 +252,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out.
+    """Return one dictionary per step, in order; lines of one step are merged. An incomplete last line is left out.
 
     Raises ValueError with the number of a line that is damaged.
     """
@@ -275,7 +275,7 @@ _NOT_FINITE: dict[Any, Any] = {"NaN": math.nan, "Infinity": math.inf, "-Infinity
 
 
 def _to_json(metrics: Metrics) -> dict[str, Any]:
-    """Plain numbers; those that JSON has no word for as "NaN", "Infinity", "-Infinity"."""
+    """Return plain numbers, and those that JSON cannot hold as "NaN", "Infinity" or "-Infinity"."""
     return {key: _number(value) for key, value in metrics.items()}
 
 
@@ -287,7 +287,7 @@ def _number(value: Any) -> Any:
 
 
 def _file_name(data_source: str) -> str:
-    """A data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
+    """Return a data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
     return data_source.replace("/", "_").replace("\x00", "_") or "unknown"
 
 

@@ -1,4 +1,4 @@
-"""How far the run is: two live bars in a terminal, a plain line per step elsewhere."""
+"""The progress of a run: two live bars in a terminal, a plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEPT_TIMES = 15  # steps over whose median the time left is estimated
 
 
 def step_line(step: int, metrics: Metrics) -> str:
-    """One aligned line; what a step did not measure is left out.
+    """Return one aligned line; what a step did not measure is left out.
 
     "step   12   reward  0.412   tokens/s    310   entropy  1.20   time   3.1 s = rollout 1.9 (engine 1.7) + update 1.2"
     """
@@ -73,21 +73,21 @@ def breakdown(metrics: Metrics) -> str:
 
 
 class MovingTime:
-    """Time left from the median of the last steps, so that one slow step (a checkpoint, a compile) does not scare."""
+    """Estimates the time left from the median of the last steps, which one slow step does not change."""
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=KEPT_TIMES)
         self.since = time.monotonic()
 
     def step_done(self, counts: bool = True) -> None:
-        """counts=False: what took the time since the last call was no step (the evaluation before training)."""
+        """Count the time since the last call as a step, unless counts=False (the evaluation before training)."""
         now = time.monotonic()
         if counts:
             self.seconds.append(now - self.since)
         self.since = now
 
     def left(self, num_steps: int) -> float | None:
-        """Seconds for `num_steps` more steps, None before the first."""
+        """Return the seconds for `num_steps` more steps, None before the first."""
         return statistics.median(self.seconds) * num_steps if self.seconds else None
 
 
@@ -126,7 +126,7 @@ class RunProgress:
             self.live.stop()
 
     def phase(self, name: str, total: float, unit: str) -> None:
-        """A new second line: `name`, 0 of `total` `unit`. The first phase starts the clock: loading is no step."""
+        """Begin a new second line: `name`, 0 of `total` `unit`. The first one starts the clock: loading is no step."""
         if not self.begun:
             self.begun, self.times.since = True, time.monotonic()
         if self.live is not None:
@@ -138,7 +138,7 @@ class RunProgress:
             self.live.advance(self.phase_bar, amount)
 
     def reached(self, done: float, total: float) -> None:
-        """As `advance`, for a phase that knows how far it is, as the learner does."""
+        """Set the current phase to `done` of `total`, for a caller that counts itself, like the learner."""
         if self.live is not None and self.phase_bar is not None:
             self.live.update(self.phase_bar, completed=done, total=total)
 
@@ -154,7 +154,7 @@ class RunProgress:
             print_line(f"{step_line(step, metrics)}   [{step}/{self.total}]{ending}", self.console)
 
     def print(self, text: str) -> None:
-        """A line above the bars; a log's sink can be set to this."""
+        """Print a line above the bars; a log's sink can be set to this."""
         print_line(text.rstrip("\n"), self.live.console if self.live is not None else self.console)
 
     def _end_phase(self) -> None:
@@ -185,14 +185,14 @@ def _note(metrics: Metrics, left: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """59.2 -> "1:00", 3725 -> "1:02:05" """
+    """Return seconds as a clock shows them: 59.2 -> "1:00", 3725 -> "1:02:05"."""
     whole = math.ceil(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def print_line(text: str, console: Console | None = None) -> None:
-    """One line, not wrapped and not styled, also while bars are shown."""
+    """Print one line, not wrapped and not styled, also while bars are shown."""
     text = visible(text)
     if console is not None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

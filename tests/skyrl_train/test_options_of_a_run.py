@@ -115,6 +115,9 @@ def test_the_adaptive_weight_of_the_kl_goes_on_where_the_checkpoint_left_it(run,
         "trainer.algorithm.kl_ctrl.kl_target=100",  # far above any KL here: each step lowers the weight by its most
         "trainer.algorithm.kl_ctrl.horizon=8",
         "generator.sampling_params.max_generate_length=4",
+        "generator.sampling_params.min_tokens=4",
+        "generator.max_turns=2",
+        "trainer.policy.optimizer_config.lr=1e-2",
         "trainer.ckpt_interval=1",
     )
     run(tmp_path, *kl, "trainer.epochs=1")
@@ -122,3 +125,7 @@ def test_the_adaptive_weight_of_the_kl_goes_on_where_the_checkpoint_left_it(run,
     step = 1 - 0.2 * 4 / 8  # four samples of a horizon of eight
     weights = [line["loss/kl_loss_coef"] for line in lines]
     assert weights == pytest.approx([0.5, 0.5 * step, 0.5 * step**2, 0.5 * step**3])
+    assert lines[1]["loss/avg_kl"] > 1e-3
+    for line in lines:  # each of the two turns has four tokens, which pay for the KL
+        paid = line["loss/kl_loss_coef"] * 8 * line["loss/avg_kl"]
+        assert line["loss/avg_final_rewards"] == pytest.approx(line["reward/avg_raw_reward"] - paid, abs=1e-5)

@@ -1,4 +1,4 @@
-"""An episode as it is kept: a trajectory with every token once, in order, and its text."""
+"""The record of an episode: a trajectory with every token once, in order, and its text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What the environment said to one reply."""
+    """One reply with the environment's answer to it."""
 
     reward: float
     text: str
@@ -65,7 +65,7 @@ class EpisodeRecord:
     seconds: float
 
     def to_json(self) -> str:
-        """One line. What JSON has no word for is written as text."""
+        """Return the record as one line. A value that JSON cannot hold is written as text."""
         return json.dumps(self, default=_plain, separators=(",", ":"))
 
     @classmethod
@@ -84,7 +84,7 @@ class EpisodeRecord:
 def episode_record(
     trajectory: Trajectory, phase: str, step: int, token_texts: Callable[[list[int]], list[str]]
 ) -> EpisodeRecord:
-    """The record of a trajectory; token_texts: see records/tokens.py."""
+    """Return the record of a trajectory; token_texts: see records/tokens.py."""
     prompt = trajectory.prompt
     return EpisodeRecord(
         phase=phase,
@@ -112,7 +112,7 @@ def episode_record(
 
 
 def segments(trajectory: Trajectory, token_texts: Callable[[list[int]], list[str]]) -> list[Segment]:
-    """Every token of the episode once, as long as each turn's prompt continues what came before.
+    """Return every token of the episode once, as long as each turn's prompt continues the history.
 
     turn 0: prompt [1 2] sampled [5 6]; turn 1: prompt [1 2 5 6 9] sampled [7]
     -> given [1 2], sampled [5 6], given [9], sampled [7]
@@ -132,7 +132,7 @@ def segments(trajectory: Trajectory, token_texts: Callable[[list[int]], list[str
 
 
 def _rounded(logprobs: list[float]) -> list[float]:
-    """Half the size on the disk, for an error far below that of any engine."""
+    """Return the logprobs with 6 decimals: half the size on disk, and the error is far below any engine's."""
     return [round(logprob, 6) for logprob in logprobs]
 
 
@@ -141,7 +141,7 @@ def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, arrays of numpy and torch as lists, their numbers as numbers; else the repr."""
+    """Return dataclasses as dictionaries, numpy and torch arrays as lists, their scalars as numbers; else the repr."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if hasattr(value, "tolist"):

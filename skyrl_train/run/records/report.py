@@ -130,7 +130,7 @@ def _losses(lines: list[Line]) -> Iterator[str]:
 
 
 def _episodes_section(folder: Path) -> str:
-    """Best, typical and worst episode of the first and of the last step, side by side."""
+    """Return the best, a typical and the worst episode of the first and of the last step, side by side."""
     files = trajectory_files(folder, "train") or trajectory_files(folder, "eval")
     if not files:
         return ""
@@ -157,7 +157,10 @@ def _episodes_section(folder: Path) -> str:
 
 
 def _best_typical_worst(path: Path) -> dict[str, EpisodeRecord]:
-    """By reward; of equal ones the first. Typical is the lower median. Broken episodes are shown only if all broke."""
+    """Return three episodes by reward, of equal ones the first. Typical is the lower median.
+
+    Episodes that their environments broke are shown only if all of them broke.
+    """
     index = [(e.reward, i, e.end is EpisodeEnd.ENV_FAILURE) for i, e in enumerate(iterate_trajectories(path))]
     usable = [item for item in index if not item[2]] or index
     if not usable:
@@ -198,7 +201,7 @@ def _ends_section(folder: Path, lines: list[Line]) -> str:
 
 
 def _failures(folder: Path, steps: list[Line]) -> Iterator[tuple[int, str]]:
-    """The first few environment failures, in words."""
+    """Yield the step and the text of the first few environment failures."""
     files = trajectory_files(folder, "train")
     with_failures = [line["step"] for line in steps if line.get("generate/env_failures", 0) and line["step"] in files]
     found = 0

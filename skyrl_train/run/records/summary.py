@@ -1,4 +1,4 @@
-"""`summary.json` and the last words of a run: what it reached, where everything lies, what to try next."""
+"""`summary.json` and the panel at the end of a run: its rewards, the paths of its files, what to try next."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
 
 @dataclass(frozen=True)
 class Summary:
-    """Rewards are of the first and the last evaluation; without evaluations, of the first and the last step.
+    """The result of a run. Rewards are of the first and the last evaluation, or step if there was no evaluation.
 
     seconds: the run's work over all its processes. tokens: sampled for training. Paths of files that exist.
     """
@@ -45,7 +45,7 @@ class Summary:
 
 
 def summarise(run_folder: Path | str) -> Summary:
-    """What the records of the run say."""
+    """Return the summary of the records in a run's folder."""
     folder = Path(run_folder)
     lines, info = read_metrics(folder / METRICS), read_run_info(folder)
     before, after, reward_of = before_and_after(lines)
@@ -81,7 +81,7 @@ def write_summary(run_folder: Path | str) -> Summary:
 
 
 def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float | None, str]:
-    """First and last reward, and what they are of; two evaluations count more than any training step."""
+    """Return the first and the last reward, and their kind: of two evaluations, else of training steps."""
     for key, name, least in (
         (EVAL_SCORE, "evaluation", 2),
         (TRAIN_REWARD, "training", 1),
@@ -94,7 +94,7 @@ def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float |
 
 
 def closing_panel(summary: Summary) -> Panel:
-    """For a rich console, at the end of a run."""
+    """Return the panel that a rich console prints at the end of a run."""
     headline = Text(f"{summary.model} on {summary.environment}", style="bold")
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
