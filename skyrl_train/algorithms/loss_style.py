@@ -24,7 +24,7 @@ from skyrl_train.algorithms.trial_batch import trial_batch
 from skyrl_train.types import Batch
 
 Metrics = dict[str, float]
-WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # what another shape or dtype makes code raise
+WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # errors of code that gets another shape or dtype
 
 
 class Returns(StrEnum):

@@ -105,15 +105,14 @@ def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None)
     own = [0] * batch.num_samples  # tokens that no earlier sample has
     for segment in shared_segments(batch):
         own[segment.first] += segment.end - segment.begin
-    begins = [
-        sample for sample in range(batch.num_samples) if own[sample] == lengths[sample]
-    ]  # shares with none before
+    # The first sample of each run of samples that share a prefix: it shares nothing with an earlier one.
+    begins = [sample for sample in range(batch.num_samples) if own[sample] == lengths[sample]]
     cuts: list[list[int]] = [[]]
     num_tokens = 0
     for start, stop in pairwise([*begins, batch.num_samples]):
         whole, count = sum(own[start:stop]), stop - start
         is_too_much = num_tokens + whole > max_tokens or len(cuts[-1]) + count > (max_samples or math.inf)
-        opens = is_too_much and whole <= max_tokens  # it fits, but not here
+        opens = is_too_much and whole <= max_tokens  # a new micro batch holds the run, this one does not
         for sample in range(start, stop):
             is_full = num_tokens + own[sample] > max_tokens or len(cuts[-1]) == max_samples
             if cuts[-1] and (opens or is_full):

@@ -85,14 +85,14 @@ def share_prefixes(batch: Batch) -> Segments:
     bounds, device = batch.offsets.tolist(), batch.input_ids.device
     found = shared_segments(batch)
     edges = torch.tensor([0, *(segment.end - segment.begin for segment in found)]).cumsum(0)
-    source = torch.cat([torch.arange(s.begin, s.end) + bounds[s.first] for s in found]).to(device)
+    places = torch.cat([torch.arange(s.begin, s.end) + bounds[s.first] for s in found]).to(device)
     row = torch.empty(batch.num_tokens, dtype=torch.long)
     for segment, start, stop in zip(found, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         for sample in range(segment.first, segment.stop):
             row[bounds[sample] + segment.begin : bounds[sample] + segment.end] = torch.arange(start, stop)
     return Segments(
-        input_ids=batch.input_ids[source],
-        position_ids=batch.position_ids[source],
+        input_ids=batch.input_ids[places],
+        position_ids=batch.position_ids[places],
         offsets=edges.to(device),
         before=torch.tensor([segment.before for segment in found], device=device),
         row=row.to(device),

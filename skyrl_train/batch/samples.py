@@ -27,7 +27,7 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
         if trajectory.samples is not None:
-            samples += trajectory.samples  # also masked ones: their reward counts in the mean of the group
+            samples += trajectory.samples  # masked ones too: their rewards count in the mean of the group
             continue
         drafts = _drafts(trajectory.turns)
         _check_provenance(trajectory, drafts)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loguru import logger
 
@@ -30,12 +30,10 @@ from skyrl_gym.contract import (
 from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
+from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.spans import span
 from skyrl_train.types import Message
 from skyrl_train.visible import shortened, visible
-
-if TYPE_CHECKING:
-    from skyrl_train.rollout.episode import EpisodeLimits, EpisodeTask
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
 MAX_WORDS = 1000  # characters of a failure that are kept
@@ -60,7 +58,7 @@ class BrokenEnv(EnvFailure):
 class EnvCalls:
     """Calls one environment with deadlines. What it raises, a wrong answer and every time-out become an EnvFailure.
 
-    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks the rest.
+    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks another.
     A thread that hangs cannot be ended from outside; its episode goes on without it.
     """
 
@@ -199,7 +197,7 @@ def failure(error: BaseException, name: str, what: str) -> EnvFailure:
         words = f"{name}: wrong answer of {what}: {_said(error)}"
         return EnvFailure(words) if isinstance(error, NotANumberToLearnFrom) else BrokenEnv(words)
     words = f"{name}: {what} raised {words_of(error)}"
-    is_mistake = isinstance(error, MISTAKES) or what == "the constructor"  # which opens nothing, see BaseTextEnv
+    is_mistake = isinstance(error, MISTAKES) or what == "the constructor"  # nothing in it fails by chance
     by_chance = isinstance(error, OSError) or type(error).__module__ != "builtins"
     return EnvFailure(words) if by_chance and not isinstance(error, MISTAKES) else BrokenEnv(words, is_mistake)
 

@@ -18,19 +18,9 @@ from skyrl_train.rollout.chat import Chat, ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.spans import span
-from skyrl_train.types import EpisodeEnd, Message, Prompt, Trajectory, Turn
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeLimits:
-    """The limits at which an episode stops, whatever the policy and the environment do."""
-
-    max_turns: int | None  # None: the environment's `done` decides, unless the row has a max_turns
-    max_input_length: int  # tokens; a turn is not started on a longer input
-    max_context: int  # tokens the model can read, reply included
-    step_timeout_s: float  # for one call of the environment
-    episode_timeout_s: float  # for all calls of one episode together
+from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
 
 
 class Cut(StrEnum):
@@ -38,22 +28,6 @@ class Cut(StrEnum):
 
     TURNS = "turns"
     INPUT = "input"
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeTask:
-    """One episode to be played: its prompt, its number in the group, its seeds and its sampling."""
-
-    prompt: Prompt
-    repetition: int
-    env_seed: int
-    sampling: SamplingParams
-    sampling_seed: int
-
-    @property
-    def id(self) -> str:
-        """Return SkyRL's TrajectoryID as a string."""
-        return f"{self.prompt.uid}_{self.repetition}"
 
 
 @dataclass
@@ -65,12 +39,12 @@ class Episode:
     template: ChatTemplate
     limits: EpisodeLimits
     env: EnvCalls
-    lockstep: Lockstep | None = None  # of reproducible rollouts
+    lockstep: Lockstep | None = None  # only for reproducible rollouts
     attempt: int = 0
     waits_for: str = "its start"
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    cut: Cut | None = None  # what the run did to an episode that its environment would have gone on with
+    cut: Cut | None = None  # the limit that ended an episode which its environment would have continued
 
     async def play(self) -> Trajectory:
         """Play the episode. Raises EnvFailure if the environment broke; the environment is closed on every path."""

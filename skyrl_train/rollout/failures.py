@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-MAX_KINDS_SAID = 5  # a round; more are only counted
-MAX_KEY_CHARS = 160  # of a failure's words that tell its kind
-_VARYING = re.compile(r"0x[0-9a-f]+|[0-9]+")  # what differs between failures of one kind: ports, pids, ids, seconds
+MAX_KINDS_SAID = 5  # kinds that are logged in a round; more are only counted
+MAX_KEY_CHARS = 160  # characters of a failure's text that identify its kind
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9]+")  # differs within a kind: ports, pids, ids, seconds
 
 
 @dataclass
 class Failures:
     """Counts failures by kind: two failures whose texts differ only in numbers are of one kind."""
 
-    counts: dict[str, int] = field(default_factory=dict)  # kind -> attempts that failed so
-    firsts: dict[str, str] = field(default_factory=dict)  # kind -> the words of its first failure
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> number of failed attempts
+    firsts: dict[str, str] = field(default_factory=dict)  # kind -> the text of its first failure
 
     @staticmethod
     def of(failures: Iterable[str]) -> Failures:

@@ -14,7 +14,7 @@ from skyrl_train.types import EpisodeEnd, Group, Prompt, Sample, Trajectory, Tur
 
 LISTS = ("prompt_token_ids", "response_ids", "rewards", "loss_masks")
 PER_TOKEN = ("loss_masks", "rollout_logprobs")
-FAILED = "env_failure"  # the stop reason of an episode that its environment broke: it is nobody's reward
+FAILED = "env_failure"  # the stop reason of an episode that its environment broke; it is not trained
 
 
 class WrongOutput(ValueError):

@@ -63,10 +63,8 @@ class Lockstep:
         if len(self._begun) < self._num_live and not self._is_held_up():
             return
         released, self._waiting = sorted(self._waiting, key=lambda waiting: waiting[0]), []
-        for (
-            _,
-            future,
-        ) in released:  # not at once: the last to arrive is not waiting yet, and would run ahead of its turn
+        # Woken later, not here: the episode that arrived last does not wait on its future yet and would run first.
+        for _, future in released:
             asyncio.get_running_loop().call_soon(_wake, future)
 
 

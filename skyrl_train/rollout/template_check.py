@@ -117,7 +117,8 @@ def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -
     if num_same == len(read) and not before[num_same:].strip():
         return
     tag = read.rfind("<", 0, num_same)
-    begin = num_same if tag < 0 or ">" in read[tag:num_same] else tag  # of what differs, whole tags
+    is_within_tag = tag >= 0 and ">" not in read[tag:num_same]
+    begin = tag if is_within_tag else num_same  # compare from the start of a tag that differs
     only_thinking = _THINKING.search(read[begin:]) or not read[begin:].strip()
     only_thinking = only_thinking and _THINKING_TAGS.fullmatch(before[begin:])
     if template.keep_thinking and only_thinking and begin >= _num_same(closed, read):

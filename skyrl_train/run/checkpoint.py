@@ -28,7 +28,7 @@ from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digest
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
 State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
-FORMAT = 2  # 1 kept pickles
+FORMAT = 2  # format 1 held pickles
 _HEADER = "# skyrl checkpoint, format {}"
 
 

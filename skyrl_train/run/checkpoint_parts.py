@@ -21,7 +21,7 @@ from skyrl_train.files import naming
 from skyrl_train.run.digests import Damaged
 
 SUFFIX = ".safetensors"
-_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"  # of a dictionary whose keys JSON cannot hold
+_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"  # $pairs: a dictionary whose keys JSON cannot hold
 _PLAIN = "plain"
 
 

@@ -15,9 +15,9 @@ from xxhash import xxh3_128
 from skyrl_train.run.digests import file_digest, text_digest
 from skyrl_train.types import Prompt
 
-Contents = dict[str, dict[str, str]]  # the setting that names it -> part -> digest, or a number that says more
+Contents = dict[str, dict[str, str]]  # setting that names the content -> part -> digest or number
 MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".gguf", ".tiktoken"}
-NOT_READ = ("license", "notice", "readme", ".")  # how names of files begin that no run reads
+NOT_READ = ("license", "notice", "readme", ".")  # beginnings of the names of files that no run reads
 MAX_SHOWN = 5
 
 

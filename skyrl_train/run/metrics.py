@@ -20,7 +20,7 @@ from skyrl_train.run.run_folder import METRICS
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
-# What SkyRL's timings (timing/...) are called where people read them, in the order in which they happen.
+# Names of SkyRL's timings (timing/...) for people, in the order of the phases.
 PHASES = {
     "generate": "rollout",
     "fwd_logprobs_values_reward": "logprobs",

@@ -62,7 +62,7 @@ def breakdown(metrics: Metrics) -> str:
     The engine computed in so much of the rollout; in the rest all episodes waited for their environments.
     """
     parts = {name: metrics[f"timing/{key}"] for key, name in PHASES.items() if f"timing/{key}" in metrics}
-    parts.pop("evaluation", None)  # no part of the step
+    parts.pop("evaluation", None)  # not part of the step
     if not parts:
         return ""
     parts["other"] = metrics["timing/step"] - sum(parts.values())

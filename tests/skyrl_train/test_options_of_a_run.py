@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_letters
@@ -13,7 +14,7 @@ import torch
 
 import skyrl_gym
 from skyrl_gym.envs import register
-from skyrl_train.entrypoints.main_base import main
+from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from tests.fakes import EvenEnv
@@ -27,6 +28,13 @@ OFTEN_CUT = (
     "generator.max_turns=1",
     "generator.n_samples_per_prompt=8",
 )
+
+
+class Drawing(BasePPOExp):
+    """Logs one draw of the global generator with every step, as an environment of a user may draw from it."""
+
+    def extra_metrics(self) -> dict[str, float]:
+        return {"mine/draw": random.random()}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
                     "trainer.algorithm.use_kl_loss=false",
                     "generator.n_samples_per_prompt=4",
                     *more,
-                ]
+                ],
+                Drawing,
             )
         finally:
             torch.set_num_threads(threads)
@@ -84,7 +93,8 @@ def by_end(folder: Path) -> tuple[list[float], list[float], int, int]:
 
 
 def test_without_the_options_cut_episodes_are_paid_and_trained_like_others(run, tmp_path):
-    first = run(tmp_path, *OFTEN_CUT)[0]
+    first = run(tmp_path, *OFTEN_CUT, "trainer.ckpt_interval=3")[0]
+    assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_2"]  # the last step, due or not
     of_finished, of_cut, tokens_of_finished, tokens_of_cut = by_end(tmp_path)
     assert first["loss/num_trained_tokens"] == tokens_of_finished + tokens_of_cut
     assert first["loss/avg_final_rewards"] == pytest.approx(sum(of_finished + of_cut) / 8)
@@ -107,7 +117,7 @@ def test_zero_reward_on_non_stop_trains_cut_episodes_without_their_rewards(run, 
     assert first["reward/avg_raw_reward"] == pytest.approx(sum(of_finished + of_cut) / 8)
 
 
-def test_the_adaptive_weight_of_the_kl_goes_on_where_the_checkpoint_left_it(run, tmp_path):
+def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_and_the_random_states_of_its_checkpoint(run, tmp_path):
     kl = (
         "trainer.algorithm.use_kl_in_reward=true",
         "trainer.algorithm.kl_loss_coef=0.5",
@@ -120,8 +130,14 @@ def test_the_adaptive_weight_of_the_kl_goes_on_where_the_checkpoint_left_it(run,
         "trainer.policy.optimizer_config.lr=1e-2",
         "trainer.ckpt_interval=1",
     )
+    random.seed(7)
     run(tmp_path, *kl, "trainer.epochs=1")
+    random.seed(8)
     lines = run(tmp_path, *kl, "trainer.epochs=2")
+    draws = random.Random(7)
+    assert [line["mine/draw"] for line in lines] == [draws.random() for _ in range(4)]
+    num_sampled = [line["generate/num_sampled_tokens"] for line in lines]
+    assert [line["trainer/num_tokens"] for line in lines] == [sum(num_sampled[:step]) for step in (1, 2, 3, 4)]
     step = 1 - 0.2 * 4 / 8  # four samples of a horizon of eight
     weights = [line["loss/kl_loss_coef"] for line in lines]
     assert weights == pytest.approx([0.5, 0.5 * step, 0.5 * step**2, 0.5 * step**3])

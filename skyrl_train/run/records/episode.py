@@ -15,11 +15,11 @@ class Segment:
     """Neighbouring tokens of one kind: sampled by the policy, or given to it. All lists have one length."""
 
     sampled: bool
-    turn: int  # that saw these tokens (given) or made them (sampled)
+    turn: int  # the turn that sampled these tokens, or whose prompt they are in
     new_history: bool  # the first tokens of a row: the history before them was edited, or there was none
     ids: list[int]
     texts: list[str]  # their concatenation is the text, see records/tokens.py
-    logprobs: list[float]  # rounded to 6 decimals; empty where not sampled
+    logprobs: list[float]  # with 6 decimals; empty unless sampled
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.texts) or (self.sampled and len(self.ids) != len(self.logprobs)):

@@ -22,7 +22,7 @@ from skyrl_train.spans import Recorder, Span, recording
 
 VIEWER = "https://ui.perfetto.dev"
 THREAD_NAMES = {"MainThread": "trainer", "compute_0": "compute thread"}
-RUN, EPISODES = 1, 2  # the trace's process ids: two groups of lanes that fold
+RUN, EPISODES = 1, 2  # the trace's process ids: two groups of lanes that can be folded
 
 
 class Profile:

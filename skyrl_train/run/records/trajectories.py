@@ -34,7 +34,7 @@ class TrajectoryStore:
     def __init__(self, run_folder: Path | str, tokenizer: Any) -> None:
         self.folder = Path(run_folder) / TRAJECTORIES
         self.token_texts = TokenTexts(tokenizer)
-        self.begun: dict[Path, int] = {}  # episodes in files of this process: add() appends; older ones are replaced
+        self.begun: dict[Path, int] = {}  # file of this process -> its episodes; a file of an earlier one is replaced
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trajectories")
         self.waiting: deque[Future[None]] = deque()
 

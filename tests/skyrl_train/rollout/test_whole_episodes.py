@@ -14,7 +14,7 @@ from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, Round
-from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.task import EpisodeLimits
 from skyrl_train.types import Prompt, Sample, Trajectory
 from tests.fakes import EvenEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
