@@ -53,7 +53,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
             status = main(
                 [
                     f"data.train_data=['{given}/data.jsonl']",
-                    "data.val_data=[]",
+                    f"data.val_data=['{given}/data.jsonl']",
+                    "trainer.eval_interval=2",
+                    "generator.eval_sampling_params.max_generate_length=2",
+                    "generator.eval_n_samples_per_prompt=3",
                     f"trainer.policy.model.path={given}/model",
                     f"trainer.ckpt_path={folder}",
                     "trainer.device=cpu",
@@ -98,6 +101,13 @@ def test_without_the_options_cut_episodes_are_paid_and_trained_like_others(run, 
     of_finished, of_cut, tokens_of_finished, tokens_of_cut = by_end(tmp_path)
     assert first["loss/num_trained_tokens"] == tokens_of_finished + tokens_of_cut
     assert first["loss/avg_final_rewards"] == pytest.approx(sum(of_finished + of_cut) / 8)
+
+
+def test_evaluation_has_its_own_sampling_and_its_own_number_of_episodes(run, tmp_path):
+    first, second = run(tmp_path, *OFTEN_CUT)
+    assert not any(name.startswith("eval/") for name in first)
+    assert second["eval/all/generate/num_episodes"] == 2 * 3
+    assert (second["eval/all/generate/max_num_tokens"], second["generate/max_num_tokens"]) == (2, 3)
 
 
 def test_apply_overlong_filtering_leaves_cut_episodes_out_of_the_loss_and_pays_them(run, tmp_path):
