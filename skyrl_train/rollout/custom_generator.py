@@ -1,4 +1,4 @@
-"""A collector that lets the user's generator play: rounds go in, its output comes back as groups."""
+"""A generator of the user's in the place of our collector: rounds go in, its output comes back as groups."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GeneratorCollector:
         self.metrics: dict[str, float] = {}
 
     async def collect(self, asked: Round, on_episode: OnEpisode | None = None) -> list[Group]:
-        """Return all episodes of the round, in the order of its prompts. WrongOutput for a wrong output."""
+        """All episodes of the round, in the order of its prompts. WrongOutput if the generator's output is no round."""
         self.client.begin_round((asked.phase, asked.step), asked.sampling)
         try:
             answer = self.generator.generate(_input_of(asked))
@@ -61,7 +61,7 @@ class GeneratorCollector:
 
 
 def _input_of(asked: Round) -> GeneratorInput:
-    """Return the input for each prompt `samples_per_prompt` times in a row; every episode has copies of its own."""
+    """Each prompt `samples_per_prompt` times in a row; every episode has copies of its own."""
     episodes = [(prompt, i) for prompt in asked.prompts for i in range(asked.samples_per_prompt)]
     return {
         "prompts": [copy.deepcopy(prompt.messages) for prompt, _ in episodes],

@@ -22,7 +22,7 @@ from skyrl_train.rollout import attempts
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
-from skyrl_train.rollout.task import EpisodeLimits
+from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.types import EpisodeEnd, Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.integrations.openenv.troubled import NAME

@@ -13,7 +13,7 @@ from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
-from skyrl_train.rollout.task import EpisodeLimits
+from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.types import EpisodeEnd, Prompt
 from tests.fakes import CountdownEnv, FewSessionsEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
