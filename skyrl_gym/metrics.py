@@ -9,6 +9,8 @@ from skyrl_gym.core import load_entry_point
 from skyrl_gym.envs.registration import spec
 from skyrl_gym.error import Error
 
+INVALID_ACTIONS = "invalid_actions"  # the key under which `get_metrics` counts the actions that could not be read
+
 
 def default_aggregate_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the mean of each numeric or bool key over the episodes that have it; other values are dropped.

@@ -39,7 +39,7 @@ class Evaluator:
             asked = Round("eval", 0, prompts, samples_per_prompt, sampling, reproducible=True)
             groups += await self.collector.collect(asked, on_episode)
         self.run.keep("eval", global_step or 0, groups)
-        metrics = eval_metrics(groups)
+        metrics = eval_metrics(groups) | {"eval/all/num_dropped_prompts": float(self.prompts.num_dropped)}
         if trainer.dump_eval_results:
             dump_eval_results(trainer.export_path, groups, metrics, global_step, self.decode)
         return metrics

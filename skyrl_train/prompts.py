@@ -34,7 +34,7 @@ class DataError(ValueError):
 
 
 class PromptDataset(Sequence[Prompt]):
-    """The rows of all sources, one after the other, without those whose prompt is too long.
+    """The rows of all sources in order, without those whose prompt is too long.
 
     sources: .parquet, .json or .jsonl files, or names on the hub as name[:split] (split "train" if left out). A row
     has `prompt` (a list of {role, content}), perhaps `env_class`, `max_turns` and `seed`, and any other columns, which
@@ -80,7 +80,7 @@ class PromptDataset(Sequence[Prompt]):
                 f"trainer.max_prompt_length={max_prompt_length}"
             )
         dropped = f", {self.num_dropped} dropped (longer than {max_prompt_length} tokens)" if self.num_dropped else ""
-        logger.info(f"{len(self._prompts)} prompts from {names}{dropped}")
+        logger.log("WARNING" if dropped else "INFO", f"{len(self._prompts)} prompts from {names}{dropped}")
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -89,13 +89,13 @@ class PromptDataset(Sequence[Prompt]):
         return self._prompts[index]
 
     def batches(self, size: int) -> Iterator[list[Prompt]]:
-        """All prompts in order, `size` at a time; the last batch may be smaller."""
+        """Return all prompts in order, `size` at a time; the last batch may be smaller."""
         return (self._prompts[start : start + size] for start in range(0, len(self), size))
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSchedule:
-    """The rows that each step plays. Steps count from 1; a run that has done N steps goes on with batch(N + 1).
+    """The rows of each step. Steps count from 1; a run that has done N steps goes on with batch(N + 1).
 
     The order of an epoch depends on the seed and the epoch alone, so nothing else has to be stored. Every epoch leaves
     out the `num_left_out` rows behind its last whole batch, different ones each time.
@@ -128,13 +128,13 @@ class PromptSchedule:
         return self.num_rows % self.batch_size
 
     def epoch(self, step: int) -> int:
-        """The epoch a step lies in, from 0."""
+        """Return the epoch of a step, counted from 0."""
         if not 1 <= step <= self.num_steps:
             raise ValueError(f"step {step} is not one of the steps 1 to {self.num_steps}")
         return (step - 1) // self.steps_per_epoch
 
     def batch(self, step: int) -> list[int]:
-        """The rows of one step."""
+        """Return the rows of one step."""
         order = epoch_order(self.num_rows, self.seed, self.epoch(step))
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         return list(order[start : start + self.batch_size])
@@ -153,8 +153,16 @@ class TrainPrompts:
             + (f", which leaves out {left_out} of {len(dataset)} prompts, others in each epoch" if left_out else "")
         )
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return how many rows are never played, and how many each epoch leaves out behind its last whole batch."""
+        return {
+            "data/num_dropped_prompts": float(self.dataset.num_dropped),
+            "data/num_left_out_prompts": float(self.schedule.num_left_out),
+        }
+
     def take(self, step: int) -> list[Prompt]:
-        """The prompts of a step, counted from 1."""
+        """Return the prompts of a step; steps count from 1."""
         return [self.dataset[row] for row in self.schedule.batch(step)]
 
 
@@ -166,7 +174,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def read_source(source: str) -> Iterator[tuple[str, Row]]:
-    """The rows of one source, each with the place it stands at, for messages. All values are plain Python."""
+    """Yield the rows of one source, each with its place in the source for messages. All values are plain Python."""
     path = Path(source).expanduser()
     if path.suffix in FILE_TYPES:
         if not path.is_file():
@@ -187,7 +195,7 @@ def parquet_rows(path: Path) -> list[Row]:
 
 
 def json_rows(path: Path) -> list[Row]:
-    """A JSON array of objects, or one object per line. In UTF-8, with or without a byte order mark."""
+    """Return the rows of a JSON array or of one object per line, in UTF-8 with or without a byte order mark."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -218,7 +226,7 @@ def hub_rows(source: str) -> Iterator[Row]:
 
 
 def row_messages(place: str, row: Row) -> list[Message]:
-    """The prompt of a row, checked."""
+    """Return the checked messages of a row's prompt."""
     if not isinstance(row, dict) or "prompt" not in row:
         found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f'{place} has no column "prompt"; it has {found}')
@@ -235,7 +243,7 @@ def row_messages(place: str, row: Row) -> list[Message]:
 
 
 def row_prompt(place: str, row: Row, default_env_class: str) -> Prompt:
-    """The row as a prompt that has no uid yet."""
+    """Return the row as a prompt that has no uid yet."""
     messages = row_messages(place, row)
     given = None if _is_null(row.get("env_class")) else row["env_class"]
     env_class = given or default_env_class
@@ -264,7 +272,7 @@ def refuse_unknown_environments(prompts: Sequence[tuple[str, Prompt]], look_up: 
 
 
 def _whole_number(place: str, column: str, value: Any, least: int | None) -> int:
-    """A number column in which some rows are null comes from pandas as floats: 3.0 is 3."""
+    """Return a whole number; 3.0 counts, as pandas writes a number column with nulls as floats."""
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(whole, bool) or not isinstance(whole, int):
         raise DataError(f"{place}: {column} must be a whole number or null, got {str(value)[:80]!r}")
@@ -274,7 +282,7 @@ def _whole_number(place: str, column: str, value: Any, least: int | None) -> int
 
 
 def _is_null(value: Any) -> bool:
-    """None, and what pandas writes for it among numbers."""
+    """Return whether the value is None, or NaN, which pandas writes for None among numbers."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -285,7 +293,7 @@ def _one_line(error: Exception) -> str:
 def templated_length(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_kwargs: Mapping[str, Any], place: str
 ) -> int:
-    """Tokens of the prompt as the model will see it."""
+    """Return the number of tokens of the prompt as the model will read it."""
     try:
         token_ids = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False, **template_kwargs

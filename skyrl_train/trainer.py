@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loguru import logger
+
 from skyrl_train import compute
-from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics
+from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics, group_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
@@ -30,6 +32,7 @@ from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run.checkpoint import State, random_states, set_random_states
 from skyrl_train.run.metrics import PHASES, rollout_metrics
 from skyrl_train.run.run import Run, RunRefused
+from skyrl_train.run.standstill import Standstill
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.in_process import InProcessWeights
@@ -61,6 +64,7 @@ class Trainer:
     global_step: int = 0
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
+    standstill: Standstill = field(default_factory=Standstill)
 
     @property
     def total_training_steps(self) -> int:
@@ -101,7 +105,10 @@ class Trainer:
         """One walk; `global_step` still counts the steps before it."""
         prompts = self.prompts.take(self.global_step + 1)
         groups = await self._shaped(await self._collect(prompts))  # prompt -> episode -> trajectory
-        batch = pack(self._to_samples(groups))  # -> sample -> batch
+        samples = self._to_samples(groups)  # -> sample
+        if not samples:  # no episode sampled a token: the step counts, and there is nothing to update with
+            return rollout_metrics(groups)
+        batch = pack(samples)  # -> batch
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, of_kl = self._add_advantages(batch)
@@ -116,6 +123,9 @@ class Trainer:
         with self._timed("step"):
             metrics = await self.step()
         self.global_step += 1
+        if warning := self.standstill.after(metrics):
+            logger.warning(warning)
+        metrics |= {"trainer/steps_without_learning": float(self.standstill.num_steps)}
         if self._ends_epoch() and self.config.trainer.update_ref_every_epoch:
             self.learner.update_reference()
         return metrics
@@ -223,12 +233,13 @@ class Trainer:
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
         """With use_kl_in_reward the KL is taken from the rewards first, and its controller learns how large it was."""
-        algorithm = self.config.trainer.algorithm
+        algorithm, metrics = self.config.trainer.algorithm, group_metrics(batch)
         if not algorithm.use_kl_in_reward:
-            return add_advantages(batch, algorithm), {}
+            return add_advantages(batch, algorithm), metrics
         coefficient = self.kl_controller.coefficient
-        metrics = kl_metrics(batch, coefficient, algorithm.kl_estimator_type)
-        self.kl_controller.update(metrics["loss/avg_kl"], batch.num_samples)
+        metrics |= kl_metrics(batch, coefficient, algorithm.kl_estimator_type)
+        if batch.loss_mask.any():  # the KL of no token says nothing about the policy
+            self.kl_controller.update(metrics["loss/avg_kl"], batch.num_samples)
         return add_advantages(batch, algorithm, coefficient), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
@@ -259,6 +270,7 @@ class Trainer:
             self.extra_metrics()
             | (self.users.taken_metrics() if self.users else {})
             | self.timings
+            | self.prompts.metrics
             | {
                 "trainer/epoch": (self.global_step - 1) // self.prompts.schedule.steps_per_epoch,
                 "trainer/global_step": self.global_step,

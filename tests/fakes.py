@@ -18,7 +18,7 @@ Reply = Callable[[Request], str]
 
 @dataclass
 class ScriptedEngine:
-    """Replies with `reply(request)`, token by token with logprob -0.5, and ends with the end-of-sequence token.
+    """Replies with `reply(request)` token by token, each with a logprob of its own, and ends with the end of sequence.
 
     A reply longer than the request's max_tokens is cut, as a real engine would cut it.
     """
@@ -28,6 +28,7 @@ class ScriptedEngine:
     end_with_eos: bool = True
     version: int = 0
     requests: list[Request] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
     busy_seconds = 0.0
@@ -39,13 +40,15 @@ class ScriptedEngine:
         if self.end_with_eos:
             ids = [*ids, self.tokenizer.eos_token_id]
         cut = ids[: request.sampling.max_tokens]
-        return Completion(
+        completion = Completion(
             text=self.tokenizer.decode(cut, skip_special_tokens=True),
             response_ids=cut,
-            logprobs=[-0.5] * len(cut),
+            logprobs=varied_logprobs(cut, before=len(request.prompt_ids)),
             stop_reason="length" if len(cut) < len(ids) else "stop",
             policy_version=self.version,
         )
+        self.completions.append(completion)
+        return completion
 
     async def forget(self, session_id: str) -> None:
         self.forgotten.append(session_id)
@@ -55,6 +58,11 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         pass
+
+
+def varied_logprobs(ids: list[int], before: int = 0) -> list[float]:
+    """Logprobs that differ from token to token and from place to place, exact in float32."""
+    return [-(token + 1) / 1024 - (before + place) / 8 for place, token in enumerate(ids)]
 
 
 class CountdownEnv(BaseTextEnv):

@@ -25,6 +25,7 @@ from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from integrations.openenv.trust import require_trusted
 from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
+from skyrl_gym.metrics import INVALID_ACTIONS
 
 OPEN, CLOSE = "<action>", "</action>"
 GRACE_S = 10.0  # the pool's time-out, whose message says who holds the sessions, comes before the rollout's
@@ -52,7 +53,6 @@ class OpenEnv(BaseTextEnv):
         self.init_timeout_s = self.config.lease_timeout_s + GRACE_S
         self.max_turns = int(extras.get("max_turns") or self.entry.max_turns)
         self.translator = self.entry.translator(self.task, self.options)
-        self.num_invalid_actions = 0
         self.server_reward = 0.0
         self.last: StepResult | None = None
         self._done = False
@@ -145,7 +145,7 @@ class OpenEnv(BaseTextEnv):
     def get_metrics(self) -> dict[str, Any]:
         return {
             "turns": self.turns,
-            "invalid_actions": self.num_invalid_actions,
+            INVALID_ACTIONS: self.num_invalid_actions,
             "success": self.translator.success,
             "server_reward": self.server_reward,
             **self.translator.metrics(),

@@ -57,6 +57,7 @@ class BaseTextEnv(Env[ConversationType, str]):
         super().__init__()
         self.turns = 0
         self.max_turns = 1
+        self.num_invalid_actions = 0  # replies in which no action could be read
         self.tool_groups: list[ToolGroup] = []
         self.tool_to_toolgroup: dict[str, str] = {}
 
@@ -94,7 +95,11 @@ class BaseTextEnv(Env[ConversationType, str]):
         self.close()
 
     def get_metrics(self) -> dict[str, Any]:
-        """Return plain values (numbers, bools, texts) about the episode; called after it."""
+        """Return plain values about the episode, read after it.
+
+        An environment that counts its unreadable actions gives their number as skyrl_gym.metrics.INVALID_ACTIONS: the
+        trainer shows which share of all replies that is, and says so when nothing can be learned.
+        """
         return {}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How much better than expected was each trajectory, or each token.
+"""Advantages: how much better than expected each trajectory, or each token, was.
 
 An advantage estimator is any function that returns (advantages, returns). It is called with those of the following
 that it names as parameters. Ours are flat, and so is what it returns then (T tokens, S samples):
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def add_advantages(batch: Batch, algorithm: AlgorithmConfig, kl_coefficient: float | None = None) -> Batch:
-    """The batch with `advantages` and `returns`, both 0 wherever loss_mask is False.
+    """Return the batch with `advantages` and `returns`, both 0 wherever loss_mask is False.
 
     With `kl_coefficient` (use_kl_in_reward) the KL to the reference is first taken from the rewards.
     """
@@ -48,7 +48,7 @@ def add_advantages(batch: Batch, algorithm: AlgorithmConfig, kl_coefficient: flo
 
 
 def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both [T], of the estimator that the configuration names."""
+    """Return (advantages, returns), both [T], of the estimator that the configuration names."""
     estimator = AdvantageEstimatorRegistry.get(algorithm.advantage_estimator)
     settings = {
         "values": batch.values,
@@ -74,8 +74,21 @@ def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]
     return checked_pair(answer, estimator, (batch.num_tokens,), "tokens")
 
 
+def group_metrics(batch: Batch) -> dict[str, float]:
+    """Return `reward/equal_group_share`: of the prompts, those whose trajectories all scored the same.
+
+    Group-relative advantages are 0 there. So it is for a prompt with one trajectory, where the others failed.
+    """
+    scores, groups, _ = trajectory_scores(batch)
+    equal = groups[has_equal_rewards(scores, groups)].unique().numel()
+    return {"reward/equal_group_share": equal / groups.unique().numel()}
+
+
 def advantage_metrics(batch: Batch) -> dict[str, float]:
-    """What the trainer logs of a batch with advantages, under SkyRL's names."""
+    """Return means over the trajectories and the trained tokens, under SkyRL's names, and how many tokens those are.
+
+    Tokens that a filter took out of the loss are not trained: a filter that empties the batch leaves 0.
+    """
     if batch.advantages is None:
         raise ValueError("the batch has no advantages yet: call add_advantages first")
     scores, _, _ = trajectory_scores(batch)
@@ -83,6 +96,7 @@ def advantage_metrics(batch: Batch) -> dict[str, float]:
         "loss/avg_final_rewards": float(scores.mean()),
         "loss/avg_raw_advantages": float(masked_mean(batch.advantages, batch.loss_mask)),
         "loss/avg_raw_advantages_abs": float(masked_mean(batch.advantages.abs(), batch.loss_mask)),
+        "loss/num_trained_tokens": float(batch.loss_mask.sum()),
     }
 
 
@@ -134,7 +148,7 @@ def gae(batch: Batch, values: Tensor | None, gamma: float, lambd: float) -> tupl
 
 
 def group_relative_advantages(rewards: Tensor, group_ids: Tensor, *, divide_by_std: bool) -> Tensor:
-    """How much better each trajectory did than its siblings on the same prompt.
+    """Return how much better each trajectory did than its siblings on the same prompt.
 
         A_i = (r_i - mean(r)) / (std(r) + 1e-6)   GRPO, arXiv 2402.03300, with divide_by_std; unbiased std
         A_i = r_i - mean(r)                       Dr. GRPO, arXiv 2503.20783
@@ -157,7 +171,7 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def has_equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[trajectories] bool: all of its group scored the same, up to rounding (max - min <= 1e-6 of their size)."""
+    """Return [trajectories] bool: whether its group scored the same, up to rounding (max - min <= 1e-6 * scale)."""
     group, size = _groups(group_ids)
     index = torch.full((len(size),), torch.inf, dtype=rewards.dtype, device=rewards.device)
     highest = (-index).scatter_reduce(0, group, rewards, "amax")
@@ -167,7 +181,7 @@ def has_equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def normalize_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked tokens of the batch (biased variance, at least 1e-8), 0 elsewhere."""
+    """Return advantages with mean 0 and biased variance 1 (at least 1e-8) over the masked tokens, 0 elsewhere."""
     centred = torch.where(mask, advantages - masked_mean(advantages, mask), 0.0)
     return centred * torch.rsqrt(masked_mean(centred**2, mask).clamp(min=1e-8))
 
@@ -181,7 +195,7 @@ def zero_variance_filter(batch: Batch) -> Batch:
 
 
 def trajectory_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(score of each trajectory: the sum of the rewards of all its samples; its group; trajectory of each sample).
+    """Return each trajectory's score (the sum of the rewards of its samples) and group, and each sample's trajectory.
 
     The first two are [trajectories], the last is [S]; scores are float64, so that equal episodes score equally.
     """
@@ -194,7 +208,7 @@ def trajectory_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def discounted_sums(values: Tensor, rows: Tensor, factor: float) -> Tensor:
-    """[N]: y_k = values_k + factor * y_{k+1} within each row. rows: [N], non-decreasing."""
+    """Return [N] y_k = values_k + factor * y_{k+1} within each row. rows: [N], non-decreasing."""
     _, row, lengths = rows.unique_consecutive(return_inverse=True, return_counts=True)
     starts = lengths.cumsum(0) - lengths
     column = torch.arange(len(values), device=values.device) - starts[row]
@@ -206,19 +220,19 @@ def discounted_sums(values: Tensor, rows: Tensor, factor: float) -> Tensor:
 
 
 def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(the group of each trajectory, numbered from 0; the size of each group)."""
+    """Return the group of each trajectory, numbered from 0, and the size of each group."""
     _, group, size = group_ids.unique(return_inverse=True, return_counts=True)
     return group, size
 
 
 def _on_tokens(advantages: Tensor, trajectory_of_sample: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One number per trajectory -> that number on each of its trained tokens, as advantages and as returns."""
+    """Return one number per trajectory on each of its trained tokens, as advantages and as returns."""
     on_tokens = torch.where(batch.loss_mask, advantages[trajectory_of_sample][batch.sample_index], 0.0)
     return on_tokens, on_tokens
 
 
 def _sampled_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(positions of the trained tokens, trajectory by trajectory and in order within each; their trajectories)."""
+    """Return the positions of the trained tokens, ordered by trajectory, and the trajectory of each."""
     tokens = torch.nonzero(batch.loss_mask).flatten()
     trajectories = batch.trajectory_index[batch.sample_index][tokens]
     order = trajectories.argsort(stable=True)

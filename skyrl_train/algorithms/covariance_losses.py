@@ -76,5 +76,5 @@ def kl_cov(
 
 
 def _covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """[T]: each token's term of the covariance of advantage and logprob over the masked tokens."""
+    """Return [T] each token's term of the covariance of advantage and logprob over the masked tokens."""
     return (advantages - masked_mean(advantages, mask)) * (log_probs - masked_mean(log_probs, mask))

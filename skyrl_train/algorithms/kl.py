@@ -1,4 +1,4 @@
-"""How far the policy has moved from the reference: per token estimators, in the loss or in the reward.
+"""The KL between policy and reference: estimators per token, in the loss or in the reward.
 
 The estimators are Schulman's ("Approximating KL divergence", joschu.net/blog/kl-approx.html).
 """
@@ -21,7 +21,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    """[T], 0 outside the mask, with a gradient to `logprobs`. d = logprobs - ref_logprobs of the sampled token.
+    """Return the KL per token [T], 0 outside the mask, with a gradient to `logprobs`. d = logprobs - ref_logprobs.
 
     k1: d    abs: |d|    k2: d^2 / 2    k3: exp(-d) + d - 1, with d kept in [-20, 20] and the result in [-10, 10]
     Both logprobs must be at the same temperature.
@@ -41,19 +41,19 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: st
 
 @torch.no_grad()
 def batch_kl(batch: Batch, estimator: str) -> Tensor:
-    """[T]: KL between the policy before the update and the reference, 0 outside the loss mask."""
+    """Return [T] the KL between the policy before the update and the reference, 0 outside the loss mask."""
     if batch.old_logprobs is None or batch.ref_logprobs is None:
         raise ValueError("KL in the reward needs old_logprobs and ref_logprobs: call learner.add_logprobs first")
     return token_kl(batch.old_logprobs, batch.ref_logprobs, batch.loss_mask, estimator)
 
 
 def with_kl_in_rewards(batch: Batch, coefficient: float, estimator: str) -> Batch:
-    """Every trained token pays: r_t - coefficient * KL_t."""
+    """Return the batch with rewards r_t - coefficient * KL_t on its trained tokens."""
     return replace(batch, rewards=batch.rewards - coefficient * batch_kl(batch, estimator))
 
 
 def kl_metrics(batch: Batch, coefficient: float, estimator: str) -> dict[str, float]:
-    """`loss/avg_kl`, the mean over rows of the row mean, steers the controller."""
+    """Return the metrics of the KL; `loss/avg_kl`, the mean over rows of the row mean, steers the controller."""
     kl = batch_kl(batch, estimator)
     sums = row_sums(kl, batch.loss_mask, batch.sample_index, batch.num_samples)
     counts = row_sums(torch.ones_like(kl), batch.loss_mask, batch.sample_index, batch.num_samples)

@@ -1,4 +1,4 @@
-"""How a policy loss is called and what it returns, found by calling it on a small batch before anything is loaded.
+"""The style of a policy loss: its layout and its return value, found by calling it on a small batch at start-up.
 
     returns    what it is                                   what is done with it
     TOKENS     one loss per token                           weighed by trainer.algorithm.loss_reduction and summed
@@ -24,11 +24,11 @@ from skyrl_train.algorithms.trial_batch import trial_batch
 from skyrl_train.types import Batch
 
 Metrics = dict[str, float]
-WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # what another shape or dtype makes code raise
+WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # errors of code that gets another shape or dtype
 
 
 class Returns(StrEnum):
-    """What a policy loss returns beside its metrics."""
+    """The kinds of loss that a policy loss may return beside its metrics."""
 
     TOKENS = "tokens"
     MEAN = "mean"
@@ -37,7 +37,7 @@ class Returns(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LossStyle:
-    """Whether the tensors are padded to [samples, response tokens], and what comes back."""
+    """is_padded: the tensors have the layout [samples, response tokens]. returns: the kind of loss."""
 
     is_padded: bool
     returns: Returns
@@ -45,7 +45,7 @@ class LossStyle:
 
 @dataclass(frozen=True, slots=True)
 class LossCall:
-    """A policy loss with everything it may ask for."""
+    """A policy loss with the values of all parameters that it may name."""
 
     function: Function
     batch: Batch  # with advantages
@@ -64,15 +64,15 @@ class LossCall:
 
     @property
     def _lacks_rollout_logprobs(self) -> bool:
-        """Whether they came from a generator that did not keep them."""
+        """Return whether the samples came from a generator that did not keep rollout_logprobs."""
         return bool(self.batch.rollout_logprobs.isnan().any())
 
     def flat(self) -> tuple[Any, Metrics]:
-        """What the function returns for our layout: (one loss per token [T], or whatever it is, metrics)."""
+        """Return the function's loss for our layout (one per token [T], or whatever it returned) and its metrics."""
         return self._answered({**self.tensors(), "sample_index": self.batch.sample_index})
 
     def padded(self) -> tuple[Any, Metrics]:
-        """What it returns for SkyRL's: a loss per token is put back to [T], all else is as it came."""
+        """Return its loss for SkyRL's layout and its metrics; a loss per token is put back to [T]."""
         rows = sample_rows(self.batch)
         tensors = {name: None if x is None else rows.pad(x) for name, x in self.tensors().items()}
         mask = tensors["loss_mask"]
@@ -170,7 +170,7 @@ def _size_of_gradient(
 
 
 def _gradient_of(loss: Tensor, function: Function) -> Tensor:
-    """The loss itself, if a gradient leads through it."""
+    """Return the gradient of the loss."""
     if not loss.requires_grad:
         raise ValueError(
             f"the policy loss {name_of(function)} has no gradient with respect to log_probs: it would train nothing; "

@@ -128,7 +128,7 @@ def _clip(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: flo
 
 
 def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """0 outside the mask, so that nothing there can overflow (inf * 0 is NaN, also in the gradient)."""
+    """Return log_probs - old_log_probs, 0 outside the mask, where an overflow would make NaN (inf * 0)."""
     return torch.where(mask, log_probs - old_log_probs, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The engine's numbers differ from the learner's: correct for it, or drop what drifted too far.
+"""Corrections for logprobs that differ between engine and learner: weigh tokens, or drop samples.
 
 Truncated importance sampling: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (Yao et al.,
 2025). Sequence masks: "When Speed Kills Stability" (Liu et al., 2025). Everywhere d = old_logprobs - rollout_logprobs.
@@ -22,7 +22,7 @@ def importance_weights(
     level: str,
     cap: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """[T], to multiply the token loss with: min(exp(d), cap) of the token, or min(exp(sum of d), cap) of its sample."""
+    """Return weights [T] of the token loss: min(exp(d), cap) of the token, or min(exp(sum of d), cap) of its sample."""
     if cap <= 0:
         raise ValueError(f"the cap of the importance weights is {cap}; it must be positive (2.0 is usual)")
     difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0)
@@ -48,7 +48,7 @@ def outlier_mask(
     low: float | None,
     high: float | None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The mask without the samples in which the ratio exp(d) of any trained token is below `low` or above `high`."""
+    """Return the mask without the samples in which the ratio exp(d) of any trained token is outside [low, high]."""
     ratio = safe_exp(torch.where(mask, old_logprobs - rollout_logprobs, 0.0))
     is_over = ratio > (torch.inf if high is None else high)
     is_under = ratio < (0.0 if low is None else low)
@@ -74,7 +74,7 @@ def sequence_mask(
     low: float,
     high: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The mask without the samples whose ratio lies outside [low, high].
+    """Return the mask without the samples whose ratio lies outside [low, high].
 
     product: exp(sum of d), geometric: exp(mean of d), over the trained tokens of the sample.
     """
@@ -97,7 +97,7 @@ def sequence_mask(
 
 @torch.no_grad()
 def ratio_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """exp(d) over the masked tokens only."""
+    """Return statistics of the ratio exp(d) over the masked tokens only."""
     if not mask.any():
         return {}
     ratio = safe_exp(torch.where(mask, old_logprobs - rollout_logprobs, 0.0))

@@ -17,7 +17,7 @@ from skyrl_train.types import Batch
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Where each response token of a batch stands in the padded layout. N response tokens, T tokens in all."""
+    """The place of each response token of a batch in the padded layout. N response tokens, T tokens in all."""
 
     tokens: Tensor  # [N] positions in the batch
     rows: Tensor  # [N]
@@ -26,29 +26,29 @@ class PaddedRows:
     num_tokens: int  # T
 
     def pad(self, values: Tensor) -> Tensor:
-        """[T] -> [rows, columns], 0 where no token stands. Keeps the gradient."""
+        """Return values [T] as [rows, columns], 0 where no token stands. Keeps the gradient."""
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values[self.tokens])
 
     def unpad(self, values: Tensor) -> Tensor:
-        """[rows, columns] -> [T], 0 at tokens of the prompt. Keeps the gradient."""
+        """Return values [rows, columns] as [T], 0 at tokens of the prompt. Keeps the gradient."""
         found = values[self.rows, self.columns]
         return found.new_zeros(self.num_tokens).index_put((self.tokens,), found)
 
     @property
     def response_mask(self) -> Tensor:
-        """[rows, columns] int64: 1 at every response token, observations included."""
+        """Return [rows, columns] int64: 1 at every response token, observations included."""
         ones = torch.ones(self.num_tokens, dtype=torch.long, device=self.tokens.device)
         return self.pad(ones)
 
 
 def sample_rows(batch: Batch) -> PaddedRows:
-    """A row for each sample of the batch."""
+    """Return the layout with a row for each sample of the batch."""
     tokens = _response_tokens(batch)
     return _laid_out(tokens, batch.sample_index[tokens], batch.num_samples, batch)
 
 
 def trajectory_rows(batch: Batch) -> PaddedRows:
-    """A row for each trajectory, in the order of their numbers; the responses of its samples follow each other."""
+    """Return the layout with a row for each trajectory, in order; the responses of its samples follow each other."""
     tokens = _response_tokens(batch)
     trajectories, row_of_sample = batch.trajectory_index.unique(return_inverse=True)
     rows = row_of_sample[batch.sample_index[tokens]]
@@ -57,7 +57,7 @@ def trajectory_rows(batch: Batch) -> PaddedRows:
 
 
 def _response_tokens(batch: Batch) -> Tensor:
-    """Positions of the tokens behind each sample's prompt; the prompt ends where the policy first sampled."""
+    """Return the positions of the tokens behind each sample's prompt, which ends where the policy first sampled."""
     first = batch.num_prompt_tokens
     if first is None:
         position = torch.where(batch.loss_mask, batch.position_ids, batch.num_tokens)

@@ -32,7 +32,7 @@ class FunctionRegistry:
 
     @classmethod
     def get(cls, name: str) -> Function:
-        """The function registered under `name`, or the one at the import path "package.module:function"."""
+        """Return the function registered under `name`, or the one at the import path "package.module:function"."""
         if name in cls.functions:
             return cls.functions[name]
         if ":" in name:
@@ -95,7 +95,7 @@ def _register_as(registry: type[FunctionRegistry], name: str) -> Callable[[F], F
 
 
 def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
-    """Call with those of the offered values that the function names as parameters; **kwargs takes them all."""
+    """Call the function with those of the offered values that it names as parameters; **kwargs takes them all."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**offered)

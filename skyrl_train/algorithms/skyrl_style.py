@@ -24,7 +24,7 @@ OUR_PACKAGE = "skyrl_train.algorithms."
 
 
 def is_skyrl_style(function: Function) -> bool:
-    """Whether the function is to be called with padded tensors. TypeError for one that mixes both vocabularies."""
+    """Return whether the function is called with padded tensors. TypeError for one that mixes both vocabularies."""
     named = set(inspect.signature(function).parameters)
     if named & FLAT_NAMES and named & PADDED_NAMES:
         raise TypeError(
@@ -36,7 +36,7 @@ def is_skyrl_style(function: Function) -> bool:
 
 
 def is_ours(function: Function) -> bool:
-    """Whether the function is one of this package."""
+    """Return whether the function is one of this package."""
     return (getattr(function, "__module__", None) or "").startswith(OUR_PACKAGE)
 
 
@@ -62,7 +62,7 @@ def call_estimator(function: Function, batch: Batch, settings: dict[str, Any]) -
 
 
 def name_of(function: Function) -> str:
-    """The function as a user finds it: module and name, or what it prints as."""
+    """Return the function's module and name, or its repr if it has none."""
     name = getattr(function, "__qualname__", None)
     return f"{function.__module__}.{name}" if name else repr(function)
 
@@ -80,7 +80,7 @@ def checked_pair(answer: Any, function: Function, shape: tuple[int, ...], axes: 
 
 
 def kind_of(answer: Any) -> str:
-    """What a function returned, in words: its types and shapes."""
+    """Return the types and shapes of what a function returned, in words."""
     if isinstance(answer, Tensor):
         return f"a tensor {list(answer.shape)}"
     if isinstance(answer, tuple | list):
@@ -89,7 +89,7 @@ def kind_of(answer: Any) -> str:
 
 
 def _prompts_of_trajectories(batch: Batch) -> np.ndarray:
-    """[trajectories] of str, as SkyRL's uids are."""
+    """Return [trajectories] the number of each trajectory's prompt as str, like SkyRL's uids."""
     trajectories, row_of_sample = batch.trajectory_index.unique(return_inverse=True)
     groups = torch.zeros_like(trajectories).scatter(0, row_of_sample, batch.group_index)
     return np.array([str(group) for group in groups.tolist()], dtype=object)

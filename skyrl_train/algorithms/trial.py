@@ -1,4 +1,4 @@
-"""A user's estimator, called on a small batch before anything is loaded: what is wrong with it shows at start-up."""
+"""A trial of a user's estimator on a small batch at start-up, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_estimator(algorithm: AlgorithmConfig) -> None:
-    """Call the configured estimator once, unless it is one of ours. Raises what it raises; warns of zeros alone."""
+    """Call the configured estimator once, unless it is ours. Raises what it raises; warns if it returns only zeros."""
     function = AdvantageEstimatorRegistry.get(algorithm.advantage_estimator)
     if is_ours(function):
         return

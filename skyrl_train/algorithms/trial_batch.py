@@ -8,7 +8,7 @@ from skyrl_train.types import Batch
 
 
 def trial_batch(copies: int = 1) -> Batch:
-    """Four trajectories of two prompts with scores 1, 0, 0.5, 1; responses of 5, 3, 4 and 2 tokens, one observed."""
+    """Return four trajectories of two prompts, scores 1, 0, 0.5, 1; responses of 5, 3, 4, 2 tokens, one observed."""
     masks = ["0011011", "00111", "001111", "0011"] * copies
     scores = [1.0, 0.0, 0.5, 1.0] * copies
     lengths = torch.tensor([len(mask) for mask in masks])

@@ -22,7 +22,7 @@ LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
 def pack(samples: list[Sample]) -> Batch:
     """Lay the samples end to end. Groups and trajectories are numbered in the order in which they first appear."""
     if not samples:
-        raise ValueError("no samples to train on: every trajectory failed or sampled no token")
+        raise ValueError("no samples: a batch needs at least one, and a step without any makes no update")
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     return Batch(
         input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.long),
@@ -42,7 +42,7 @@ def _numbered(names: list[str]) -> Tensor:
 
 
 def mini_batches(batch: Batch, prompts_per_mini_batch: int) -> list[Batch]:
-    """Cut by prompt: a group is never split, and what is left over is a smaller last mini batch."""
+    """Cut the batch by prompt: a group is never split, and the last mini batch may be smaller."""
     if prompts_per_mini_batch < 1:
         raise ValueError(f"prompts_per_mini_batch={prompts_per_mini_batch} must be at least 1")
     rank = batch.group_index.unique(return_inverse=True)[1]  # group numbers without gaps
@@ -94,7 +94,7 @@ def _token_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = 
 
 
 def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None) -> list[Batch]:
-    """Cut into runs of whole neighbouring samples within both limits; joined again they are the batch, in its order.
+    """Cut the batch into runs of whole neighbouring samples within both limits, in the order of the batch.
 
     `max_tokens` counts what a forward pass computes: a prefix that samples share counts once. Samples that share one
     stay together where the limits allow. A sample longer than `max_tokens` goes alone.
@@ -105,15 +105,14 @@ def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None)
     own = [0] * batch.num_samples  # tokens that no earlier sample has
     for segment in shared_segments(batch):
         own[segment.first] += segment.end - segment.begin
-    begins = [
-        sample for sample in range(batch.num_samples) if own[sample] == lengths[sample]
-    ]  # shares with none before
+    # The first sample of each run of samples that share a prefix: it shares nothing with an earlier one.
+    begins = [sample for sample in range(batch.num_samples) if own[sample] == lengths[sample]]
     cuts: list[list[int]] = [[]]
     num_tokens = 0
     for start, stop in pairwise([*begins, batch.num_samples]):
         whole, count = sum(own[start:stop]), stop - start
         is_too_much = num_tokens + whole > max_tokens or len(cuts[-1]) + count > (max_samples or math.inf)
-        opens = is_too_much and whole <= max_tokens  # it fits, but not here
+        opens = is_too_much and whole <= max_tokens  # a new micro batch holds the run, this one does not
         for sample in range(start, stop):
             is_full = num_tokens + own[sample] > max_tokens or len(cuts[-1]) == max_samples
             if cuts[-1] and (opens or is_full):

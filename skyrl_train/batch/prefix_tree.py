@@ -45,7 +45,7 @@ class Segments:
 
 
 def shared_segments(batch: Batch) -> list[Segment]:
-    """Every token of every sample once. A segment stands after the one that it continues, and samples in order.
+    """Return segments that hold each shared prefix once; a segment stands after the one that it continues.
 
     Only neighbours share, and only where it spares a sample at least `MIN_SHARED_TOKENS`.
     """
@@ -68,7 +68,7 @@ def shared_segments(batch: Batch) -> list[Segment]:
 
 
 def _common_with_previous(batch: Batch) -> list[int]:
-    """[S]: how many tokens a sample begins with as the one before it does; 0 for the first of its group."""
+    """Return [S] the number of leading tokens a sample shares with the one before it; 0 for the first of a group."""
     bounds, groups, ids = batch.offsets.tolist(), batch.group_index.tolist(), batch.input_ids.cpu()
     common = [0] * batch.num_samples
     for sample in range(1, batch.num_samples):
@@ -81,18 +81,18 @@ def _common_with_previous(batch: Batch) -> list[int]:
 
 
 def share_prefixes(batch: Batch) -> Segments:
-    """What a forward pass computes, and where it puts each token of the batch."""
+    """Return the tokens that a forward pass computes, and the row of each token of the batch among them."""
     bounds, device = batch.offsets.tolist(), batch.input_ids.device
     found = shared_segments(batch)
     edges = torch.tensor([0, *(segment.end - segment.begin for segment in found)]).cumsum(0)
-    source = torch.cat([torch.arange(s.begin, s.end) + bounds[s.first] for s in found]).to(device)
+    places = torch.cat([torch.arange(s.begin, s.end) + bounds[s.first] for s in found]).to(device)
     row = torch.empty(batch.num_tokens, dtype=torch.long)
     for segment, start, stop in zip(found, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         for sample in range(segment.first, segment.stop):
             row[bounds[sample] + segment.begin : bounds[sample] + segment.end] = torch.arange(start, stop)
     return Segments(
-        input_ids=batch.input_ids[source],
-        position_ids=batch.position_ids[source],
+        input_ids=batch.input_ids[places],
+        position_ids=batch.position_ids[places],
         offsets=edges.to(device),
         before=torch.tensor([segment.before for segment in found], device=device),
         row=row.to(device),

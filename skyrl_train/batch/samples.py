@@ -1,15 +1,16 @@
-"""Trajectories become samples: flat rows of tokens with each mask bit and logprob taken from whoever made the token."""
+"""Trajectories become samples: flat rows of tokens with the loss mask, logprob and reward of each token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory, Turn
 
 
 def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
-    """The rows to train on, in the order of the trajectories.
+    """Return the samples to train on, in the order of the trajectories.
 
     As long as each turn's prompt begins with every token so far, the turns extend one sample. A turn whose history was
     edited opens a new sample of the same trajectory, in which only that turn's reply (and what extends it) is trained.
@@ -18,15 +19,15 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
         input_ids  1 2 5 6 9 7
         loss_mask  0 0 1 1 0 1
 
-    What a generator or a hook of the user's made is taken as it is. An environment failure gives no sample, and
-    neither does a trajectory in which the policy sampled no token.
+    Samples that a generator or a hook of the user made are taken as they are. An environment failure gives no sample,
+    and neither does a trajectory in which the policy sampled no token.
     """
     samples: list[Sample] = []
     for trajectory in trajectories:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
         if trajectory.samples is not None:
-            samples += trajectory.samples  # also masked ones: their reward counts in the mean of the group
+            samples += trajectory.samples  # masked ones too: their rewards count in the mean of the group
             continue
         drafts = _drafts(trajectory.turns)
         _check_provenance(trajectory, drafts)
@@ -35,7 +36,7 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
 
 
 def check_shaped(groups: Sequence[Group], before: list[str]) -> None:
-    """ValueError unless these are the episodes that a user's hook was given, with rewards that reach their tokens."""
+    """Raise ValueError unless these are the episodes that a user's hook was given, with rewards on their tokens."""
     if not all(isinstance(group, Group) for group in groups):
         raise ValueError("shape_rewards must return the list of groups that it was given, changed or not")
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -53,21 +54,27 @@ def check_shaped(groups: Sequence[Group], before: list[str]) -> None:
 
 
 def num_unplaced_rewards(trajectories: Iterable[Trajectory]) -> int:
-    """Turns which were paid before the policy had sampled any token: no sampled token can carry that reward."""
+    """Return how many rewards were paid before the policy had sampled any token: no sampled token carries them.
+
+    A turn counts once; in samples that a generator or a hook made, a token does. A sample that is masked whole was left
+    out on purpose and does not count.
+    """
     count = 0
     for trajectory in trajectories:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
-        for turn in trajectory.turns:
-            if turn.response_ids:
-                break
-            count += turn.reward != 0.0
+        if trajectory.samples is None:
+            before = takewhile(lambda turn: not turn.response_ids, trajectory.turns)
+            count += sum(turn.reward != 0.0 for turn in before)
+        for sample in trajectory.samples or []:
+            before_first = sample.rewards[: sample.loss_mask.index(True)] if any(sample.loss_mask) else []
+            count += sum(reward != 0.0 for reward in before_first)
     return count
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A sample while its turns are being joined."""
+    """A sample under construction, while its turns are joined."""
 
     num_prompt_tokens: int
     input_ids: list[int] = field(default_factory=list)
@@ -79,7 +86,7 @@ class _Draft:
         return turn.prompt_ids[: len(self.input_ids)] == self.input_ids
 
     def append(self, token_ids: list[int], logprobs: list[float] | None) -> None:
-        """Sampled tokens come with their logprobs; tokens that the policy did not sample come with None."""
+        """Append tokens: sampled ones with their logprobs, those that the policy did not sample with None."""
         self.input_ids += token_ids
         self.loss_mask += [logprobs is not None] * len(token_ids)
         self.rollout_logprobs += [0.0] * len(token_ids) if logprobs is None else logprobs
@@ -114,7 +121,7 @@ def _drafts(turns: list[Turn]) -> list[_Draft]:
 
 
 def _check_provenance(trajectory: Trajectory, drafts: list[_Draft]) -> None:
-    """Always on: what is trained is what the engine sampled, token for token and logprob for logprob."""
+    """Raise unless the trained tokens and logprobs are those that the engine sampled, one for one. Always on."""
     sampled = [pair for turn in trajectory.turns for pair in zip(turn.response_ids, turn.logprobs, strict=True)]
     trained = [
         (token, logprob)

@@ -27,7 +27,7 @@ from skyrl_train.config import (
 )
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.overrides import check_overrides
-from skyrl_train.run.records.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, visible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -562,7 +562,7 @@ def _room(error: OSError) -> str:
 
 
 def _how_to_go_on(trainer: TrainerConfig) -> str:
-    from skyrl_train.run.records.run_folder import checkpoint_steps
+    from skyrl_train.run.run_folder import checkpoint_steps
 
     steps = checkpoint_steps(Path(trainer.ckpt_path))
     if steps:

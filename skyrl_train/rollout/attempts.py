@@ -1,4 +1,4 @@
-"""How often one episode is played again after its environment failed, and how long to wait before."""
+"""The retries of an episode whose environment failed: how many there are, and the pause before each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from skyrl_gym.core import EnvFailure, EnvLost
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # each pause is twice the one before
-LOSSES_ALLOWED = 8  # of what an environment runs on. A loss in the episode's own step counts twice: it may be the cause
+# Lost servers and sessions of an environment. A loss in the episode's own step counts twice: the step may be the cause.
+LOSSES_ALLOWED = 8
 
 
 @dataclass
 class Attempts:
-    """The attempts at one episode: the first one and those that its failures leave to it."""
+    """The attempts at one episode: the first one, and the retries that its failures still allow."""
 
-    max_retries: int  # after failures that are no losses
+    max_retries: int  # after failures that are not losses
     num: int = 1
     num_failures: int = 0
     num_losses: int = 0

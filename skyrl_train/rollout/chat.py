@@ -27,15 +27,15 @@ from skyrl_train.rollout.template_check import (
 )
 from skyrl_train.types import Message
 
-# Where this word stands in a printed text, the reply stands.
+# A placeholder for the reply: its place in the template's text is the place of the reply.
 REPLY = "reply7c1e"
 _CLOSED_TURN: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": REPLY}]
-# What a Jinja program raises that meets a conversation it was not written for.
+# Exceptions of a Jinja template that was not written for the given conversation.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def read_chat_template(source: str, name_or_path: str | None) -> str | None:
-    """The Jinja text of `generator.chat_template`; None is the tokenizer's own."""
+    """Return the Jinja text of `generator.chat_template`; None stands for the tokenizer's own template."""
     if name_or_path is None:
         return None
     if source != "file":
@@ -112,11 +112,11 @@ class ChatTemplate:
         return other
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The template's text of these messages."""
+        """Return the template's text of these messages."""
         return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """The tokens of the template's text."""
+        """Return the tokens of the template's text of these messages."""
         # return_dict: transformers 5 returns a mapping otherwise
         return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
 
@@ -129,21 +129,21 @@ class ChatTemplate:
 
     @cached_property
     def closes_turns(self) -> bool:
-        """Whether an end of turn is printed behind a reply that nothing follows.
+        """Return whether the template prints an end of turn behind a reply that nothing follows.
 
         If not (GLM), the turn ends with the first token of what follows: `<|user|>` ends a reply and opens a message.
         """
         return self._position_of_end(self._behind_reply([], add_generation_prompt=False)) is not None
 
     def start(self, messages: Sequence[Message]) -> Chat:
-        """A conversation that waits for the model's first reply. Raises EnvFailure if the messages are not printed."""
+        """Return a conversation that waits for the first reply. EnvFailure if the template refuses the messages."""
         try:
             return Chat(self, self.encode(messages, add_generation_prompt=True))
         except TemplateRefused as error:
             raise EnvFailure(str(error)) from error
 
     def continuation(self, reply_ids: Sequence[int], observation: Sequence[Message]) -> list[int]:
-        """Everything between the last token of a reply and the first token of the next one.
+        """Return the tokens between the last token of a reply and the first token of the next one.
 
             template            ...assistant\n REPLY <|im_end|> \n<|im_start|>user\n OBSERVATION ...assistant\n
             reply that ended    <|im_end|> was sampled: the tokens behind it
@@ -162,7 +162,7 @@ class ChatTemplate:
         return ids if ended or self.append_eos_after_stop_string or not self.closes_turns else ids[1:]
 
     def between(self, observation: Sequence[Message]) -> list[int]:
-        """The tokens between two replies as the template prints them, the end of the first one's turn included."""
+        """Return the tokens that the template prints between two replies, the end of the first one's turn included."""
         return self.from_end(self._behind_reply(observation, add_generation_prompt=True))
 
     def from_end(self, ids: list[int]) -> list[int]:
@@ -170,7 +170,7 @@ class ChatTemplate:
         return ids[self._position_of_end(ids) or 0 :]
 
     def _behind_reply(self, observation: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """What is printed behind an assistant's message. The text in front of it has no say in how that is encoded."""
+        """Return the tokens that the template prints behind an assistant's message, encoded on their own."""
         text = self.render([*_CLOSED_TURN, *observation], add_generation_prompt=add_generation_prompt)
         _, found, behind = text.partition(REPLY)
         if not found:
@@ -178,7 +178,7 @@ class ChatTemplate:
         return self.tokenizer.encode(behind, add_special_tokens=False)
 
     def _position_of_end(self, ids: list[int]) -> int | None:
-        """Where the end of turn stands, behind nothing but white space."""
+        """Return the position of the end of turn, or None if anything but white space stands before it."""
         for position, token in enumerate(ids):
             if token in self.end_ids:
                 return position
@@ -187,7 +187,7 @@ class ChatTemplate:
         return None
 
     def _check_roles(self, roles: tuple[str, ...]) -> None:
-        """Raises TemplateRefused if messages of these roles are not printed behind a reply."""
+        """Raise TemplateRefused if the template does not print messages of these roles behind a reply."""
         if roles not in self._observations:
             check_observation(self, roles)
             self._observations.add(roles)
@@ -201,10 +201,10 @@ class Chat:
     ids: list[int] = field(default_factory=list)
 
     def kept(self, completion: Completion) -> tuple[list[int], list[float]]:
-        """The sampled tokens that stay in the history, and their logprobs, when the conversation goes on.
+        """Return the sampled tokens that stay in the history, and their logprobs, when the conversation goes on.
 
-        Within one message the token that ended a reply must not stand in the middle; it is the only sampled token that
-        is ever left out, and it is not trained on either.
+        Within one message the token that ended a reply must not stand in the middle. It is the only sampled token that
+        is ever left out, so it is not trained on either.
         """
         ids, logprobs = completion.response_ids, completion.logprobs
         if self.template.one_message and ids and ids[-1] in self.template.end_ids:
@@ -212,15 +212,15 @@ class Chat:
         return ids, logprobs
 
     def append(self, reply_ids: list[int], observation: Sequence[Message]) -> None:
-        """The reply, then what the environment answered. Raises EnvFailure if the template does not print that."""
+        """Append a reply and the environment's answer. Raises EnvFailure if the template does not print the answer."""
         try:
             self.ids = [*self.ids, *reply_ids, *self.template.continuation(reply_ids, observation)]
         except TemplateRefused as error:
             raise EnvFailure(str(error)) from error
 
     def append_edited(self, text: str, observation: Sequence[Message]) -> None:
-        """The environment replaced the reply by `text`: the history now holds tokens nobody sampled.
+        """Append `text`, with which the environment replaced the reply, and the environment's answer.
 
-        They are encoded as given tokens, and the next turn opens a new sample.
+        The policy did not sample these tokens, so they are not trained, and the next turn opens a new sample.
         """
         self.append(self.template.tokenizer.encode(text, add_special_tokens=False), observation)

@@ -1,4 +1,4 @@
-"""One environment behind deadlines and checks: whatever it does instead of a right answer becomes an EnvFailure."""
+"""The calls of one environment: each has a deadline, and everything but a correct answer becomes an EnvFailure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loguru import logger
 
@@ -30,16 +30,14 @@ from skyrl_gym.contract import (
 from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
-from skyrl_train.run.records.visible import shortened, visible
+from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.spans import span
 from skyrl_train.types import Message
-
-if TYPE_CHECKING:
-    from skyrl_train.rollout.episode import EpisodeLimits, EpisodeTask
+from skyrl_train.visible import shortened, visible
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
 MAX_WORDS = 1000  # characters of a failure that are kept
-# Raised by wrong code: the same episode played again meets them again.
+# Exceptions of wrong code: playing the episode again would raise them again.
 MISTAKES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
     RecursionError, RegistryError, StopIteration, SyntaxError, SystemExit, TypeError,
@@ -47,9 +45,9 @@ MISTAKES = (
 
 
 class BrokenEnv(EnvFailure):
-    """The environment's code is wrong: the same error twice in an episode will come again.
+    """The environment's code is wrong: an episode that failed twice with the same error is not played again.
 
-    is_mistake: that is certain from the kind of error, so once is enough.
+    is_mistake: the kind of error already proves it, so the episode is not played again after the first failure.
     """
 
     def __init__(self, words: str, is_mistake: bool = False) -> None:
@@ -58,9 +56,9 @@ class BrokenEnv(EnvFailure):
 
 
 class EnvCalls:
-    """One environment behind deadlines. Whatever it raises, a wrong answer and every time-out become an EnvFailure.
+    """Calls one environment with deadlines. What it raises, a wrong answer and every time-out become an EnvFailure.
 
-    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks the rest.
+    Environments that wait on a network run on the event loop, all others in `executor`, so that none blocks another.
     A thread that hangs cannot be ended from outside; its episode goes on without it.
     """
 
@@ -111,7 +109,7 @@ class EnvCalls:
         return await self._answer("get_metrics", self._threaded(self._env.get_metrics, checked_metrics))
 
     async def close(self) -> None:
-        """Runs on every path, has deadlines of its own, and never hides how the episode ended.
+        """Close the environment, with deadlines of its own. A failure is logged and changes nothing about the episode.
 
         A call that a cancelled or timed-out episode left in a thread ends first, so that nothing opens after the close.
         """
@@ -133,7 +131,7 @@ class EnvCalls:
             logger.warning(f"{self._name}: close raised {words_of(error)}")
 
     def _constructed(self) -> BaseTextEnv:
-        """Kept at once, in the thread: an environment that nobody waits for any more is closed all the same."""
+        """Make the environment and keep it while still in the thread, so that `close` finds it after a time-out."""
         env = self._make()
         if not isinstance(env, BaseTextEnv):
             raise WrongAnswer(f"made a {type(env).__name__}, which is no skyrl_gym.envs.base_text_env.BaseTextEnv")
@@ -160,7 +158,7 @@ class EnvCalls:
         try:
             with span(f"environment {what.removeprefix('the ')}"):
                 await asyncio.wait([task], timeout=timeout_s)
-        finally:  # also when this episode is cancelled: nothing may go on behind its back
+        finally:  # also when this episode is cancelled: its call must not run on
             if not task.done():
                 task.cancel()
         if own_timeout_s is None:
@@ -174,9 +172,9 @@ class EnvCalls:
 
 
 class _Extras(dict[str, Any]):
-    """The columns of a row. Where nobody set a turn limit, "max_turns" is absent, so an environment takes its own.
+    """The columns of a row. Without a turn limit of run or row "max_turns" is absent, so the environment's own counts.
 
-    An environment without a limit of its own reads extras["max_turns"] unasked and gets 1, SkyRL's default.
+    An environment without a limit of its own reads extras["max_turns"] without a check and gets 1, SkyRL's default.
     """
 
     def __missing__(self, key: str) -> Any:
@@ -186,10 +184,10 @@ class _Extras(dict[str, Any]):
 
 
 def failure(error: BaseException, name: str, what: str) -> EnvFailure:
-    """What an environment raised in `what`, or the check of its answer, as its failure.
+    """Return the EnvFailure for an error that the environment, or the check of its answer, raised in the call `what`.
 
-    A BrokenEnv where Python itself says that the code is wrong. The operating system, a library's own exceptions and
-    numbers may be right the next time.
+    It is a BrokenEnv if the kind of error says that the code is wrong. Errors of the operating system, exceptions of
+    libraries and numbers that are not finite may be gone the next time.
     """
     if isinstance(error, EnvLost):
         return EnvLost(_said(error), in_step=error.in_step)
@@ -199,13 +197,13 @@ def failure(error: BaseException, name: str, what: str) -> EnvFailure:
         words = f"{name}: wrong answer of {what}: {_said(error)}"
         return EnvFailure(words) if isinstance(error, NotANumberToLearnFrom) else BrokenEnv(words)
     words = f"{name}: {what} raised {words_of(error)}"
-    is_mistake = isinstance(error, MISTAKES) or what == "the constructor"  # which opens nothing, see BaseTextEnv
+    is_mistake = isinstance(error, MISTAKES) or what == "the constructor"  # nothing in it fails by chance
     by_chance = isinstance(error, OSError) or type(error).__module__ != "builtins"
     return EnvFailure(words) if by_chance and not isinstance(error, MISTAKES) else BrokenEnv(words, is_mistake)
 
 
 def words_of(error: BaseException, *, with_place: bool = True) -> str:
-    """`NameError: name 'x' is not defined (my_env.py:12 in step: return x)`, on one line."""
+    """Return the error on one line: `NameError: name 'x' is not defined (my_env.py:12 in step: return x)`."""
     described = traceback.TracebackException.from_exception(error)
     lines = "".join(described.format_exception_only()).split("\n")
     words = " ".join(line.strip() for line in lines if line.strip())
@@ -214,7 +212,7 @@ def words_of(error: BaseException, *, with_place: bool = True) -> str:
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """The innermost frame that is neither Python's nor a library's; else the innermost."""
+    """Return the innermost frame that is neither Python's nor a library's, or else the innermost one."""
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
     own = [frame for frame in stack if not frame.filename.startswith(libraries)]
     if not stack:
@@ -233,7 +231,7 @@ def _kept(words: str) -> str:
 
 
 def _raised(task: asyncio.Future[Outcome]) -> BaseException | None:
-    """What the environment raised in a task that is done, CancelledError and GeneratorExit included."""
+    """Return the error of a task that is done, CancelledError and GeneratorExit included, or None."""
     if task.cancelled():
         return asyncio.CancelledError("its own")
     return task.exception() or task.result().error

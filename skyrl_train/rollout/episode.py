@@ -18,42 +18,16 @@ from skyrl_train.rollout.chat import Chat, ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.spans import span
-from skyrl_train.types import EpisodeEnd, Message, Prompt, Trajectory, Turn
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeLimits:
-    """Where an episode stops, whatever the policy and the environment do."""
-
-    max_turns: int | None  # None: the environment's `done` decides, unless the row has a max_turns
-    max_input_length: int  # tokens; a turn is not started on a longer input
-    max_context: int  # tokens the model can read, reply included
-    step_timeout_s: float  # for one call of the environment
-    episode_timeout_s: float  # for all calls of one episode together
+from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
 
 
 class Cut(StrEnum):
-    """The limits of the run (or of the row) that end an episode before its environment says done."""
+    """The limit of the run (or of the row) that ended an episode before its environment said done."""
 
     TURNS = "turns"
     INPUT = "input"
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeTask:
-    """Which episode is to be played."""
-
-    prompt: Prompt
-    repetition: int
-    env_seed: int
-    sampling: SamplingParams
-    sampling_seed: int
-
-    @property
-    def id(self) -> str:
-        """SkyRL's TrajectoryID as a string."""
-        return f"{self.prompt.uid}_{self.repetition}"
 
 
 @dataclass
@@ -65,15 +39,15 @@ class Episode:
     template: ChatTemplate
     limits: EpisodeLimits
     env: EnvCalls
-    lockstep: Lockstep | None = None  # of reproducible rollouts
+    lockstep: Lockstep | None = None  # only for reproducible rollouts
     attempt: int = 0
     waits_for: str = "its start"
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    cut: Cut | None = None  # what the run did to an episode that its environment would have gone on with
+    cut: Cut | None = None  # the limit that ended an episode which its environment would have continued
 
     async def play(self) -> Trajectory:
-        """Raises EnvFailure if the environment broke; the environment is closed on every path."""
+        """Play the episode. Raises EnvFailure if the environment broke; the environment is closed on every path."""
         started = time.monotonic()
         try:
             self.waits_for = "the environment's init"
@@ -135,14 +109,14 @@ class Episode:
                 return _how_it_ended(completion, step)
 
     async def _cut_short(self) -> None:
-        """No tokens are left for another turn: the environment says what that costs."""
+        """Add to the last turn's reward what the environment takes or pays when no tokens are left for another turn."""
         if self.turns:
             self.waits_for = "the environment's cut_short"
             last = self.turns[-1]
             self.turns[-1] = replace(last, reward=last.reward + await self.env.cut_short())
 
     def _next_sampling(self, chat: Chat) -> SamplingParams | None:
-        """None if what is about to be sent is too long for another turn."""
+        """Return the sampling of the next turn, or None if the history is too long for another turn."""
         sampling = self.task.sampling
         max_tokens = min(sampling.max_tokens, self.limits.max_context - len(chat.ids))
         if len(chat.ids) > self.limits.max_input_length or max_tokens < 1:
@@ -175,7 +149,7 @@ class Episode:
 
     @contextmanager
     def _rendering(self, messages: list[Message]) -> Generator[None]:
-        """The prompt was rendered when the data was read, so what the template refuses is what the environment said."""
+        """Turn an error of the chat template into a BrokenEnv: the row's prompt was rendered before without one."""
         try:
             yield
         except (TemplateError, TypeError, ValueError) as error:
@@ -184,7 +158,7 @@ class Episode:
 
 
 async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
-    """Also when this episode is cancelled once more meanwhile. What is closed has deadlines of its own."""
+    """Wait for a close, which has deadlines of its own, even if this episode is cancelled again meanwhile."""
     task, cancelled = asyncio.ensure_future(closing), False
     while not task.done():
         try:

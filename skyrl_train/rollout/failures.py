@@ -1,4 +1,4 @@
-"""The environment failures of one round: each kind is said once, and counted."""
+"""The environment failures of one round: each kind is logged once, and counted."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-MAX_KINDS_SAID = 5  # a round; more are only counted
-MAX_KEY_CHARS = 160  # of a failure's words that tell its kind
-_VARYING = re.compile(r"0x[0-9a-f]+|[0-9]+")  # what differs between failures of one kind: ports, pids, ids, seconds
+MAX_KINDS_SAID = 5  # kinds that are logged in a round; more are only counted
+MAX_KEY_CHARS = 160  # characters of a failure's text that identify its kind
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9]+")  # differs within a kind: ports, pids, ids, seconds
 
 
 @dataclass
 class Failures:
-    """Two failures are of one kind if they read the same but for their numbers."""
+    """Counts failures by kind: two failures whose texts differ only in numbers are of one kind."""
 
-    counts: dict[str, int] = field(default_factory=dict)  # kind -> attempts that failed so
-    firsts: dict[str, str] = field(default_factory=dict)  # kind -> the words of its first failure
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> number of failed attempts
+    firsts: dict[str, str] = field(default_factory=dict)  # kind -> the text of its first failure
 
     @staticmethod
     def of(failures: Iterable[str]) -> Failures:
-        """Counted, without a word in the log."""
+        """Return the failures counted, without logging them."""
         counted = Failures()
         for words in failures:
             counted.count(words)
         return counted
 
     def count(self, words: str) -> bool:
-        """Return whether they are the first of their kind."""
+        """Count a failure by its text. Return whether it is the first of its kind."""
         kind = kind_of(words)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.firsts.setdefault(kind, words)
         return self.counts[kind] == 1
 
     def add(self, episode_id: str, words: str, what_now: str) -> None:
-        """what_now: what becomes of the episode, for the log."""
+        """Count a failure, and log it if it is the first of its kind; what_now says what becomes of the episode."""
         if self.count(words) and len(self.firsts) <= MAX_KINDS_SAID:
             logger.warning(f"episode {episode_id} failed ({what_now}): {words}")
 
     def say_how_many(self) -> None:
-        """After the round: how often each kind came again."""
+        """Log after the round how often each kind of failure came again."""
         for number, (kind, count) in enumerate(self.counts.items()):
             if number < MAX_KINDS_SAID and count > 1:
                 logger.warning(f"and {count - 1} more like it: {_beginning(self.firsts[kind])}")
@@ -50,7 +50,7 @@ class Failures:
             logger.warning(f"and {sum(unsaid)} failures of {len(unsaid)} other kinds")
 
     def commonest(self) -> tuple[str, int]:
-        """The words of the commonest kind and how often it came."""
+        """Return the text of the most frequent kind of failure and its count."""
         kind = max(self.counts, key=lambda kind: self.counts[kind])
         return self.firsts[kind], self.counts[kind]
 

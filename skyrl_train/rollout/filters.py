@@ -1,4 +1,4 @@
-"""What `generator.zero_reward_on_non_stop` and `generator.apply_overlong_filtering` do to finished trajectories."""
+"""Two options for episodes that a length limit ended: zero_reward_on_non_stop and apply_overlong_filtering."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skyrl_train.types import Sample, Trajectory
 
 
 def zero_reward_on_non_stop(trajectory: Trajectory) -> Trajectory:
-    """The same trajectory; without reward if a length limit ended it."""
+    """Return the trajectory, without reward if a length limit ended it."""
     if trajectory.stop_reason == "stop":
         return trajectory
     samples = trajectory.samples
@@ -19,7 +19,7 @@ def zero_reward_on_non_stop(trajectory: Trajectory) -> Trajectory:
 
 
 def mask_overlong(samples: Iterable[Sample], trajectories: Iterable[Trajectory]) -> list[Sample]:
-    """No token of a trajectory that a length limit ended is trained; its reward still counts in its group's mean.
+    """Mask the samples of trajectories that a length limit ended; their rewards still count in their group's mean.
 
     DAPO (arXiv 2503.14476), section 3.4, "overlong filtering".
     """

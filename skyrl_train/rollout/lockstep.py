@@ -1,4 +1,4 @@
-"""Episodes in step with each other, so that timing cannot change what the engine computes together."""
+"""A barrier for episodes: they take each turn together, so that timing cannot change what the engine batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lockstep:
 
     @asynccontextmanager
     async def beginning(self, episode_id: str, is_held_up: Callable[[], bool]) -> AsyncGenerator[None]:
-        """Around an episode's start, also a retry's. `is_held_up`: it goes on only when another episode has ended."""
+        """Surround the start of an episode or retry. `is_held_up`: it can go on only when another episode has ended."""
         self._begun.discard(episode_id)
         async with self._door:
             self._is_held_up = is_held_up
@@ -46,13 +46,13 @@ class Lockstep:
         await future
 
     def leave(self, episode_id: str) -> None:
-        """The episode has ended, and its session as well."""
+        """Take an episode that has ended, and its session, out of the count."""
         self._num_live -= 1
         self._begun.discard(episode_id)
         self._release()
 
     async def _look(self) -> None:
-        """An episode may be held up at any moment of its start."""
+        """Check again and again whether the turn can be taken: a starting episode may become held up at any moment."""
         while True:
             await asyncio.sleep(LOOK_AGAIN_S)
             self._release()
@@ -63,10 +63,8 @@ class Lockstep:
         if len(self._begun) < self._num_live and not self._is_held_up():
             return
         released, self._waiting = sorted(self._waiting, key=lambda waiting: waiting[0]), []
-        for (
-            _,
-            future,
-        ) in released:  # not at once: the last to arrive is not waiting yet, and would run ahead of its turn
+        # Woken later, not here: the episode that arrived last does not wait on its future yet and would run first.
+        for _, future in released:
             asyncio.get_running_loop().call_soon(_wake, future)
 
 

@@ -19,7 +19,7 @@ class SamplingSection(Protocol):
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:
-    """The seed stays 0 here: every turn derives its own."""
+    """Return the engine's SamplingParams with seed 0: every turn derives its own seed."""
     return SamplingParams(
         max_tokens=section.max_generate_length,
         min_tokens=min(section.min_tokens, section.max_generate_length),

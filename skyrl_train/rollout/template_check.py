@@ -1,4 +1,4 @@
-"""Whether a chat template can be appended to: what the model will read over several turns is what the template prints.
+"""A check that turns can be appended to a chat template: the model then reads exactly what the template prints.
 
 Checked once, before anything is loaded, with words of our own: a conversation is printed after every turn, and each
 printing must begin with the one before and go on with the reply, its end of turn, the observation and the next header.
@@ -97,7 +97,7 @@ def _grows(template: ChatTemplate, roles: Sequence[str]) -> bool:
 
 
 def _opening(roles: Sequence[str]) -> list[Message]:
-    """Messages of these roles, each with a word that stands nowhere else."""
+    """Return messages of these roles, each with a word that stands nowhere else."""
     return [{"role": role, "content": f"message{number}q7"} for number, role in enumerate(roles)]
 
 
@@ -108,7 +108,7 @@ def _check_all_are_in(printed: str, messages: Sequence[Message]) -> None:
 
 
 def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -> None:
-    """What the template now prints in front of a reply must be what the model read when it gave that reply.
+    """Check that the template prints in front of a reply what the model read when it gave that reply.
 
     closed: the text up to the header that was read last. White space is the reply's own: the model says it where the
     template prints it. With `keep_thinking` marks of thinking may differ between the header and the reply.
@@ -117,7 +117,8 @@ def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -
     if num_same == len(read) and not before[num_same:].strip():
         return
     tag = read.rfind("<", 0, num_same)
-    begin = num_same if tag < 0 or ">" in read[tag:num_same] else tag  # of what differs, whole tags
+    is_within_tag = tag >= 0 and ">" not in read[tag:num_same]
+    begin = tag if is_within_tag else num_same  # compare from the start of a tag that differs
     only_thinking = _THINKING.search(read[begin:]) or not read[begin:].strip()
     only_thinking = only_thinking and _THINKING_TAGS.fullmatch(before[begin:])
     if template.keep_thinking and only_thinking and begin >= _num_same(closed, read):
@@ -130,7 +131,7 @@ def _check_before(template: ChatTemplate, closed: str, read: str, before: str) -
 
 
 def _check_behind(template: ChatTemplate, printed: str, behind: str, observation: Sequence[Message]) -> None:
-    """What we append behind a reply must begin with an end of turn and be, in tokens, what the template prints."""
+    """Check that the tokens we append behind a reply begin with an end of turn and are what the template prints."""
     decode, encode = template.tokenizer.decode, partial(template.tokenizer.encode, add_special_tokens=False)
     between = template.from_end(encode(behind))
     if not between or between[0] not in template.end_ids:

@@ -25,10 +25,10 @@ from loguru import logger
 from skyrl_train.files import remove_folder, remove_leftovers, whole_folder, write_whole
 from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
-from skyrl_train.run.records.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
+from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
 State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
-FORMAT = 2  # 1 kept pickles
+FORMAT = 2  # format 1 held pickles
 _HEADER = "# skyrl checkpoint, format {}"
 
 
@@ -60,7 +60,7 @@ class Checkpoints:
         return path
 
     def latest(self) -> int | None:
-        """The newest checkpoint. The text file is only a hint: a kill may come between folder and file."""
+        """Return the newest checkpoint's step. The text file is a hint: a kill may come between folder and file."""
         newest = max(checkpoint_steps(self.folder), default=None)
         hint = self._hint()
         if hint is not None and newest is not None and hint != str(newest):
@@ -70,7 +70,7 @@ class Checkpoints:
         return newest
 
     def load(self, which: int | Path) -> tuple[int, State]:
-        """Step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU.
+        """Return step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU.
 
         Raises ValueError if it is damaged or of another format; the message names the file and what to resume from.
         """
@@ -90,7 +90,7 @@ class Checkpoints:
         return self.folder / f"global_step_{step}"
 
     def remove_leftovers(self) -> list[Path]:
-        """Remove what killed saves left; only the process that holds the run's lock may call this."""
+        """Remove incomplete folders of killed saves; only the process that holds the run's lock may call this."""
         return remove_leftovers(self.folder)
 
     def _hint(self) -> str | None:
@@ -106,7 +106,7 @@ class Checkpoints:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a checkpoint's folder; errors say what is wrong with the folder."""
+    """Return the step in the name of a checkpoint's folder. Errors say what is wrong with the folder."""
     match = CHECKPOINT_NAME.fullmatch(path.name)
     if not match:
         raise ValueError(f"{path} is not a checkpoint: the folder's name must be global_step_<number>")
@@ -116,7 +116,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def whole_parts(path: Path) -> list[str]:
-    """The names of a checkpoint's files, each of them read and as it was written. Raises Damaged otherwise."""
+    """Return the names of a checkpoint's parts. Raises Damaged unless every file is as it was written."""
     if (path / "trainer_state.pt").exists() and not (path / DIGESTS).exists():
         raise Damaged(f"{path} has format 1, of an earlier version of this program; this one reads format {FORMAT}")
     header, digests = read_digests(path)
@@ -131,7 +131,7 @@ def whole_parts(path: Path) -> list[str]:
 
 
 def _other_checkpoint(damaged: Path) -> str:
-    """What to do instead of resuming from this one: the newest whole checkpoint before it, or a new start."""
+    """Return what to do instead of resuming from this one: the newest whole checkpoint before it, or a new start."""
     for step in reversed(checkpoint_steps(damaged.parent)):
         path = damaged.with_name(f"global_step_{step}")
         if path.name == damaged.name or step > checkpoint_step(damaged):
@@ -152,7 +152,7 @@ def _other_checkpoint(damaged: Path) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """The state of every global random generator, as plain data."""
+    """Return the state of every global random generator, as plain data."""
     version, internal, gauss_next = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -164,7 +164,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Undo of `random_states`."""
+    """Set every global random generator to a state that `random_states` returned."""
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
     name, keys, position, has_gauss, cached = states["numpy"]

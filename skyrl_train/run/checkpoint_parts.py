@@ -21,12 +21,12 @@ from skyrl_train.files import naming
 from skyrl_train.run.digests import Damaged
 
 SUFFIX = ".safetensors"
-_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"  # of a dictionary whose keys JSON cannot hold
+_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"  # $pairs: a dictionary whose keys JSON cannot hold
 _PLAIN = "plain"
 
 
 def write_part(value: Any, path: Path) -> None:
-    """Raises TypeError, with the place, where there is more than tensors and plain data."""
+    """Write a part. Raises TypeError, with the place, if it holds more than tensors and plain data."""
     tensors: dict[str, Tensor] = {}
     plain = _to_json(value, path.name.removesuffix(SUFFIX), tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def write_part(value: Any, path: Path) -> None:
 
 
 def read_part(path: Path) -> Any:
-    """What `write_part` was given, with every tensor on the CPU."""
+    """Return the value that `write_part` was given, with every tensor on the CPU."""
     try:
         with naming(path), safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dictionary
@@ -45,7 +45,7 @@ def read_part(path: Path) -> Any:
 
 
 def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with its tensors moved to `tensors`; `where` is the path to it."""
+    """Return the value with its tensors moved to `tensors`; `where` is the path to it."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
@@ -79,7 +79,7 @@ def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none of which lies in the memory of another: safetensors takes no others."""
+    """Return the tensors contiguous and without shared memory, as safetensors requires."""
     taken: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

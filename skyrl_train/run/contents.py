@@ -1,7 +1,6 @@
-"""What a run is made of, by content: digests of its rows, models and chat template, kept in its checkpoints.
+"""The inputs of a run by content: digests of its rows, models and chat template, kept in its checkpoints.
 
-A path says where something lies, not what it is: other rows or another model under the same path make another run, and
-the same ones elsewhere do not.
+Other rows or another model under the same path make another run; the same ones under another path do not.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from xxhash import xxh3_128
 from skyrl_train.run.digests import file_digest, text_digest
 from skyrl_train.types import Prompt
 
-Contents = dict[str, dict[str, str]]  # the setting that names it -> part -> digest, or a number that says more
+Contents = dict[str, dict[str, str]]  # setting that names the content -> part -> digest or number
 MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".gguf", ".tiktoken"}
-NOT_READ = ("license", "notice", "readme", ".")  # how names of files begin that no run reads
+NOT_READ = ("license", "notice", "readme", ".")  # beginnings of the names of files that no run reads
 MAX_SHOWN = 5
 
 
 def model_contents(folder: Path | str) -> dict[str, str]:
-    """The digest of every file of a model's folder that weights, tokenizer or settings may come from."""
+    """Return the digest of every file of a model's folder that may hold weights, tokenizer or settings."""
     files = sorted(path for path in Path(folder).iterdir() if path.suffix in MODEL_FILES and path.is_file())
     return {path.name: file_digest(path) for path in files if not path.name.lower().startswith(NOT_READ)}
 
 
 def prompt_contents(prompts: Iterable[Prompt]) -> dict[str, str]:
-    """Number and digest of the rows that are played, in their order, whatever file they came from."""
+    """Return number and digest of the rows that are played, in their order, whatever file they came from."""
     digest, count = xxh3_128(), 0
     for prompt in prompts:
         row = dumps([prompt.messages, prompt.env_class, prompt.env_extras], default=_plain)
@@ -39,12 +38,12 @@ def prompt_contents(prompts: Iterable[Prompt]) -> dict[str, str]:
 
 
 def template_contents(template: object) -> dict[str, str]:
-    """template: the Jinja text, or a dictionary of several, that conversations are printed with."""
+    """Return the digest of the chat template: the Jinja text, or a dictionary of several."""
     return {"template": text_digest(dumps(template))}
 
 
 def changed_contents(old: Contents, new: Contents) -> dict[str, str]:
-    """What is not the same any more, in words, for every setting that both have."""
+    """Return the changes in words, for every setting that both have."""
     changes = {}
     for key in sorted(old.keys() & new.keys()):
         parts = [part for part in sorted(old[key].keys() | new[key].keys()) if old[key].get(part) != new[key].get(part)]
@@ -55,7 +54,7 @@ def changed_contents(old: Contents, new: Contents) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """What stands for a value that JSON has no word for: the same in every process."""
+    """Return a replacement for a value that JSON cannot hold, the same in every process."""
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     if hasattr(value, "tolist"):

@@ -1,4 +1,4 @@
-"""Digests of what a run keeps and of what it is made of: XXH3, 128 bits, about 10 GB/s on one core.
+"""Digests of a run's inputs and checkpoints: XXH3, 128 bits, about 10 GB/s on one core.
 
 They find damage and mix-ups. They are no signatures: whoever can write a file can write its digest.
 """
@@ -42,7 +42,7 @@ def write_digests(folder: Path, header: str) -> None:
 
 
 def read_digests(folder: Path) -> tuple[str, dict[str, str]]:
-    """The header of `digests.txt`, and name -> digest. Raises Damaged where it is not as `write_digests` left it."""
+    """Return the header of `digests.txt`, and name -> digest. Raises Damaged if the file is missing or damaged."""
     path = folder / DIGESTS
     try:
         header, *lines, rest = path.read_bytes().decode("utf-8").split("\n")

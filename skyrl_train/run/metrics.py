@@ -1,4 +1,4 @@
-"""Metrics: what the rollouts say about themselves, under SkyRL's names, and the log that every run keeps."""
+"""Metrics of rollouts and evaluations under SkyRL's names, and the log of metrics that every run keeps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from loguru import logger
 
 from skyrl_gym.contract import Outcome, checked_metrics
-from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
+from skyrl_gym.metrics import INVALID_ACTIONS, aggregate_for_environment, default_aggregate_metrics
+from skyrl_train.batch.samples import num_unplaced_rewards
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.rollout.env_calls import words_of
-from skyrl_train.run.records.episode import num_response_tokens
-from skyrl_train.run.records.run_folder import METRICS
+from skyrl_train.run.run_folder import METRICS
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
-# What SkyRL's timings (timing/...) are called where people read them, in the order in which they happen.
+# Names of SkyRL's timings (timing/...) for people, in the order of the phases.
 PHASES = {
     "generate": "rollout",
     "fwd_logprobs_values_reward": "logprobs",
@@ -32,16 +32,17 @@ PHASES = {
 
 
 def rollout_metrics(groups: list[Group]) -> Metrics:
-    """`generate/`, `environment/` and `reward/` of one step. Environment failures count as such and nowhere else."""
+    """Return `generate/`, `environment/` and `reward/` of one step. Environment failures count only as such."""
     trajectories = [t for group in groups for t in group.trajectories]
     valid = [t for t in trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
-    found = _length_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
+    found = _length_metrics(valid) | _reply_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
+    found["reward/unplaced_turns"] = float(num_unplaced_rewards(valid))
     scores = reward_metrics(groups)
     return found | {f"reward/{key}": value for key, value in scores.items()}
 
 
 def eval_metrics(groups: list[Group]) -> Metrics:
-    """`eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
+    """Return `eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
     sources: dict[str, list[Group]] = {}
     for group in groups:
         sources.setdefault(_file_name(group.prompt.data_source), []).append(group)
@@ -57,7 +58,7 @@ _EVAL_NAMES = {"avg_raw_reward": "avg_score", "mean_positive_reward": "mean_posi
 
 
 def reward_metrics(groups: list[Group]) -> Metrics:
-    """Over the episodes that the environment did not break; a prompt whose episodes all broke is left out.
+    """Return the rewards of the episodes that the environment did not break, without prompts whose episodes all broke.
 
     avg_pass_at_n: share of prompts with an episode of positive reward, n = the most episodes a prompt was given.
     mean_positive_reward: an episode's positive turn rewards summed, the mean over episodes.
@@ -78,7 +79,7 @@ def reward_metrics(groups: list[Group]) -> Metrics:
 
 
 def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """Response length counts the tokens behind the first prompt, observations included, as SkyRL counts."""
+    """Return response lengths as SkyRL counts them: all tokens behind the first prompt, observations included."""
     if not trajectories:
         return {}
     lengths = [float(num_response_tokens(t)) for t in trajectories]
@@ -97,8 +98,38 @@ def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
     }
 
 
+def _reply_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """Return what was wrong with the replies, one of which is a turn.
+
+    cut_reply_share: ended by their length. invalid_action_share: the environment could read no action in them, over
+    the episodes whose environment counts that (skyrl_gym.metrics.INVALID_ACTIONS); left out if none does.
+    episodes_without_tokens: episodes in which the policy sampled no token, so nothing of them is trained.
+    """
+    turns = [turn for t in trajectories for turn in t.turns]
+    found = {
+        "generate/cut_reply_share": _mean([float(turn.stop_reason == "length") for turn in turns]),
+        "generate/episodes_without_tokens": float(sum(not any(u.response_ids for u in t.turns) for t in trajectories)),
+    }
+    counts = [(t.env_metrics.get(INVALID_ACTIONS), len(t.turns)) for t in trajectories]
+    known = [(count, num_turns) for count, num_turns in counts if isinstance(count, int | float) and num_turns]
+    if known:
+        num_invalid = sum(min(float(count), num_turns) for count, num_turns in known)
+        found["generate/invalid_action_share"] = num_invalid / sum(num_turns for _, num_turns in known)
+    return found
+
+
+def num_response_tokens(trajectory: Trajectory) -> int:
+    """Return SkyRL's response length: the tokens behind the first prompt, observations included."""
+    count, row = 0, []
+    for turn in trajectory.turns:
+        continues = bool(row) and turn.prompt_ids[: len(row)] == row
+        count += (len(turn.prompt_ids) - len(row) if continues else 0) + len(turn.response_ids)
+        row = turn.prompt_ids + turn.response_ids
+    return count
+
+
 def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """Counts over all episodes, failed ones included."""
+    """Return how the episodes ended, how many there were and what they sampled, failed ones included."""
     counts = {f"generate/end_{end}": float(sum(t.end is end for t in trajectories)) for end in EpisodeEnd}
     return counts | {
         "generate/num_episodes": float(len(trajectories)),
@@ -110,7 +141,7 @@ def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """`environment/<key>`; with several environments `environment/<env_class>/<key>`, so that none hides another."""
+    """Return `environment/<key>`, or `environment/<env_class>/<key>` where several environments were played."""
     by_env: dict[str, list[dict[str, Any]]] = {}
     for t in trajectories:
         by_env.setdefault(t.prompt.env_class, [])
@@ -125,7 +156,7 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
-    """As the environment's class wishes; the means where its `aggregate_metrics` breaks, which must not end a run."""
+    """Return what `aggregate_metrics` of the environment's class makes of its episodes, or the means if it raises."""
     outcome = Outcome.of(lambda: checked_metrics(aggregate_for_environment(env_class, episodes)))
     if outcome.error is not None:
         logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")
@@ -134,7 +165,7 @@ def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
 
 
 def reduce_metrics(parts: Iterable[Metrics]) -> Metrics:
-    """One dictionary of many: `..._max` keys by their maximum, `..._min` by their minimum, all others by their mean."""
+    """Return one dictionary of many: the maximum of `..._max` keys, the minimum of `..._min` keys, else the mean."""
     values: dict[str, list[float]] = {}
     for part in parts:
         for key, value in part.items():
@@ -149,7 +180,7 @@ def _reduce(key: str, numbers: list[float]) -> float:
 
 
 def tokens_per_second(metrics: Metrics) -> float | None:
-    """Sampled tokens of a step by the seconds of the whole step (without them: of the rollout)."""
+    """Return the sampled tokens of a step divided by its seconds, or by those of its rollout if the step has none."""
     seconds = metrics.get("timing/step") or metrics.get("timing/generate")
     tokens = metrics.get("generate/num_sampled_tokens")
     return tokens / seconds if tokens is not None and seconds else None
@@ -162,7 +193,7 @@ def dump_eval_results(
     step: int | None,
     decode: Callable[[list[int]], str],
 ) -> Path:
-    """`dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and the metrics."""
+    """Write `dumped_evals/global_step_{N}_evals/` (eval_only without a step): a file per data source, and metrics."""
     name = "eval_only" if step is None else f"global_step_{step}_evals"
     path = Path(export_path) / "dumped_evals" / name
     with naming(path), whole_folder(path) as unfinished:
@@ -191,7 +222,7 @@ def _eval_line(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> di
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line per call, on its way to the disk when the call returns.
+    """Writes `metrics.jsonl`: one line per call, handed to the operating system when the call returns.
 
     Each line also holds `step`, `time` (Unix) and `elapsed_s`: the seconds that the run has worked so far, over all
     its processes, pauses between them left out.
@@ -221,7 +252,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """One dictionary per step, in order; lines of one step are merged. A torn last line is left out.
+    """Return one dictionary per step, in order; lines of one step are merged. An incomplete last line is left out.
 
     Raises ValueError with the number of a line that is damaged.
     """
@@ -244,7 +275,7 @@ _NOT_FINITE: dict[Any, Any] = {"NaN": math.nan, "Infinity": math.inf, "-Infinity
 
 
 def _to_json(metrics: Metrics) -> dict[str, Any]:
-    """Plain numbers; those that JSON has no word for as "NaN", "Infinity", "-Infinity"."""
+    """Return plain numbers, and those that JSON cannot hold as "NaN", "Infinity" or "-Infinity"."""
     return {key: _number(value) for key, value in metrics.items()}
 
 
@@ -256,7 +287,7 @@ def _number(value: Any) -> Any:
 
 
 def _file_name(data_source: str) -> str:
-    """A data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
+    """Return a data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
     return data_source.replace("/", "_").replace("\x00", "_") or "unknown"
 
 

@@ -1,4 +1,4 @@
-"""How far the run is: two live bars in a terminal, a plain line per step elsewhere."""
+"""The progress of a run: two live bars in a terminal, a plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from skyrl_train.run.metrics import PHASES, Metrics, tokens_per_second
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 # Heading, metric (the first that a step has), format.
 COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -25,12 +25,16 @@ COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("grad", ("policy/grad_norm",), "6.2f"),
     ("length", ("generate/avg_num_tokens",), "5.0f"),
     ("failures", ("generate/env_failures",), "2.0f"),
+    ("equal groups", ("reward/equal_group_share",), ".0%"),
+    ("unreadable", ("generate/invalid_action_share",), ".0%"),
+    ("cut", ("generate/cut_reply_share",), ".0%"),
 )
+ONLY_IF_ANY = {"failures", "equal groups", "unreadable", "cut"}  # left out where they would be shown as 0
 KEPT_TIMES = 15  # steps over whose median the time left is estimated
 
 
 def step_line(step: int, metrics: Metrics) -> str:
-    """One aligned line; what a step did not measure is left out.
+    """Return one aligned line; what a step did not measure is left out.
 
     "step   12   reward  0.412   tokens/s    310   entropy  1.20   time   3.1 s = rollout 1.9 (engine 1.7) + update 1.2"
     """
@@ -41,9 +45,10 @@ def step_line(step: int, metrics: Metrics) -> str:
     cells = [f"step {step:4d}"]
     for heading, keys, form in COLUMNS:
         value = next((values[key] for key in keys if key in values), None)
-        if value is None or (heading == "failures" and value == 0):
+        shown = "" if value is None else f"{value:{form}}"
+        if value is None or (heading in ONLY_IF_ANY and shown.strip() in ("0", "0%")):
             continue
-        cells.append(f"{heading} {value:{form}}")
+        cells.append(f"{heading} {shown}")
     if "timing/step" in metrics:
         cells.append(f"time {metrics['timing/step']:5.1f} s{breakdown(metrics)}")
     if "timing/eval" in metrics:
@@ -57,7 +62,7 @@ def breakdown(metrics: Metrics) -> str:
     The engine computed in so much of the rollout; in the rest all episodes waited for their environments.
     """
     parts = {name: metrics[f"timing/{key}"] for key, name in PHASES.items() if f"timing/{key}" in metrics}
-    parts.pop("evaluation", None)  # no part of the step
+    parts.pop("evaluation", None)  # not part of the step
     if not parts:
         return ""
     parts["other"] = metrics["timing/step"] - sum(parts.values())
@@ -68,21 +73,21 @@ def breakdown(metrics: Metrics) -> str:
 
 
 class MovingTime:
-    """Time left from the median of the last steps, so that one slow step (a checkpoint, a compile) does not scare."""
+    """Estimates the time left from the median of the last steps, which one slow step does not change."""
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=KEPT_TIMES)
         self.since = time.monotonic()
 
     def step_done(self, counts: bool = True) -> None:
-        """counts=False: what took the time since the last call was no step (the evaluation before training)."""
+        """Count the time since the last call as a step, unless counts=False (the evaluation before training)."""
         now = time.monotonic()
         if counts:
             self.seconds.append(now - self.since)
         self.since = now
 
     def left(self, num_steps: int) -> float | None:
-        """Seconds for `num_steps` more steps, None before the first."""
+        """Return the seconds for `num_steps` more steps, None before the first."""
         return statistics.median(self.seconds) * num_steps if self.seconds else None
 
 
@@ -121,7 +126,7 @@ class RunProgress:
             self.live.stop()
 
     def phase(self, name: str, total: float, unit: str) -> None:
-        """A new second line: `name`, 0 of `total` `unit`. The first phase starts the clock: loading is no step."""
+        """Begin a new second line: `name`, 0 of `total` `unit`. The first one starts the clock: loading is no step."""
         if not self.begun:
             self.begun, self.times.since = True, time.monotonic()
         if self.live is not None:
@@ -133,7 +138,7 @@ class RunProgress:
             self.live.advance(self.phase_bar, amount)
 
     def reached(self, done: float, total: float) -> None:
-        """As `advance`, for a phase that knows how far it is, as the learner does."""
+        """Set the current phase to `done` of `total`, for a caller that counts itself, like the learner."""
         if self.live is not None and self.phase_bar is not None:
             self.live.update(self.phase_bar, completed=done, total=total)
 
@@ -149,7 +154,7 @@ class RunProgress:
             print_line(f"{step_line(step, metrics)}   [{step}/{self.total}]{ending}", self.console)
 
     def print(self, text: str) -> None:
-        """A line above the bars; a log's sink can be set to this."""
+        """Print a line above the bars; a log's sink can be set to this."""
         print_line(text.rstrip("\n"), self.live.console if self.live is not None else self.console)
 
     def _end_phase(self) -> None:
@@ -180,14 +185,14 @@ def _note(metrics: Metrics, left: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """59.2 -> "1:00", 3725 -> "1:02:05" """
+    """Return seconds as a clock shows them: 59.2 -> "1:00", 3725 -> "1:02:05"."""
     whole = math.ceil(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def print_line(text: str, console: Console | None = None) -> None:
-    """One line, not wrapped and not styled, also while bars are shown."""
+    """Print one line, not wrapped and not styled, also while bars are shown."""
     text = visible(text)
     if console is not None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

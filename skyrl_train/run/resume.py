@@ -1,4 +1,4 @@
-"""Where a run starts: fresh, from its newest checkpoint, or from a checkpoint that the user names."""
+"""The start of a run: fresh, from its newest checkpoint, or from a checkpoint that the user names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from skyrl_train.run.checkpoint import Checkpoints, State, checkpoint_step
 from skyrl_train.run.contents import Contents, changed_contents
-from skyrl_train.run.records.run_folder import move_aside, rewind
+from skyrl_train.run.run_folder import move_aside, rewind
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def start_run(
 
 
 def find_checkpoint(checkpoints: Checkpoints, resume_mode: str | None, resume_path: str | None) -> Path | None:
-    """The checkpoint folder that the mode names, or None for a fresh start."""
+    """Return the checkpoint folder that the mode names, or None for a fresh start."""
     if resume_mode in (None, "none"):
         return None
     if resume_mode == "latest":
@@ -80,7 +80,7 @@ def find_checkpoint(checkpoints: Checkpoints, resume_mode: str | None, resume_pa
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> None:
-    """Raise if a run would go on under other settings than it began with.
+    """Raise ValueError if a run would go on under other settings than it began with.
 
     old, new: flat, "trainer.policy.optimizer_config.lr" -> value. A key, or all keys below it, may be in `may_change`.
     """
@@ -99,7 +99,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], may_change: Collect
 
 
 def check_same_contents(old: Contents, new: Contents, may_change: Collection[str] = ()) -> list[str]:
-    """Raise if what a setting stands for is not what the run began with. Returns the changes that do no harm, said."""
+    """Raise ValueError if a file or folder that a setting names has changed. Return the harmless changes in words."""
     changed = changed_contents(old, new)
     refused = [f"  {key}: {change}" for key, change in changed.items() if key not in may_change]
     if refused:
@@ -112,5 +112,5 @@ def check_same_contents(old: Contents, new: Contents, may_change: Collection[str
 
 
 def _plain(value: Any) -> Any:
-    """Lists and tuples of the same items are the same setting."""
+    """Return lists and tuples as lists: with the same items they are the same setting."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Where metrics go beside `metrics.jsonl`: the terminal, TensorBoard and the trackers. None needs an account."""
+"""Trackers that get the metrics beside `metrics.jsonl`: terminal, TensorBoard, wandb and others, without an account."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loguru import logger
 
 from skyrl_train.run.metrics import Metrics
 from skyrl_train.run.progress import print_line, step_line
-from skyrl_train.run.records.run_folder import TENSORBOARD
+from skyrl_train.run.run_folder import TENSORBOARD
 
 Config = dict[str, Any]
 
@@ -21,7 +21,7 @@ Config = dict[str, Any]
 class Tracker(Protocol):
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What a backend that is out of reach raises."""
+        """Return the exceptions of a backend that is out of reach."""
         ...
 
     def log(self, data: Metrics, step: int) -> None: ...
@@ -60,7 +60,7 @@ class Tracking:
             self.trackers[name] = make(project_name, experiment_name, config or {}, Path(folder), resumed_at)
 
     def log(self, data: Metrics, step: int, commit: bool = False) -> None:
-        """Calls of one step are sent as one, when `commit` is set or a later step arrives."""
+        """Collect the metrics of a step; they are sent together when `commit` is set or a later step arrives."""
         for earlier in [s for s in self.waiting if s != step]:
             self._send(earlier)
         self.waiting.setdefault(step, {}).update(data)
@@ -88,7 +88,7 @@ class Tracking:
 
 
 def backend_names(backends: str | Iterable[str]) -> list[str]:
-    """ "console, wandb" or ["console", "wandb"] -> ["console", "wandb"]; unknown names are refused."""
+    """Return the names as a list: "console, wandb" -> ["console", "wandb"]. ValueError for an unknown name."""
     names = backends.split(",") if isinstance(backends, str) else list(backends)
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     for name in names:
@@ -98,7 +98,7 @@ def backend_names(backends: str | Iterable[str]) -> list[str]:
 
 
 class ConsoleTracker:
-    """A line per step."""
+    """Prints a line per step."""
 
     errors = (OSError,)
 
@@ -111,7 +111,7 @@ class ConsoleTracker:
 
 
 class TensorboardTracker:
-    """Event files in `{run folder}/tensorboard`, or TENSORBOARD_DIR."""
+    """Writes event files in `{run folder}/tensorboard`, or TENSORBOARD_DIR."""
 
     errors = COMMON_ERRORS
 
@@ -149,7 +149,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """Project = experiment; "@" is not allowed in a name. Without MLFLOW_TRACKING_URI into the run's folder."""
+    """Logs to MLFlow: a project is an experiment. Without MLFLOW_TRACKING_URI it writes into the run's folder."""
 
     def __init__(self, project: str, experiment: str, config: Config, folder: Path, resumed_at: int) -> None:
         self.mlflow = _package("mlflow")
@@ -159,6 +159,7 @@ class MlflowTracker:
             self.mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
         self.mlflow.set_experiment(project)
         self.mlflow.start_run(run_name=experiment)
+        # MLFlow allows no "@" in a name
         self.mlflow.log_params({key.replace("@", "_at_"): str(value)[:500] for key, value in config.items()})
 
     def log(self, data: Metrics, step: int) -> None:
@@ -169,7 +170,7 @@ class MlflowTracker:
 
 
 class TrackioTracker:
-    """Local by itself: `trackio show` opens the dashboard."""
+    """Logs to trackio on this machine: `trackio show` opens the dashboard."""
 
     errors = (*COMMON_ERRORS, sqlite3.Error)
 

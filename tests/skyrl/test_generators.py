@@ -115,10 +115,10 @@ def test_what_the_engine_sampled_is_what_is_trained(tokenizer):
     samples = to_samples([trajectory for group in groups for trajectory in group.trajectories])
     assert [sample.group_id for sample in samples] == ["0", "0", "1", "1"]
     assert len({sample.trajectory_id for sample in samples}) == 4
-    for sample, request in zip(samples, requests, strict=True):
+    for sample, request, completion in zip(samples, requests, engine.completions, strict=True):
         n = sample.num_prompt_tokens
         assert sample.input_ids[:n] == request.prompt_ids
-        assert sample.rollout_logprobs[n:] == [-0.5] * (len(sample.input_ids) - n)
+        assert sample.rollout_logprobs[n:] == completion.logprobs
         assert all(sample.loss_mask[n:])
         assert sample.rewards[-1] == len(tokenizer.decode(sample.input_ids[n:], skip_special_tokens=True))
 

@@ -9,12 +9,15 @@ from skyrl_train.types import Batch, Sample
 
 
 def sample(mask: str, rewards: list[float] | None = None, *, group: str = "a", trajectory: str = "a_0") -> Sample:
-    """`mask` is the loss mask as a string: "0011"; the token ids count from 1; `rewards` defaults to 0."""
+    """`mask` is the loss mask as a string: "0011"; the token ids count from 1; `rewards` defaults to 0.
+
+    The logprob of a sampled token is -0.5 - place / 8.
+    """
     num_tokens = len(mask)
     return Sample(
         input_ids=list(range(1, num_tokens + 1)),
         loss_mask=[letter == "1" for letter in mask],
-        rollout_logprobs=[-0.5 if letter == "1" else 0.0 for letter in mask],
+        rollout_logprobs=[-0.5 - place / 8 if letter == "1" else 0.0 for place, letter in enumerate(mask)],
         rewards=rewards or [0.0] * num_tokens,
         num_prompt_tokens=1,
         group_id=group,
@@ -80,7 +83,9 @@ def shared_batch(seed: int = 0) -> Batch:
                 Sample(
                     input_ids=prefix + tokens(rest),
                     loss_mask=mask,
-                    rollout_logprobs=[-5.0 * is_sampled for is_sampled in mask],
+                    rollout_logprobs=[
+                        -5.0 * is_sampled - 0.01 * place * is_sampled for place, is_sampled in enumerate(mask)
+                    ],
                     rewards=[0.0] * (length - 1) + [float(torch.randint(3, (), generator=generator))],
                     num_prompt_tokens=10,
                     group_id=group,

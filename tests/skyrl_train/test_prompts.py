@@ -94,13 +94,15 @@ def test_sources_are_joined_in_order_whatever_their_form(tmp_path):
 
 def test_longer_prompts_are_dropped_counted_and_said(tmp_path):
     lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), format="{message}")
+    sink = logger.add(lambda message: lines.append(str(message)), format="{level} {message}")
     source = write(tmp_path / "x.jsonl", row("12345"), row("123456"), row("1234"))
     prompts = dataset(source, max_prompt_length=TEMPLATE_TOKENS + 5)
     logger.remove(sink)
     assert [(prompt.uid, prompt.messages[0]["content"]) for prompt in prompts] == [("0", "12345"), ("1", "1234")]
     assert prompts.num_dropped == 1
-    assert lines == [f"2 prompts from {source}, 1 dropped (longer than {TEMPLATE_TOKENS + 5} tokens)\n"]
+    schedule = PromptSchedule(2, batch_size=2, epochs=1, seed=0)
+    assert TrainPrompts(prompts, schedule).metrics == {"data/num_dropped_prompts": 1, "data/num_left_out_prompts": 0}
+    assert lines == [f"WARNING 2 prompts from {source}, 1 dropped (longer than {TEMPLATE_TOKENS + 5} tokens)\n"]
 
 
 def test_a_given_template_decides_the_length(tmp_path):
@@ -197,8 +199,9 @@ def test_the_left_out_prompts_are_said(tmp_path):
     prompts = dataset(write(tmp_path / "x.jsonl", *[row(str(number)) for number in range(5)]))
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(str(message)), format="{message}")
-    TrainPrompts(prompts, PromptSchedule(5, batch_size=2, epochs=3, seed=0))
+    taken = TrainPrompts(prompts, PromptSchedule(5, batch_size=2, epochs=3, seed=0))
     logger.remove(sink)
+    assert taken.metrics == {"data/num_dropped_prompts": 0, "data/num_left_out_prompts": 1}
     assert lines == ["6 steps of 2 prompts: 2 per epoch, which leaves out 1 of 5 prompts, others in each epoch\n"]
 
 

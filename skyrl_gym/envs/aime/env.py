@@ -9,6 +9,7 @@ from skyrl_gym.envs.aime.answer import last_answer, normal_form
 from skyrl_gym.envs.aime.value import same_value
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import printable
 
 
@@ -25,6 +26,7 @@ class AIMEEnv(BaseTextEnv):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
         answer = last_answer(printable(action))
+        self.num_invalid_actions += answer is None
         prediction = None if answer is None else normal_form(answer)
         right = prediction is not None and same_value(prediction, self.truth)
         return BaseTextEnvStepOutput(
@@ -34,6 +36,9 @@ class AIMEEnv(BaseTextEnv):
             metadata={"acc": right, "pred": prediction},
             truncated=False,
         )
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import last_number, last_tagged
 
 
@@ -21,13 +22,16 @@ def score(reply: str, truth: Decimal) -> float:
 
     The last pair of tags counts, and the last number in it; "1,042" and "42.0" are numbers.
     """
-    answer = last_tagged(reply, "answer")
-    if answer is None:
-        return 0.3 if last_number(reply) == truth else 0.0
-    given = last_number(answer)
+    given = answered_number(reply)
     if given is None:
-        return 0.0
+        return 0.3 if last_tagged(reply, "answer") is None and last_number(reply) == truth else 0.0
     return 1.0 if given == truth else 0.1
+
+
+def answered_number(reply: str) -> Decimal | None:
+    """Return the last number between the last pair of tags, or None if there is none."""
+    answer = last_tagged(reply, "answer")
+    return None if answer is None else last_number(answer)
 
 
 class ArithmeticEnv(BaseTextEnv):
@@ -41,10 +45,11 @@ class ArithmeticEnv(BaseTextEnv):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
         self.reward = score(action, self.truth)
+        self.num_invalid_actions += answered_number(action) is None
         return BaseTextEnvStepOutput(observations=[], reward=self.reward, done=True, metadata={}, truncated=False)
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"correct": self.reward == 1.0}
+        return {"correct": self.reward == 1.0, INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

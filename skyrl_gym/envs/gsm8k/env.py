@@ -8,6 +8,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth
 from skyrl_gym.envs.gsm8k.answer import final_answer
+from skyrl_gym.metrics import INVALID_ACTIONS
 
 
 class GSM8kEnv(BaseTextEnv):
@@ -19,8 +20,13 @@ class GSM8kEnv(BaseTextEnv):
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
-        reward = 1.0 if final_answer(action) == self.truth else 0.0
+        answer = final_answer(action)
+        self.num_invalid_actions += answer is None
+        reward = 1.0 if answer == self.truth else 0.0
         return BaseTextEnvStepOutput(observations=[], reward=reward, done=True, metadata={}, truncated=False)
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth, turn_limit
 from skyrl_gym.envs.gsm8k.answer import final_answer
-from skyrl_gym.metrics import default_aggregate_metrics
+from skyrl_gym.metrics import INVALID_ACTIONS, default_aggregate_metrics
 
 _THINK_ON = "Please think about it once more, step by step, and end with your answer in the form #### ANSWER."
 _LAST_TURN = "This is your last turn. Write only your answer, in the form #### ANSWER."
@@ -25,6 +25,7 @@ class GSM8kMultiTurnEnv(BaseTextEnv):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
         answer = final_answer(action)
+        self.num_invalid_actions += answer is None
         right, last = answer == self.truth, self.turns >= self.max_turns
         formed = 0.0 if answer is None else 0.2 / self.max_turns
         ask = _LAST_TURN if self.turns == self.max_turns - 1 else _THINK_ON
@@ -37,7 +38,7 @@ class GSM8kMultiTurnEnv(BaseTextEnv):
         )
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"steps": self.turns}
+        return {"steps": self.turns, INVALID_ACTIONS: self.num_invalid_actions}
 
     @staticmethod
     def aggregate_metrics(metrics: list[dict[str, Any]]) -> dict[str, Any]:

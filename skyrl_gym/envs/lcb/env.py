@@ -9,6 +9,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
 from skyrl_gym.envs.lcb.grading import ProgramTest, passes
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import last_fenced_code, printable
 from skyrl_gym.tools.python_process import require_wall
 
@@ -33,6 +34,7 @@ class LCBEnv(BaseTextEnv):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
         code = last_fenced_code(printable(action))
+        self.num_invalid_actions += code is None
         right = code is not None and all(passes(code, test, timeout_s=_SECONDS_PER_TEST) for test in self.tests)
         return BaseTextEnvStepOutput(
             observations=[],
@@ -41,6 +43,9 @@ class LCBEnv(BaseTextEnv):
             metadata={"parsed_code": code},
             truncated=False,
         )
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

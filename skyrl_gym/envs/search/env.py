@@ -9,6 +9,7 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth, turn_limit
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import first_tagged, printable, up_to_first_close
 from skyrl_gym.tools.search import SearchToolGroup, search_text
 
@@ -47,6 +48,7 @@ class SearchEnv(BaseTextEnv):
         self.turns += 1
         text = up_to_first_close(printable(action), "search", "answer")
         answer, query = first_tagged(text, "answer"), first_tagged(text, "search")
+        self.num_invalid_actions += answer is None and query is None
         if answer is not None or self.turns >= self.max_turns:
             right = answer is not None and normalized(answer) in self.targets
             return BaseTextEnvStepOutput(
@@ -71,7 +73,7 @@ class SearchEnv(BaseTextEnv):
         return f"\n<information>{found}</information>\n"
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"searches": self.num_searches}
+        return {"searches": self.num_searches, INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

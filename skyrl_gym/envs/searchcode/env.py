@@ -9,6 +9,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth, turn_limit
 from skyrl_gym.envs.gsm8k.answer import final_answer
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import first_tagged, printable, up_to_first_close
 from skyrl_gym.tools import PythonCodeExecutorToolGroup, SearchToolGroup
 from skyrl_gym.tools.search import search_text
@@ -37,12 +38,14 @@ class SearchCodeEnv(BaseTextEnv):
         text = up_to_first_close(printable(action), "tool", "solution")
         self.written.append(text)
         solved = first_tagged(text, "solution") is not None
+        name, tool_input = _tool_call(text)
+        is_readable = solved or name in self.tool_to_toolgroup or final_answer(text) is not None
+        self.num_invalid_actions += not is_readable
         if solved or self.turns >= self.max_turns:
             right = final_answer("\n".join(self.written)) == self.truth
             return BaseTextEnvStepOutput(
                 observations=[], reward=1.0 if right else 0.0, done=True, metadata={}, truncated=not solved
             )
-        name, tool_input = _tool_call(text)
         return BaseTextEnvStepOutput(
             observations=[{"role": "user", "content": self._answer(name, tool_input)}],
             reward=0.0,
@@ -64,7 +67,7 @@ class SearchCodeEnv(BaseTextEnv):
         return printable(search_text(result) if name == "search" else result)
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"steps": self.turns}
+        return {"steps": self.turns, INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth, turn_limit
+from skyrl_gym.metrics import INVALID_ACTIONS
 from skyrl_gym.reply import first_tagged, printable, up_to_first_close
 from skyrl_gym.tools.sql import QueryError, SQLCodeExecutorToolGroup, database_path, query
 
@@ -47,7 +48,8 @@ class SQLEnv(BaseTextEnv):
         self.turns += 1
         text = up_to_first_close(printable(action), "sql", "solution")
         self.written.append(text)
-        solution = first_tagged(text, "solution")
+        solution, sql = first_tagged(text, "solution"), first_tagged(text, "sql")
+        self.num_invalid_actions += solution is None and sql is None
         if solution is not None or self.turns >= self.max_turns:
             return BaseTextEnvStepOutput(
                 observations=[],
@@ -56,7 +58,7 @@ class SQLEnv(BaseTextEnv):
                 metadata={},
                 truncated=solution is None,
             )
-        tool_input = (self.db_id, first_tagged(text, "sql"), self.max_turns - self.turns)
+        tool_input = (self.db_id, sql, self.max_turns - self.turns)
         observation = self._execute_tool(self.tool_group.get_name(), "sql", tool_input)
         return BaseTextEnvStepOutput(
             observations=[{"role": "user", "content": observation}],
@@ -82,7 +84,7 @@ class SQLEnv(BaseTextEnv):
         return 1.0 if same else 0.0
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"steps": self.turns}
+        return {"steps": self.turns, INVALID_ACTIONS: self.num_invalid_actions}
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""What a run leaves behind beside its checkpoints: trajectories, report, summary; and the rules of its folder."""
+"""The records of a run beside its checkpoints: trajectories, report, summary."""

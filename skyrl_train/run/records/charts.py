@@ -16,7 +16,7 @@ MAX_POINTS = 300  # a longer series is thinned, so that the page stays small
 
 @dataclass(frozen=True)
 class Chart:
-    """line: one value per step. band: (step, low, high). dots: further points, joined by a thin line."""
+    """The data of a chart. line: one value per step. band: (step, low, high). dots: points joined by a thin line."""
 
     title: str
     line: Sequence[Point]
@@ -58,7 +58,7 @@ class _Frame:
 
 
 def line_chart(chart: Chart) -> str:
-    """The chart as one `<svg>`, or "" if it has no finite point."""
+    """Return the chart as one `<svg>`, or "" if it has no finite point."""
     line = thinned([(x, y) for x, y in chart.line if math.isfinite(y)])
     band = thinned([(x, a, b) for x, a, b in chart.band if math.isfinite(a) and math.isfinite(b)])
     dots = thinned([(x, y) for x, y in chart.dots if math.isfinite(y)])
@@ -83,7 +83,7 @@ def line_chart(chart: Chart) -> str:
 def stacked_bars(
     title: str, steps: Sequence[float], parts: Mapping[str, Sequence[float]], size: tuple[int, int]
 ) -> str:
-    """Per step a bar of shares; parts: CSS class -> count per step, drawn from the bottom up."""
+    """Return a chart with a bar of shares per step; parts: CSS class -> count per step, drawn from the bottom up."""
     width, height = size
     totals = [sum(counts) for counts in zip(*parts.values(), strict=True)]
     rows = thinned([(step, i) for i, (step, total) in enumerate(zip(steps, totals, strict=True)) if total > 0])
@@ -110,7 +110,7 @@ def stacked_bars(
 
 
 def thinned(items: list[T]) -> list[T]:
-    """At most MAX_POINTS of the items, evenly spread, the first and the last among them."""
+    """Return at most MAX_POINTS of the items, evenly spread, the first and the last among them."""
     if len(items) <= MAX_POINTS:
         return items
     last = len(items) - 1
@@ -118,7 +118,7 @@ def thinned(items: list[T]) -> list[T]:
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers (1, 2, 2.5, 5 times a power of ten apart) that cover [low, high] with about `count` ticks."""
+    """Return about `count` round numbers, 1, 2, 2.5 or 5 times a power of ten apart, that cover [low, high]."""
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.7)
@@ -158,7 +158,7 @@ def _axes(frame: _Frame, percent: bool = False) -> str:
 
 
 def _hover(frame: _Frame, tips: Sequence[tuple[float, str]]) -> str:
-    """An invisible column per step that shows a text and a hair line."""
+    """Return an invisible column per step that shows a text and a thin line when the mouse is over it."""
     middles = [frame.px(step) for step, _ in tips]
     edges = [frame.left, *((a + b) / 2 for a, b in pairwise(middles)), frame.width - frame.right]
     parts = []
@@ -191,7 +191,7 @@ def _svg(width: int, height: int, title: str, content: str) -> str:
 
 
 def _short(value: float) -> str:
-    """1200 -> 1.2k; 0.30000000000000004 -> 0.3"""
+    """Return a short label: 12000 -> "12k"; 0.30000000000000004 -> "0.3"."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 
 from skyrl_train.run.records.episode import EpisodeRecord, Segment
-from skyrl_train.run.records.visible import escaped, shortened
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, shortened
 
 MAX_TOKENS = 1200  # of an episode; of a longer one the middle is left out
 SPECIAL = re.compile(r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")  # drawn faintly
@@ -21,7 +21,7 @@ ENDS = {
 
 
 def episode_card(label: str, episode: EpisodeRecord) -> str:
-    """A card: label and reward, then the conversation."""
+    """Return a card with label and reward, then the conversation."""
     body = "".join(_bubbles(episode))
     if episode.failure:
         attempts = f"after {episode.num_attempts} attempts: " if episode.num_attempts > 1 else ""
@@ -35,7 +35,7 @@ def episode_card(label: str, episode: EpisodeRecord) -> str:
 
 
 def _bubbles(episode: EpisodeRecord) -> Iterator[str]:
-    """Segments as bubbles, and behind the last turn what the environment still said, which has no tokens."""
+    """Yield the segments as bubbles, then the environment's messages after the last turn, which have no tokens."""
     dropped = 0
     for segment, kept, num_dropped in _within(episode.segments, MAX_TOKENS):
         dropped += num_dropped
@@ -54,7 +54,7 @@ def _bubbles(episode: EpisodeRecord) -> Iterator[str]:
 
 
 def _within(segments: list[Segment], limit: int) -> Iterator[tuple[Segment, range | None, int]]:
-    """(segment, the range of its tokens to show, how many tokens before that range are dropped)."""
+    """Yield each segment, the range of its tokens to show, and how many tokens before that range are dropped."""
     total = sum(len(s.ids) for s in segments)
     cut = range(limit // 2, total - limit // 2) if total > limit else range(0)
     start = 0
@@ -91,7 +91,7 @@ def _bubble(episode: EpisodeRecord, segment: Segment, kept: range) -> str:
 
 
 def _tokens(segment: Segment, kept: range) -> Iterator[str]:
-    """A `<i>` per token; tokens that only together make a character share one. d = id, p = logprob, for the hover."""
+    """Yield an `<i>` per token, or per character made of several tokens. d = id, p = logprob, for the hover text."""
     waiting: list[int] = []
     for i in kept:
         waiting.append(i)
@@ -110,7 +110,7 @@ def _tokens(segment: Segment, kept: range) -> Iterator[str]:
 
 
 def _surprise(logprob: float) -> int:
-    """0 (at least 90% sure) to 4 (less than 5%): the shade of a sampled token."""
+    """Return the shade of a sampled token: 0 (at least 90% sure) to 4 (less than 5%)."""
     if math.isnan(logprob):
         return 4
     return sum(logprob < math.log(bound) for bound in (0.9, 0.6, 0.25, 0.05))

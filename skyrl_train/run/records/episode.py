@@ -1,4 +1,4 @@
-"""An episode as it is kept: a trajectory with every token once, in order, and its text."""
+"""The record of an episode: a trajectory with every token once, in order, and its text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Segment:
     """Neighbouring tokens of one kind: sampled by the policy, or given to it. All lists have one length."""
 
     sampled: bool
-    turn: int  # that saw these tokens (given) or made them (sampled)
+    turn: int  # the turn that sampled these tokens, or whose prompt they are in
     new_history: bool  # the first tokens of a row: the history before them was edited, or there was none
     ids: list[int]
     texts: list[str]  # their concatenation is the text, see records/tokens.py
-    logprobs: list[float]  # rounded to 6 decimals; empty where not sampled
+    logprobs: list[float]  # with 6 decimals; empty unless sampled
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.texts) or (self.sampled and len(self.ids) != len(self.logprobs)):
@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What the environment said to one reply."""
+    """One reply with the environment's answer to it."""
 
     reward: float
     text: str
@@ -65,7 +65,7 @@ class EpisodeRecord:
     seconds: float
 
     def to_json(self) -> str:
-        """One line. What JSON has no word for is written as text."""
+        """Return the record as one line. A value that JSON cannot hold is written as text."""
         return json.dumps(self, default=_plain, separators=(",", ":"))
 
     @classmethod
@@ -84,7 +84,7 @@ class EpisodeRecord:
 def episode_record(
     trajectory: Trajectory, phase: str, step: int, token_texts: Callable[[list[int]], list[str]]
 ) -> EpisodeRecord:
-    """The record of a trajectory; token_texts: see records/tokens.py."""
+    """Return the record of a trajectory; token_texts: see records/tokens.py."""
     prompt = trajectory.prompt
     return EpisodeRecord(
         phase=phase,
@@ -112,7 +112,7 @@ def episode_record(
 
 
 def segments(trajectory: Trajectory, token_texts: Callable[[list[int]], list[str]]) -> list[Segment]:
-    """Every token of the episode once, as long as each turn's prompt continues what came before.
+    """Return every token of the episode once, as long as each turn's prompt continues the history.
 
     turn 0: prompt [1 2] sampled [5 6]; turn 1: prompt [1 2 5 6 9] sampled [7]
     -> given [1 2], sampled [5 6], given [9], sampled [7]
@@ -131,18 +131,8 @@ def segments(trajectory: Trajectory, token_texts: Callable[[list[int]], list[str
     return found
 
 
-def num_response_tokens(trajectory: Trajectory) -> int:
-    """SkyRL's response length: tokens behind the first prompt, observations included."""
-    count, row = 0, []
-    for turn in trajectory.turns:
-        continues = bool(row) and turn.prompt_ids[: len(row)] == row
-        count += (len(turn.prompt_ids) - len(row) if continues else 0) + len(turn.response_ids)
-        row = turn.prompt_ids + turn.response_ids
-    return count
-
-
 def _rounded(logprobs: list[float]) -> list[float]:
-    """Half the size on the disk, for an error far below that of any engine."""
+    """Return the logprobs with 6 decimals: half the size on disk, and the error is far below any engine's."""
     return [round(logprob, 6) for logprob in logprobs]
 
 
@@ -151,7 +141,7 @@ def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, arrays of numpy and torch as lists, their numbers as numbers; else the repr."""
+    """Return dataclasses as dictionaries, numpy and torch arrays as lists, their scalars as numbers; else the repr."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if hasattr(value, "tolist"):

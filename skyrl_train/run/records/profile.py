@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.files import write_whole
-from skyrl_train.run.records.run_folder import PROFILE
+from skyrl_train.run.run_folder import PROFILE
 from skyrl_train.spans import Recorder, Span, recording
 
 VIEWER = "https://ui.perfetto.dev"
 THREAD_NAMES = {"MainThread": "trainer", "compute_0": "compute thread"}
-RUN, EPISODES = 1, 2  # the trace's process ids: two groups of lanes that fold
+RUN, EPISODES = 1, 2  # the trace's process ids: two groups of lanes that can be folded
 
 
 class Profile:
-    """Of one run. Without `enabled` nothing is recorded or written."""
+    """Records and writes the trace of each step of one run, or nothing without `enabled`."""
 
     def __init__(self, run_folder: Path, *, enabled: bool) -> None:
         self.folder, self.enabled = run_folder / PROFILE, enabled
 
     @contextmanager
     def step(self, step: int) -> Generator[None]:
-        """Everything within the block goes into this step's file, also if the block fails."""
+        """Record the block and write it into this step's file, also if the block raises."""
         if not self.enabled:
             yield
             return
@@ -45,7 +45,7 @@ class Profile:
 
 
 def trace_of(recorder: Recorder) -> dict[str, Any]:
-    """The object form of Chrome's trace event format."""
+    """Return the recorded spans in the object form of Chrome's trace event format."""
     lanes = _lanes(recorder.spans)
     events = [*_names(lanes), *(_event(span, *lanes[span.lane]) for span in recorder.spans)]
     return {
@@ -56,7 +56,7 @@ def trace_of(recorder: Recorder) -> dict[str, Any]:
 
 
 def _lanes(spans: Iterable[Span]) -> dict[str, tuple[int, int]]:
-    """(process id, thread id) of every lane; the trainer's first, then the compute thread's."""
+    """Return (process id, thread id) of every lane; the trainer's comes first, then the compute thread's."""
     order = list(THREAD_NAMES)
     names = {span.lane for span in spans}
     threads = sorted(
@@ -82,7 +82,7 @@ def _names(lanes: dict[str, tuple[int, int]]) -> Generator[dict[str, Any]]:
 
 
 def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
-    """A complete event; ts and dur are microseconds."""
+    """Return a complete event; ts and dur are in microseconds."""
     return {
         "ph": "X",
         "name": span.name,

@@ -14,12 +14,12 @@ from skyrl_train.run.progress import clock
 from skyrl_train.run.records.charts import Chart, Point, line_chart, stacked_bars
 from skyrl_train.run.records.conversation import ENDS, episode_card
 from skyrl_train.run.records.episode import EpisodeRecord
-from skyrl_train.run.records.run_folder import METRICS, REPORT
 from skyrl_train.run.records.run_info import RunInfo, read_run_info
-from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, summarise
+from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, num_steps_without_learning, summarise
 from skyrl_train.run.records.trajectories import iterate_trajectories, trajectory_files
-from skyrl_train.run.records.visible import escaped, shortened
+from skyrl_train.run.run_folder import METRICS, REPORT
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, shortened
 
 HERE = Path(__file__).parent
 SMALL_CHARTS = (  # title, metric
@@ -31,6 +31,9 @@ SMALL_CHARTS = (  # title, metric
     ("Turns per episode", "generate/num_turns"),
     ("Engine against learner, |logprob difference|", "policy/rollout_train_logprobs_abs_diff_mean"),
     ("Seconds per step", "timing/step"),
+    ("Groups with equal rewards, share", "reward/equal_group_share"),
+    ("Unreadable actions, share", "generate/invalid_action_share"),
+    ("Replies cut by length, share", "generate/cut_reply_share"),
 )
 MAX_FAILURES, MAX_FAILURE_FILES = 8, 5
 Line = dict[str, Any]
@@ -108,11 +111,26 @@ def _training_section(lines: list[Line]) -> str:
         drawn = line_chart(Chart(title, points, line_name=title.lower(), width=340, height=150))
         if drawn and any(value for _, value in points):
             cards.append(f'<div class="card"><h3>{title}</h3>{drawn}</div>')
-    return f'<h2>How training went</h2><div class="grid-3">{"".join(cards)}</div>' if cards else ""
+    words = " ".join(_losses(lines))
+    told = f'<p class="soft">{words}</p>' if words else ""
+    return f'<h2>How training went</h2>{told}<div class="grid-3">{"".join(cards)}</div>' if cards or told else ""
+
+
+def _losses(lines: list[Line]) -> Iterator[str]:
+    """Yield a sentence for each thing that was played or paid in vain."""
+    steps = [line for line in lines if "trainer/global_step" in line]
+    if idle := num_steps_without_learning(lines):
+        yield f"Nothing could be learned in {idle} of {len(steps)} steps."
+    if dropped := max((line.get("data/num_dropped_prompts", 0) for line in steps), default=0):
+        yield f"{_count(dropped)} prompts are longer than trainer.max_prompt_length and were never played."
+    if unplaced := sum(line.get("reward/unplaced_turns", 0) for line in steps):
+        yield f"{_count(unplaced)} rewards were paid before the first sampled token and reached none."
+    if empty := sum(line.get("generate/episodes_without_tokens", 0) for line in steps):
+        yield f"{_count(empty)} episodes ended before the policy had sampled a token."
 
 
 def _episodes_section(folder: Path) -> str:
-    """Best, typical and worst episode of the first and of the last step, side by side."""
+    """Return the best, a typical and the worst episode of the first and of the last step, side by side."""
     files = trajectory_files(folder, "train") or trajectory_files(folder, "eval")
     if not files:
         return ""
@@ -139,7 +157,10 @@ def _episodes_section(folder: Path) -> str:
 
 
 def _best_typical_worst(path: Path) -> dict[str, EpisodeRecord]:
-    """By reward; of equal ones the first. Typical is the lower median. Broken episodes are shown only if all broke."""
+    """Return three episodes by reward, of equal ones the first. Typical is the lower median.
+
+    Episodes that their environments broke are shown only if all of them broke.
+    """
     index = [(e.reward, i, e.end is EpisodeEnd.ENV_FAILURE) for i, e in enumerate(iterate_trajectories(path))]
     usable = [item for item in index if not item[2]] or index
     if not usable:
@@ -180,7 +201,7 @@ def _ends_section(folder: Path, lines: list[Line]) -> str:
 
 
 def _failures(folder: Path, steps: list[Line]) -> Iterator[tuple[int, str]]:
-    """The first few environment failures, in words."""
+    """Yield the step and the text of the first few environment failures."""
     files = trajectory_files(folder, "train")
     with_failures = [line["step"] for line in steps if line.get("generate/env_failures", 0) and line["step"] in files]
     found = 0

@@ -1,4 +1,4 @@
-"""What a run is: written once at its start, so that report and summary can say it."""
+"""The description of a run, written once at its start for report and summary."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.files import write_whole
-from skyrl_train.run.records.run_folder import RUN_INFO
+from skyrl_train.run.run_folder import RUN_INFO
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """changed: flat settings that differ from their defaults, key -> [value, default]."""
+    """Model, environment and settings of a run. changed: settings that differ from their defaults, [value, default]."""
 
     model: str = "a model"
     environment: str = "an environment"
@@ -23,7 +23,7 @@ class RunInfo:
 
     @property
     def model_name(self) -> str:
-        """A hub name as it is; of a folder on this machine its last part."""
+        """Return a hub name as it is, and of a folder on this machine its last part."""
         return Path(self.model).name if self.model.startswith(("/", "~", ".")) else self.model
 
 
@@ -32,7 +32,7 @@ def write_run_info(run_folder: Path | str, info: RunInfo) -> None:
 
 
 def read_run_info(run_folder: Path | str) -> RunInfo:
-    """Without the file: words that fit any run. ValueError if it is damaged."""
+    """Return the description of the run, or a general one if the file is missing. ValueError if it is damaged."""
     path = Path(run_folder) / RUN_INFO
     if not path.exists():
         return RunInfo()
@@ -43,5 +43,5 @@ def read_run_info(run_folder: Path | str) -> RunInfo:
 
 
 def changed_settings(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, list[Any]]:
-    """{"trainer.seed": 1}, {"trainer.seed": 42} -> {"trainer.seed": [1, 42]}; both flat."""
+    """Return the settings that differ: {"trainer.seed": 1}, {"trainer.seed": 42} -> {"trainer.seed": [1, 42]}."""
     return {key: [value, defaults.get(key)] for key, value in sorted(config.items()) if value != defaults.get(key)}

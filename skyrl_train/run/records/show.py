@@ -9,7 +9,7 @@ from rich.text import Text
 
 from skyrl_train.run.records.episode import EpisodeRecord
 from skyrl_train.run.records.trajectories import Phase, read_trajectories, trajectory_files
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 SAMPLED, GIVEN = "bold green", "dim"
 
@@ -35,7 +35,7 @@ def show(run_folder: Path, phase: Phase, step: int | None, pick: str, count: int
 
 
 def print_episode(episode: EpisodeRecord, console: Console) -> None:
-    """Every token in order; the policy's own stand out."""
+    """Print every token of the episode in order; the policy's own stand out."""
     title = f"prompt {episode.uid}, repetition {episode.repetition}: reward {episode.reward:g}, {episode.end}"
     console.rule(Text(visible(title)))
     for segment in episode.segments:
@@ -54,7 +54,7 @@ def _turn_line(episode: EpisodeRecord, number: int) -> str:
 
 
 def _ranges(steps: list[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7" """
+    """Return the steps as ranges: [1, 2, 3, 7] -> "1-3, 7"."""
     parts: list[list[int]] = []
     for step in steps:
         if parts and step == parts[-1][1] + 1:

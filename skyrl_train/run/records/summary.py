@@ -1,4 +1,4 @@
-"""`summary.json` and the last words of a run: what it reached, where everything lies, what to try next."""
+"""`summary.json` and the panel at the end of a run: its rewards, the paths of its files, what to try next."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from skyrl_train.files import write_whole
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.progress import clock
 from skyrl_train.run.records.profile import VIEWER
-from skyrl_train.run.records.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 from skyrl_train.run.records.run_info import read_run_info
+from skyrl_train.run.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 
 EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Rewards are of the first and the last evaluation; without evaluations, of the first and the last step.
+    """The result of a run. Rewards are of the first and the last evaluation, or step if there was no evaluation.
 
     seconds: the run's work over all its processes. tokens: sampled for training. Paths of files that exist.
     """
@@ -41,10 +41,11 @@ class Summary:
     trajectories: str
     report: str | None
     profile: str | None  # the newest step's
+    steps_without_learning: int = 0  # in which no optimizer step had a gradient
 
 
 def summarise(run_folder: Path | str) -> Summary:
-    """What the records of the run say."""
+    """Return the summary of the records in a run's folder."""
     folder = Path(run_folder)
     lines, info = read_metrics(folder / METRICS), read_run_info(folder)
     before, after, reward_of = before_and_after(lines)
@@ -64,7 +65,13 @@ def summarise(run_folder: Path | str) -> Summary:
         trajectories=str(folder / TRAJECTORIES),
         report=str(folder / REPORT) if (folder / REPORT).exists() else None,
         profile=profiles[-1] if profiles else None,
+        steps_without_learning=num_steps_without_learning(lines),
     )
+
+
+def num_steps_without_learning(lines: list[dict[str, Any]]) -> int:
+    """Return how many of the steps learned nothing (run/standstill.py)."""
+    return sum(line.get("trainer/steps_without_learning", 0) > 0 for line in lines)
 
 
 def write_summary(run_folder: Path | str) -> Summary:
@@ -74,7 +81,7 @@ def write_summary(run_folder: Path | str) -> Summary:
 
 
 def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float | None, str]:
-    """First and last reward, and what they are of; two evaluations count more than any training step."""
+    """Return the first and the last reward, and their kind: of two evaluations, else of training steps."""
     for key, name, least in (
         (EVAL_SCORE, "evaluation", 2),
         (TRAIN_REWARD, "training", 1),
@@ -87,11 +94,13 @@ def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float |
 
 
 def closing_panel(summary: Summary) -> Panel:
-    """For a rich console, at the end of a run."""
+    """Return the panel that a rich console prints at the end of a run."""
     headline = Text(f"{summary.model} on {summary.environment}", style="bold")
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
     headline.append(f"   {summary.steps} steps, {clock(summary.seconds)}, {summary.tokens:,} tokens sampled")
+    if summary.steps_without_learning:
+        headline.append(f"\nnothing could be learned in {summary.steps_without_learning} of them", style="yellow")
     folder = Path(summary.metrics).parent
     rows = [
         ("checkpoint", summary.checkpoint or "none (trainer.ckpt_interval)"),

@@ -10,10 +10,10 @@ from tokenizers import decoders
 
 
 class TokenTexts:
-    """token ids -> one string per token, whose concatenation is the text. Each id is looked up once."""
+    """Turns token ids into one string per token, whose concatenation is the text. Each id is looked up once."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """tokenizer: of transformers."""
+        """Take a tokenizer of transformers."""
         self.tokenizer = tokenizer
         self.known: dict[int, bytes] = {}
         self.special = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
@@ -23,7 +23,7 @@ class TokenTexts:
         self.piece_decoder = decoders.Sequence([decoders.Replace("▁", " ")]) if "ByteFallback" in kinds else None
 
     def __call__(self, ids: list[int]) -> list[str]:
-        """A character made of several tokens stands at its last one; the tokens before it hold "".
+        """Return the strings; a character made of several tokens stands at the last of them, the others hold "".
 
         "é" as [195, 169] -> ["", "é"]. Bytes that never become a character turn into "\\ufffd".
         """
@@ -54,14 +54,14 @@ class TokenTexts:
 
 
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
-    """Types of a tokenizer.json's decoder and of the decoders in it."""
+    """Return the types of a tokenizer.json's decoder and of the decoders in it."""
     if decoder is None:
         return set()
     return {decoder["type"]}.union(*(_decoder_kinds(inner) for inner in decoder.get("decoders", [])))
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's names for bytes: printable Latin-1 stands for itself, other bytes are U+0100, U+0101, ... in order."""
+    """Return GPT-2's characters for bytes: printable Latin-1 stands for itself, the others are U+0100, U+0101, ..."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)

@@ -19,8 +19,8 @@ import zstandard
 
 from skyrl_train.files import write_whole
 from skyrl_train.run.records.episode import EpisodeRecord, episode_record
-from skyrl_train.run.records.run_folder import TRAJECTORIES, trajectory_steps
 from skyrl_train.run.records.tokens import TokenTexts
+from skyrl_train.run.run_folder import TRAJECTORIES, trajectory_steps
 from skyrl_train.types import Trajectory
 
 Phase = Literal["train", "eval"]
@@ -34,7 +34,7 @@ class TrajectoryStore:
     def __init__(self, run_folder: Path | str, tokenizer: Any) -> None:
         self.folder = Path(run_folder) / TRAJECTORIES
         self.token_texts = TokenTexts(tokenizer)
-        self.begun: dict[Path, int] = {}  # episodes in files of this process: add() appends; older ones are replaced
+        self.begun: dict[Path, int] = {}  # file of this process -> its episodes; a file of an earlier one is replaced
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trajectories")
         self.waiting: deque[Future[None]] = deque()
 
@@ -72,12 +72,12 @@ def trajectory_path(run_folder: Path, phase: Phase, step: int) -> Path:
 
 
 def read_trajectories(path: Path | str) -> list[EpisodeRecord]:
-    """The episodes of one file, in the order they were added."""
+    """Return the episodes of one file, in the order they were added."""
     return list(iterate_trajectories(Path(path)))
 
 
 def iterate_trajectories(path: Path) -> Iterator[EpisodeRecord]:
-    """As `read_trajectories`, one episode in memory at a time. ValueError if the file is not as it was written."""
+    """Yield the episodes of a file, one in memory at a time. ValueError if the file is not as it was written."""
     with path.open("rb") as file:
         wanted, found = _number_at_the_end(file), 0
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
@@ -97,7 +97,7 @@ def _end(number: int) -> bytes:
 
 
 def _number_at_the_end(file: BinaryIO) -> int | None:
-    """Of episodes; None if the file does not end as it should. The file stands at its start again afterwards."""
+    """Return the number of episodes at the file's end, None if it is missing. Rewinds the file to its start."""
     file.seek(-min(len(_end(0)), file.seek(0, io.SEEK_END)), io.SEEK_END)
     end = file.read()
     file.seek(0)
@@ -105,7 +105,7 @@ def _number_at_the_end(file: BinaryIO) -> int | None:
 
 
 def trajectory_files(run_folder: Path | str, phase: Phase | None = None) -> dict[int, Path]:
-    """step -> file of one phase; with phase None, eval files give way to train files of the same step."""
+    """Return step -> file of one phase; with phase None a train file is preferred to an eval file of the same step."""
     found: dict[int, Path] = {}
     for path, (file_phase, step) in trajectory_steps(Path(run_folder)).items():
         if phase in (None, file_phase):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import skyrl_gym
 from skyrl_gym.check import example_extras
 from skyrl_gym.contract import wrong_step
+from skyrl_gym.metrics import INVALID_ACTIONS
 
 ENVS = ["aime", "arithmetic", "gsm8k", "gsm8k_multi_turn", "lcb", "search", "searchcode", "text2sql"]
 TAGS = ["answer", "search", "sql", "solution", "think", "tool", "python", "observation", "information"]
@@ -46,6 +47,18 @@ def test_no_reply_raises_and_every_step_keeps_the_contract(env_id, env_configs):
             assert step["done"]
 
     play()
+
+
+@pytest.mark.parametrize("env_id", ENVS)
+def test_every_environment_counts_the_replies_that_hold_no_action(env_id, env_configs):
+    with make(env_id, env_configs, max_turns=1) as env:
+        env.step("I would rather not say.")
+        assert env.get_metrics()[INVALID_ACTIONS] == 1
+    with make(env_id, env_configs, max_turns=2) as env:
+        env.init([])
+        for action in env.gold_actions():
+            env.step(action)
+        assert env.get_metrics()[INVALID_ACTIONS] == 0
 
 
 @pytest.mark.parametrize("env_id", ENVS)

@@ -30,7 +30,7 @@ def play(reply, truth="42"):
 def test_the_reward_is_a_ladder(reply, reward):
     step, env = play(reply)
     assert step == {"observations": [], "reward": reward, "done": True, "metadata": {}, "truncated": False}
-    assert env.get_metrics() == {"correct": reward == 1.0}
+    assert env.get_metrics() == {"correct": reward == 1.0, "invalid_actions": int(reward in (0.0, 0.3))}
 
 
 def test_the_truth_may_be_any_number_and_must_be_one():

@@ -41,7 +41,7 @@ def test_several_turns_pay_a_little_for_form_and_end_with_the_right_answer():
     assert "last turn" in last_call[0]["content"]
     right = env.step("#### 42")
     assert right == {"observations": [], "reward": 1.0, "done": True, "metadata": {}, "truncated": False}
-    assert env.get_metrics() == {"steps": 4}
+    assert env.get_metrics() == {"steps": 4, "invalid_actions": 1}
 
 
 def test_running_out_of_turns_is_said_and_nothing_more_is_asked():

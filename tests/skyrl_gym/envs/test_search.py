@@ -24,7 +24,7 @@ def test_a_search_is_answered_with_passages(make, search_server):
     assert content.endswith("</information>\n")
     assert (step["reward"], step["done"], step["truncated"]) == (0.0, False, False)
     assert step["metadata"] == {"tool_group": "SearchToolGroup", "tool_name": "search", "tool_input": "river"}
-    assert env.get_metrics() == {"searches": 1}
+    assert env.get_metrics() == {"searches": 1, "invalid_actions": 0}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from skyrl_train.algorithms.advantages import (
     advantage_metrics,
     discounted_sums,
     gae,
+    group_metrics,
     group_relative_advantages,
     grpo,
     leave_one_out_advantages,
@@ -139,7 +140,20 @@ def test_metrics_are_means_over_trained_tokens():
     advantages, _ = grpo(batch, grpo_norm_by_std=False)
     metrics = advantage_metrics(replace(batch, advantages=advantages.float()))
     expected = {"loss/avg_final_rewards": 0.5, "loss/avg_raw_advantages": 0.0, "loss/avg_raw_advantages_abs": 0.5}
-    assert metrics == expected
+    assert metrics == expected | {"loss/num_trained_tokens": 4.0}
+
+
+def test_a_filter_that_empties_the_batch_shows_in_the_number_of_trained_tokens():
+    batch = scored(("a", 1.0), ("a", 1.0), ("b", 0.5), ("b", 0.5))
+    filtered = add_advantages(batch, AlgorithmConfig(zero_variance_filter=True))
+    assert advantage_metrics(add_advantages(batch, AlgorithmConfig()))["loss/num_trained_tokens"] == 8.0
+    assert advantage_metrics(filtered)["loss/num_trained_tokens"] == 0.0
+
+
+def test_groups_without_any_difference_are_counted_and_so_is_a_trajectory_without_siblings():
+    batch = scored(("a", 1.0), ("b", 0.5), ("c", 0.0), ("a", 0.0), ("b", 0.5), ("d", 2.0))
+    assert group_metrics(batch) == {"reward/equal_group_share": 0.75}  # b, c and d of four
+    assert group_metrics(scored(("a", 1.0), ("a", 0.0))) == {"reward/equal_group_share": 0.0}
 
 
 def half_the_reward(rewards, loss_mask, sample_index, config, **others):

@@ -1,9 +1,12 @@
 """Provenance: what the engine sampled is what is trained on."""
 
+from dataclasses import replace
+
 import pytest
 
 from skyrl_train.batch.samples import num_unplaced_rewards, to_samples
 from skyrl_train.types import EpisodeEnd, Prompt, Trajectory, Turn
+from tests.skyrl_train.batches import sample
 
 
 def turn(prompt_ids, response_ids, reward=0.0):
@@ -55,6 +58,16 @@ def test_a_reward_before_any_sampled_token_is_counted():
     assert (sample.input_ids, sample.rewards) == ([1, 9, 7], [0.0, 0.0, 1.0])
     unlucky = trajectory(turn([1], [], 0.5), turn([1, 8], []), turn([1, 8, 9], [], 0.5))
     assert num_unplaced_rewards([played, trajectory(turn([1], [5], 0.5)), unlucky]) == 1 + 0 + 2
+
+
+def test_a_reward_that_a_generator_put_before_its_first_sampled_token_is_counted():
+    def given(mask, rewards):
+        played = trajectory(turn([1, 2], [5, 6]))
+        return replace(played, samples=[sample(mask, rewards, group="p", trajectory="p_0")])
+
+    assert num_unplaced_rewards([given("00101", [0.0, 0.5, 0.0, 0.0, 1.0])]) == 1
+    assert num_unplaced_rewards([given("00101", [0.0, 0.0, 0.5, 0.5, 1.0])]) == 0
+    assert num_unplaced_rewards([given("00000", [0.0, 0.5, 0.5, 0.5, 1.0])]) == 0  # left out on purpose
 
 
 def test_nothing_sampled_gives_no_sample():

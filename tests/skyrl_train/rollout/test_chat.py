@@ -7,6 +7,7 @@ import pytest
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
 from skyrl_train.rollout.chat import ChatTemplate, read_chat_template
+from tests.fakes import varied_logprobs
 from tests.tiny_models import CHATML, tiny_tokenizer
 
 QUESTION = [{"role": "user", "content": "hi"}]
@@ -19,7 +20,7 @@ def tokenizer():
 
 def completion(tokenizer, text: str) -> Completion:
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, [-1.0] * len(ids), "stop", 0)
+    return Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, varied_logprobs(ids), "stop", 0)
 
 
 def test_a_history_of_messages_is_what_the_template_would_print(tokenizer):
@@ -55,7 +56,7 @@ def test_one_message_holds_replies_and_observations_without_ends_between(tokeniz
     reply = completion(tokenizer, "<search>x</search><|im_end|>")
     ids, logprobs = chat.kept(reply)
     assert ids == reply.response_ids[:-1]
-    assert len(logprobs) == len(ids)
+    assert logprobs == reply.logprobs[:-1]
     chat.append(ids, [{"role": "user", "content": "<information>y</information>"}])
     assert tokenizer.decode(chat.ids).endswith("assistant\n<search>x</search><information>y</information>")
 

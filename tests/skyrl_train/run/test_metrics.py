@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,29 @@ def test_ends_are_counted():
     found = rollout_metrics([group(*(trajectory(["x"], [0.0], end=end) for end in ends))])
     assert found["generate/truncated"] == found["generate/end_out_of_tokens"] == 2
     assert found["generate/end_finished"] == found["generate/end_out_of_turns"] == 1
+
+
+def test_replies_that_were_cut_or_held_no_action_are_shares_of_all_replies():
+    cut = replace(trajectory(["x"], [0.0]), turns=[replace(trajectory(["x"], [0.0]).turns[0], stop_reason="length")])
+    two_of_three = trajectory(["x", "y", "z"], [0.0] * 3, env_metrics={"invalid_actions": 2})
+    none = trajectory(["x"], [0.0], env_metrics={"invalid_actions": False})
+    found = rollout_metrics([group(two_of_three, none, cut, broken(env_metrics={"invalid_actions": 1}))])
+    assert found["generate/cut_reply_share"] == 1 / 5
+    assert found["generate/invalid_action_share"] == 2 / 4  # cut's environment does not count them
+    assert "generate/invalid_action_share" not in rollout_metrics([group(cut)])
+    assert eval_metrics([group(two_of_three)])["eval/all/generate/invalid_action_share"] == 2 / 3
+
+
+def test_an_environment_cannot_make_more_than_all_actions_unreadable():
+    odd = [trajectory(["x"], [0.0], env_metrics={"invalid_actions": count}) for count in (7, "many", 0)]
+    assert rollout_metrics([group(*odd)])["generate/invalid_action_share"] == 1 / 2
+
+
+def test_episodes_without_a_token_and_rewards_before_the_first_one_are_counted():
+    silent, late = trajectory([""], [0.5]), trajectory(["", "x"], [0.5, 1.0])
+    found = rollout_metrics([group(silent, late, trajectory(["x"], [1.0]), broken())])
+    assert found["generate/episodes_without_tokens"] == 1
+    assert found["reward/unplaced_turns"] == 2
 
 
 def test_metrics_of_two_environments_do_not_hide_each_other():

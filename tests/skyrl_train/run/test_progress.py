@@ -66,6 +66,19 @@ def test_failures_are_shown_only_when_there_are_any():
     assert "failures  2" in step_line(1, METRICS | {"generate/env_failures": 2.0})
 
 
+def test_shares_of_what_was_in_vain_are_shown_only_when_there_are_any():
+    shares = {
+        "reward/equal_group_share": 0.75,
+        "generate/invalid_action_share": 0.125,
+        "generate/cut_reply_share": 0.004,
+    }
+    shown = step_line(1, METRICS | shares)
+    assert "equal groups 75%" in shown
+    assert "unreadable 12%" in shown
+    assert "cut" not in shown  # rounds to 0%
+    assert "equal" not in step_line(1, METRICS | {"reward/equal_group_share": 0.0})
+
+
 def test_a_step_says_where_its_seconds_went():
     timings = {
         "timing/step": 12.4,

@@ -8,6 +8,7 @@ import skyrl_gym
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.envs.registration import registry
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
+from tests.fakes import varied_logprobs
 from tests.tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -46,7 +47,8 @@ def trajectory(
     for i, (reply, reward) in enumerate(zip(replies, rewards, strict=True)):
         response = ids(reply)
         heard = [{"role": "user", "content": observation}] if i + 1 < len(replies) else []
-        turns.append(Turn(history, response, [-0.5] * len(response), reward, reply, "stop", 3, heard))
+        logprobs = varied_logprobs(response, before=len(history))
+        turns.append(Turn(history, response, logprobs, reward, reply, "stop", 3, heard))
         history = history + response + ids(observation)
     of = of or prompt()
     return Trajectory(of, repetition, 11, of.messages, turns, end, **fields)

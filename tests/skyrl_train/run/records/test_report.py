@@ -18,8 +18,8 @@ from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_ru
 from skyrl_train.run.records.summary import before_and_after, closing_panel, write_summary
 from skyrl_train.run.records.tokens import TokenTexts
 from skyrl_train.run.records.trajectories import TrajectoryStore
-from skyrl_train.run.records.visible import escaped, visible
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, visible
 from tests.skyrl_train.run.records.episodes import TOKENIZER, group, prompt, trajectory
 
 EVIL = "<script>alert(1)</script>\x00\x1b[31m\u202e\" onmouseover='x' </style>&amp;"
@@ -92,6 +92,29 @@ def test_the_page_says_what_happened(run):
     assert cards == [("Best", "0.5"), ("Best", "1"), ("Typical", "0"), ("Typical", "0.75")]
 
 
+def test_the_page_and_the_last_words_say_what_was_in_vain(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step, idle in ((1, 0), (2, 1), (3, 2)):
+        vain = {"data/num_dropped_prompts": 7, "reward/unplaced_turns": 2, "generate/episodes_without_tokens": 3}
+        log.log(step, {"trainer/global_step": step, "trainer/steps_without_learning": idle, **vain})
+    log.close()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Nothing could be learned in 2 of 3 steps." in text
+    assert "7 prompts are longer than trainer.max_prompt_length and were never played." in text
+    assert "6 rewards were paid before the first sampled token" in text
+    assert "9 episodes ended before the policy had sampled a token." in text
+    console = Console(record=True, width=160)
+    console.print(closing_panel(write_summary(tmp_path)))
+    assert "nothing could be learned in 2 of them" in console.export_text()
+
+
+def test_nothing_is_said_of_what_did_not_happen(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "could be learned" not in text
+    assert "never played" not in text
+    assert write_summary(run).steps_without_learning == 0
+
+
 def test_a_report_of_an_empty_folder_is_still_a_page(tmp_path):
     assert Page(write_report(tmp_path).read_text()).open == []
 
@@ -100,8 +123,10 @@ def test_tokens_are_marked_by_who_made_them():
     episode = episode_record(trajectory(["é"], [1.0], question="q"), "train", 1, TokenTexts(TOKENIZER))
     card = episode_card("Best", episode)
     sampled = " ".join(str(i) for i in episode.segments[1].ids)
+    first, second = (f"{logprob:.3f}" for logprob in episode.segments[1].logprobs)
+    assert first != second
     assert re.search(r'<i class="" data-d="\d+">q</i>', card)  # given: no logprob
-    assert f'<i class="s1" data-d="{sampled}" data-p="-0.500 -0.500">é</i>' in card  # two bytes, one character
+    assert f'<i class="s1" data-d="{sampled}" data-p="{first} {second}">é</i>' in card  # two bytes, one character
 
 
 def test_a_long_episode_is_cut_in_the_middle_and_says_so():

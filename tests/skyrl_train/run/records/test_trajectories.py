@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from skyrl_train.records.__main__ import main
-from skyrl_train.run.records.episode import num_response_tokens, segments
+from skyrl_train.run.metrics import num_response_tokens
+from skyrl_train.run.records.episode import segments
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.show import show
 from skyrl_train.run.records.tokens import TokenTexts
@@ -49,7 +50,8 @@ def test_an_episode_comes_back_with_everything(store, tmp_path):
     assert [(s.sampled, s.text) for s in read.segments] == [
         (False, "say hi>"), (True, "yo"), (False, "[no]>"), (True, "hi"),
     ]  # fmt: skip
-    assert read.segments[1].logprobs == [-0.5, -0.5]
+    assert read.segments[1].logprobs == [round(logprob, 6) for logprob in kept.turns[0].logprobs]
+    assert len(set(read.segments[1].logprobs)) == 2
     assert read.segments[3].ids == ids("hi")
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run (`trainer.ckpt_path`): its layout, who may write in it, and how it is wound back or cleared.
+"""The folder of a run (`trainer.ckpt_path`): its layout, its lock, and how it is rewound or moved aside.
 
 global_step_N/  latest_ckpt_global_step.txt      checkpoints (checkpoint.py)
 metrics.jsonl                                     one line per step (metrics.py)
@@ -56,13 +56,13 @@ def run_lock(folder: Path) -> Generator[None]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps with a checkpoint, ascending. A damaged one counts: loading it says so, passing over it would not."""
+    """Return the steps with a checkpoint, ascending. A damaged one counts, so that loading it reports the damage."""
     found = [(path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("global_step_*")]
     return sorted(int(match[1]) for path, match in found if match and path.is_dir() and any(path.iterdir()))
 
 
 def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
-    """Every trajectory file of the run with its phase ("train" or "eval") and step, by step."""
+    """Return every trajectory file of the run with its phase ("train" or "eval") and step, ordered by step."""
     found = {}
     for path in (folder / TRAJECTORIES).glob("*.jsonl.zst"):
         match = TRAJECTORY_NAME.fullmatch(path.name)
@@ -72,14 +72,14 @@ def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
 
 
 def profile_steps(folder: Path) -> dict[Path, int]:
-    """Every trace of the run with its step, by step."""
+    """Return every profile trace of the run with its step, ordered by step."""
     found = {path: PROFILE_NAME.fullmatch(path.name) for path in (folder / PROFILE).glob("*")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return dict(sorted(steps.items(), key=lambda item: item[1]))
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move an earlier run's files into `previous/<n>/`; returns that folder, or None if there was no run."""
+    """Move an earlier run's files into `previous/<n>/`. Return that folder, or None if there was no run."""
     checkpoints = sorted(p for p in folder.glob("global_step_*") if CHECKPOINT_NAME.fullmatch(p.name))
     names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD, PROFILE)
     # Checkpoints last: a move that is killed half-way still shows a run that can be resumed.
@@ -93,10 +93,10 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def rewind(folder: Path, step: int | None) -> Path | None:
-    """Forget what came after `step` (None: everything), so that no step is recorded twice after a resume.
+    """Remove the records after `step` (None: all), so that no step is recorded twice after a resume.
 
     Later checkpoints, which exist only if the user went back to an older one, are kept in `previous/<n>/` with the
-    trajectories and metrics that belong to them; returns that folder. Doing it twice is the same as doing it once.
+    trajectories and metrics that belong to them. Return that folder. A second call changes nothing more.
     """
     last = -1 if step is None else step
     later = [s for s in checkpoint_steps(folder) if s > last]
@@ -120,9 +120,9 @@ def rewind(folder: Path, step: int | None) -> Path | None:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; a torn last line, left by a killed writer, goes too.
+    """Keep the lines of steps up to `last_step`, without an incomplete last line, which a killed writer leaves.
 
-    So does a damaged one, which is said.
+    A damaged line is removed as well, with a warning.
     """
     if not path.exists():
         return
@@ -138,7 +138,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def _line_step(line: bytes) -> float:
-    """Infinity for a line that is not whole."""
+    """Return the step of a line, or infinity for a line that is not whole."""
     if not line.endswith(b"\n"):
         return math.inf
     try:

@@ -1,4 +1,4 @@
-"""Untrusted text made safe to look at: nothing in it can steer a terminal, a page, or the reader's eyes.
+"""Untrusted text made safe to print: nothing in it can steer a terminal or a page, or hide from the reader.
 
 What models, servers and data sets say reaches a terminal through here only: logs, tracebacks, `show`, `play`, `check`.
 """
@@ -17,7 +17,9 @@ from loguru import logger
 
 
 def visible(text: str) -> str:
-    """Control, direction and other invisible characters as pictures or codes; newline and tab stay.
+    """Return the text with control, direction and other invisible characters as pictures or codes.
+
+    Newline and tab stay as they are.
 
     "a\\x1b[31m" -> "a␛[31m", "\\u202e" -> "\\\\u202e"
     """
@@ -25,19 +27,19 @@ def visible(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """As `visible`, for a place in HTML between tags or in a quoted attribute."""
+    """Return `visible` text escaped for a place in HTML between tags or in a quoted attribute."""
     return html.escape(visible(text), quote=True)
 
 
 def log_to(sink: Any) -> None:
-    """Log lines go there, and nowhere else; short, because a person reads them."""
+    """Send log lines to the sink and nowhere else, in a short form for people."""
     write = sink if callable(sink) else sink.write
     logger.remove()
     logger.add(lambda message: write(visible(message)), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
 
 
 def make_errors_visible() -> None:
-    """Print what this process logs and what ends it as `visible`, on stderr; what libraries log as well."""
+    """Make logs, also those of libraries, and the traceback that ends the process go through `visible` to stderr."""
     log_to(sys.stderr)
     sys.excepthook = _print_visible
     if logging.lastResort is not None:
