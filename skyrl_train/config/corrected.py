@@ -6,9 +6,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.refused import lies_in
 from skyrl_train.config.renamed import renamed
-from skyrl_train.config.section import ConfigError, Problem
 
 MAX_ROUNDS = 8  # a correction may bring up a rule that could not be asked before
 

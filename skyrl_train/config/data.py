@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from skyrl_train.config.section import Problem, Section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section
 
 
 @dataclass
-class DataConfig(Section):
+class DataConfig(Section, at="data"):
     """Data sets: .parquet, .json or .jsonl files, or names on the hub as name[:split]."""
 
     # Sources of training prompts, one after the other. "~" is the home folder.

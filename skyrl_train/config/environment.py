@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from skyrl_train.config.section import Problem, Section, is_section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section, is_section
 from skyrl_train.config.settings import EnvSettings, as_settings
 
 
 @dataclass
-class Text2SQLConfig(Section):
+class Text2SQLConfig(Section, at="environment.skyrl_gym.text2sql"):
     """Settings of the text2sql environment."""
 
     db_path: str = "/home/ray/default/sql_data"  # root folder of the SQL data bases
 
 
 @dataclass
-class LLMAsAJudgeConfig(Section):
+class LLMAsAJudgeConfig(Section, at="environment.skyrl_gym.llm_as_a_judge"):
     """Settings of the llm_as_a_judge environment."""
 
     model: str = "gpt-4o-mini"  # the judge
@@ -26,7 +27,7 @@ class LLMAsAJudgeConfig(Section):
 
 
 @dataclass
-class SearchConfig(Section):
+class SearchConfig(Section, at="environment.skyrl_gym.search"):
     """Settings of the search environment."""
 
     log_requests: bool = False  # log each retrieval
@@ -36,7 +37,7 @@ class SearchConfig(Section):
 
 
 @dataclass
-class SkyRLGymConfig(Section):
+class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
     """Settings per environment id. Ids of your own are free: environment.skyrl_gym.my_env.difficulty=3."""
 
     takes_any_key: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class SkyRLGymConfig(Section):
 
 
 @dataclass
-class EnvironmentConfig(Section):
+class EnvironmentConfig(Section, at="environment"):
     """The environments."""
 
     env_class: str = "gsm8k"  # id of the environment of rows that name none

@@ -1,21 +1,20 @@
-"""Keys that would do nothing, and why: one table for keys without effect, one for keys that need another key.
+"""The keys that may only keep their default, and why: one row each, and no field of any section.
 
-A key of the first table may only keep its default. SkyRL's keys that this tree does not have stand there too, so that
-whoever sets one reads a reason and not just "unknown".
+They are SkyRL's keys. Whoever sets one reads a reason and not just "unknown", and whoever only reads one, as SkyRL's
+examples do, gets the one value that it can have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from skyrl_train.config.algorithm import OWN_ESTIMATORS, OWN_LOSSES
-from skyrl_train.config.section import Problem, Section, shown
-from skyrl_train.config.tree import defaults_of, leaves
+from skyrl_train.config.problems import NO_VALUE
 
 ONE_DEVICE = "is not possible yet: one process trains on one device (trainer.device); drop it"
 ONE_ENGINE = "is not possible yet: one engine runs inside this process; drop it"
-NO_SYNC = "has nothing to do: the engine reads the learner's weights in place; drop it"
+NO_SYNC = "has nothing to do: the engine reads the learner's weights inside this process; drop it"
 NO_SHARDING = "has nothing to do: on one device no model is sharded; drop it, and bound memory with "
 NO_SHARDING += "trainer.max_tokens_per_microbatch and trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
@@ -101,7 +100,7 @@ REFUSED: dict[str, str] = {
     "generator.served_model_name": NO_HTTP,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
-    "generator.step_wise_trajectories": "is not possible yet; one trajectory is one sample, drop it",
+    "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
     "generator.sampling_params.additional_kwargs": PER_CALL,
     "generator.eval_sampling_params.additional_kwargs": PER_CALL,
     "generator.sampling_params.seed": SEED,
@@ -110,6 +109,7 @@ REFUSED: dict[str, str] = {
     "trainer.remove_microbatch_padding": NO_PADDING,
     "hydra": "is a setting of Hydra itself, which only reads your overrides here; drop it",
 }
+
 
 # What to set in place of a refused setting, where it is another key: called with the refused value.
 INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
@@ -121,39 +121,132 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
     "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
-LOSS = "trainer.algorithm.policy_loss_type"
-ESTIMATOR = "trainer.algorithm.advantage_estimator"
-CORRECTION = "trainer.algorithm.off_policy_correction"
-Condition = Mapping[str, tuple[Any, ...]]  # key -> values; it holds if any of these keys has any of its values
-KL_ON: Condition = {"trainer.algorithm.use_kl_loss": (True,), "trainer.algorithm.use_kl_in_reward": (True,)}
 
-ACTS_ONLY_WITH: dict[str, Condition] = {
-    "trainer.ref": KL_ON,
-    "trainer.update_ref_every_epoch": KL_ON,
-    "trainer.algorithm.kl_estimator_type": KL_ON,
-    "trainer.algorithm.kl_loss_coef": KL_ON,
-    "trainer.algorithm.kl_ctrl": {"trainer.algorithm.use_kl_in_reward": (True,)},
-    "trainer.algorithm.kl_ctrl.kl_target": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
-    "trainer.algorithm.kl_ctrl.horizon": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
-    "trainer.algorithm.entropy_loss_coef": {"trainer.algorithm.use_entropy_loss": (True,)},
-    "trainer.algorithm.grpo_norm_by_std": {ESTIMATOR: ("grpo",)},
-    "trainer.algorithm.gamma": {ESTIMATOR: ("reinforce++",)},
-    "trainer.algorithm.eps_clip_low": {LOSS: ("regular", "dual_clip", "gspo", "clip_cov")},
-    "trainer.algorithm.eps_clip_high": {LOSS: ("regular", "dual_clip", "gspo", "clip_cov")},
-    "trainer.algorithm.clip_ratio_c": {LOSS: ("dual_clip",)},
-    "trainer.algorithm.sapo": {LOSS: ("sapo",)},
-    "trainer.algorithm.cispo": {LOSS: ("cispo",)},
-    "trainer.algorithm.clip_cov": {LOSS: ("clip_cov",)},
-    "trainer.algorithm.kl_cov": {LOSS: ("kl_cov",)},
-    "trainer.algorithm.max_seq_len": {"trainer.algorithm.loss_reduction": ("seq_mean_token_sum_norm",)},
-    f"{CORRECTION}.token_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("token",)},
-    f"{CORRECTION}.sequence_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("sequence",)},
-    f"{CORRECTION}.geo_mask_high": {f"{CORRECTION}.sequence_mask_metric": ("geometric",)},
-    f"{CORRECTION}.geo_mask_low": {f"{CORRECTION}.sequence_mask_metric": ("geometric",)},
-    f"{CORRECTION}.product_mask_high": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
-    f"{CORRECTION}.product_mask_low": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A key that may only keep its default: the default, what the key means in SkyRL, and its type."""
+
+    default: Any
+    meaning: str
+    type: Any = None  # that of the default, where none is given
+
+    def __post_init__(self) -> None:
+        if self.type is None:
+            object.__setattr__(self, "type", type(self.default))
+
+
+MAPPING = dict[str, Any]
+ADAPTERS = {
+    "rank": Row(0, "rank of the adapters; 0 is full fine-tuning"),
+    "alpha": Row(16, "the output of the adapters is multiplied by alpha / rank"),
+    "dropout": Row(0.0, "dropout on the input of the adapters"),
+    "lora_sync_path": Row("/tmp/skyrl_lora_sync", "folder through which adapters reach the engine"),
+    "target_modules": Row("all-linear", "layers that get an adapter", Any),
+    "exclude_modules": Row(None, "layers that get none", Any),
+    "init_method": Row("kaiming", "how the adapters are initialised"),
 }
-OURS = {LOSS: OWN_LOSSES, ESTIMATOR: OWN_ESTIMATORS}  # a user's own function may read any key
+SHARDING = {
+    "cpu_offload": Row(False, "parameters and optimizer state rest in host memory"),
+    "reshard_after_forward": Row(True, "free the gathered parameters after forward; true, false or a shard size", Any),
+    "fsdp_size": Row(-1, "GPUs that share one copy; -1 is all"),
+    "mixed_precision": Row(None, "dtypes of parameters, reductions and buffers", MAPPING | None),
+    "wrap_policy": Row({}, "which layers are sharded as units", MAPPING),
+}
+ONE_SEQUENCE = Row(1, "GPUs that share one sequence")
+OFFLOAD = Row(True, "optimizer state leaves the GPU between training phases")
+
+
+def _under(section: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {f"{section}.{name}": row for name, row in rows.items()}
+
+
+ROWS: dict[str, Row] = {
+    "trainer.placement.colocate_all": Row(True, "all models and engines share the same devices"),
+    "trainer.placement.colocate_policy_ref": Row(True, "policy and reference share their devices"),
+    "trainer.placement.policy_num_nodes": Row(1, "machines of the policy"),
+    "trainer.placement.policy_num_gpus_per_node": Row(1, "devices per machine of the policy"),
+    "trainer.placement.critic_num_nodes": Row(1, "machines of the critic"),
+    "trainer.placement.critic_num_gpus_per_node": Row(1, "devices per machine of the critic"),
+    "trainer.placement.ref_num_nodes": Row(1, "machines of the reference"),
+    "trainer.placement.ref_num_gpus_per_node": Row(1, "devices per machine of the reference"),
+    "trainer.sequence_parallel_backend": Row("ulysses", "how one sequence is shared by GPUs"),
+    "trainer.strategy": Row("single", "single: one process, one device"),
+    "trainer.policy.model.lora.lora_sync_path": ADAPTERS["lora_sync_path"],
+    "trainer.policy.optimizer_config.offload_after_step": OFFLOAD,
+    **_under("trainer.policy.fsdp_config", SHARDING),
+    "trainer.policy.sequence_parallel_size": ONE_SEQUENCE,
+    "trainer.policy.use_torch_compile": Row(False, "compile the entropy computation"),
+    "trainer.policy.record_memory": Row(False, "write CUDA memory snapshots"),
+    **_under("trainer.ref.model.lora", ADAPTERS),
+    "trainer.ref.sequence_parallel_size": ONE_SEQUENCE,
+    **_under("trainer.ref.fsdp_config", SHARDING),
+    "trainer.critic.model.path": Row(None, "base model of the critic; null means no critic", str | None),
+    **_under("trainer.critic.model.lora", ADAPTERS),
+    "trainer.critic.optimizer_config.lr": Row(5e-06, "peak learning rate"),
+    "trainer.critic.optimizer_config.adam_betas": Row([0.9, 0.999], "decay of the two moments", list[float]),
+    "trainer.critic.optimizer_config.weight_decay": Row(0.01, "decoupled weight decay"),
+    "trainer.critic.optimizer_config.max_grad_norm": Row(
+        1.0, "gradients are scaled down to this total norm; <= 0 is off"
+    ),
+    "trainer.critic.optimizer_config.offload_after_step": OFFLOAD,
+    "trainer.critic.optimizer_config.num_warmup_steps": Row(0, "optimizer steps over which the rate rises from 0"),
+    "trainer.critic.optimizer_config.scheduler": Row("constant_with_warmup", "a transformers schedule, by name"),
+    **_under("trainer.critic.fsdp_config", SHARDING),
+    "trainer.critic.sequence_parallel_size": ONE_SEQUENCE,
+    "trainer.critic.model_config_kwargs": Row({}, "overrides of the Hugging Face model config", MAPPING),
+    "trainer.algorithm.value_head_prefix": Row("value_head", "name of the critic's linear head"),
+    "trainer.algorithm.lambd": Row(1.0, "GAE's lambda"),
+    "trainer.algorithm.tis_imp_ratio_cap": Row(-1.0, "old name of off_policy_correction.token_tis_ratio_clip_high"),
+    "trainer.algorithm.use_tis": Row(False, "old name of off_policy_correction.tis_ratio_type=token"),
+    "trainer.algorithm.value_clip": Row(0.2, "how far the critic may move; null: plain squared error", float | None),
+    "trainer.algorithm.dynamic_sampling.type": Row(None, "null, filter or replace", str | None),
+    "trainer.algorithm.dynamic_sampling.max_sample_batches": Row(30, "stop after this many batches; <= 0 is no limit"),
+    "trainer.algorithm.dynamic_sampling.min_replace_ratio": Row(0.3, "replace: share of good prompts needed"),
+    "trainer.fully_async.max_staleness_steps": Row(4, "how many steps ahead generation may run"),
+    "trainer.fully_async.num_parallel_generation_workers": Row(768, "prompts that are played at once"),
+    "trainer.gradient_checkpointing_use_reentrant": Row(False, "torch's older variant of gradient checkpointing"),
+    "trainer.log_path": Row("/tmp/skyrl-logs", "log files of a cluster's workers"),
+    "trainer.critic_mini_batch_size": Row(256, "prompts per optimizer step of the critic"),
+    "trainer.use_sample_packing": Row(True, "samples are laid end to end, without padding"),
+    "trainer.flash_attn": Row(False, "the flash-attn package; torch's own attention serves without it"),
+    "trainer.disable_fast_tokenizer": Row(False, "use the slow tokenizer"),
+    "trainer.dump_data_batch": Row(False, "pickle every training batch"),
+    "trainer.rope_scaling": Row(None, "RoPE scaling of the policy", MAPPING | None),
+    "trainer.rope_theta": Row(None, "RoPE base of the policy", float | None),
+    "generator.model_name": Row("${trainer.policy.model.path}", "model of the engine; follows the policy's path"),
+    "generator.model_dtype": Row("auto", "dtype of the engine; auto: the learner's"),
+    "generator.run_engines_locally": Row(True, "engines are started here"),
+    "generator.num_inference_engines": Row(1, "copies of the engine"),
+    "generator.backend": Row("torch", "torch: the engine inside this process"),
+    "generator.weight_sync_backend": Row("nccl", "how new weights travel to other processes"),
+    "generator.weight_transfer_threshold_cuda_ipc_GB": Row(1.0, "GB per transfer between processes"),
+    "generator.external_proxy_url": Row(None, "router of remote engines", str | None),
+    "generator.external_server_urls": Row(None, "addresses of remote engines", list[str] | None),
+    "generator.inference_engine_tensor_parallel_size": Row(1, "GPUs that share each layer"),
+    "generator.inference_engine_pipeline_parallel_size": Row(1, "GPUs that share the stack of layers"),
+    "generator.inference_engine_expert_parallel_size": Row(1, "GPUs that share the experts"),
+    "generator.inference_engine_data_parallel_size": Row(1, "copies inside one engine"),
+    "generator.async_engine": Row(True, "requests of all episodes are batched as they come"),
+    "generator.vllm_v1_disable_multiproc": Row(True, "vLLM in one process"),
+    "generator.enable_prefix_caching": Row(True, "keep the KV of shared prompts and earlier turns"),
+    "generator.enable_chunked_prefill": Row(True, "vLLM: long prompts in pieces"),
+    "generator.enforce_eager": Row(True, "vLLM without CUDA graphs"),
+    "generator.fully_sharded_loras": Row(False, "vLLM: adapters sharded"),
+    "generator.enable_ray_prometheus_stats": Row(False, "vLLM: metrics through Ray"),
+    "generator.gpu_memory_utilization": Row(0.8, "vLLM: share of GPU memory"),
+    "generator.remote_inference_engine_urls": Row(["127.0.0.1:8001"], "addresses of remote engines", list[str]),
+    "generator.enable_http_endpoint": Row(False, "serve the engine over HTTP"),
+    "generator.http_endpoint_host": Row("127.0.0.1", "host of the HTTP endpoint"),
+    "generator.http_endpoint_port": Row(8000, "port of the HTTP endpoint"),
+    "generator.served_model_name": Row(None, "model name at the HTTP endpoint", str | None),
+    "generator.engine_init_kwargs": Row({}, "arguments of the engine's constructor", MAPPING),
+    "generator.override_existing_update_group": Row("auto", "remote engines: replace an old weight group"),
+    "generator.rope_scaling": Row(
+        "${trainer.rope_scaling}", "RoPE scaling of the engine; follows the policy's", MAPPING | None
+    ),
+    "generator.rope_theta": Row("${trainer.rope_theta}", "RoPE base of the engine; follows the policy's", float | None),
+    "generator.step_wise_trajectories": Row(False, "each turn becomes a sample of its own"),
+}
 
 
 def reason_against(key: str) -> str | None:
@@ -165,31 +258,44 @@ def lies_in(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(f"{prefix}.")
 
 
-def keys_without_effect(config: Section) -> Iterator[Problem]:
-    """The keys that were moved away from their default although nothing reads them."""
-    defaults, values = defaults_of(config), dict(leaves(config))
-    for key, value in values.items():
-        if key not in defaults or value == defaults[key]:
-            continue
-        reason = reason_against(key)
-        if reason is not None:
-            yield Problem(key, value, reason, INSTEAD.get(key, lambda _: ())(value))
-            continue
-        for prefix, condition in ACTS_ONLY_WITH.items():
-            if lies_in(key, prefix) and not holds(condition, values):
-                yield Problem(key, value, missing(condition, values))
-                break
+def instead_of(key: str, value: Any) -> tuple[str, ...]:
+    """The settings (key=value) that do what this refused one was meant to do."""
+    return INSTEAD.get(key, lambda _: ())(value)
 
 
-def holds(condition: Condition, values: Mapping[str, Any]) -> bool:
-    for key, accepted in condition.items():
-        is_users_function = key in OURS and values[key] not in OURS[key]
-        if values[key] in accepted or is_users_function:
-            return True
-    return False
+def default_of(key: str) -> Any:
+    """The only value that a refused key can have; NO_VALUE for a key that has no row."""
+    return ROWS[key].default if key in ROWS else NO_VALUE
 
 
-def missing(condition: Condition, values: Mapping[str, Any]) -> str:
-    now = " and ".join(f"{key}={shown(values[key])}" for key in condition)
-    needed = " or ".join(f"{key}={'|'.join(shown(value) for value in accepted)}" for key, accepted in condition.items())
-    return f"has no effect with {now}; drop it, or set {needed}"
+def moved(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The refused keys that would lose their default if `key` were set; each key of a mapping given for a section.
+
+    A default that follows another key ("${a.b}") is not compared: only the whole tree knows it.
+    """
+    if is_section(key) and isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from moved(f"{key}.{name}", item)
+    elif is_section(key) and getattr(value, "section_key", None) == key:
+        return
+    elif not (key in ROWS and ("${" in str(default_of(key)) or value == default_of(key))):
+        yield key, value
+
+
+def row_of(key: str) -> str | None:
+    """The row that the key is, or in whose mapping it lies.
+
+    generator.engine_init_kwargs.max_model_len -> generator.engine_init_kwargs
+    """
+    while key and key not in ROWS:
+        key = key.rpartition(".")[0]
+    return key or None
+
+
+def rows_below(section: str) -> list[str]:
+    return [key for key in ROWS if key.startswith(f"{section}.")]
+
+
+def is_section(key: str) -> bool:
+    """Whether this is a section all of whose keys are refused, such as trainer.placement."""
+    return reason_against(key) is not None and bool(rows_below(key))

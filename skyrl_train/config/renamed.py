@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from skyrl_train.config.generator import GeneratorConfig
+from skyrl_train.config.refused import rows_below
 
 SECTION = "generator.inference_engine"
 OTHER_NAMES = {
@@ -15,7 +16,7 @@ OTHER_NAMES = {
     "data_parallel_size": "inference_engine_data_parallel_size",
     "remote_urls": "remote_inference_engine_urls",
 }
-KNOWN = {field.name for field in fields(GeneratorConfig)}
+KNOWN = {field.name for field in fields(GeneratorConfig)} | {key.partition(".")[2] for key in rows_below("generator")}
 
 
 def renamed(key: str) -> str:

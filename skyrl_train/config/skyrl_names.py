@@ -9,7 +9,7 @@ from skyrl_train.config.algorithm import AlgorithmConfig
 from skyrl_train.config.generator import GeneratorConfig, SamplingConfig
 from skyrl_train.config.models import LoraConfig
 from skyrl_train.config.root import SkyRLConfig
-from skyrl_train.config.section import Section
+from skyrl_train.config.section import RefusedSection, Section
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import nested, to_yaml
 
@@ -17,6 +17,36 @@ BaseConfig = Section
 SkyRLTrainConfig = SkyRLConfig
 SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
+
+
+class PlacementConfig(RefusedSection):
+    """Which GPUs hold which model."""
+
+    section_key = "trainer.placement"
+
+
+class FSDPConfig(RefusedSection):
+    """How a model is sharded over GPUs."""
+
+    section_key = "trainer.policy.fsdp_config"
+
+
+class CriticConfig(RefusedSection):
+    """The model that predicts returns."""
+
+    section_key = "trainer.critic"
+
+
+class DynamicSamplingConfig(RefusedSection):
+    """Sampling until enough prompts have rewards that differ (DAPO)."""
+
+    section_key = "trainer.algorithm.dynamic_sampling"
+
+
+class FullyAsyncConfig(RefusedSection):
+    """Generation that runs ahead of training."""
+
+    section_key = "trainer.fully_async"
 
 
 def make_config(

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from skyrl_train.config.refused import ROWS
 from skyrl_train.config.section import is_interpolation, is_section
 from skyrl_train.config.settings import plain_copy
 
@@ -56,5 +57,9 @@ def nested(section: Any) -> dict[str, Any]:
 def defaults_of(config: Any) -> dict[str, Any]:
     """The default of every key; one that follows another key ("${a.b}") has that key's value in `config`."""
     values = dict(leaves(config))
-    defaults = dict(leaves(type(config)()))
-    return {key: values[raw[2:-1]] if is_interpolation(raw) else raw for key, raw in defaults.items()}
+    defaults = {key: ROWS[key].default for key in values if key in ROWS} | dict(leaves(type(config)()))
+    return {key: _followed(raw[2:-1], values) if is_interpolation(raw) else raw for key, raw in defaults.items()}
+
+
+def _followed(key: str, values: Mapping[str, Any]) -> Any:
+    return ROWS[key].default if key in ROWS and key not in values else values[key]
