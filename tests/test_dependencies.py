@@ -74,7 +74,7 @@ def declared() -> set[str]:
 
 
 def distributions_of(module: str) -> set[str]:
-    """The packages that a module may come from: that of its own name (fastmcp only asks for others), or what holds it."""
+    """The packages that a module may come from: the one of its own name, or whatever holds it here."""
     installed = packages_distributions().get(module, [])
     return names_in([*installed, NOT_EVERYWHERE.get(module, module)])
 
