@@ -40,8 +40,8 @@ class Prompt:
 class Turn:
     """What the engine was given, what it sampled, and what the environment paid for it.
 
-    `prompt_ids` is everything the engine saw, earlier turns included. `observation_ids` is what the environment (and
-    the chat template) put behind the reply; it is empty after the last turn.
+    `prompt_ids` holds everything the engine saw, earlier turns included. `observation` holds the messages with which
+    the environment answered the reply.
     """
 
     prompt_ids: list[int]

@@ -42,7 +42,7 @@ class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
 
     takes_any_key: ClassVar[bool] = True
 
-    max_env_workers: int = 32  # threads for environments that block; 0 runs them in the event loop
+    max_env_workers: int = 32  # threads for environments whose methods block; 0 counts as 1
     text2sql: Text2SQLConfig = field(default_factory=Text2SQLConfig)
     llm_as_a_judge: LLMAsAJudgeConfig = field(default_factory=LLMAsAJudgeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
