@@ -14,7 +14,21 @@ from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown
 _SECTIONS: dict[str, type[Section]] = {}  # "trainer.policy" -> PolicyConfig; subclasses of the user's are not in it
 
 
-class Section:
+class _Kind(type):
+    """The type of sections: a refused key may be given to the constructor, too, as long as it has its default."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        key = getattr(cls, "section_key", "")
+        others = [name for name in values if key and refused.reason_against(f"{key}.{name}") is not None]
+        others = [name for name in others if name not in getattr(cls, "__dataclass_fields__", ())]
+        given = {name: values.pop(name) for name in others}
+        section = super().__call__(*args, **values)
+        for name, value in given.items():
+            setattr(section, name, value)
+        return section
+
+
+class Section(metaclass=_Kind):
     """A dataclass of the tree. It refuses to exist while one of its `rules` is broken.
 
     A section made by hand may still hold an interpolation such as "${trainer.max_prompt_length}"; its rules are
@@ -128,10 +142,6 @@ class Section:
 
 class RefusedSection(Section):
     """A section of SkyRL's all of whose keys are refused: cfg.trainer.placement.colocate_all is read, and not set."""
-
-    def __init__(self, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
 
     @classmethod
     def at(cls, key: str) -> RefusedSection:

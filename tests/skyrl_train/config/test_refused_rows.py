@@ -192,6 +192,17 @@ def test_sections_of_skyrl_are_made_with_their_defaults_only():
         config.trainer.placement = FSDPConfig()
 
 
+def test_a_constructor_takes_the_default_of_a_refused_key_and_no_other_value():
+    section: Any = TrainerConfig
+    trainer = section(epochs=2, strategy="single", placement=PlacementConfig())
+    assert (trainer.epochs, "strategy" in vars(trainer), "placement" in vars(trainer)) == (2, False, False)
+    with pytest.raises(ConfigError, match=r"trainer.strategy=fsdp2 is not possible yet"):
+        section(strategy="fsdp2")
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        section(epoch=2)
+    assert MyTrainer(strategy="other").strategy == "other"
+
+
 def test_a_copied_and_a_pickled_tree_keep_these_ways():
     config: Any
     for config in (copy.deepcopy(load_config([])), pickle.loads(pickle.dumps(load_config([])))):
