@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from skyrl_train.config import refused
 from skyrl_train.config.nearest import nearest_keys, unknown_key
 from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown, written
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.renamed import SECTION as MOVED_SECTION
 from skyrl_train.config.renamed import renamed
 from skyrl_train.config.section import Section, is_section, subsections
@@ -71,7 +72,7 @@ def assigned(
     for position, name in enumerate(names):
         content = vars(section).get(name, NO_VALUE)
         path = ".".join(names[: position + 1])
-        if content is NO_VALUE and (path in refused.ROWS or refused.is_section(path)):
+        if content is NO_VALUE and (path in ROWS or refused.is_section(path)):
             return set_refused(tree, defaults, key, value)
         if content is NO_VALUE and not getattr(section, "takes_any_key", False):
             return (
@@ -124,7 +125,7 @@ def set_refused(tree: DictConfig, defaults: Any, key: str, value: Any) -> list[P
     """
     row = refused.row_of(key)
     if row is not None:
-        return set_leaf(tree, refused.ROWS[row].type, key, value, row, defaults)
+        return set_leaf(tree, ROWS[row].type, key, value, row, defaults)
     if not refused.is_section(key):
         return [unknown(key, value, defaults)]
     if isinstance(value, Mapping):
@@ -154,7 +155,7 @@ def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str
     for name in map(str, node):
         default = vars(defaults).get(name)
         key = f"{path}{name}"
-        if default is None and name not in vars(defaults) and (key in refused.ROWS or refused.is_section(key)):
+        if default is None and name not in vars(defaults) and (key in ROWS or refused.is_section(key)):
             continue
         if is_section(default):
             value = materialised(node[name], standin[name], default, f"{key}.", found)

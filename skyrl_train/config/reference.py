@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any
 
 from skyrl_train.config.problems import shown
-from skyrl_train.config.refused import ROWS, reason_against
+from skyrl_train.config.refused import reason_against
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_section
 
 # What most runs set, in the order in which one thinks of it.

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from skyrl_train.config.refused import ROWS
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_interpolation, is_section
 from skyrl_train.config.settings import plain_copy
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from skyrl_train.config.problems import Problem
-from skyrl_train.config.refused import ROWS
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_interpolation, refusal
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from skyrl_train.config import ConfigError, SkyRLConfig, load_config
 from skyrl_train.config.conditions import ACTS_ONLY_WITH
-from skyrl_train.config.refused import REFUSED, ROWS, lies_in, reason_against
+from skyrl_train.config.refused import REFUSED, lies_in, reason_against
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.tree import leaves
 
 KEYS = [key for key, _ in leaves(SkyRLConfig())]

@@ -26,7 +26,8 @@ from skyrl_train.config import (
     validate_cfg,
 )
 from skyrl_train.config.problems import shown, written
-from skyrl_train.config.refused import ROWS, reason_against
+from skyrl_train.config.refused import reason_against
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.run.resume import check_same_run
 from skyrl_train.run.run import MAY_CHANGE_ON_RESUME
 

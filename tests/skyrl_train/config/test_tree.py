@@ -9,7 +9,8 @@ import yaml
 from skyrl_train.config import SkyRLConfig, differences, load_config, to_flat_dict, to_yaml
 from skyrl_train.config.__main__ import main
 from skyrl_train.config.reference import MOST_USED, entries, refused_entries
-from skyrl_train.config.refused import REFUSED, ROWS
+from skyrl_train.config.refused import REFUSED
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.tree import leaves
 
 
