@@ -1,4 +1,4 @@
-"""Every option once: dataclasses with type, default, meaning and rule, and the functions that load and check them."""
+"""Hold every option once, as dataclasses with type, default, meaning and rule; load and check them."""
 
 from skyrl_train.config.algorithm import (
     ADVANTAGE_ESTIMATORS,

@@ -1,4 +1,4 @@
-"""`python -m skyrl_train.config [--search WORD ...] [--all]`: the keys with their defaults and meanings."""
+"""Print the keys with their defaults and meanings: `python -m skyrl_train.config [--search WORD ...] [--all]`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def found(words: str, *, with_refused: bool) -> list[Entry]:
 
 
 def table(words: str, *, with_refused: bool) -> str:
-    """What the command prints: the entries under headings, or where else to look when there are none."""
+    """Return what the command prints: the entries under headings, or where else to look when there are none."""
     rows = found(words, with_refused=with_refused)
     if not rows:
         refused = [] if with_refused else found(words, with_refused=True)

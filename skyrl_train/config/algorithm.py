@@ -1,4 +1,4 @@
-"""How rewards become advantages and advantages become a loss."""
+"""Settings of advantages, losses, KL and entropy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class KLCtrlConfig(Section, at="trainer.algorithm.kl_ctrl"):
 
 @dataclass
 class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correction"):
-    """What to do where the engine's probabilities differ from the learner's: weigh tokens, or drop sequences."""
+    """Corrections where the engine's probabilities differ from the learner's: token weights, or dropped sequences."""
 
     tis_ratio_type: str | None = None  # truncated importance weights per token or per sequence; null: none
     token_tis_ratio_clip_high: float = 2.0  # cap of a token's weight
@@ -67,7 +67,7 @@ class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correc
 
 @dataclass
 class SAPOConfig(Section, at="trainer.algorithm.sapo"):
-    """Soft gate of SAPO."""
+    """The soft gate of SAPO."""
 
     tau_pos: float = 1.0  # gate temperature where the advantage is positive
     tau_neg: float = 1.05  # gate temperature elsewhere
@@ -80,7 +80,7 @@ class SAPOConfig(Section, at="trainer.algorithm.sapo"):
 
 @dataclass
 class ClipCovConfig(Section, at="trainer.algorithm.clip_cov"):
-    """Which tokens Clip-Cov drops."""
+    """The tokens that Clip-Cov drops."""
 
     clip_ratio: float = 0.0002  # share of tokens to drop, at least one
     clip_cov_lb: float = 1.0  # only tokens with a covariance above this
@@ -94,7 +94,7 @@ class ClipCovConfig(Section, at="trainer.algorithm.clip_cov"):
 
 @dataclass
 class KLCovConfig(Section, at="trainer.algorithm.kl_cov"):
-    """Which tokens KL-Cov holds back."""
+    """The tokens to which KL-Cov adds a KL penalty."""
 
     kl_cov_frac: float = 0.2  # share of tokens that get the penalty, at least one
     ppo_kl_coef: float = 1.0  # weight of the penalty
@@ -105,7 +105,7 @@ class KLCovConfig(Section, at="trainer.algorithm.kl_cov"):
 
 @dataclass
 class CISPOConfig(Section, at="trainer.algorithm.cispo"):
-    """Bounds of CISPO's importance weight."""
+    """The bounds of CISPO's importance weight."""
 
     cispo_eps_clip_low: float = 0.0  # the weight is kept above 1 - this
     cispo_eps_clip_high: float = 5.0  # the weight is kept below 1 + this

@@ -1,4 +1,4 @@
-"""From settings, one by one, to a typed tree: every problem is collected before anything is raised."""
+"""Build the typed tree from settings; collect every problem before anything is raised."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(
     problems: Iterable[Problem] = (),
     may_add: Callable[[str], bool] = lambda key: False,
 ) -> Root:
-    """The tree of `root` with these settings (`("trainer.epochs", 2)`), all rules checked, or a ConfigError.
+    """Return the checked tree of `root` with these settings (`("trainer.epochs", 2)`), or raise a ConfigError.
 
     may_add: whether a key that the tree does not have is one of the user's own.
     """
@@ -64,7 +64,7 @@ def broken_rules(section: Any) -> list[Problem]:
 def assigned(
     tree: DictConfig, defaults: Any, key: str, value: Any, may_add: Callable[[str], bool] = lambda key: False
 ) -> list[Problem]:
-    """Set one key, or each key of a mapping given for a section. Returns what stood against it."""
+    """Set one key, or each key of a mapping given for a section. Returns the problems."""
     key = renamed(key)
     if key == MOVED_SECTION and isinstance(value, Mapping):
         return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item, may_add)]
@@ -90,7 +90,7 @@ def assigned(
 
 
 def added(tree: DictConfig, section: Any, key: str, value: Any, position: int, defaults: Any) -> list[Problem]:
-    """Set a key of the user's own, which `section` lacks at `position`; not one that looks like a slip of the pen.
+    """Set a key of the user's own, which `section` lacks at `position`; refuse one that looks like a typing error.
 
     A new name beside others is compared with those, a new setting in a known section with every key of the tree.
     """
@@ -147,7 +147,7 @@ def set_leaf(tree: DictConfig, hint: Any, key: str, value: Any, leaf: str, defau
 
 
 def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str, found: list[Problem]) -> Any:
-    """The node as an object of its section's class, made without checks so that all rules can be asked together.
+    """Return the node as an object of its section's class, made without checks so that all rules are checked together.
 
     Where an interpolation leads nowhere, the resolved default of `standin` takes its place.
     """
@@ -179,7 +179,7 @@ def plain(node: DictConfig, name: str) -> Any:
 
 
 def unknown(key: str, value: Any, defaults: Any) -> Problem:
-    """Why there is no such key, and which was probably meant."""
+    """Return the problem of a key that does not exist: the reason, or the key that was probably meant."""
     reason = refused.reason_against(key)
     return unknown_key(key, value, known(defaults)) if reason is None else Problem(key, value, reason)
 
@@ -197,7 +197,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def expected(hint: Any) -> str:
-    """A type in words: `int | None` is "a whole number or null"."""
+    """Return a type in words: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     lists = {str: "a list of texts such as [a,b]", float: "a list of numbers such as [0.9,0.95]"}
     named = []

@@ -1,4 +1,4 @@
-"""Keys that act only beside another setting, and the check that no key was changed in vain."""
+"""Keys that act only beside another setting, and the check that every changed key has an effect."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OURS = {LOSS: OWN_LOSSES, ESTIMATOR: OWN_ESTIMATORS}  # a user's own function ma
 
 
 def keys_without_effect(config: Section) -> Iterator[Problem]:
-    """The keys that were moved away from their default although nothing reads them."""
+    """Return a problem for each key that was changed from its default although nothing reads it."""
     defaults, values = defaults_of(config), dict(leaves(config))
     for key, value in values.items():
         if key not in defaults or value == defaults[key]:

@@ -1,4 +1,4 @@
-"""Which environment a prompt is played in, and the settings each environment receives."""
+"""The environment of prompts that name none, and the settings that each environment receives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skyrl_train.config.settings import EnvSettings, as_settings
 class Text2SQLConfig(Section, at="environment.skyrl_gym.text2sql"):
     """Settings of the text2sql environment."""
 
-    db_path: str = "/home/ray/default/sql_data"  # root folder of the SQL data bases
+    db_path: str = "/home/ray/default/sql_data"  # root folder of the SQL databases
 
 
 @dataclass
@@ -38,7 +38,7 @@ class SearchConfig(Section, at="environment.skyrl_gym.search"):
 
 @dataclass
 class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
-    """Settings per environment id. Ids of your own are free: environment.skyrl_gym.my_env.difficulty=3."""
+    """Settings per environment id. Any id may be used: environment.skyrl_gym.my_env.difficulty=3."""
 
     takes_any_key: ClassVar[bool] = True
 
@@ -55,7 +55,7 @@ class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
 class EnvironmentConfig(Section, at="environment"):
     """The environments."""
 
-    env_class: str = "gsm8k"  # id of the environment of rows that name none
+    env_class: str = "gsm8k"  # id of the environment for rows that name none
     skyrl_gym: SkyRLGymConfig = field(default_factory=SkyRLGymConfig)
 
     def rules(self) -> Iterator[Problem]:
@@ -64,7 +64,7 @@ class EnvironmentConfig(Section, at="environment"):
 
 
 def env_config_for(environment: EnvironmentConfig, env_id: str) -> EnvSettings:
-    """The settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
+    """Return the settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
     for section in (environment.skyrl_gym, environment):
         settings = vars(section).get(env_id)
         if isinstance(settings, dict) or is_section(settings):

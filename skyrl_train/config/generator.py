@@ -1,4 +1,4 @@
-"""How episodes are played: the engine, sampling, turns, limits."""
+"""Settings of episodes: the engine, sampling, turns, limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skyrl_train.config.section import Section
 
 @dataclass
 class SamplingConfig(Section, at="generator.sampling_params"):
-    """How the policy's replies are sampled."""
+    """Settings of sampling the policy's replies."""
 
     max_generate_length: int = 1024  # new tokens of one turn at most
     min_tokens: int = 1  # end-of-sequence tokens and stop strings count only from here on
@@ -46,7 +46,7 @@ class SamplingConfig(Section, at="generator.sampling_params"):
 
 @dataclass
 class EvalSamplingConfig(SamplingConfig, at="generator.eval_sampling_params"):
-    """How replies are sampled in evaluation."""
+    """Settings of sampling in evaluation."""
 
     max_generate_length: int = II("generator.sampling_params.max_generate_length")  # follows sampling_params
     temperature: float = 0.0  # greedy
@@ -54,11 +54,11 @@ class EvalSamplingConfig(SamplingConfig, at="generator.eval_sampling_params"):
 
 @dataclass
 class ChatTemplateConfig(Section, at="generator.chat_template"):
-    """The chat template, where the tokenizer's own is not wanted."""
+    """The chat template, if another than the tokenizer's own is wanted."""
 
     source: str = "name"  # file: name_or_path is a Jinja file
     name_or_path: str | None = None  # null is the tokenizer's own template
-    keep_thinking: bool = False  # earlier turns stay as the model read them where the template edits thinking marks
+    keep_thinking: bool = False  # keep the thinking marks of earlier turns, also where the template edits them
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("source", ("name", "file"))
@@ -74,7 +74,7 @@ class ChatTemplateConfig(Section, at="generator.chat_template"):
 
 @dataclass
 class GeneratorConfig(Section, at="generator"):
-    """The engine and the episodes it plays in."""
+    """The engine, and the episodes in which it samples."""
 
     n_samples_per_prompt: int = 5  # episodes per prompt: the group
     batched: bool = False  # all prompts of a step at once, one turn each; the torch engine always does

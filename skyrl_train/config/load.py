@@ -1,4 +1,4 @@
-"""From the command line, or from what Hydra composed, to the typed and checked tree."""
+"""Load the typed and checked tree from the command line, or from a configuration that Hydra composed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Root = TypeVar("Root", bound=SkyRLConfig)
 
 
 def load_config(overrides: Sequence[str], root: type[Root] = SkyRLConfig) -> Root:  # ty: ignore[invalid-parameter-default]
-    """The tree after overrides in Hydra's grammar (`trainer.epochs=2`).
+    """Return the tree after overrides in Hydra's grammar (`trainer.epochs=2`).
 
     `+key=value` is the same as `key=value` where the tree has the key, else a key of the user's own, which only the
     user's code reads. Every problem is reported in one ConfigError, which ends with the corrected command.
@@ -28,7 +28,7 @@ def load_config(overrides: Sequence[str], root: type[Root] = SkyRLConfig) -> Roo
 
 
 def validate_cfg(config: DictConfig | SkyRLConfig, root: type[SkyRLConfig] = SkyRLConfig) -> SkyRLConfig:
-    """The typed, resolved and checked tree of a configuration that Hydra composed or that was made by hand.
+    """Return the typed, resolved and checked tree of a configuration that Hydra composed or that was made by hand.
 
     Keys that the tree does not have are the user's own (+my.key=value), unless they look like one that it has.
     """
@@ -45,5 +45,5 @@ def validate_cfg(config: DictConfig | SkyRLConfig, root: type[SkyRLConfig] = Sky
 
 
 def is_resolved(config: object) -> TypeGuard[SkyRLConfig]:
-    """Whether this is a typed tree in which no value waits for another ("${trainer.max_prompt_length}")."""
+    """Return whether this is a typed tree without an unresolved value ("${trainer.max_prompt_length}")."""
     return isinstance(config, SkyRLConfig) and not any(is_interpolation(value) for _, value in leaves(config))

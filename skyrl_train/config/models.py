@@ -1,4 +1,4 @@
-"""The policy, the reference and the critic: which weights, how they are optimised, how they are spread."""
+"""Settings of the policy and the reference: their weights, adapters and optimizer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LORA_STARTS = ("kaiming", "xavier", "normal")
 
 @dataclass
 class LoraConfig(Section, at="trainer.policy.model.lora"):
-    """Adapters instead of full fine-tuning: only they are trained, the model itself stays as it is."""
+    """Adapters instead of full fine-tuning: only the adapters are trained, the model itself does not change."""
 
     rank: int = 0  # rank of the adapters; 0 is full fine-tuning
     alpha: int = 16  # the adapters' product is multiplied by alpha / rank
     dropout: float = 0.0  # dropout on the adapters' input; only 0 is possible
     target_modules: Any = "all-linear"  # layers that get an adapter: "all-linear" (all but the output head) or names
-    exclude_modules: Any = None  # names of layers that get none all the same; a name is a whole one or its last parts
+    exclude_modules: Any = None  # names of layers that get no adapter; a name may be the last parts of the full name
     init_method: str = "kaiming"  # how A starts: kaiming or xavier, or normal with deviation 1 / rank; B starts at 0
 
     def rules(self) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The key that was probably meant."""
+"""Find the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skyrl_train.config.synonyms import SYNONYMS, keeps_value, squeezed
 
 
 def unknown_key(key: str, value: Any, known: Sequence[str]) -> Problem:
-    """Say that there is no such key, and which of the known ones was probably meant."""
+    """Return the problem of an unknown key; it names the known key that was probably meant."""
     near = nearest_keys(key, known)
     if near:
         can_be_pasted = keeps_value(key) and not isinstance(value, Mapping)
@@ -27,7 +27,7 @@ def unknown_key(key: str, value: Any, known: Sequence[str]) -> Problem:
 
 
 def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
-    """Up to two known keys: with the same last name in a section that is shared, by a synonym, by name, or alike.
+    """Return up to two known keys: by the last name in a common section, by synonym, or by similar spelling.
 
     generator.temperature -> generator.sampling_params.temperature, generator.eval_sampling_params.temperature
     learning_rate -> trainer.policy.optimizer_config.lr
@@ -47,6 +47,6 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
 
 
 def shared_sections(key: str, other: str) -> float:
-    """How many sections two keys share, then how alike they look."""
+    """Return the number of sections that two keys share, plus the similarity of their spelling (0 to 1)."""
     mine, theirs = set(key.split(".")[:-1]), set(other.split(".")[:-1])
     return len(mine & theirs) + difflib.SequenceMatcher(None, key, other).ratio()

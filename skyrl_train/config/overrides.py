@@ -1,4 +1,4 @@
-"""Overrides as one types them (`trainer.epochs=2`, Hydra's grammar), and the tree that they give."""
+"""Parse overrides in Hydra's grammar (`trainer.epochs=2`) and build the tree that they describe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Root = TypeVar("Root", bound=Section)
 
 
 def tree_of(overrides: Sequence[str], root: type[Root]) -> Root:
-    """The checked tree, or a ConfigError that holds every problem and ends with the corrected command."""
+    """Return the checked tree, or raise a ConfigError with every problem that ends with the corrected command."""
     try:
         return with_overrides(overrides, root)
     except ConfigError as error:
@@ -26,12 +26,12 @@ def tree_of(overrides: Sequence[str], root: type[Root]) -> Root:
 
 
 def paste(overrides: Sequence[str], root: type[Section]) -> str:
-    """The end of a refusal: the command that would start, or nothing where none is known."""
+    """Return the end of a refusal: the command that would start, or nothing if none is known."""
     return advice_to_paste(overrides, lambda texts: with_overrides(texts, root))
 
 
 def with_overrides(overrides: Sequence[str], root: type[Root]) -> Root:
-    """The checked tree, or a ConfigError that holds every problem."""
+    """Return the checked tree, or raise a ConfigError with every problem."""
     parser = OverridesParser.create()
     settings: list[tuple[str, Any]] = []
     problems: list[Problem] = []
@@ -46,7 +46,7 @@ def with_overrides(overrides: Sequence[str], root: type[Root]) -> Root:
 
 
 def parsed_override(parser: OverridesParser, text: str) -> tuple[str, Any] | Problem:
-    """`a.b=1` as ("a.b", 1), or what is wrong with it."""
+    """Return `a.b=1` as ("a.b", 1), or the problem with it."""
     if text.startswith("-"):
         return Problem(
             text, NO_VALUE, "is not understood; settings are written key=value (`python -m skyrl_train.config`)"

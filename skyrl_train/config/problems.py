@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration, in words: one problem of one key, and the error that holds all of them."""
+"""Problems of a configuration, in words: one problem of one key, and the error that holds all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Problem:
     fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `key` are dropped
 
     def under(self, section: str) -> Problem:
-        """The same problem, seen from the section that holds it."""
+        """Return the same problem with its key as seen from the section above."""
         return replace(self, key=".".join(filter(None, (section, self.key))))
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 
 def written(key: str, value: Any) -> str:
-    """`key=value` as Hydra's grammar reads it back."""
+    """Return `key=value` in the form in which Hydra's grammar reads it."""
     text = shown(value)
     if isinstance(value, str) and not (value and all(letter.isalnum() or letter in "_-./:+" for letter in value)):
         text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -50,7 +50,7 @@ def written(key: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """Return a value in the form in which it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -15,7 +15,7 @@ from skyrl_train.config.refused import reason_against
 from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_section
 
-# What most runs set, in the order in which one thinks of it.
+# The keys that most runs set, in the order in which a run is planned.
 MOST_USED = (
     "trainer.policy.model.path",
     "data.train_data",
@@ -56,24 +56,24 @@ class Entry:
     refusal: str | None = None  # why the key may only keep its default
 
     def matches(self, words: str) -> bool:
-        """Whether each of the words is one of the words of the key or of its meaning."""
+        """Return whether each of the words is a word of the key or of its meaning."""
         return words_of(words) <= words_of(f"{self.key} {self.meaning}")
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text or a key, in lower case and in the singular: "Steps of a batch" -> {step, of, a, batch}."""
+    """Return the words of a text or key in lower case and singular: "Steps of a batch" -> {step, of, a, batch}."""
     words = re.findall(r"[^\W_]+", text.lower())
     return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
 
 
 def entries(root: type) -> list[Entry]:
-    """One entry per key that does something: the most used first, the others in the order of the tree."""
+    """Return one entry per key that does something: the most used first, the others in the order of the tree."""
     found = {entry.key: entry for entry in section_entries(root(), "")}
     return [found.pop(key) for key in MOST_USED if key in found] + list(found.values())
 
 
 def refused_entries() -> list[Entry]:
-    """One entry per key that may only keep its default."""
+    """Return one entry per key that may only keep its default."""
     return [Entry(key, shown(row.default), row.meaning, reason_against(key)) for key, row in ROWS.items()]
 
 
@@ -87,7 +87,7 @@ def section_entries(section: Any, prefix: str) -> Iterator[Entry]:
 
 
 def meaning_of(section: type, name: str) -> str:
-    """The comment beside the field, or above it; a subclass that says nothing means what its parent says."""
+    """Return the comment beside the field or above it, else that of the parent class."""
     for cls in section.__mro__:
         if name in vars(cls).get("__annotations__", {}):
             comment = comments(cls).get(name, "")

@@ -1,4 +1,4 @@
-"""Why a key may only keep its default: one reason per key or section, and what to set instead.
+"""Reasons why a key may only keep its default, one per key or section, and the settings to use instead.
 
 They are SkyRL's keys (refused_rows.py). Whoever sets one reads a reason and not just "unknown".
 """
@@ -122,7 +122,7 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
 
 
 def reason_against(key: str) -> str | None:
-    """Why this key, or the section it lies in, does nothing."""
+    """Return why this key, or the section it lies in, does nothing; None if it does something."""
     return next((reason for prefix, reason in REFUSED.items() if lies_in(key, prefix)), None)
 
 
@@ -131,19 +131,20 @@ def lies_in(key: str, prefix: str) -> bool:
 
 
 def instead_of(key: str, value: Any) -> tuple[str, ...]:
-    """The settings (key=value) that do what this refused one was meant to do."""
+    """Return the settings (key=value) that do what this refused one was meant to do."""
     return INSTEAD.get(key, lambda _: ())(value)
 
 
 def default_of(key: str) -> Any:
-    """The only value that a refused key can have; NO_VALUE for a key that has no row."""
+    """Return the only value that a refused key can have, or NO_VALUE for a key that has no row."""
     return ROWS[key].default if key in ROWS else NO_VALUE
 
 
 def moved(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The refused keys that would lose their default if `key` were set; each key of a mapping given for a section.
+    """Return the refused keys, with their values, that would lose their default if `key` were set to `value`.
 
-    A default that follows another key ("${a.b}") is not compared: only the whole tree knows it.
+    A mapping for a section sets each of its keys. A default that follows another key ("${a.b}") is not compared,
+    because only the whole tree knows it.
     """
     if is_section(key) and isinstance(value, Mapping):
         for name, item in value.items():
@@ -155,7 +156,7 @@ def moved(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def row_of(key: str) -> str | None:
-    """The row that the key is, or in whose mapping it lies.
+    """Return the row of the key, or the row in whose mapping it lies; None without one.
 
     generator.engine_init_kwargs.max_model_len -> generator.engine_init_kwargs
     """
@@ -169,5 +170,5 @@ def rows_below(section: str) -> list[str]:
 
 
 def is_section(key: str) -> bool:
-    """Whether this is a section all of whose keys are refused, such as trainer.placement."""
+    """Return whether all keys of this section are refused, as those of trainer.placement are."""
     return reason_against(key) is not None and bool(rows_below(key))

@@ -1,6 +1,6 @@
 """SkyRL's keys that may only keep their default: one row each, and no field of any section.
 
-Whoever reads one, as SkyRL's examples do, gets the one value that it can have. The reasons stand in refused.py.
+Code that reads one, as SkyRL's examples do, gets the one value that it can have. The reasons are in refused.py.
 """
 
 from __future__ import annotations

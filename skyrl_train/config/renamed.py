@@ -20,7 +20,7 @@ KNOWN = {field.name for field in fields(GeneratorConfig)} | {key.partition(".")[
 
 
 def renamed(key: str) -> str:
-    """The key of this tree that means the same; the key itself where there is none.
+    """Return the key of this tree that means the same, or the key itself if there is none.
 
     generator.inference_engine.num_engines -> generator.num_inference_engines
     """

@@ -24,7 +24,7 @@ from skyrl_train.config.validation import advice, problems_across_sections
 
 @dataclass
 class SkyRLConfig(Section, at=""):
-    """Everything a run can be told. An integration adds its section to `environment` in a subclass."""
+    """All settings of a run. An integration adds its section to `environment` in a subclass."""
 
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -33,13 +33,13 @@ class SkyRLConfig(Section, at=""):
 
     @classmethod
     def from_dict_config(cls, config: DictConfig | Mapping[str, Any]) -> Self:
-        """The typed tree of what Hydra composed; keys that are left out keep their defaults."""
+        """Return the typed tree of a configuration that Hydra composed; keys that are left out keep their defaults."""
         settings: Any = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
         return build(cls, settings.items())
 
     @classmethod
     def from_cli_overrides(cls, args: Sequence[str] | Mapping[str, Any]) -> Self:
-        """The tree after overrides: ["trainer.epochs=2"] or {"trainer.epochs": 2}. Refusals end with what to paste."""
+        """Return the tree after overrides: ["trainer.epochs=2"] or {"trainer.epochs": 2}."""
         texts = [written(key, value) for key, value in args.items()] if isinstance(args, Mapping) else list(args)
         return tree_of(texts, cls).advised()
 
@@ -56,7 +56,7 @@ class SkyRLConfig(Section, at=""):
             yield from problems_across_sections(self.data, self.trainer, self.generator)
 
     def advised(self) -> Self:
-        """This tree, after a warning about each setting that is allowed but seldom meant."""
+        """Return this tree, after a warning about each setting that is allowed but rarely intended."""
         for sentence in advice(self.data, self.trainer, self.generator):
             logger.warning(sentence)
         return self

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: rules that are checked when it comes into being, and its keys."""
+"""The base class of every section of the configuration: rules checked at construction, and access to its keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECTIONS: dict[str, type[Section]] = {}  # "trainer.policy" -> PolicyConfig; su
 
 
 class _Kind(type):
-    """The type of sections: a refused key may be given to the constructor, too, as long as it has its default."""
+    """The metaclass of sections: their constructors also accept a refused key, as long as it has its default."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         key = getattr(cls, "section_key", "")
@@ -50,15 +50,15 @@ class Section(metaclass=_Kind):
             raise ConfigError(problems)
 
     def problems(self) -> list[Problem]:
-        """The broken rules of this section alone, after its values were settled."""
+        """Return the broken rules of this section alone, after its values were normalised by `settle`."""
         self.settle()
         return [] if any(is_interpolation(value) for value in vars(self).values()) else list(self.rules())
 
     def settle(self) -> None:
-        """Bring values into the form that everyone below reads."""
+        """Normalise values into the form that all readers expect."""
 
     def rules(self) -> Iterator[Problem]:
-        """What is wrong with this section."""
+        """Return what is wrong with this section."""
         return iter(())
 
     def problem(self, key: str, says: str, fix: tuple[str, ...] = ()) -> Problem:
@@ -109,13 +109,13 @@ class Section(metaclass=_Kind):
         return f"{self.section_key}.{name}" if self.section_key else name
 
     def _takes(self, name: str) -> bool:
-        """Whether a value of this name may be set: a field, an attribute of the class, a key of the user's own."""
+        """Return whether this name may be set: a field, an attribute of the class, or a key of the user's own."""
         if self.takes_any_key or name.startswith("_") or name in vars(self):
             return True
         return name in getattr(type(self), "__dataclass_fields__", ()) or not callable(getattr(type(self), name, len))
 
     def _refused(self, name: str) -> Any:
-        """The default of a refused key, or its section. NO_VALUE for all else, and for a key that follows another."""
+        """Return the default of a refused key, or its section; NO_VALUE for others and for one that follows another."""
         key = self._key_of(name)
         if refused.is_section(key):
             return RefusedSection.at(key)
@@ -134,14 +134,14 @@ class Section(metaclass=_Kind):
             yield self.problem(key, "must be one of " + ", ".join(shown(choice) for choice in choices))
 
     def within(self, low: float, high: float, *keys: str) -> Iterator[Problem]:
-        """Both ends included."""
+        """Return a problem for each key outside [low, high]."""
         for key in keys:
             if not low <= getattr(self, key) <= high:
                 yield self.problem(key, f"must be from {low} to {high}")
 
 
 class RefusedSection(Section):
-    """A section of SkyRL's all of whose keys are refused: cfg.trainer.placement.colocate_all is read, and not set."""
+    """A section of SkyRL's with refused keys only: cfg.trainer.placement.colocate_all can be read but not changed."""
 
     @classmethod
     def at(cls, key: str) -> RefusedSection:
@@ -151,14 +151,14 @@ class RefusedSection(Section):
 
 
 def refusal(key: str, value: Any) -> Problem:
-    """Why a refused key cannot have this value, and what to set instead."""
+    """Return the problem of a refused key with this value: the reason, and the settings to use instead."""
     reason = refused.reason_against(key)
     assert reason is not None
     return Problem(key, value, reason, refused.instead_of(key, value))
 
 
 def known_keys(section: Section) -> list[str]:
-    """Every key that does something, and those that a subclass of the user's added to this section."""
+    """Return every key that does something, and those that a user's subclass added to this section."""
     keys = [section._key_of(name) for name in vars(section) if not is_section(vars(section)[name])]
     for at, cls in _SECTIONS.items():
         named = (f"{at}.{field.name}" if at else field.name for field in fields(cls))  # ty: ignore[invalid-argument-type]
@@ -171,12 +171,12 @@ def is_interpolation(value: Any) -> bool:
 
 
 def is_section(value: Any) -> bool:
-    """A Section, or any other dataclass, which an integration may put into the tree."""
+    """Return whether this is a Section or any other dataclass; an integration may put one into the tree."""
     return is_dataclass(value) and not isinstance(value, type)
 
 
 def subsections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The section and every section below it with its path, depth first, children before their parents."""
+    """Return the section and every section below it with its path, children before their parents."""
     for name, value in vars(section).items():
         if is_section(value):
             yield from subsections(value, f"{prefix}.{name}" if prefix else name)

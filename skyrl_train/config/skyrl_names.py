@@ -1,4 +1,4 @@
-"""Names under which SkyRL's users know parts of the configuration, and its way to a root class of one's own."""
+"""Names that SkyRL's users know, and `make_config`, which builds a root class with sections of their own."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SamplingParams = SamplingConfig
 
 
 class PlacementConfig(RefusedSection):
-    """Which GPUs hold which model."""
+    """The GPUs of each model."""
 
     section_key = "trainer.placement"
 
 
 class FSDPConfig(RefusedSection):
-    """How a model is sharded over GPUs."""
+    """The sharding of a model over GPUs."""
 
     section_key = "trainer.policy.fsdp_config"
 
@@ -38,7 +38,7 @@ class CriticConfig(RefusedSection):
 
 
 class DynamicSamplingConfig(RefusedSection):
-    """Sampling until enough prompts have rewards that differ (DAPO)."""
+    """Sampling until enough prompts have different rewards (DAPO)."""
 
     section_key = "trainer.algorithm.dynamic_sampling"
 
@@ -54,7 +54,7 @@ def make_config(
     trainer_cls: type[TrainerConfig] | None = None,
     generator_cls: type[GeneratorConfig] | None = None,
 ) -> type[SkyRLConfig]:
-    """A root class with sections of the user's own, subclasses of ours. `trainer_cls` wins over `algorithm_cls`.
+    """Return a root class with the user's subclasses of our sections. `trainer_cls` wins over `algorithm_cls`.
 
     MyConfig = make_config(algorithm_cls=MyAlgorithmConfig); cfg = MyConfig.from_cli_overrides(sys.argv[1:])
     """
@@ -65,16 +65,16 @@ def make_config(
 
 
 def get_config_as_dict(cfg: Any) -> dict[str, Any]:
-    """The whole configuration as plain nested dictionaries."""
+    """Return the whole configuration as plain nested dictionaries."""
     return nested(cfg)
 
 
 def get_config_as_yaml_str(cfg: Any) -> str:
-    """The whole configuration as YAML."""
+    """Return the whole configuration as YAML."""
     return to_yaml(cfg)
 
 
 def _with(base: Any, name: str, **sections: type) -> Any:
-    """A subclass of a section in which these fields have another class."""
+    """Return a subclass of a section in which these fields have another class."""
     body: dict[str, Any] = {key: field(default_factory=cls) for key, cls in sections.items()}
     return dataclass(type(name, (base,), {**body, "__annotations__": sections, "__module__": base.__module__}))

@@ -1,8 +1,8 @@
-"""What other trainers call a key: to name the right one when an unknown key is given."""
+"""Names that other trainers use for a key, to suggest the right one when an unknown key is given."""
 
 from __future__ import annotations
 
-# What other trainers call a key. The value can be taken over as it is.
+# Key -> names that other trainers use for it. The value can be copied unchanged.
 SAME_THING: dict[str, str] = {
     "trainer.train_batch_size": "batch_size prompts_per_step rollout_batch_size",
     "trainer.policy_mini_batch_size": "mini_batch_size ppo_mini_batch_size",
@@ -40,7 +40,7 @@ SAME_THING: dict[str, str] = {
     "environment.env_class": "env env_name env_id",
     "environment.skyrl_gym.max_env_workers": "num_workers num_envs",
 }
-# What other trainers count or name otherwise: the key says the same, but with another value.
+# Key -> names for a related setting in another unit: the value cannot be copied.
 OTHER_VALUE: dict[str, str] = {
     "trainer.epochs": "steps num_steps max_steps total_steps training_steps",
     "trainer.device": "gpus num_gpus n_gpus gpu cuda",
@@ -51,7 +51,7 @@ OTHER_VALUE: dict[str, str] = {
 
 
 def squeezed(name: str) -> str:
-    """A name without what people forget: learning-rate, learningRate and learning_rate are one."""
+    """Return a name without case, dashes and underscores: learning-rate, learningRate and learning_rate become one."""
     return name.lower().replace("_", "").replace("-", "")
 
 
@@ -64,5 +64,5 @@ NOT_TO_PASTE = _by_word(OTHER_VALUE).keys()
 
 
 def keeps_value(key: str) -> bool:
-    """Whether the value given to an unknown key may be given to the nearest one: `steps=100` is not `epochs=100`."""
+    """Return whether the value of an unknown key may be given to the nearest key: `steps=100` is not `epochs=100`."""
     return squeezed(key.rpartition(".")[2]) not in NOT_TO_PASTE

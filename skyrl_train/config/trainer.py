@@ -1,4 +1,4 @@
-"""The loop: how many prompts per step, how long, where it runs, what it saves and where it reports."""
+"""Settings of the training loop: prompts per step, duration, device, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TrainerConfig(Section, at="trainer"):
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a pass where no memory plan has chosen."""
+        """Tokens of a pass if no memory plan has set them."""
         return 8192 if self.max_tokens_per_microbatch is None else self.max_tokens_per_microbatch
 
     @property
@@ -71,7 +71,7 @@ class TrainerConfig(Section, at="trainer"):
 
     @property
     def reference_is_base(self) -> bool:
-        """The reference policy is the model that the policy starts from."""
+        """Whether the reference policy is the model that the policy starts from."""
         policy = self.policy
         return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
 

@@ -18,7 +18,7 @@ from skyrl_train.config.section import is_interpolation, refusal
 
 @cache
 def typed_defaults(root: type) -> DictConfig:
-    """The defaults of a root class. Made once, not to be changed: OmegaConf takes seven times as long as for a copy."""
+    """Return the defaults of a root class. Copy before you change it; a copy takes a seventh of the time."""
     tree = OmegaConf.structured(root)
     for key, node in _nodes():
         parent, _, name = key.rpartition(".")
@@ -30,7 +30,7 @@ def typed_defaults(root: type) -> DictConfig:
 
 
 def _nodes() -> Iterator[tuple[str, Any]]:
-    """Each refused key with a node of OmegaConf that converts and checks values of the key's type."""
+    """Return each refused key with a node of OmegaConf that converts and checks values of the key's type."""
     rows = [
         (f"row{number}", row.type, field(default_factory=partial(copy.copy, row.default)))
         for number, row in enumerate(ROWS.values())
@@ -40,7 +40,7 @@ def _nodes() -> Iterator[tuple[str, Any]]:
 
 
 def _section(tree: DictConfig, key: str) -> DictConfig:
-    """The section at this key; made where every key of it is refused."""
+    """Return the section at this key; create it if all of its keys are refused."""
     section = tree
     for name in key.split("."):
         if name not in section:
@@ -52,7 +52,7 @@ def _section(tree: DictConfig, key: str) -> DictConfig:
 
 
 def changed_rows(tree: DictConfig, defaults: Any) -> Iterator[Problem]:
-    """The refused keys of a tree that do not have their default, or whose value leads nowhere.
+    """Return a problem for each refused key that has not its default, or whose value cannot be resolved.
 
     defaults: an instance of the root class; a key that is a field there is checked with the other fields.
     """
@@ -86,7 +86,7 @@ def _plain(tree: DictConfig, key: str) -> Any:
 
 
 def _text(tree: DictConfig, key: str) -> Any:
-    """The value as it was written, interpolations unresolved."""
+    """Return the value with interpolations unresolved."""
     parent, _, name = key.rpartition(".")
     section: Any = OmegaConf.to_container(OmegaConf.select(tree, parent), resolve=False)
     return section[name]

@@ -1,4 +1,4 @@
-"""SkyRL's two ways in through Hydra: the default configuration, and a folder for @hydra.main."""
+"""Entry points for Hydra users, as in SkyRL: the default configuration, and a folder for @hydra.main."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ ConfigStore.instance().store(
 
 
 def get_default_config() -> DictConfig:
-    """The defaults as a DictConfig that knows its types."""
+    """Return the defaults as a DictConfig that checks types."""
     return copy.deepcopy(typed_defaults(SkyRLConfig))

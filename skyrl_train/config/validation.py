@@ -1,4 +1,4 @@
-"""Rules that look at several sections at once, and advice that stops nobody."""
+"""Rules that look at several sections at once, and warnings that refuse nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_LORA_LR = 1e-5
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
-    """Every rule that no section can check alone."""
+    """Return the problems that no section can find alone."""
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
     yield from adapter_problems(trainer)
@@ -96,7 +96,7 @@ def has_wandb_key() -> bool:
 
 
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
-    """What is allowed but seldom meant."""
+    """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
     if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
