@@ -40,8 +40,8 @@ class Prompt:
 class Turn:
     """One engine call: the tokens it was given, the tokens it sampled, and the reward that the environment paid.
 
-    `prompt_ids` is everything the engine saw, earlier turns included. `observation_ids` is what the environment (and
-    the chat template) put behind the reply; it is empty after the last turn.
+    `prompt_ids` holds everything the engine saw, earlier turns included. `observation` holds the messages with which
+    the environment answered the reply.
     """
 
     prompt_ids: list[int]

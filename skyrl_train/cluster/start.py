@@ -21,8 +21,7 @@ def initialize_ray(cfg: DictConfig | SkyRLConfig | None = None) -> None:
 
     Ray sets the number of threads of a task with num_cpus=1 to one, and the run computes in that task.
     """
-    import ray
-
+    ray = import_ray()
     if ray.is_initialized():
         return
     functions = registered_by_users()
@@ -42,13 +41,28 @@ def initialize_ray(cfg: DictConfig | SkyRLConfig | None = None) -> None:
 
 def skyrl_entrypoint(experiment: type) -> Any:
     """SkyRL's Ray task: `ray.get(skyrl_entrypoint.remote(cfg))` builds the experiment in a worker and runs it."""
-    import ray
+    ray = import_ray()
 
     @ray.remote(num_cpus=1)
     def skyrl_entrypoint(cfg: Any) -> None:
         experiment(cfg).run()
 
     return skyrl_entrypoint
+
+
+def import_ray() -> Any:
+    """Return the module. Raise an ImportError that names the extra where Ray is not installed."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ModuleNotFoundError(
+            "this main runs inside a Ray task, and Ray is not installed: uv sync --inexact --extra cluster "
+            "(pip install 'skyrl[cluster]'); python -m skyrl_train.entrypoints.main_base needs no Ray",
+            name="ray",
+        ) from None
+    return ray
 
 
 def registered_by_users() -> tuple[Functions, Functions]:

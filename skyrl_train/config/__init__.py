@@ -1,4 +1,4 @@
-"""Every option once: dataclasses with type, default, meaning and rule, and the functions that load and check them."""
+"""Hold every option once, as dataclasses with type, default, meaning and rule; load and check them."""
 
 from skyrl_train.config.algorithm import (
     ADVANTAGE_ESTIMATORS,
@@ -6,7 +6,6 @@ from skyrl_train.config.algorithm import (
     AlgorithmConfig,
     CISPOConfig,
     ClipCovConfig,
-    DynamicSamplingConfig,
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
@@ -17,19 +16,23 @@ from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRL
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
 from skyrl_train.config.load import is_resolved, load_config, validate_cfg
 from skyrl_train.config.models import (
-    CriticConfig,
-    FSDPConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
     RefConfig,
 )
+from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
-from skyrl_train.config.section import ConfigError, Problem, Section
+from skyrl_train.config.section import Section
 from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
+    CriticConfig,
+    DynamicSamplingConfig,
+    FSDPConfig,
+    FullyAsyncConfig,
+    PlacementConfig,
     SamplingParams,
     SkyRLLoraConfig,
     SkyRLTrainConfig,
@@ -37,7 +40,7 @@ from skyrl_train.config.skyrl_names import (
     get_config_as_yaml_str,
     make_config,
 )
-from skyrl_train.config.trainer import FullyAsyncConfig, PlacementConfig, TrainerConfig
+from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import differences, to_flat_dict, to_yaml
 from skyrl_train.config.utils import config_dir, get_default_config
 

@@ -1,27 +1,60 @@
-"""`python -m skyrl_train.config [--search WORD]`: every key with its default and its meaning."""
+"""Print the keys with their defaults and meanings: `python -m skyrl_train.config [--search WORD ...] [--all]`."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 
-from skyrl_train.config.reference import Entry, entries
+from skyrl_train.config.reference import MOST_USED, Entry, entries, refused_entries
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.console import lasting_output
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m skyrl_train.config", description=__doc__)
-    parser.add_argument("--search", metavar="WORD", default="", help="only keys whose name or meaning holds WORD")
-    word = parser.parse_args(arguments).search
-    rows = [entry for entry in entries(SkyRLConfig) if entry.matches(word)]
+    parser = argparse.ArgumentParser(
+        prog="python -m skyrl_train.config",
+        description="Print every key that does something, with its default and meaning, the most used first.",
+    )
+    parser.add_argument(
+        "--search", metavar="WORD", nargs="+", default=[], help="only keys in whose name or meaning all words stand"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="also the keys of SkyRL that may only keep their default, with the reason"
+    )
+    options = parser.parse_args(arguments)
+    words = " ".join(options.search)
     with lasting_output():
-        print("\n".join(map(as_text, rows)) if rows else f"no key or meaning holds {word!r}")
-    return 0 if rows else 1
+        print(table(words, with_refused=options.all))
+    return 0 if found(words, with_refused=options.all) else 1
+
+
+def found(words: str, *, with_refused: bool) -> list[Entry]:
+    """The entries that match the words; all where there are none."""
+    rows = entries(SkyRLConfig) + (refused_entries() if with_refused else [])
+    return [entry for entry in rows if entry.matches(words)]
+
+
+def table(words: str, *, with_refused: bool) -> str:
+    """Return what the command prints: the entries under headings, or where else to look when there are none."""
+    rows = found(words, with_refused=with_refused)
+    if not rows:
+        refused = [] if with_refused else found(words, with_refused=True)
+        hint = f"; --all shows {len(refused)} that may only keep their default" if refused else ""
+        return f"no key that does something has {words!r} in its name or meaning{hint}"
+    sections: dict[str, list[str]] = {}
+    for entry in rows:
+        sections.setdefault(heading_of(entry), []).append(as_text(entry))
+    return "\n\n".join("\n".join([f"# {heading}", *texts]) for heading, texts in sections.items())
+
+
+def heading_of(entry: Entry) -> str:
+    if entry.refusal:
+        return "only these values are possible"
+    return "most used" if entry.key in MOST_USED else f"other keys of {entry.key.partition('.')[0]}"
 
 
 def as_text(entry: Entry) -> str:
-    refusal = f" (only this value: another one {entry.refusal})" if entry.refusal else ""
+    refusal = f" (another value {entry.refusal})" if entry.refusal else ""
     meaning = textwrap.fill(entry.meaning + refusal, 116, initial_indent="    ", subsequent_indent="    ")
     return f"{entry.key}={entry.default}\n{meaning}"
 

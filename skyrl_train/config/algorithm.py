@@ -1,11 +1,12 @@
-"""How rewards become advantages and advantages become a loss."""
+"""Settings of advantages, losses, KL and entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from skyrl_train.config.section import Problem, Section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section
 
 OWN_ESTIMATORS = ("grpo", "rloo", "reinforce++", "gae")
 OWN_LOSSES = (
@@ -19,7 +20,7 @@ UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_samplin
 
 
 @dataclass
-class KLCtrlConfig(Section):
+class KLCtrlConfig(Section, at="trainer.algorithm.kl_ctrl"):
     """The weight of the KL penalty in the reward."""
 
     type: str = "fixed"  # fixed: kl_loss_coef stays; adaptive: it moves towards kl_target
@@ -34,8 +35,8 @@ class KLCtrlConfig(Section):
 
 
 @dataclass
-class OffPolicyCorrectionConfig(Section):
-    """What to do where the engine's probabilities differ from the learner's: weigh tokens, or drop sequences."""
+class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correction"):
+    """Corrections where the engine's probabilities differ from the learner's: token weights, or dropped sequences."""
 
     tis_ratio_type: str | None = None  # truncated importance weights per token or per sequence; null: none
     token_tis_ratio_clip_high: float = 2.0  # cap of a token's weight
@@ -65,8 +66,8 @@ class OffPolicyCorrectionConfig(Section):
 
 
 @dataclass
-class SAPOConfig(Section):
-    """Soft gate of SAPO."""
+class SAPOConfig(Section, at="trainer.algorithm.sapo"):
+    """The soft gate of SAPO."""
 
     tau_pos: float = 1.0  # gate temperature where the advantage is positive
     tau_neg: float = 1.05  # gate temperature elsewhere
@@ -78,17 +79,8 @@ class SAPOConfig(Section):
 
 
 @dataclass
-class DynamicSamplingConfig(Section):
-    """Sampling on until enough prompts have rewards that differ (DAPO)."""
-
-    type: str | None = None  # null, filter or replace
-    max_sample_batches: int = 30  # stop with an error after this many batches; <= 0 is no limit
-    min_replace_ratio: float = 0.3  # replace: share of good prompts needed
-
-
-@dataclass
-class ClipCovConfig(Section):
-    """Which tokens Clip-Cov drops."""
+class ClipCovConfig(Section, at="trainer.algorithm.clip_cov"):
+    """The tokens that Clip-Cov drops."""
 
     clip_ratio: float = 0.0002  # share of tokens to drop, at least one
     clip_cov_lb: float = 1.0  # only tokens with a covariance above this
@@ -101,8 +93,8 @@ class ClipCovConfig(Section):
 
 
 @dataclass
-class KLCovConfig(Section):
-    """Which tokens KL-Cov holds back."""
+class KLCovConfig(Section, at="trainer.algorithm.kl_cov"):
+    """The tokens to which KL-Cov adds a KL penalty."""
 
     kl_cov_frac: float = 0.2  # share of tokens that get the penalty, at least one
     ppo_kl_coef: float = 1.0  # weight of the penalty
@@ -112,8 +104,8 @@ class KLCovConfig(Section):
 
 
 @dataclass
-class CISPOConfig(Section):
-    """Bounds of CISPO's importance weight."""
+class CISPOConfig(Section, at="trainer.algorithm.cispo"):
+    """The bounds of CISPO's importance weight."""
 
     cispo_eps_clip_low: float = 0.0  # the weight is kept above 1 - this
     cispo_eps_clip_high: float = 5.0  # the weight is kept below 1 + this
@@ -123,7 +115,7 @@ class CISPOConfig(Section):
 
 
 @dataclass
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
     advantage_estimator: str = "grpo"  # grpo, rloo, reinforce++, a registered name, or package.module:function
@@ -135,24 +127,18 @@ class AlgorithmConfig(Section):
     use_entropy_loss: bool = False  # subtract the entropy from the loss: a mean over tokens, whatever loss_reduction is
     entropy_loss_coef: float = 0.01  # weight of the entropy
     advantage_batch_normalize: bool = False  # whiten the advantages over the trained tokens of the batch
-    value_head_prefix: str = "value_head"  # name of the critic's linear head
     policy_loss_type: str = "regular"  # a loss by name, a registered name, or package.module:function
     loss_reduction: str = "token_mean"  # of the policy loss: token_mean, sequence_mean or seq_mean_token_sum_norm
     grpo_norm_by_std: bool = True  # divide GRPO advantages by the group's standard deviation (Dr. GRPO: false)
     zero_variance_filter: bool = False  # leave groups whose rewards are all equal out of the loss
-    lambd: float = 1.0  # GAE's lambda
     gamma: float = 1.0  # discount of later token rewards (reinforce++)
     eps_clip_low: float = 0.2  # the ratio is kept above 1 - this
     eps_clip_high: float = 0.2  # the ratio is kept below 1 + this; DAPO's "clip higher" uses 0.28
     clip_ratio_c: float = 3.0  # dual_clip: bound of the loss where the advantage is negative
-    tis_imp_ratio_cap: float = -1.0  # old name of off_policy_correction.token_tis_ratio_clip_high
-    use_tis: bool = False  # old name of off_policy_correction.tis_ratio_type=token
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
-    value_clip: float | None = 0.2  # how far the critic's value may move; null: plain squared error
-    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
     kl_cov: KLCovConfig = field(default_factory=KLCovConfig)
     cispo: CISPOConfig = field(default_factory=CISPOConfig)
@@ -162,7 +148,7 @@ class AlgorithmConfig(Section):
         yield from self._known("policy_loss_type", POLICY_LOSSES)
         yield from self.one_of("kl_estimator_type", ("k1", "k2", "k3", "abs"))
         yield from self.one_of("loss_reduction", ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"))
-        yield from self.within(0, 1, "gamma", "lambd", "eps_clip_low")
+        yield from self.within(0, 1, "gamma", "eps_clip_low")
         yield from self.at_least(0, "eps_clip_high", "kl_loss_coef", "entropy_loss_coef")
         yield from self.at_least(1, "max_seq_len")
         if self.clip_ratio_c <= 1:

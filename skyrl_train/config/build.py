@@ -1,4 +1,4 @@
-"""From settings, one by one, to a typed tree: every problem is collected before anything is raised."""
+"""Build the typed tree from settings; collect every problem before anything is raised."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import copy
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skyrl_train.config.nearest import nearest_keys
-from skyrl_train.config.refused import reason_against
+from skyrl_train.config import refused
+from skyrl_train.config.nearest import nearest_keys, unknown_key
+from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown, written
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.renamed import SECTION as MOVED_SECTION
 from skyrl_train.config.renamed import renamed
-from skyrl_train.config.section import NO_VALUE, ConfigError, Problem, Section, is_section, shown, subsections, written
+from skyrl_train.config.section import Section, is_section, subsections
 from skyrl_train.config.settings import as_settings, plain_copy
+from skyrl_train.config.synonyms import keeps_value
 from skyrl_train.config.tree import leaves
+from skyrl_train.config.typed import changed_rows, typed_defaults
 
 Root = TypeVar("Root", bound=Section)
 
@@ -29,7 +32,7 @@ def build(
     problems: Iterable[Problem] = (),
     may_add: Callable[[str], bool] = lambda key: False,
 ) -> Root:
-    """The tree of `root` with these settings (`("trainer.epochs", 2)`), all rules checked, or a ConfigError.
+    """Return the checked tree of `root` with these settings (`("trainer.epochs", 2)`), or raise a ConfigError.
 
     may_add: whether a key that the tree does not have is one of the user's own.
     """
@@ -39,18 +42,13 @@ def build(
     for key, value in settings:
         found += assigned(tree, defaults, key, value, may_add)
     config = materialised(tree, typed_defaults(root), defaults, "", found)
+    found += changed_rows(tree, defaults)
     for path, section in subsections(config):
         found += [problem.under(path) for problem in broken_rules(section)]
     if found:
         first_of_each_key = {problem.key: problem for problem in reversed(found)}
         raise ConfigError(reversed(first_of_each_key.values()))
     return config
-
-
-@cache
-def typed_defaults(root: type) -> DictConfig:
-    """Made once: OmegaConf takes seven times as long for it as for a copy."""
-    return OmegaConf.structured(root)
 
 
 def broken_rules(section: Any) -> list[Problem]:
@@ -66,13 +64,16 @@ def broken_rules(section: Any) -> list[Problem]:
 def assigned(
     tree: DictConfig, defaults: Any, key: str, value: Any, may_add: Callable[[str], bool] = lambda key: False
 ) -> list[Problem]:
-    """Set one key, or each key of a mapping given for a section. Returns what stood against it."""
+    """Set one key, or each key of a mapping given for a section. Returns the problems."""
     key = renamed(key)
     if key == MOVED_SECTION and isinstance(value, Mapping):
         return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item, may_add)]
     section, names = defaults, key.split(".")
     for position, name in enumerate(names):
         content = vars(section).get(name, NO_VALUE)
+        path = ".".join(names[: position + 1])
+        if content is NO_VALUE and (path in ROWS or refused.is_section(path)):
+            return set_refused(tree, defaults, key, value)
         if content is NO_VALUE and not getattr(section, "takes_any_key", False):
             return (
                 added(tree, section, key, value, position, defaults)
@@ -80,7 +81,8 @@ def assigned(
                 else [unknown(key, value, defaults)]
             )
         if not is_section(content):
-            return set_leaf(tree, section, key, value, ".".join(names[: position + 1]), defaults)
+            hint = get_type_hints(type(section)).get(name, Any)
+            return set_leaf(tree, hint, key, value, path, defaults)
         section = content
     if isinstance(value, Mapping):
         return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item, may_add)]
@@ -88,20 +90,20 @@ def assigned(
 
 
 def added(tree: DictConfig, section: Any, key: str, value: Any, position: int, defaults: Any) -> list[Problem]:
-    """Set a key of the user's own, which `section` lacks at `position`; not one that looks like a slip of the pen.
+    """Set a key of the user's own, which `section` lacks at `position`; refuse one that looks like a typing error.
 
     A new name beside others is compared with those, a new setting in a known section with every key of the tree.
     """
     names = key.split(".")
     name, is_setting = names[position], position == len(names) - 1 and not isinstance(value, Mapping)
-    if reason_against(key) is not None:
+    if refused.reason_against(key) is not None:
         return [unknown(key, value, defaults)]
     if not all(part.isidentifier() for part in names) or hasattr(type(section), name):
         return [Problem(key, NO_VALUE, f"cannot be a key of your own: {name!r} is no free name; take another one")]
     near = difflib.get_close_matches(name, vars(section), n=1, cutoff=0.85)
     meant = [".".join([*names[:position], other, *names[position + 1 :]]) for other in near]
     if is_setting and not meant:
-        meant = nearest_known(key, defaults)
+        meant = nearest_keys(key, known(defaults))
     if meant:
         return [
             Problem(
@@ -109,36 +111,54 @@ def added(tree: DictConfig, section: Any, key: str, value: Any, position: int, d
                 NO_VALUE,
                 f"looks like {' or '.join(meant)}; write that, or put a key of your own under a name of its own: "
                 f"+my.{names[-1]}={shown(value)}",
-                (written(meant[0], value),) if not isinstance(value, Mapping) else (),
+                (written(meant[0], value),) if keeps_value(key) and not isinstance(value, Mapping) else (),
             )
         ]
     OmegaConf.update(tree, key, plain_copy(value), merge=True, force_add=True)
     return []
 
 
-def set_leaf(tree: DictConfig, section: Any, key: str, value: Any, leaf: str, defaults: Any) -> list[Problem]:
-    """Set the field `leaf`, or, where it is a mapping, the entry `key` in it."""
-    name = leaf.rpartition(".")[2]
-    hint = get_type_hints(type(section)).get(name, Any)
+def set_refused(tree: DictConfig, defaults: Any, key: str, value: Any) -> list[Problem]:
+    """Set a refused key, or each key of a mapping given for a section of them. `changed_rows` then looks at the value.
+
+    With its type, and after interpolations: the default may be set, however it is written.
+    """
+    row = refused.row_of(key)
+    if row is not None:
+        return set_leaf(tree, ROWS[row].type, key, value, row, defaults)
+    if not refused.is_section(key):
+        return [unknown(key, value, defaults)]
+    if isinstance(value, Mapping):
+        return [p for name, item in value.items() for p in assigned(tree, defaults, f"{key}.{name}", item)]
+    names = dict.fromkeys(row[len(key) + 1 :].partition(".")[0] for row in refused.rows_below(key))
+    return [Problem(key, value, f"is a section; set one of its keys: {', '.join(names)}")]
+
+
+def set_leaf(tree: DictConfig, hint: Any, key: str, value: Any, leaf: str, defaults: Any) -> list[Problem]:
+    """Set the key `leaf`, of type `hint`, or, where it is a mapping, the entry `key` in it."""
     if key != leaf and not takes_mapping(hint):
         return [unknown(key, value, defaults)]
     try:
-        OmegaConf.update(tree, key, value, merge=True, force_add=True)
+        is_none = OmegaConf.select(tree, key, throw_on_resolution_failure=False) is None  # nothing to merge with
+        OmegaConf.update(tree, key, value, merge=not is_none, force_add=True)
     except OmegaConfBaseException:
         return [Problem(key, value, f"has the wrong type: expected {expected(hint)}")]
     return []
 
 
 def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str, found: list[Problem]) -> Any:
-    """The node as an object of its section's class, made without checks so that all rules can be asked together.
+    """Return the node as an object of its section's class, made without checks so that all rules are checked together.
 
     Where an interpolation leads nowhere, the resolved default of `standin` takes its place.
     """
     made = object.__new__(type(defaults))
     for name in map(str, node):
-        default = getattr(defaults, name, None)
+        default = vars(defaults).get(name)
+        key = f"{path}{name}"
+        if default is None and name not in vars(defaults) and (key in ROWS or refused.is_section(key)):
+            continue
         if is_section(default):
-            value = materialised(node[name], standin[name], default, f"{path}{name}.", found)
+            value = materialised(node[name], standin[name], default, f"{key}.", found)
         elif name not in vars(defaults) and not getattr(defaults, "takes_any_key", False):
             value = as_settings(plain(node, name))  # the user's own
         else:
@@ -147,9 +167,9 @@ def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str
             except OmegaConfBaseException as error:
                 text = OmegaConf.to_container(node, resolve=False)
                 reason = str(error).splitlines()[0]
-                found.append(Problem(f"{path}{name}", dict(text).get(name), f"cannot be resolved: {reason}"))  # ty: ignore[no-matching-overload]
+                found.append(Problem(key, dict(text).get(name), f"cannot be resolved: {reason}"))  # ty: ignore[no-matching-overload]
                 value = plain(standin, name) if name in standin else None
-        setattr(made, name, value)
+        vars(made)[name] = value
     return made
 
 
@@ -159,25 +179,13 @@ def plain(node: DictConfig, name: str) -> Any:
 
 
 def unknown(key: str, value: Any, defaults: Any) -> Problem:
-    """Why there is no such key, and which was probably meant."""
-    reason = reason_against(key)
-    if reason is not None:
-        return Problem(key, value, reason)
-    near = nearest_known(key, defaults)
-    if near:
-        fix = () if isinstance(value, Mapping) else (written(near[0], value),)
-        return Problem(key, NO_VALUE, f"is not a key of the configuration; did you mean {' or '.join(near)}?", fix)
-    setting = "" if isinstance(value, Mapping) else f"={shown(value)}"
-    return Problem(
-        key,
-        NO_VALUE,
-        f"is not a key of the configuration; a key of your own is written +{key}{setting}, and "
-        "`python -m skyrl_train.config` lists every key",
-    )
+    """Return the problem of a key that does not exist: the reason, or the key that was probably meant."""
+    reason = refused.reason_against(key)
+    return unknown_key(key, value, known(defaults)) if reason is None else Problem(key, value, reason)
 
 
-def nearest_known(key: str, defaults: Any) -> list[str]:
-    return nearest_keys(key, [known for known, _ in leaves(defaults) if reason_against(known) is None])
+def known(defaults: Any) -> list[str]:
+    return [key for key, _ in leaves(defaults) if refused.reason_against(key) is None]
 
 
 def takes_mapping(hint: Any) -> bool:
@@ -189,7 +197,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def expected(hint: Any) -> str:
-    """A type in words: `int | None` is "a whole number or null"."""
+    """Return a type in words: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     lists = {str: "a list of texts such as [a,b]", float: "a list of numbers such as [0.9,0.95]"}
     named = []

@@ -1,4 +1,4 @@
-"""The command that would be accepted: what is refused is dropped or replaced until the configuration is valid."""
+"""Find the command that would be accepted: drop or replace what is refused until the configuration is valid."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.refused import lies_in
 from skyrl_train.config.renamed import renamed
-from skyrl_train.config.section import ConfigError, Problem
 
 MAX_ROUNDS = 8  # a correction may bring up a rule that could not be asked before
 
 
 def corrected(overrides: Sequence[str], check: Callable[[Sequence[str]], object]) -> list[str] | None:
-    """Overrides that `check` accepts: as given, without or with other values for what it refuses.
+    """Return overrides that `check` accepts: those given, without what it refuses or with another value for it.
 
     None if there are none to be found. `check` raises ConfigError.
     """
@@ -35,7 +35,7 @@ def corrected(overrides: Sequence[str], check: Callable[[Sequence[str]], object]
 
 
 def without(problem: Problem, overrides: list[str]) -> list[str]:
-    """The overrides without those that cause the problem, and with what the problem says to set instead."""
+    """Return the overrides without those that cause the problem, and with the settings that it names instead."""
     kept = [text for text in overrides if not _is_about(problem, text)]
     return kept + [setting for setting in problem.fix if setting not in kept]
 
@@ -46,7 +46,7 @@ def _is_about(problem: Problem, override: str) -> bool:
 
 
 def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
-    """The command line of this process with other overrides; the overrides alone where it was not called with them."""
+    """Return the command line of this process with other overrides, or the overrides alone if they were not on it."""
     typed = sys.argv[1:]
     if typed and list(instead_of) == typed and sys.orig_argv[-len(typed) :] == typed:
         return shlex.join([*sys.orig_argv[: -len(typed)], *overrides])
@@ -54,7 +54,7 @@ def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
 
 
 def advice_to_paste(overrides: Sequence[str], check: Callable[[Sequence[str]], object]) -> str:
-    """The end of a refusal: the corrected command, or nothing where no correction is known."""
+    """Return the end of a refusal: the corrected command, or nothing where no correction is known."""
     found = corrected(overrides, check)
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Where the prompts come from."""
+"""The data sets of prompts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from skyrl_train.config.section import Problem, Section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section
 
 
 @dataclass
-class DataConfig(Section):
-    """Data sets: .parquet, .json or .jsonl files, or names on the hub as name[:split]."""
+class DataConfig(Section, at="data"):
+    """The data sets: .parquet, .json or .jsonl files, or names on the hub as name[:split]."""
 
     # Sources of training prompts, one after the other. "~" is the home folder.
     train_data: list[str] = field(default_factory=lambda: ["~/data/gsm8k/train.parquet"])

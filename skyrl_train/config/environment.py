@@ -1,4 +1,4 @@
-"""Which environment a prompt is played in, and the settings each environment receives."""
+"""The environment of prompts that name none, and the settings that each environment receives."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from skyrl_train.config.section import Problem, Section, is_section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section, is_section
 from skyrl_train.config.settings import EnvSettings, as_settings
 
 
 @dataclass
-class Text2SQLConfig(Section):
+class Text2SQLConfig(Section, at="environment.skyrl_gym.text2sql"):
     """Settings of the text2sql environment."""
 
-    db_path: str = "/home/ray/default/sql_data"  # root folder of the SQL data bases
+    db_path: str = "/home/ray/default/sql_data"  # root folder of the SQL databases
 
 
 @dataclass
-class LLMAsAJudgeConfig(Section):
+class LLMAsAJudgeConfig(Section, at="environment.skyrl_gym.llm_as_a_judge"):
     """Settings of the llm_as_a_judge environment."""
 
     model: str = "gpt-4o-mini"  # the judge
@@ -26,7 +27,7 @@ class LLMAsAJudgeConfig(Section):
 
 
 @dataclass
-class SearchConfig(Section):
+class SearchConfig(Section, at="environment.skyrl_gym.search"):
     """Settings of the search environment."""
 
     log_requests: bool = False  # log each retrieval
@@ -36,12 +37,12 @@ class SearchConfig(Section):
 
 
 @dataclass
-class SkyRLGymConfig(Section):
-    """Settings per environment id. Ids of your own are free: environment.skyrl_gym.my_env.difficulty=3."""
+class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
+    """Settings per environment id. Any id may be used: environment.skyrl_gym.my_env.difficulty=3."""
 
     takes_any_key: ClassVar[bool] = True
 
-    max_env_workers: int = 32  # threads for environments that block; 0 runs them in the event loop
+    max_env_workers: int = 32  # threads for environments whose methods block; 0 counts as 1
     text2sql: Text2SQLConfig = field(default_factory=Text2SQLConfig)
     llm_as_a_judge: LLMAsAJudgeConfig = field(default_factory=LLMAsAJudgeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -51,10 +52,10 @@ class SkyRLGymConfig(Section):
 
 
 @dataclass
-class EnvironmentConfig(Section):
+class EnvironmentConfig(Section, at="environment"):
     """The environments."""
 
-    env_class: str = "gsm8k"  # id of the environment of rows that name none
+    env_class: str = "gsm8k"  # id of the environment for rows that name none
     skyrl_gym: SkyRLGymConfig = field(default_factory=SkyRLGymConfig)
 
     def rules(self) -> Iterator[Problem]:
@@ -63,7 +64,7 @@ class EnvironmentConfig(Section):
 
 
 def env_config_for(environment: EnvironmentConfig, env_id: str) -> EnvSettings:
-    """The settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
+    """Return the settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
     for section in (environment.skyrl_gym, environment):
         settings = vars(section).get(env_id)
         if isinstance(settings, dict) or is_section(settings):

@@ -1,4 +1,4 @@
-"""How episodes are played: the engine, sampling, turns, limits."""
+"""Settings of episodes: the engine, sampling, turns, limits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from omegaconf import II
 
-from skyrl_train.config.section import Problem, Section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section
 
 
 @dataclass
-class SamplingConfig(Section):
-    """How the policy's replies are sampled."""
+class SamplingConfig(Section, at="generator.sampling_params"):
+    """Settings of sampling the policy's replies."""
 
     max_generate_length: int = 1024  # new tokens of one turn at most
     min_tokens: int = 1  # end-of-sequence tokens and stop strings count only from here on
@@ -44,20 +45,20 @@ class SamplingConfig(Section):
 
 
 @dataclass
-class EvalSamplingConfig(SamplingConfig):
-    """How replies are sampled in evaluation."""
+class EvalSamplingConfig(SamplingConfig, at="generator.eval_sampling_params"):
+    """Settings of sampling in evaluation."""
 
     max_generate_length: int = II("generator.sampling_params.max_generate_length")  # follows sampling_params
     temperature: float = 0.0  # greedy
 
 
 @dataclass
-class ChatTemplateConfig(Section):
-    """The chat template, where the tokenizer's own is not wanted."""
+class ChatTemplateConfig(Section, at="generator.chat_template"):
+    """The chat template, if another than the tokenizer's own is wanted."""
 
     source: str = "name"  # file: name_or_path is a Jinja file
     name_or_path: str | None = None  # null is the tokenizer's own template
-    keep_thinking: bool = False  # earlier turns stay as the model read them where the template edits thinking marks
+    keep_thinking: bool = False  # keep the thinking marks of earlier turns, also where the template edits them
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("source", ("name", "file"))
@@ -72,48 +73,20 @@ class ChatTemplateConfig(Section):
 
 
 @dataclass
-class GeneratorConfig(Section):
-    """The engine and the episodes it plays in."""
+class GeneratorConfig(Section, at="generator"):
+    """The engine, and the episodes in which it samples."""
 
-    model_name: str = II("trainer.policy.model.path")  # follows the policy's path
-    model_dtype: str = "auto"  # the engine computes in the learner's dtype
-    run_engines_locally: bool = True  # engines are started here
-    num_inference_engines: int = 1  # copies of the engine
-    backend: str = "torch"  # torch: the engine inside this process
-    weight_sync_backend: str = "nccl"  # how new weights travel to other processes
-    weight_transfer_threshold_cuda_ipc_GB: float = 1.0  # GB per transfer between processes
-    external_proxy_url: str | None = None  # router of remote engines
-    external_server_urls: list[str] | None = None  # remote engines
-    inference_engine_tensor_parallel_size: int = 1  # GPUs that share each layer
-    inference_engine_pipeline_parallel_size: int = 1  # GPUs that share the stack of layers
-    inference_engine_expert_parallel_size: int = 1  # GPUs that share the experts
-    inference_engine_data_parallel_size: int = 1  # copies inside one engine
     n_samples_per_prompt: int = 5  # episodes per prompt: the group
-    async_engine: bool = True  # requests of all episodes are batched as they come
     batched: bool = False  # all prompts of a step at once, one turn each; the torch engine always does
     max_input_length: int = II("trainer.max_prompt_length")  # tokens; no turn starts on a longer history
-    vllm_v1_disable_multiproc: bool = True  # vLLM in one process
-    enable_prefix_caching: bool = True  # keep the KV of shared prompts and earlier turns
-    enable_chunked_prefill: bool = True  # vLLM: long prompts in pieces
     max_num_batched_tokens: int = 8192  # tokens per forward pass of the engine at most
-    enforce_eager: bool = True  # vLLM without CUDA graphs
-    fully_sharded_loras: bool = False  # vLLM: adapters sharded
-    enable_ray_prometheus_stats: bool = False  # vLLM: metrics through Ray
-    gpu_memory_utilization: float = 0.8  # vLLM: share of GPU memory
     max_num_seqs: int = 1024  # replies sampled at once at most
-    remote_inference_engine_urls: list[str] = field(default_factory=lambda: ["127.0.0.1:8001"])  # remote engines
-    enable_http_endpoint: bool = False  # serve the engine over HTTP
-    http_endpoint_host: str = "127.0.0.1"  # its host
-    http_endpoint_port: int = 8000  # its port
-    served_model_name: str | None = None  # its model name
     max_turns: int | None = None  # turns of an episode at most; a row's own max_turns wins; null: until done
     max_env_retries: int = 2  # fresh starts of an episode whose environment broke, unless it would break again
     step_timeout_s: float = 60.0  # seconds one answer of an environment may take
     episode_timeout_s: float = 600.0  # seconds one episode may take
     chat_template: ChatTemplateConfig = field(default_factory=ChatTemplateConfig)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the chat template
-    engine_init_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the engine's constructor
-    override_existing_update_group: str = "auto"  # remote engines: replace an old weight group
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
     use_conversation_multi_turn: bool = True  # true: a message per turn; false: one growing assistant message
     append_eos_token_after_stop_str_in_multi_turn: bool = True  # close a turn that a stop string ended
@@ -121,9 +94,6 @@ class GeneratorConfig(Section):
     eval_n_samples_per_prompt: int = 1  # episodes per prompt in evaluation
     zero_reward_on_non_stop: bool = False  # no reward for an episode cut off by a length limit
     apply_overlong_filtering: bool = False  # episodes cut off by a length limit are left out of the loss
-    rope_scaling: dict[str, Any] | None = field(default=II("trainer.rope_scaling"))  # follows the trainer's
-    rope_theta: float | None = II("trainer.rope_theta")  # follows the trainer's
-    step_wise_trajectories: bool = False  # each turn becomes a sample of its own
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(

@@ -1,4 +1,4 @@
-"""The policy, the reference and the critic: which weights, how they are optimised, how they are spread."""
+"""Settings of the policy and the reference: their weights, adapters and optimizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import II
 
-from skyrl_train.config.section import Problem, Section
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.section import Section
 
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
@@ -17,15 +18,14 @@ LORA_STARTS = ("kaiming", "xavier", "normal")
 
 
 @dataclass
-class LoraConfig(Section):
-    """Adapters instead of full fine-tuning: only they are trained, the model itself stays as it is."""
+class LoraConfig(Section, at="trainer.policy.model.lora"):
+    """Adapters instead of full fine-tuning: only the adapters are trained, the model itself does not change."""
 
     rank: int = 0  # rank of the adapters; 0 is full fine-tuning
     alpha: int = 16  # the adapters' product is multiplied by alpha / rank
     dropout: float = 0.0  # dropout on the adapters' input; only 0 is possible
-    lora_sync_path: str = "/tmp/skyrl_lora_sync"  # folder through which adapters reach the engine
     target_modules: Any = "all-linear"  # layers that get an adapter: "all-linear" (all but the output head) or names
-    exclude_modules: Any = None  # names of layers that get none all the same; a name is a whole one or its last parts
+    exclude_modules: Any = None  # names of layers that get no adapter; a name may be the last parts of the full name
     init_method: str = "kaiming"  # how A starts: kaiming or xavier, or normal with deviation 1 / rank; B starts at 0
 
     def rules(self) -> Iterator[Problem]:
@@ -53,7 +53,7 @@ def _are_names(value: Any) -> bool:
 
 
 @dataclass
-class ModelConfig(Section):
+class ModelConfig(Section, at="trainer.policy.model"):
     """The policy's weights."""
 
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a model's name on the hub, or its folder
@@ -61,30 +61,20 @@ class ModelConfig(Section):
 
 
 @dataclass
-class RefModelConfig(Section):
+class RefModelConfig(Section, at="trainer.ref.model"):
     """The reference policy's weights."""
 
     path: str = II("trainer.policy.model.path")  # follows the policy's path
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
-class CriticModelConfig(Section):
-    """The critic's weights."""
-
-    path: str | None = None  # base model of the critic; null means no critic
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-@dataclass
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, at="trainer.policy.optimizer_config"):
     """AdamW and its schedule."""
 
     lr: float = 1e-6  # peak learning rate
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     weight_decay: float = 0.01  # decoupled weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this total norm; <= 0 turns clipping off
-    offload_after_step: bool = True  # optimizer state leaves the GPU between training phases
     num_warmup_steps: int = 0  # optimizer steps over which the rate rises from 0
     scheduler: str = "constant_with_warmup"  # a transformers schedule, by name
 
@@ -96,52 +86,17 @@ class OptimizerConfig(Section):
 
 
 @dataclass
-class CriticOptimizerConfig(OptimizerConfig):
-    """AdamW for the critic."""
-
-    lr: float = 5e-6  # peak learning rate
-
-
-@dataclass
-class FSDPConfig(Section):
-    """How a model is sharded over GPUs."""
-
-    cpu_offload: bool = False  # parameters and optimizer state rest in host memory
-    reshard_after_forward: Any = True  # free the gathered parameters after forward; true, false or a shard size
-    fsdp_size: int = -1  # GPUs that share one copy; -1 is all
-    mixed_precision: dict[str, Any] | None = None  # dtypes of parameters, reductions and buffers
-    wrap_policy: dict[str, Any] = field(default_factory=dict)  # which layers are sharded as units
-
-
-@dataclass
-class PolicyConfig(Section):
+class PolicyConfig(Section, at="trainer.policy"):
     """The model that learns."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
-    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
-    sequence_parallel_size: int = 1  # GPUs that share one sequence
-    use_torch_compile: bool = False  # compile the entropy computation
-    record_memory: bool = False  # write CUDA memory snapshots
     model_config_kwargs: dict[str, Any] = field(default_factory=dict)  # overrides of the Hugging Face model config
 
 
 @dataclass
-class RefConfig(Section):
+class RefConfig(Section, at="trainer.ref"):
     """The frozen model that the KL term compares with; loaded only when a KL term is on."""
 
     model: RefModelConfig = field(default_factory=RefModelConfig)
-    sequence_parallel_size: int = 1  # GPUs that share one sequence
-    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
-    model_config_kwargs: dict[str, Any] = field(default_factory=dict)  # overrides of the Hugging Face model config
-
-
-@dataclass
-class CriticConfig(Section):
-    """The model that predicts returns."""
-
-    model: CriticModelConfig = field(default_factory=CriticModelConfig)
-    optimizer_config: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
-    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
-    sequence_parallel_size: int = 1  # GPUs that share one sequence
     model_config_kwargs: dict[str, Any] = field(default_factory=dict)  # overrides of the Hugging Face model config

@@ -1,20 +1,45 @@
-"""The key that was probably meant."""
+"""Find the key that was probably meant."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from skyrl_train.config.problems import NO_VALUE, Problem, shown, written
+from skyrl_train.config.synonyms import SYNONYMS, keeps_value, squeezed
+
+
+def unknown_key(key: str, value: Any, known: Sequence[str]) -> Problem:
+    """Return the problem of an unknown key; it names the known key that was probably meant."""
+    near = nearest_keys(key, known)
+    if near:
+        can_be_pasted = keeps_value(key) and not isinstance(value, Mapping)
+        fix = (written(near[0], value),) if can_be_pasted else ()
+        return Problem(key, NO_VALUE, f"is not a key of the configuration; did you mean {' or '.join(near)}?", fix)
+    setting = "" if isinstance(value, Mapping) else f"={shown(value)}"
+    return Problem(
+        key,
+        NO_VALUE,
+        f"is not a key of the configuration; a key of your own is written +{key}{setting}, and "
+        "`python -m skyrl_train.config` lists every key",
+    )
 
 
 def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
-    """Up to two known keys: first those with the same last name elsewhere, else those that look alike.
+    """Return up to two known keys: by the last name in a common section, by synonym, or by similar spelling.
 
     generator.temperature -> generator.sampling_params.temperature, generator.eval_sampling_params.temperature
+    learning_rate -> trainer.policy.optimizer_config.lr
     """
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]
+    same_name.sort(key=lambda other: -shared_sections(key, other))
+    synonym = SYNONYMS.get(squeezed(last), "")
+    if synonym in known and not (same_name and shared_sections(key, same_name[0]) >= 1):
+        return [synonym]
     if same_name:
-        return sorted(same_name, key=lambda other: -shared_sections(key, other))[:2]
+        return same_name[:2]
     alike = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     names = {other.rpartition(".")[2]: other for other in sorted(known, key=lambda other: shared_sections(key, other))}
     alike += [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.7)]
@@ -22,6 +47,6 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
 
 
 def shared_sections(key: str, other: str) -> float:
-    """How many sections two keys share, then how alike they look."""
+    """Return the number of sections that two keys share, plus the similarity of their spelling (0 to 1)."""
     mine, theirs = set(key.split(".")[:-1]), set(other.split(".")[:-1])
     return len(mine & theirs) + difflib.SequenceMatcher(None, key, other).ratio()

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from skyrl_train.config.problems import shown
 from skyrl_train.config.refused import reason_against
-from skyrl_train.config.section import is_section, shown
+from skyrl_train.config.refused_rows import ROWS
+from skyrl_train.config.section import is_section
+
+# The keys that most runs set, in the order in which a run is planned.
+MOST_USED = (
+    "trainer.policy.model.path",
+    "data.train_data",
+    "data.val_data",
+    "environment.env_class",
+    "trainer.epochs",
+    "trainer.train_batch_size",
+    "trainer.policy_mini_batch_size",
+    "generator.n_samples_per_prompt",
+    "trainer.policy.optimizer_config.lr",
+    "trainer.policy.model.lora.rank",
+    "generator.sampling_params.max_generate_length",
+    "generator.sampling_params.temperature",
+    "generator.max_turns",
+    "trainer.max_prompt_length",
+    "generator.max_input_length",
+    "trainer.algorithm.advantage_estimator",
+    "trainer.algorithm.policy_loss_type",
+    "trainer.algorithm.use_kl_loss",
+    "trainer.algorithm.kl_loss_coef",
+    "trainer.device",
+    "trainer.seed",
+    "trainer.eval_interval",
+    "trainer.ckpt_path",
+    "trainer.ckpt_interval",
+    "trainer.resume_mode",
+    "trainer.logger",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +53,28 @@ class Entry:
     key: str
     default: str
     meaning: str
-    refusal: str | None  # why the key may only keep its default
+    refusal: str | None = None  # why the key may only keep its default
 
-    def matches(self, word: str) -> bool:
-        return word.lower() in f"{self.key} {self.meaning} {self.refusal or ''}".lower()
+    def matches(self, words: str) -> bool:
+        """Return whether each of the words is a word of the key or of its meaning."""
+        return words_of(words) <= words_of(f"{self.key} {self.meaning}")
 
 
-def entries(root: type) -> Iterator[Entry]:
-    """One entry per key, in the order of the tree."""
-    yield from section_entries(root(), "")
+def words_of(text: str) -> set[str]:
+    """Return the words of a text or key in lower case and singular: "Steps of a batch" -> {step, of, a, batch}."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
+
+
+def entries(root: type) -> list[Entry]:
+    """Return one entry per key that does something: the most used first, the others in the order of the tree."""
+    found = {entry.key: entry for entry in section_entries(root(), "")}
+    return [found.pop(key) for key in MOST_USED if key in found] + list(found.values())
+
+
+def refused_entries() -> list[Entry]:
+    """Return one entry per key that may only keep its default."""
+    return [Entry(key, shown(row.default), row.meaning, reason_against(key)) for key, row in ROWS.items()]
 
 
 def section_entries(section: Any, prefix: str) -> Iterator[Entry]:
@@ -37,11 +83,11 @@ def section_entries(section: Any, prefix: str) -> Iterator[Entry]:
         if is_section(value):
             yield from section_entries(value, f"{key}.")
         else:
-            yield Entry(key, shown(value), meaning_of(type(section), name), reason_against(key))
+            yield Entry(key, shown(value), meaning_of(type(section), name))
 
 
 def meaning_of(section: type, name: str) -> str:
-    """The comment beside the field, or above it; a subclass that says nothing means what its parent says."""
+    """Return the comment beside the field or above it, else that of the parent class."""
     for cls in section.__mro__:
         if name in vars(cls).get("__annotations__", {}):
             comment = comments(cls).get(name, "")

@@ -1,7 +1,6 @@
-"""Keys that would do nothing, and why: one table for keys without effect, one for keys that need another key.
+"""Reasons why a key may only keep its default, one per key or section, and the settings to use instead.
 
-A key of the first table may only keep its default. SkyRL's keys that this tree does not have stand there too, so that
-whoever sets one reads a reason and not just "unknown".
+They are SkyRL's keys (refused_rows.py). Whoever sets one reads a reason and not just "unknown".
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from skyrl_train.config.algorithm import OWN_ESTIMATORS, OWN_LOSSES
-from skyrl_train.config.section import Problem, Section, shown
-from skyrl_train.config.tree import defaults_of, leaves
+from skyrl_train.config.problems import NO_VALUE
+from skyrl_train.config.refused_rows import ROWS
 
 ONE_DEVICE = "is not possible yet: one process trains on one device (trainer.device); drop it"
 ONE_ENGINE = "is not possible yet: one engine runs inside this process; drop it"
-NO_SYNC = "has nothing to do: the engine reads the learner's weights in place; drop it"
+NO_SYNC = "has nothing to do: the engine reads the learner's weights inside this process; drop it"
 NO_SHARDING = "has nothing to do: on one device no model is sharded; drop it, and bound memory with "
 NO_SHARDING += "trainer.max_tokens_per_microbatch and trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
@@ -101,7 +99,7 @@ REFUSED: dict[str, str] = {
     "generator.served_model_name": NO_HTTP,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
-    "generator.step_wise_trajectories": "is not possible yet; one trajectory is one sample, drop it",
+    "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
     "generator.sampling_params.additional_kwargs": PER_CALL,
     "generator.eval_sampling_params.additional_kwargs": PER_CALL,
     "generator.sampling_params.seed": SEED,
@@ -110,6 +108,7 @@ REFUSED: dict[str, str] = {
     "trainer.remove_microbatch_padding": NO_PADDING,
     "hydra": "is a setting of Hydra itself, which only reads your overrides here; drop it",
 }
+
 
 # What to set in place of a refused setting, where it is another key: called with the refused value.
 INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
@@ -121,43 +120,9 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
     "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
-LOSS = "trainer.algorithm.policy_loss_type"
-ESTIMATOR = "trainer.algorithm.advantage_estimator"
-CORRECTION = "trainer.algorithm.off_policy_correction"
-Condition = Mapping[str, tuple[Any, ...]]  # key -> values; it holds if any of these keys has any of its values
-KL_ON: Condition = {"trainer.algorithm.use_kl_loss": (True,), "trainer.algorithm.use_kl_in_reward": (True,)}
-
-ACTS_ONLY_WITH: dict[str, Condition] = {
-    "trainer.ref": KL_ON,
-    "trainer.update_ref_every_epoch": KL_ON,
-    "trainer.algorithm.kl_estimator_type": KL_ON,
-    "trainer.algorithm.kl_loss_coef": KL_ON,
-    "trainer.algorithm.kl_ctrl": {"trainer.algorithm.use_kl_in_reward": (True,)},
-    "trainer.algorithm.kl_ctrl.kl_target": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
-    "trainer.algorithm.kl_ctrl.horizon": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
-    "trainer.algorithm.entropy_loss_coef": {"trainer.algorithm.use_entropy_loss": (True,)},
-    "trainer.algorithm.grpo_norm_by_std": {ESTIMATOR: ("grpo",)},
-    "trainer.algorithm.gamma": {ESTIMATOR: ("reinforce++",)},
-    "trainer.algorithm.eps_clip_low": {LOSS: ("regular", "dual_clip", "gspo", "clip_cov")},
-    "trainer.algorithm.eps_clip_high": {LOSS: ("regular", "dual_clip", "gspo", "clip_cov")},
-    "trainer.algorithm.clip_ratio_c": {LOSS: ("dual_clip",)},
-    "trainer.algorithm.sapo": {LOSS: ("sapo",)},
-    "trainer.algorithm.cispo": {LOSS: ("cispo",)},
-    "trainer.algorithm.clip_cov": {LOSS: ("clip_cov",)},
-    "trainer.algorithm.kl_cov": {LOSS: ("kl_cov",)},
-    "trainer.algorithm.max_seq_len": {"trainer.algorithm.loss_reduction": ("seq_mean_token_sum_norm",)},
-    f"{CORRECTION}.token_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("token",)},
-    f"{CORRECTION}.sequence_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("sequence",)},
-    f"{CORRECTION}.geo_mask_high": {f"{CORRECTION}.sequence_mask_metric": ("geometric",)},
-    f"{CORRECTION}.geo_mask_low": {f"{CORRECTION}.sequence_mask_metric": ("geometric",)},
-    f"{CORRECTION}.product_mask_high": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
-    f"{CORRECTION}.product_mask_low": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
-}
-OURS = {LOSS: OWN_LOSSES, ESTIMATOR: OWN_ESTIMATORS}  # a user's own function may read any key
-
 
 def reason_against(key: str) -> str | None:
-    """Why this key, or the section it lies in, does nothing."""
+    """Return why this key, or the section it lies in, does nothing; None if it does something."""
     return next((reason for prefix, reason in REFUSED.items() if lies_in(key, prefix)), None)
 
 
@@ -165,31 +130,45 @@ def lies_in(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(f"{prefix}.")
 
 
-def keys_without_effect(config: Section) -> Iterator[Problem]:
-    """The keys that were moved away from their default although nothing reads them."""
-    defaults, values = defaults_of(config), dict(leaves(config))
-    for key, value in values.items():
-        if key not in defaults or value == defaults[key]:
-            continue
-        reason = reason_against(key)
-        if reason is not None:
-            yield Problem(key, value, reason, INSTEAD.get(key, lambda _: ())(value))
-            continue
-        for prefix, condition in ACTS_ONLY_WITH.items():
-            if lies_in(key, prefix) and not holds(condition, values):
-                yield Problem(key, value, missing(condition, values))
-                break
+def instead_of(key: str, value: Any) -> tuple[str, ...]:
+    """Return the settings (key=value) that do what this refused one was meant to do."""
+    return INSTEAD.get(key, lambda _: ())(value)
 
 
-def holds(condition: Condition, values: Mapping[str, Any]) -> bool:
-    for key, accepted in condition.items():
-        is_users_function = key in OURS and values[key] not in OURS[key]
-        if values[key] in accepted or is_users_function:
-            return True
-    return False
+def default_of(key: str) -> Any:
+    """Return the only value that a refused key can have, or NO_VALUE for a key that has no row."""
+    return ROWS[key].default if key in ROWS else NO_VALUE
 
 
-def missing(condition: Condition, values: Mapping[str, Any]) -> str:
-    now = " and ".join(f"{key}={shown(values[key])}" for key in condition)
-    needed = " or ".join(f"{key}={'|'.join(shown(value) for value in accepted)}" for key, accepted in condition.items())
-    return f"has no effect with {now}; drop it, or set {needed}"
+def moved(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Return the refused keys, with their values, that would lose their default if `key` were set to `value`.
+
+    A mapping for a section sets each of its keys. A default that follows another key ("${a.b}") is not compared,
+    because only the whole tree knows it.
+    """
+    if is_section(key) and isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from moved(f"{key}.{name}", item)
+    elif is_section(key) and getattr(value, "section_key", None) == key:
+        return
+    elif not (key in ROWS and ("${" in str(default_of(key)) or value == default_of(key))):
+        yield key, value
+
+
+def row_of(key: str) -> str | None:
+    """Return the row of the key, or the row in whose mapping it lies; None without one.
+
+    generator.engine_init_kwargs.max_model_len -> generator.engine_init_kwargs
+    """
+    while key and key not in ROWS:
+        key = key.rpartition(".")[0]
+    return key or None
+
+
+def rows_below(section: str) -> list[str]:
+    return [key for key in ROWS if key.startswith(f"{section}.")]
+
+
+def is_section(key: str) -> bool:
+    """Return whether all keys of this section are refused, as those of trainer.placement are."""
+    return reason_against(key) is not None and bool(rows_below(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from skyrl_train.config.generator import GeneratorConfig
+from skyrl_train.config.refused import rows_below
 
 SECTION = "generator.inference_engine"
 OTHER_NAMES = {
@@ -15,11 +16,11 @@ OTHER_NAMES = {
     "data_parallel_size": "inference_engine_data_parallel_size",
     "remote_urls": "remote_inference_engine_urls",
 }
-KNOWN = {field.name for field in fields(GeneratorConfig)}
+KNOWN = {field.name for field in fields(GeneratorConfig)} | {key.partition(".")[2] for key in rows_below("generator")}
 
 
 def renamed(key: str) -> str:
-    """The key of this tree that means the same; the key itself where there is none.
+    """Return the key of this tree that means the same, or the key itself if there is none.
 
     generator.inference_engine.num_engines -> generator.num_inference_engines
     """

@@ -6,21 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from loguru import logger
 from omegaconf import DictConfig, OmegaConf
 
 from skyrl_train.config.build import build
+from skyrl_train.config.conditions import keys_without_effect
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
-from skyrl_train.config.section import Problem, Section, is_interpolation, written
+from skyrl_train.config.overrides import tree_of
+from skyrl_train.config.problems import Problem, written
+from skyrl_train.config.section import Section, is_interpolation
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import leaves
-from skyrl_train.config.validation import problems_across_sections
+from skyrl_train.config.validation import advice, problems_across_sections
 
 
 @dataclass
-class SkyRLConfig(Section):
-    """Everything a run can be told. An integration adds its section to `environment` in a subclass."""
+class SkyRLConfig(Section, at=""):
+    """All settings of a run. An integration adds its section to `environment` in a subclass."""
 
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -29,17 +33,15 @@ class SkyRLConfig(Section):
 
     @classmethod
     def from_dict_config(cls, config: DictConfig | Mapping[str, Any]) -> Self:
-        """The typed tree of what Hydra composed; keys that are left out keep their defaults."""
+        """Return the typed tree of a configuration that Hydra composed; keys that are left out keep their defaults."""
         settings: Any = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
         return build(cls, settings.items())
 
     @classmethod
     def from_cli_overrides(cls, args: Sequence[str] | Mapping[str, Any]) -> Self:
-        """The tree after overrides: ["trainer.epochs=2"] or {"trainer.epochs": 2}. Refusals end with what to paste."""
-        from skyrl_train.config.load import load_config  # which imports this module
-
+        """Return the tree after overrides: ["trainer.epochs=2"] or {"trainer.epochs": 2}."""
         texts = [written(key, value) for key, value in args.items()] if isinstance(args, Mapping) else list(args)
-        return load_config(texts, cls)
+        return tree_of(texts, cls).advised()
 
     def settle(self) -> None:
         algorithm, generator = self.trainer.algorithm, self.generator
@@ -50,4 +52,11 @@ class SkyRLConfig(Section):
 
     def rules(self) -> Iterator[Problem]:
         if not any(is_interpolation(value) for _, value in leaves(self)):
-            yield from problems_across_sections(self)
+            yield from keys_without_effect(self)
+            yield from problems_across_sections(self.data, self.trainer, self.generator)
+
+    def advised(self) -> Self:
+        """Return this tree, after a warning about each setting that is allowed but rarely intended."""
+        for sentence in advice(self.data, self.trainer, self.generator):
+            logger.warning(sentence)
+        return self

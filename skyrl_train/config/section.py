@@ -1,47 +1,34 @@
-"""What every section of the configuration shares: rules that are checked when it comes into being, and their errors."""
+"""The base class of every section of the configuration: rules checked at construction, and access to its keys."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-NO_VALUE: Any = object()  # a problem of the key itself
+from skyrl_train.config import refused
+from skyrl_train.config.nearest import unknown_key
+from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with one key: `trainer.epochs=0 must be at least 1`."""
-
-    key: str
-    value: Any
-    says: str
-    fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `key` are dropped
-
-    def under(self, section: str) -> Problem:
-        """The same problem, seen from the section that holds it."""
-        return replace(self, key=".".join(filter(None, (section, self.key))))
-
-    def __str__(self) -> str:
-        setting = self.key if self.value is NO_VALUE else f"{self.key}={shown(self.value)}"
-        return f"{setting} {self.says}"
+_SECTIONS: dict[str, type[Section]] = {}  # "trainer.policy" -> PolicyConfig; subclasses of the user's are not in it
 
 
-class ConfigError(ValueError):
-    """Every problem of one configuration, in one readable message."""
+class _Kind(type):
+    """The metaclass of sections: their constructors also accept a refused key, as long as it has its default."""
 
-    def __init__(self, problems: Iterable[Problem], to_paste: str = "") -> None:
-        self.problems, self.to_paste = list(problems), to_paste
-        lines = [str(problem) for problem in self.problems]
-        if len(lines) > 1:
-            lines = [f"{len(lines)} problems in the configuration:", *(f"- {line}" for line in lines)]
-        super().__init__("\n".join(lines) + to_paste)
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        key = getattr(cls, "section_key", "")
+        others = [name for name in values if key and refused.reason_against(f"{key}.{name}") is not None]
+        others = [name for name in others if name not in getattr(cls, "__dataclass_fields__", ())]
+        given = {name: values.pop(name) for name in others}
+        section = super().__call__(*args, **values)
+        for name, value in given.items():
+            setattr(section, name, value)
+        return section
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem], str]]:
-        return type(self), (self.problems, self.to_paste)
 
-
-class Section:
+class Section(metaclass=_Kind):
     """A dataclass of the tree. It refuses to exist while one of its `rules` is broken.
 
     A section made by hand may still hold an interpolation such as "${trainer.max_prompt_length}"; its rules are
@@ -49,6 +36,13 @@ class Section:
     """
 
     takes_any_key: ClassVar[bool] = False  # whether keys beyond the fields are welcome
+    section_key: ClassVar[str] = ""  # where the section stands in the tree: `class PolicyConfig(Section, at=...)`
+
+    def __init_subclass__(cls, at: str | None = None) -> None:
+        super().__init_subclass__()
+        if at is not None:
+            cls.section_key = at
+            _SECTIONS[at] = cls
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -56,29 +50,77 @@ class Section:
             raise ConfigError(problems)
 
     def problems(self) -> list[Problem]:
-        """The broken rules of this section alone, after its values were settled."""
+        """Return the broken rules of this section alone, after its values were normalised by `settle`."""
         self.settle()
         return [] if any(is_interpolation(value) for value in vars(self).values()) else list(self.rules())
 
     def settle(self) -> None:
-        """Bring values into the form that everyone below reads."""
+        """Normalise values into the form that all readers expect."""
 
     def rules(self) -> Iterator[Problem]:
-        """What is wrong with this section."""
+        """Return what is wrong with this section."""
         return iter(())
 
     def problem(self, key: str, says: str, fix: tuple[str, ...] = ()) -> Problem:
         return Problem(key, getattr(self, key), says, fix)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a mapping's get: SkyRL's users read sections of Hydra in this way."""
-        return vars(self).get(key, default)
+        """Return the value as a mapping's get does: SkyRL's users read sections of Hydra in this way."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def __getitem__(self, key: str) -> Any:
-        return vars(self)[key]
+        value = vars(self).get(key, NO_VALUE)
+        value = self._refused(key) if value is NO_VALUE else value
+        if value is NO_VALUE:
+            raise KeyError(key)
+        return value
 
     def __contains__(self, key: object) -> bool:
-        return key in vars(self)
+        return key in vars(self) or (isinstance(key, str) and self._refused(key) is not NO_VALUE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field. Refuse any other name: it would change nothing and say nothing."""
+        if not self._takes(name):
+            key = self._key_of(name)
+            if refused.reason_against(key) is None:
+                raise ConfigError([unknown_key(key, value, known_keys(self))])
+            moved = list(refused.moved(key, value))
+            if moved:
+                raise ConfigError(refusal(key, value) for key, value in moved)
+            if not is_interpolation(refused.default_of(key)):  # a default that follows another key cannot be told here
+                return
+        object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # a type checker should go on naming every key that is no field
+
+        def __getattr__(self, name: str) -> Any:
+            """Return the default of a refused key, the only value it can have."""
+            value = self._refused(name)
+            if value is NO_VALUE:
+                key = self._key_of(name)
+                says = refused.reason_against(key) or "is not a key of the configuration"
+                raise AttributeError(f"{key} {says}", name=name, obj=self)
+            return value
+
+    def _key_of(self, name: str) -> str:
+        return f"{self.section_key}.{name}" if self.section_key else name
+
+    def _takes(self, name: str) -> bool:
+        """Return whether this name may be set: a field, an attribute of the class, or a key of the user's own."""
+        if self.takes_any_key or name.startswith("_") or name in vars(self):
+            return True
+        return name in getattr(type(self), "__dataclass_fields__", ()) or not callable(getattr(type(self), name, len))
+
+    def _refused(self, name: str) -> Any:
+        """Return the default of a refused key, or its section; NO_VALUE for others and for one that follows another."""
+        key = self._key_of(name)
+        if refused.is_section(key):
+            return RefusedSection.at(key)
+        default = refused.default_of(key)
+        return NO_VALUE if default is NO_VALUE or is_interpolation(default) else copy.copy(default)
 
     def at_least(self, minimum: float, *keys: str) -> Iterator[Problem]:
         for key in keys:
@@ -92,44 +134,49 @@ class Section:
             yield self.problem(key, "must be one of " + ", ".join(shown(choice) for choice in choices))
 
     def within(self, low: float, high: float, *keys: str) -> Iterator[Problem]:
-        """Both ends included."""
+        """Return a problem for each key outside [low, high]."""
         for key in keys:
             if not low <= getattr(self, key) <= high:
                 yield self.problem(key, f"must be from {low} to {high}")
+
+
+class RefusedSection(Section):
+    """A section of SkyRL's with refused keys only: cfg.trainer.placement.colocate_all can be read but not changed."""
+
+    @classmethod
+    def at(cls, key: str) -> RefusedSection:
+        section = cls()
+        vars(section)["section_key"] = key
+        return section
+
+
+def refusal(key: str, value: Any) -> Problem:
+    """Return the problem of a refused key with this value: the reason, and the settings to use instead."""
+    reason = refused.reason_against(key)
+    assert reason is not None
+    return Problem(key, value, reason, refused.instead_of(key, value))
+
+
+def known_keys(section: Section) -> list[str]:
+    """Return every key that does something, and those that a user's subclass added to this section."""
+    keys = [section._key_of(name) for name in vars(section) if not is_section(vars(section)[name])]
+    for at, cls in _SECTIONS.items():
+        named = (f"{at}.{field.name}" if at else field.name for field in fields(cls))  # ty: ignore[invalid-argument-type]
+        keys += [key for key in named if key not in _SECTIONS]
+    return list(dict.fromkeys(keys))
 
 
 def is_interpolation(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def written(key: str, value: Any) -> str:
-    """`key=value` as Hydra's grammar reads it back."""
-    text = shown(value)
-    if isinstance(value, str) and not (value and all(letter.isalnum() or letter in "_-./:+" for letter in value)):
-        text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{key}={text}"
-
-
-def shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(shown(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{shown(item)}" for key, item in value.items()) + "}"
-    return str(value) if value != "" else "''"
-
-
 def is_section(value: Any) -> bool:
-    """A Section, or any other dataclass, which an integration may put into the tree."""
+    """Return whether this is a Section or any other dataclass; an integration may put one into the tree."""
     return is_dataclass(value) and not isinstance(value, type)
 
 
 def subsections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The section and every section below it with its path, depth first, children before their parents."""
+    """Return the section and every section below it with its path, children before their parents."""
     for name, value in vars(section).items():
         if is_section(value):
             yield from subsections(value, f"{prefix}.{name}" if prefix else name)

@@ -1,4 +1,4 @@
-"""Settings that are no fields of a section: those of an environment, and keys of the user's own."""
+"""Settings that are not fields of a section: those of an environment, and keys of the user's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EnvSettings(dict[str, Any]):
 
 
 def as_settings(value: Any) -> Any:
-    """A section or mapping as EnvSettings, all the way down."""
+    """Return a section or mapping as EnvSettings, nested ones included."""
     if is_section(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -27,5 +27,5 @@ def as_settings(value: Any) -> Any:
 
 
 def plain_copy(value: Any) -> Any:
-    """Mappings as plain dictionaries, all the way down: OmegaConf takes no subclass."""
+    """Return mappings as plain dictionaries, nested ones included: OmegaConf accepts no subclass."""
     return {name: plain_copy(item) for name, item in value.items()} if isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""Names under which SkyRL's users know parts of the configuration, and its way to a root class of one's own."""
+"""Names that SkyRL's users know, and `make_config`, which builds a root class with sections of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skyrl_train.config.algorithm import AlgorithmConfig
 from skyrl_train.config.generator import GeneratorConfig, SamplingConfig
 from skyrl_train.config.models import LoraConfig
 from skyrl_train.config.root import SkyRLConfig
-from skyrl_train.config.section import Section
+from skyrl_train.config.section import RefusedSection, Section
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import nested, to_yaml
 
@@ -19,12 +19,42 @@ SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
 
 
+class PlacementConfig(RefusedSection):
+    """The GPUs of each model."""
+
+    section_key = "trainer.placement"
+
+
+class FSDPConfig(RefusedSection):
+    """The sharding of a model over GPUs."""
+
+    section_key = "trainer.policy.fsdp_config"
+
+
+class CriticConfig(RefusedSection):
+    """The model that predicts returns."""
+
+    section_key = "trainer.critic"
+
+
+class DynamicSamplingConfig(RefusedSection):
+    """Sampling until enough prompts have different rewards (DAPO)."""
+
+    section_key = "trainer.algorithm.dynamic_sampling"
+
+
+class FullyAsyncConfig(RefusedSection):
+    """Generation that runs ahead of training."""
+
+    section_key = "trainer.fully_async"
+
+
 def make_config(
     algorithm_cls: type[AlgorithmConfig] | None = None,
     trainer_cls: type[TrainerConfig] | None = None,
     generator_cls: type[GeneratorConfig] | None = None,
 ) -> type[SkyRLConfig]:
-    """A root class with sections of the user's own, subclasses of ours. `trainer_cls` wins over `algorithm_cls`.
+    """Return a root class with the user's subclasses of our sections. `trainer_cls` wins over `algorithm_cls`.
 
     MyConfig = make_config(algorithm_cls=MyAlgorithmConfig); cfg = MyConfig.from_cli_overrides(sys.argv[1:])
     """
@@ -35,16 +65,16 @@ def make_config(
 
 
 def get_config_as_dict(cfg: Any) -> dict[str, Any]:
-    """The whole configuration as plain nested dictionaries."""
+    """Return the whole configuration as plain nested dictionaries."""
     return nested(cfg)
 
 
 def get_config_as_yaml_str(cfg: Any) -> str:
-    """The whole configuration as YAML."""
+    """Return the whole configuration as YAML."""
     return to_yaml(cfg)
 
 
 def _with(base: Any, name: str, **sections: type) -> Any:
-    """A subclass of a section in which these fields have another class."""
+    """Return a subclass of a section in which these fields have another class."""
     body: dict[str, Any] = {key: field(default_factory=cls) for key, cls in sections.items()}
     return dataclass(type(name, (base,), {**body, "__annotations__": sections, "__module__": base.__module__}))

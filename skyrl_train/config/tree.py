@@ -1,4 +1,4 @@
-"""A configuration as flat keys: to print it, to store it, to compare two of them."""
+"""Flatten a configuration into keys, to print it, store it, or compare two of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_interpolation, is_section
 from skyrl_train.config.settings import plain_copy
 
@@ -14,7 +15,7 @@ ABSENT = "(absent)"  # stands for the value of a key that only the other configu
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value, sections opened, mappings left whole."""
+    """Return every key with its value; sections are opened, mappings are not."""
     for name, value in vars(section).items():
         if is_section(value):
             yield from leaves(value, f"{prefix}{name}.")
@@ -23,7 +24,7 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_flat_dict(config: Any) -> dict[str, Any]:
-    """{"trainer.epochs": 1, ...}: plain values, which JSON takes. Mappings are opened; an empty one leaves no key."""
+    """Return {"trainer.epochs": 1, ...} with values that JSON can hold. Mappings are opened; empty ones have no key."""
     return {key: value for leaf, content in leaves(config) for key, value in opened(leaf, content)}
 
 
@@ -36,7 +37,7 @@ def opened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """{key: (value before, value after)} of the keys that differ. Takes configurations or flat dictionaries."""
+    """Return {key: (value before, value after)} of the keys that differ, from configurations or flat dictionaries."""
     old, new = (to_flat_dict(side) if is_section(side) else dict(side) for side in (before, after))
     pairs = {
         key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *(key for key in new if key not in old)]
@@ -45,7 +46,7 @@ def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole configuration as YAML, sections nested."""
+    """Return the whole configuration as YAML, sections nested."""
     return OmegaConf.to_yaml(OmegaConf.create(nested(config)))
 
 
@@ -54,7 +55,11 @@ def nested(section: Any) -> dict[str, Any]:
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
-    """The default of every key; one that follows another key ("${a.b}") has that key's value in `config`."""
+    """Return the default of every key; one that follows another key ("${a.b}") has that key's value in `config`."""
     values = dict(leaves(config))
-    defaults = dict(leaves(type(config)()))
-    return {key: values[raw[2:-1]] if is_interpolation(raw) else raw for key, raw in defaults.items()}
+    defaults = {key: ROWS[key].default for key in values if key in ROWS} | dict(leaves(type(config)()))
+    return {key: _followed(raw[2:-1], values) if is_interpolation(raw) else raw for key, raw in defaults.items()}
+
+
+def _followed(key: str, values: Mapping[str, Any]) -> Any:
+    return ROWS[key].default if key in ROWS and key not in values else values[key]

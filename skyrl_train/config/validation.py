@@ -1,4 +1,4 @@
-"""Rules that look at several sections at once, and advice that stops nobody."""
+"""Rules that look at several sections at once, and warnings that refuse nothing."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ import netrc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from skyrl_train.config.refused import keys_without_effect
-from skyrl_train.config.section import Problem
-from skyrl_train.config.trainer import LOGGERS
-
-if TYPE_CHECKING:
-    from skyrl_train.config.root import SkyRLConfig
+from skyrl_train.config.data import DataConfig
+from skyrl_train.config.generator import GeneratorConfig
+from skyrl_train.config.problems import Problem
+from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
 
 
-def problems_across_sections(config: SkyRLConfig) -> Iterator[Problem]:
-    """Every rule that no section can check alone."""
-    yield from keys_without_effect(config)
-    yield from length_problems(config)
-    yield from estimator_problems(config)
-    yield from adapter_problems(config)
-    yield from tracker_problems(config)
-    if not config.data.train_data:
+def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    """Return the problems that no section can find alone."""
+    yield from length_problems(trainer, generator)
+    yield from estimator_problems(trainer, generator)
+    yield from adapter_problems(trainer)
+    yield from tracker_problems(trainer)
+    if not data.train_data:
         yield Problem("data.train_data", [], "is empty; give at least one .parquet, .json or .jsonl file or hub name")
 
 
-def length_problems(config: SkyRLConfig) -> Iterator[Problem]:
-    longest_prompt, longest_input = config.trainer.max_prompt_length, config.generator.max_input_length
-    if config.generator.max_turns == 1 and longest_input != longest_prompt:
+def length_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    longest_prompt, longest_input = trainer.max_prompt_length, generator.max_input_length
+    if generator.max_turns == 1 and longest_input != longest_prompt:
         yield Problem(
             "generator.max_input_length",
             longest_input,
@@ -48,15 +44,15 @@ def length_problems(config: SkyRLConfig) -> Iterator[Problem]:
         )
 
 
-def estimator_problems(config: SkyRLConfig) -> Iterator[Problem]:
-    estimator = config.trainer.algorithm.advantage_estimator
+def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    estimator = trainer.algorithm.advantage_estimator
     if estimator == "gae":
         yield Problem(
             "trainer.algorithm.advantage_estimator",
             estimator,
             "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
         )
-    if estimator in ("grpo", "rloo") and config.generator.n_samples_per_prompt == 1:
+    if estimator in ("grpo", "rloo") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -65,8 +61,7 @@ def estimator_problems(config: SkyRLConfig) -> Iterator[Problem]:
         )
 
 
-def adapter_problems(config: SkyRLConfig) -> Iterator[Problem]:
-    trainer = config.trainer
+def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
     if trainer.policy.model.lora.rank > 0 and trainer.update_ref_every_epoch and not trainer.reference_is_base:
         yield Problem(
             "trainer.update_ref_every_epoch",
@@ -76,8 +71,8 @@ def adapter_problems(config: SkyRLConfig) -> Iterator[Problem]:
         )
 
 
-def tracker_problems(config: SkyRLConfig) -> Iterator[Problem]:
-    for name in config.trainer.loggers:
+def tracker_problems(trainer: TrainerConfig) -> Iterator[Problem]:
+    for name in trainer.loggers:
         if name not in LOGGERS or name == "console":
             continue
         if importlib.util.find_spec(name) is None:
@@ -100,9 +95,9 @@ def has_wandb_key() -> bool:
     return path.is_file() and any("wandb" in host for host in netrc.netrc(path).hosts)
 
 
-def advice(config: SkyRLConfig) -> Iterator[str]:
-    """What is allowed but seldom meant."""
-    algorithm, generator = config.trainer.algorithm, config.generator
+def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
+    """Return a sentence for each setting that is allowed but rarely intended."""
+    algorithm = trainer.algorithm
     if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
             f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
@@ -114,11 +109,11 @@ def advice(config: SkyRLConfig) -> Iterator[str]:
             "turns that end on a stop string stay open in the chat, because "
             "generator.append_eos_token_after_stop_str_in_multi_turn=false"
         )
-    lora, lr = config.trainer.policy.model.lora, config.trainer.policy.optimizer_config.lr
+    lora, lr = trainer.policy.model.lora, trainer.policy.optimizer_config.lr
     if lora.rank > 0 and lr < LEAST_LORA_LR:
         yield (
             f"trainer.policy.optimizer_config.lr={lr} hardly moves adapters, which learn at 10 to 100 times the rate "
             "of full fine-tuning: begin with 1e-4"
         )
-    if config.trainer.eval_interval > 0 and not config.data.val_data:
+    if trainer.eval_interval > 0 and not data.val_data:
         yield "no evaluation: data.val_data is empty"

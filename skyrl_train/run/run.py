@@ -14,6 +14,7 @@ from loguru import logger
 from rich.console import Console
 
 from skyrl_train.config import SkyRLConfig, to_flat_dict
+from skyrl_train.config.refused import REFUSED
 from skyrl_train.config.tree import defaults_of
 from skyrl_train.run.checkpoint import Checkpoints, State
 from skyrl_train.run.contents import Contents
@@ -40,9 +41,10 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
     "trainer.micro_forward_batch_size_per_gpu", "trainer.gradient_checkpointing",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_num_seqs",
-    "generator.max_num_batched_tokens", "generator.max_env_retries", "generator.model_name",
+    "generator.max_num_batched_tokens", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
     "environment.skyrl_gym.max_env_workers",
+    *REFUSED,  # the checkpoint of an older version names keys that could only have their default
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 profile/step_3.json.gz holds step 3 with its evaluation and checkpoint, step_0 the evaluation before training:
 
-trainer            step > rollout, logprobs, advantages, update, weights;  evaluation;  checkpoint
-compute thread     engine step > forward, sample;  micro batch > forward, backward;  optimizer step
+trainer            step > rollout, logprobs, advantages, update, weights;  evaluation;  checkpoint;  export
+compute thread     engine step > sample;  micro batch > backward;  optimizer step
 episode lane N     episode > reset, generate, environment step, ..., generate, ...;  64 lanes at most
 """
 

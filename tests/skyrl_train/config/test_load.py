@@ -11,6 +11,8 @@ import pytest
 
 from skyrl_train.config import ConfigError, SkyRLConfig, load_config, validate_cfg
 from skyrl_train.config.generator import GeneratorConfig, SamplingConfig
+from skyrl_train.config.synonyms import SYNONYMS, squeezed
+from skyrl_train.config.tree import leaves
 
 
 def problems(*overrides: str) -> list[str]:
@@ -94,6 +96,50 @@ def test_an_unknown_key_is_told_the_one_that_was_meant(key, meant):
     assert text.startswith(f"{key} is not a key of the configuration; did you mean {meant}")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("batch_size", "trainer.train_batch_size"),
+        ("trainer.batch_size", "trainer.train_batch_size"),
+        ("learning_rate", "trainer.policy.optimizer_config.lr"),
+        ("trainer.policy.optimizer.learning-rate", "trainer.policy.optimizer_config.lr"),
+        ("num_samples", "generator.n_samples_per_prompt"),
+        ("model", "trainer.policy.model.path"),
+        ("generator.model_path", "trainer.policy.model.path"),
+        ("epochs", "trainer.epochs"),
+        ("trainer.num_epochs", "trainer.epochs"),
+        ("max_tokens", "generator.sampling_params.max_generate_length"),
+        ("generator.sampling_params.max_new_tokens", "generator.sampling_params.max_generate_length"),
+        ("temperature", "generator.sampling_params.temperature"),
+        ("steps", "trainer.epochs"),
+        ("trainer.max_steps", "trainer.epochs"),
+        ("device", "trainer.device"),
+        ("seed", "trainer.seed"),
+        ("gpus", "trainer.device"),
+        ("trainer.kl_coef", "trainer.algorithm.kl_loss_coef"),
+        ("dataset", "data.train_data"),
+        ("env", "environment.env_class"),
+        ("outputDir", "trainer.ckpt_path"),
+    ],
+)
+def test_an_unknown_key_that_other_trainers_have_is_told_ours(key, meant):
+    text = problem(f"{key}=1")
+    assert text.startswith(f"{key} is not a key of the configuration; did you mean {meant}")
+
+
+def test_every_synonym_is_no_key_and_means_one_that_does_something():
+    keys = [key for key, _ in leaves(SkyRLConfig())]
+    assert set(SYNONYMS.values()) <= set(keys)
+    assert SYNONYMS.keys() & {squeezed(key.rpartition(".")[2]) for key in keys} == {"model"}  # the judge's
+    assert problem("environment.llm_as_a_judge.model=x").endswith("environment.skyrl_gym.llm_as_a_judge.model?")
+
+
+def test_a_value_that_means_something_else_is_not_pasted():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["max_steps=100", "learning_rate=0.1"])
+    assert str(caught.value).endswith("This would start:\n  trainer.policy.optimizer_config.lr=0.1")
+
+
 def test_an_unknown_key_far_from_all_is_told_where_they_are_listed():
     text = problem("my.own.thing=1")
     assert text.endswith("is written +my.own.thing=1, and `python -m skyrl_train.config` lists every key")
@@ -152,8 +198,8 @@ def test_a_tree_made_by_hand_is_resolved_and_checked():
     assert made.generator.max_input_length == "${trainer.max_prompt_length}"
     config = validate_cfg(made)
     assert (config.generator.max_input_length, config.generator.eval_sampling_params.max_generate_length) == (512, 5)
-    made.generator.backend = "sglang"
-    with pytest.raises(ConfigError, match=r"generator.backend=sglang"):
+    made.generator.n_samples_per_prompt = 1
+    with pytest.raises(ConfigError, match=r"generator.n_samples_per_prompt=1 gives grpo nothing to compare with"):
         validate_cfg(made)
 
 

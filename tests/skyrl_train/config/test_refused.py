@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from skyrl_train.config import ConfigError, SkyRLConfig, load_config
-from skyrl_train.config.refused import ACTS_ONLY_WITH, REFUSED, lies_in
+from skyrl_train.config.conditions import ACTS_ONLY_WITH
+from skyrl_train.config.refused import REFUSED, lies_in, reason_against
+from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.tree import leaves
 
 KEYS = [key for key, _ in leaves(SkyRLConfig())]
-NOT_IN_THE_TREE = {
+NOT_IN_THE_TABLE = {
     "hydra", "trainer.policy.megatron_config", "trainer.ref.megatron_config", "generator.sampling_params.seed",
     "generator.eval_sampling_params.seed", "generator.sampling_params.additional_kwargs",
     "generator.eval_sampling_params.additional_kwargs", "generator.inference_engine",
@@ -142,9 +144,17 @@ def test_a_function_of_the_users_may_read_any_key():
     load_config(["trainer.algorithm.sapo.tau_pos=2.0", "trainer.algorithm.policy_loss_type=my.mod:loss"])
 
 
+def test_no_refused_key_is_a_field_and_each_has_one_reason():
+    assert [key for key in KEYS if reason_against(key) is not None] == []
+    assert len(ROWS) == 105
+    assert [key for key in ROWS if sum(lies_in(key, prefix) for prefix in REFUSED) != 1] == []
+
+
 def test_every_entry_of_the_tables_is_about_a_key():
-    for prefix in [*REFUSED, *ACTS_ONLY_WITH]:
-        assert any(lies_in(key, prefix) for key in KEYS) != (prefix in NOT_IN_THE_TREE), prefix
+    for prefix in REFUSED:
+        assert any(lies_in(key, prefix) for key in ROWS) != (prefix in NOT_IN_THE_TABLE), prefix
+    for prefix in ACTS_ONLY_WITH:
+        assert any(lies_in(key, prefix) for key in KEYS), prefix
 
 
 def test_every_condition_names_keys_of_the_tree():

@@ -8,7 +8,10 @@ import yaml
 
 from skyrl_train.config import SkyRLConfig, differences, load_config, to_flat_dict, to_yaml
 from skyrl_train.config.__main__ import main
-from skyrl_train.config.reference import entries
+from skyrl_train.config.reference import MOST_USED, entries, refused_entries
+from skyrl_train.config.refused import reason_against
+from skyrl_train.config.refused_rows import ROWS
+from skyrl_train.config.tree import leaves
 
 
 def test_the_flat_form_goes_through_json_and_back_without_a_difference():
@@ -40,12 +43,41 @@ def test_every_key_has_a_meaning():
     assert by_key["trainer.epochs"].meaning == "passes over the training data"
     assert by_key["trainer.algorithm.max_seq_len"].meaning.startswith("Divisor of seq_mean_token_sum_norm; null")
     assert by_key["generator.eval_sampling_params.top_p"].meaning == "nucleus sampling; 1 is off"
-    assert by_key["trainer.critic.optimizer_config.lr"].default == "5e-06"
+    assert {entry.key: entry.default for entry in refused_entries()}["trainer.critic.optimizer_config.lr"] == "5e-06"
 
 
-def test_the_table_can_be_searched(capsys):
+def test_the_most_used_keys_come_first_and_every_key_once():
+    keys = [entry.key for entry in entries(SkyRLConfig)]
+    assert keys[: len(MOST_USED)] == list(MOST_USED)
+    assert sorted(keys) == sorted(key for key, _ in leaves(SkyRLConfig()))
+
+
+def printed_keys(capsys, *arguments: str) -> list[str]:
+    status = main(list(arguments))
+    lines = capsys.readouterr().out.splitlines()
+    assert status == (0 if any("=" in line for line in lines) else 1)
+    return [line.partition("=")[0] for line in lines if line and line[0] not in "# " and "=" in line]
+
+
+def test_keys_that_do_nothing_are_shown_on_demand(capsys):
+    shown, everything = printed_keys(capsys), printed_keys(capsys, "--all")
+    assert everything == [*shown, *ROWS]
+    assert not set(shown) & ROWS.keys()
+
+
+def test_words_are_searched_in_names_and_meanings(capsys):
     assert main(["--search", "adaptive"]) == 0
     printed = capsys.readouterr().out
     assert "trainer.algorithm.kl_ctrl.kl_target=0.1\n    adaptive: the KL to aim for\n" in printed
     assert "trainer.epochs" not in printed
-    assert main(["--search", "no such word"]) == 1
+    assert printed_keys(capsys, "--search", "learning", "rate") == ["trainer.policy.optimizer_config.lr"]
+    assert printed_keys(capsys, "--search", "Epoch")[0] == "trainer.epochs"
+    assert printed_keys(capsys, "--search", "eval_batch_size") == ["trainer.eval_batch_size"]
+    assert printed_keys(capsys, "--search", "apt") == []  # a part of "adaptive" is no word
+
+
+def test_the_reason_of_a_refusal_is_not_searched(capsys):
+    assert "which needs none" in str(reason_against("trainer.critic.model.path"))
+    assert printed_keys(capsys, "--all", "--search", "needs", "none") == []
+    assert printed_keys(capsys, "--search", "placement") == []
+    assert len(printed_keys(capsys, "--all", "--search", "placement")) == 8

@@ -137,7 +137,7 @@ def test_the_line_names_everything():
 
 def test_demands_are_read_from_the_configuration():
     trainer = TrainerConfig(train_batch_size=4, policy_mini_batch_size=4, max_prompt_length=100, eval_interval=-1)
-    generator = GeneratorConfig(model_name="any", max_input_length=700, n_samples_per_prompt=8)
+    generator = GeneratorConfig(max_input_length=700, n_samples_per_prompt=8)
     generator.sampling_params.max_generate_length = 50
     demands = Demands.of(trainer, generator, 4096, 0)
     assert (demands.longest_sample, demands.max_sequences, demands.keys_per_token) == (750, 32, 8)

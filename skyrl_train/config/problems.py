@@ -1,0 +1,62 @@
+"""Problems of a configuration, in words: one problem of one key, and the error that holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+NO_VALUE: Any = object()  # a problem of the key itself
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one key: `trainer.epochs=0 must be at least 1`."""
+
+    key: str
+    value: Any
+    says: str
+    fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `key` are dropped
+
+    def under(self, section: str) -> Problem:
+        """Return the same problem with its key as seen from the section above."""
+        return replace(self, key=".".join(filter(None, (section, self.key))))
+
+    def __str__(self) -> str:
+        setting = self.key if self.value is NO_VALUE else f"{self.key}={shown(self.value)}"
+        return f"{setting} {self.says}"
+
+
+class ConfigError(ValueError):
+    """Every problem of one configuration, in one readable message."""
+
+    def __init__(self, problems: Iterable[Problem], to_paste: str = "") -> None:
+        self.problems, self.to_paste = list(problems), to_paste
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) > 1:
+            lines = [f"{len(lines)} problems in the configuration:", *(f"- {line}" for line in lines)]
+        super().__init__("\n".join(lines) + to_paste)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem], str]]:
+        return type(self), (self.problems, self.to_paste)
+
+
+def written(key: str, value: Any) -> str:
+    """Return `key=value` in the form in which Hydra's grammar reads it."""
+    text = shown(value)
+    if isinstance(value, str) and not (value and all(letter.isalnum() or letter in "_-./:+" for letter in value)):
+        text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={text}"
+
+
+def shown(value: Any) -> str:
+    """Return a value in the form in which it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(shown(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{shown(item)}" for key, item in value.items()) + "}"
+    return str(value) if value != "" else "''"

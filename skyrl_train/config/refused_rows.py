@@ -1,0 +1,137 @@
+"""SkyRL's keys that may only keep their default: one row each, and no field of any section.
+
+Code that reads one, as SkyRL's examples do, gets the one value that it can have. The reasons are in refused.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A key that may only keep its default: the default, what the key means in SkyRL, and its type."""
+
+    default: Any
+    meaning: str
+    type: Any = None  # that of the default, where none is given
+
+    def __post_init__(self) -> None:
+        if self.type is None:
+            object.__setattr__(self, "type", type(self.default))
+
+
+MAPPING = dict[str, Any]
+ADAPTERS = {
+    "rank": Row(0, "rank of the adapters; 0 is full fine-tuning"),
+    "alpha": Row(16, "the output of the adapters is multiplied by alpha / rank"),
+    "dropout": Row(0.0, "dropout on the input of the adapters"),
+    "lora_sync_path": Row("/tmp/skyrl_lora_sync", "folder through which adapters reach the engine"),
+    "target_modules": Row("all-linear", "layers that get an adapter", Any),
+    "exclude_modules": Row(None, "layers that get none", Any),
+    "init_method": Row("kaiming", "how the adapters are initialised"),
+}
+SHARDING = {
+    "cpu_offload": Row(False, "parameters and optimizer state rest in host memory"),
+    "reshard_after_forward": Row(True, "free the gathered parameters after forward; true, false or a shard size", Any),
+    "fsdp_size": Row(-1, "GPUs that share one copy; -1 is all"),
+    "mixed_precision": Row(None, "dtypes of parameters, reductions and buffers", MAPPING | None),
+    "wrap_policy": Row({}, "which layers are sharded as units", MAPPING),
+}
+ONE_SEQUENCE = Row(1, "GPUs that share one sequence")
+OFFLOAD = Row(True, "optimizer state leaves the GPU between training phases")
+
+
+def _under(section: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {f"{section}.{name}": row for name, row in rows.items()}
+
+
+ROWS: dict[str, Row] = {
+    "trainer.placement.colocate_all": Row(True, "all models and engines share the same devices"),
+    "trainer.placement.colocate_policy_ref": Row(True, "policy and reference share their devices"),
+    "trainer.placement.policy_num_nodes": Row(1, "machines of the policy"),
+    "trainer.placement.policy_num_gpus_per_node": Row(1, "devices per machine of the policy"),
+    "trainer.placement.critic_num_nodes": Row(1, "machines of the critic"),
+    "trainer.placement.critic_num_gpus_per_node": Row(1, "devices per machine of the critic"),
+    "trainer.placement.ref_num_nodes": Row(1, "machines of the reference"),
+    "trainer.placement.ref_num_gpus_per_node": Row(1, "devices per machine of the reference"),
+    "trainer.sequence_parallel_backend": Row("ulysses", "how one sequence is shared by GPUs"),
+    "trainer.strategy": Row("single", "single: one process, one device"),
+    "trainer.policy.model.lora.lora_sync_path": ADAPTERS["lora_sync_path"],
+    "trainer.policy.optimizer_config.offload_after_step": OFFLOAD,
+    **_under("trainer.policy.fsdp_config", SHARDING),
+    "trainer.policy.sequence_parallel_size": ONE_SEQUENCE,
+    "trainer.policy.use_torch_compile": Row(False, "compile the entropy computation"),
+    "trainer.policy.record_memory": Row(False, "write CUDA memory snapshots"),
+    **_under("trainer.ref.model.lora", ADAPTERS),
+    "trainer.ref.sequence_parallel_size": ONE_SEQUENCE,
+    **_under("trainer.ref.fsdp_config", SHARDING),
+    "trainer.critic.model.path": Row(None, "base model of the critic; null means no critic", str | None),
+    **_under("trainer.critic.model.lora", ADAPTERS),
+    "trainer.critic.optimizer_config.lr": Row(5e-06, "peak learning rate"),
+    "trainer.critic.optimizer_config.adam_betas": Row([0.9, 0.999], "decay of the two moments", list[float]),
+    "trainer.critic.optimizer_config.weight_decay": Row(0.01, "decoupled weight decay"),
+    "trainer.critic.optimizer_config.max_grad_norm": Row(
+        1.0, "gradients are scaled down to this total norm; <= 0 is off"
+    ),
+    "trainer.critic.optimizer_config.offload_after_step": OFFLOAD,
+    "trainer.critic.optimizer_config.num_warmup_steps": Row(0, "optimizer steps over which the rate rises from 0"),
+    "trainer.critic.optimizer_config.scheduler": Row("constant_with_warmup", "a transformers schedule, by name"),
+    **_under("trainer.critic.fsdp_config", SHARDING),
+    "trainer.critic.sequence_parallel_size": ONE_SEQUENCE,
+    "trainer.critic.model_config_kwargs": Row({}, "overrides of the Hugging Face model config", MAPPING),
+    "trainer.algorithm.value_head_prefix": Row("value_head", "name of the critic's linear head"),
+    "trainer.algorithm.lambd": Row(1.0, "GAE's lambda"),
+    "trainer.algorithm.tis_imp_ratio_cap": Row(-1.0, "old name of off_policy_correction.token_tis_ratio_clip_high"),
+    "trainer.algorithm.use_tis": Row(False, "old name of off_policy_correction.tis_ratio_type=token"),
+    "trainer.algorithm.value_clip": Row(0.2, "how far the critic may move; null: plain squared error", float | None),
+    "trainer.algorithm.dynamic_sampling.type": Row(None, "null, filter or replace", str | None),
+    "trainer.algorithm.dynamic_sampling.max_sample_batches": Row(30, "stop after this many batches; <= 0 is no limit"),
+    "trainer.algorithm.dynamic_sampling.min_replace_ratio": Row(0.3, "replace: share of good prompts needed"),
+    "trainer.fully_async.max_staleness_steps": Row(4, "how many steps ahead generation may run"),
+    "trainer.fully_async.num_parallel_generation_workers": Row(768, "prompts that are played at once"),
+    "trainer.gradient_checkpointing_use_reentrant": Row(False, "torch's older variant of gradient checkpointing"),
+    "trainer.log_path": Row("/tmp/skyrl-logs", "log files of a cluster's workers"),
+    "trainer.critic_mini_batch_size": Row(256, "prompts per optimizer step of the critic"),
+    "trainer.use_sample_packing": Row(True, "samples are laid end to end, without padding"),
+    "trainer.flash_attn": Row(False, "the flash-attn package; torch's own attention serves without it"),
+    "trainer.disable_fast_tokenizer": Row(False, "use the slow tokenizer"),
+    "trainer.dump_data_batch": Row(False, "pickle every training batch"),
+    "trainer.rope_scaling": Row(None, "RoPE scaling of the policy", MAPPING | None),
+    "trainer.rope_theta": Row(None, "RoPE base of the policy", float | None),
+    "generator.model_name": Row("${trainer.policy.model.path}", "model of the engine; follows the policy's path"),
+    "generator.model_dtype": Row("auto", "dtype of the engine; auto: the learner's"),
+    "generator.run_engines_locally": Row(True, "engines are started here"),
+    "generator.num_inference_engines": Row(1, "copies of the engine"),
+    "generator.backend": Row("torch", "torch: the engine inside this process"),
+    "generator.weight_sync_backend": Row("nccl", "how new weights travel to other processes"),
+    "generator.weight_transfer_threshold_cuda_ipc_GB": Row(1.0, "GB per transfer between processes"),
+    "generator.external_proxy_url": Row(None, "router of remote engines", str | None),
+    "generator.external_server_urls": Row(None, "addresses of remote engines", list[str] | None),
+    "generator.inference_engine_tensor_parallel_size": Row(1, "GPUs that share each layer"),
+    "generator.inference_engine_pipeline_parallel_size": Row(1, "GPUs that share the stack of layers"),
+    "generator.inference_engine_expert_parallel_size": Row(1, "GPUs that share the experts"),
+    "generator.inference_engine_data_parallel_size": Row(1, "copies inside one engine"),
+    "generator.async_engine": Row(True, "requests of all episodes are batched as they come"),
+    "generator.vllm_v1_disable_multiproc": Row(True, "vLLM in one process"),
+    "generator.enable_prefix_caching": Row(True, "keep the KV of shared prompts and earlier turns"),
+    "generator.enable_chunked_prefill": Row(True, "vLLM: long prompts in pieces"),
+    "generator.enforce_eager": Row(True, "vLLM without CUDA graphs"),
+    "generator.fully_sharded_loras": Row(False, "vLLM: adapters sharded"),
+    "generator.enable_ray_prometheus_stats": Row(False, "vLLM: metrics through Ray"),
+    "generator.gpu_memory_utilization": Row(0.8, "vLLM: share of GPU memory"),
+    "generator.remote_inference_engine_urls": Row(["127.0.0.1:8001"], "addresses of remote engines", list[str]),
+    "generator.enable_http_endpoint": Row(False, "serve the engine over HTTP"),
+    "generator.http_endpoint_host": Row("127.0.0.1", "host of the HTTP endpoint"),
+    "generator.http_endpoint_port": Row(8000, "port of the HTTP endpoint"),
+    "generator.served_model_name": Row(None, "model name at the HTTP endpoint", str | None),
+    "generator.engine_init_kwargs": Row({}, "arguments of the engine's constructor", MAPPING),
+    "generator.override_existing_update_group": Row("auto", "remote engines: replace an old weight group"),
+    "generator.rope_scaling": Row(
+        "${trainer.rope_scaling}", "RoPE scaling of the engine; follows the policy's", MAPPING | None
+    ),
+    "generator.rope_theta": Row("${trainer.rope_theta}", "RoPE base of the engine; follows the policy's", float | None),
+    "generator.step_wise_trajectories": Row(False, "each turn becomes a sample of its own"),
+}
