@@ -21,7 +21,7 @@ from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.ray_ppo_trainer import RayPPOTrainer
 from skyrl_train.rollout.collector import Collector, Round
@@ -32,7 +32,7 @@ from skyrl_train.run.metrics import PHASES, rollout_metrics
 from skyrl_train.run.run import Run, RunRefused
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
-from skyrl_train.weights.in_process import InProcessWeights
+from skyrl_train.weights.base import Weights
 
 Metrics = dict[str, float]
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Trainer:
     collector: Collector
     engine: Engine
     learner: Learner
-    weights: InProcessWeights
+    weights: Weights
     run: Run
     kl_controller: KLController
     extra_metrics: Callable[[], Metrics] = dict  # an experiment's own, asked once a step
@@ -108,7 +108,7 @@ class Trainer:
         self.run.progress.phase("update", batch.num_tokens, "tokens")
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
-            await self.weights.push(self.learner.policy_version, self.engine)
+            await self.weights.push(self.learner, self.engine)
         return rollout_metrics(groups) | advantage_metrics(batch) | of_kl | metrics
 
     async def timed_step(self) -> Metrics:
@@ -173,11 +173,12 @@ class Trainer:
             self.kl_controller.load_state_dict(saved["kl_controller"])
             set_random_states(saved["random"])
             self.global_step, self.num_tokens = start.step, saved["num_tokens"]
-        await self.weights.push(self.learner.policy_version, self.engine)
+        await self.weights.push(self.learner, self.engine)
 
     async def close(self) -> None:
         self.collector.close()
         await self.engine.close()
+        self.learner.close()
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1

@@ -278,9 +278,9 @@ class BasePPOExp:
         return reference
 
     def get_learner(self, policy: Any) -> Any:
-        from skyrl_train.learner.learner import Learner
+        from skyrl_train.learner.learner import TorchLearner
 
-        return Learner(
+        return TorchLearner(
             policy,
             self.trainer_section,
             num_training_steps=self.schedule.num_steps,

@@ -57,6 +57,11 @@ class Objective:
         return self.algorithm.use_kl_loss and self.algorithm.kl_loss_coef > 0
 
     @property
+    def is_regularized(self) -> bool:
+        """Whether a term beside the policy loss has a weight: then a batch without advantages has a gradient, too."""
+        return self.uses_kl or (self.algorithm.use_entropy_loss and self.algorithm.entropy_loss_coef != 0)
+
+    @property
     def rejects_samples(self) -> bool:
         """Samples may be dropped by how far old_logprobs are from rollout_logprobs."""
         correction = self.algorithm.off_policy_correction

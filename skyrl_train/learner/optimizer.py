@@ -56,6 +56,10 @@ class MasterOptimizer:
     def learning_rate(self) -> float:
         return float(self._adamw.param_groups[0]["lr"])
 
+    def has_gradient(self) -> bool:
+        """Whether any number of any gradient is not zero."""
+        return any(bool(master.grad.any()) for master in self.masters.values() if master.grad is not None)
+
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
