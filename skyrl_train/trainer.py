@@ -24,8 +24,8 @@ from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.ray_ppo_trainer import RayPPOTrainer
-from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
+from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run.checkpoint import State, random_states, set_random_states
 from skyrl_train.run.metrics import PHASES, rollout_metrics
@@ -49,7 +49,7 @@ class Trainer:
     tokenizer: Any
     prompts: TrainPrompts
     evaluator: Evaluator | None
-    collector: Collector
+    collector: RoundPlayer
     engine: Engine
     learner: Learner
     weights: Weights
@@ -182,13 +182,13 @@ class Trainer:
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1
-        asked = Round(
+        this_round = Round(
             "train", step, prompts, generator.n_samples_per_prompt, sampling_params(generator.sampling_params)
         )
-        on_episode = self.run.phase("rollout", asked.num_episodes, "episodes")
+        on_episode = self.run.phase("rollout", this_round.num_episodes, "episodes")
         busy_before = self.engine.busy_seconds
         with self._timed("generate"):
-            groups = await self.collector.collect(asked, on_episode)
+            groups = await self.collector.collect(this_round, on_episode)
         self.timings["timing/engine"] = self.engine.busy_seconds - busy_before
         self.run.keep("train", step, groups)
         return groups

@@ -49,6 +49,7 @@ class EpisodeTask:
     env_seed: int
     sampling: SamplingParams
     sampling_seed: int
+    round_name: str  # part of the session id: the same prompt may be played in two rounds at once
 
     @property
     def id(self) -> str:
@@ -103,7 +104,7 @@ class Episode:
 
     @property
     def _session_id(self) -> str:
-        return f"{self.task.id}_{self.attempt}"
+        return f"{self.task.round_name}_{self.task.id}_{self.attempt}"
 
     def _beginning(self) -> AbstractAsyncContextManager[None]:
         if self.lockstep is None:

@@ -9,7 +9,8 @@ from itertools import count, pairwise
 from typing import Any
 
 from skyrl_train.entrypoints.main_base import BasePPOExp
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
+from skyrl_train.rollout.round import Round
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.types import Group
 from tests.benchmarks.workers.environments import register_environments
