@@ -10,7 +10,7 @@ from typing import Any
 
 from skyrl_train.callbacks import CallbackInput, TrainingCallback, TrainingControl, check_callbacks
 from skyrl_train.generators.base import GeneratorOutput
-from skyrl_train.rollout.generator_output import check_output, num_episodes_in, output_of, with_output
+from skyrl_train.generators.generator_output import check_output, num_episodes_in, output_of, with_output
 from skyrl_train.types import Group
 
 ESTIMATOR = "register an advantage estimator (skyrl_train.utils.ppo_utils.register_advantage_estimator)"

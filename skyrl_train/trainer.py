@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics
@@ -23,7 +23,6 @@ from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
-from skyrl_train.ray_ppo_trainer import RayPPOTrainer
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
@@ -33,6 +32,11 @@ from skyrl_train.run.run import Run, RunRefused
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.weights.base import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.ray_ppo_trainer import RayPPOTrainer
 
 Metrics = dict[str, float]
 T = TypeVar("T")
@@ -46,7 +50,7 @@ class Trainer:
     """
 
     config: SkyRLConfig
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prompts: TrainPrompts
     evaluator: Evaluator | None
     collector: RoundPlayer
@@ -266,3 +270,12 @@ class Trainer:
                 "trainer/num_tokens": self.num_tokens,
             }
         )
+
+
+def __getattr__(name: str) -> Any:
+    """Return RayPPOTrainer, which SkyRL's users import from here. It stands above this file: it is looked up late."""
+    if name == "RayPPOTrainer":
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+
+        return RayPPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from integrations.openenv.commands import check, doctor, play, serve
 from integrations.openenv.commands import list as list_command
 from skyrl_train.console import lasting_output
-from skyrl_train.run.records.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, visible
 
 COMMANDS = {
     "list": (list_command, "the environments and their options"),

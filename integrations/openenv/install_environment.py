@@ -30,7 +30,7 @@ from integrations.openenv.images.long_command import run_long_command
 from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
-from skyrl_train.run.records.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, visible
 
 
 @dataclass(frozen=True, slots=True)

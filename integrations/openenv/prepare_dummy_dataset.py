@@ -19,7 +19,7 @@ from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
-from skyrl_train.run.records.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, visible
 
 MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
 

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
-ConversationType = list[dict[str, str]]
+from skyrl_train.inference_engines.base import ConversationType
+
 TrainingPhase = Literal["train", "eval"]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-from skyrl_train.generators.base import ConversationType
-
 __all__ = ["ConversationType", "InferenceEngineInput", "InferenceEngineOutput"]
+
+ConversationType = list[dict[str, str]]
 
 
 class InferenceEngineInput(TypedDict):

@@ -11,7 +11,7 @@ from rich.console import Console
 from skyrl_train.console import lasting_output
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.show import show
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,9 +30,9 @@ from skyrl_gym.contract import (
 from skyrl_gym.core import EnvFailure, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
-from skyrl_train.run.records.visible import shortened, visible
 from skyrl_train.spans import span
 from skyrl_train.types import Message
+from skyrl_train.visible import shortened, visible
 
 if TYPE_CHECKING:
     from skyrl_train.rollout.episode import EpisodeLimits, EpisodeTask

@@ -25,7 +25,7 @@ from loguru import logger
 from skyrl_train.files import remove_folder, remove_leftovers, whole_folder, write_whole
 from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
-from skyrl_train.run.records.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
+from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
 State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
 FORMAT = 2  # 1 kept pickles

@@ -15,8 +15,7 @@ from skyrl_gym.contract import Outcome, checked_metrics
 from skyrl_gym.metrics import aggregate_for_environment, default_aggregate_metrics
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.rollout.env_calls import words_of
-from skyrl_train.run.records.episode import num_response_tokens
-from skyrl_train.run.records.run_folder import METRICS
+from skyrl_train.run.run_folder import METRICS
 from skyrl_train.types import EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
@@ -95,6 +94,16 @@ def _length_metrics(trajectories: list[Trajectory]) -> Metrics:
         "generate/num_turns": _mean([float(len(t.turns)) for t in trajectories]),
         "generate/avg_episode_seconds": _mean([t.seconds for t in trajectories]),
     }
+
+
+def num_response_tokens(trajectory: Trajectory) -> int:
+    """SkyRL's response length: tokens behind the first prompt, observations included."""
+    count, row = 0, []
+    for turn in trajectory.turns:
+        continues = bool(row) and turn.prompt_ids[: len(row)] == row
+        count += (len(turn.prompt_ids) - len(row) if continues else 0) + len(turn.response_ids)
+        row = turn.prompt_ids + turn.response_ids
+    return count
 
 
 def _end_metrics(trajectories: list[Trajectory]) -> Metrics:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from skyrl_train.run.metrics import PHASES, Metrics, tokens_per_second
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 # Heading, metric (the first that a step has), format.
 COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (

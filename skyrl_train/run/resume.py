@@ -9,7 +9,7 @@ from typing import Any
 
 from skyrl_train.run.checkpoint import Checkpoints, State, checkpoint_step
 from skyrl_train.run.contents import Contents, changed_contents
-from skyrl_train.run.records.run_folder import move_aside, rewind
+from skyrl_train.run.run_folder import move_aside, rewind
 
 
 @dataclass(frozen=True)

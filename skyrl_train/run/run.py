@@ -21,14 +21,14 @@ from skyrl_train.run.metrics import Metrics, MetricsLog
 from skyrl_train.run.progress import RunProgress
 from skyrl_train.run.records.profile import Profile
 from skyrl_train.run.records.report import write_report
-from skyrl_train.run.records.run_folder import run_lock
 from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
 from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
-from skyrl_train.run.records.visible import log_to
 from skyrl_train.run.resume import RunStart, start_run
+from skyrl_train.run.run_folder import run_lock
 from skyrl_train.run.tracking import Tracking
 from skyrl_train.types import Group
+from skyrl_train.visible import log_to
 
 # A resumed run may differ in these: they change where things go and how long it lasts, not what a step does.
 MAY_CHANGE_ON_RESUME = (

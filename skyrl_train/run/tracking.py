@@ -13,7 +13,7 @@ from loguru import logger
 
 from skyrl_train.run.metrics import Metrics
 from skyrl_train.run.progress import print_line, step_line
-from skyrl_train.run.records.run_folder import TENSORBOARD
+from skyrl_train.run.run_folder import TENSORBOARD
 
 Config = dict[str, Any]
 

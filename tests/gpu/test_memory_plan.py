@@ -10,10 +10,10 @@ from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.config import AlgorithmConfig, LoraConfig, TrainerConfig
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.ops import cuda
+from skyrl_train.policy import memory_plan
+from skyrl_train.policy.memory_plan import GIB, Demands
 from skyrl_train.policy.model import wrap_module
 from skyrl_train.policy.model_memory import gpu, model_memory
-from skyrl_train.run import memory_plan
-from skyrl_train.run.memory_plan import GIB, Demands
 from tests.benchmarks.gpu import SHAPES
 from tests.benchmarks.workers.samples import batch
 from tests.skyrl_train.learner.on_meta import meta_module

@@ -13,6 +13,8 @@ from skyrl_train.batch.samples import to_samples
 from skyrl_train.config import load_config
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.generators import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
+from skyrl_train.generators.custom_generator import GeneratorCollector
+from skyrl_train.generators.generator_output import WrongOutput, output_of
 from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl_train.generators.utils import (
     get_response_ids_and_loss_mask_from_messages,
@@ -22,9 +24,7 @@ from skyrl_train.generators.utils import (
 from skyrl_train.inference_engines.base import InferenceEngineInput
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.custom_generator import GeneratorCollector
 from skyrl_train.rollout.filters import zero_reward_on_non_stop
-from skyrl_train.rollout.generator_output import WrongOutput, output_of
 from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.types import EpisodeEnd, Group, Prompt
 from tests.fakes import CountdownEnv, FlakyEnv, ScriptedEngine

@@ -11,7 +11,7 @@ from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry, catalog_e
 from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 
 def add_environment(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from integrations.openenv.commands.arguments import add_environment, environment
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
 from integrations.openenv.pool.server_pool import close_shared_pools
 from skyrl_gym.core import EnvFailure
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."
 

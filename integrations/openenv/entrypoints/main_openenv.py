@@ -45,7 +45,7 @@ class OpenEnvExp(BasePPOExp):
         """Before the model is loaded: the data sets' environments know their options and can be served here."""
         config = cfg.environment.openenv
         envs: dict[tuple[str, str], OpenEnv] = {}
-        for prompt in [*self.train_dataset, *(self.eval_dataset or ())]:
+        for prompt in [*(self.train_dataset or ()), *(self.eval_dataset or ())]:
             extras = prompt.env_extras
             kind = (str(extras.get("env_name")), str(extras.get("options")))
             if prompt.env_class == "openenv" and kind not in envs:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from integrations.openenv.client.errors import OpenEnvError
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 SHOWN_AT_THE_END = 20  # lines of a command that failed
 REPORT_EVERY_S = 15.0  # where nobody watches a terminal

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 
 from skyrl_train.run.records.episode import EpisodeRecord, Segment
-from skyrl_train.run.records.visible import escaped, shortened
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, shortened
 
 MAX_TOKENS = 1200  # of an episode; of a longer one the middle is left out
 SPECIAL = re.compile(r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")  # drawn faintly

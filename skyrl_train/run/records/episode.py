@@ -131,16 +131,6 @@ def segments(trajectory: Trajectory, token_texts: Callable[[list[int]], list[str
     return found
 
 
-def num_response_tokens(trajectory: Trajectory) -> int:
-    """SkyRL's response length: tokens behind the first prompt, observations included."""
-    count, row = 0, []
-    for turn in trajectory.turns:
-        continues = bool(row) and turn.prompt_ids[: len(row)] == row
-        count += (len(turn.prompt_ids) - len(row) if continues else 0) + len(turn.response_ids)
-        row = turn.prompt_ids + turn.response_ids
-    return count
-
-
 def _rounded(logprobs: list[float]) -> list[float]:
     """Half the size on the disk, for an error far below that of any engine."""
     return [round(logprob, 6) for logprob in logprobs]

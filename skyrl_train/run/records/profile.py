@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.files import write_whole
-from skyrl_train.run.records.run_folder import PROFILE
+from skyrl_train.run.run_folder import PROFILE
 from skyrl_train.spans import Recorder, Span, recording
 
 VIEWER = "https://ui.perfetto.dev"

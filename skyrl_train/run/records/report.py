@@ -14,12 +14,12 @@ from skyrl_train.run.progress import clock
 from skyrl_train.run.records.charts import Chart, Point, line_chart, stacked_bars
 from skyrl_train.run.records.conversation import ENDS, episode_card
 from skyrl_train.run.records.episode import EpisodeRecord
-from skyrl_train.run.records.run_folder import METRICS, REPORT
 from skyrl_train.run.records.run_info import RunInfo, read_run_info
 from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, summarise
 from skyrl_train.run.records.trajectories import iterate_trajectories, trajectory_files
-from skyrl_train.run.records.visible import escaped, shortened
+from skyrl_train.run.run_folder import METRICS, REPORT
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, shortened
 
 HERE = Path(__file__).parent
 SMALL_CHARTS = (  # title, metric

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.files import write_whole
-from skyrl_train.run.records.run_folder import RUN_INFO
+from skyrl_train.run.run_folder import RUN_INFO
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from skyrl_train.run.records.episode import EpisodeRecord
 from skyrl_train.run.records.trajectories import Phase, read_trajectories, trajectory_files
-from skyrl_train.run.records.visible import visible
+from skyrl_train.visible import visible
 
 SAMPLED, GIVEN = "bold green", "dim"
 

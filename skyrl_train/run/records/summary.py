@@ -15,8 +15,8 @@ from skyrl_train.files import write_whole
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.progress import clock
 from skyrl_train.run.records.profile import VIEWER
-from skyrl_train.run.records.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 from skyrl_train.run.records.run_info import read_run_info
+from skyrl_train.run.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 
 EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
 

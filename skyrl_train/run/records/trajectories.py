@@ -19,8 +19,8 @@ import zstandard
 
 from skyrl_train.files import write_whole
 from skyrl_train.run.records.episode import EpisodeRecord, episode_record
-from skyrl_train.run.records.run_folder import TRAJECTORIES, trajectory_steps
 from skyrl_train.run.records.tokens import TokenTexts
+from skyrl_train.run.run_folder import TRAJECTORIES, trajectory_steps
 from skyrl_train.types import Trajectory
 
 Phase = Literal["train", "eval"]

@@ -18,11 +18,11 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_train.engine.base import EngineDied, Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.generators.base import GeneratorInterface
+from skyrl_train.generators.custom_generator import GeneratorCollector
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.rollout import playing
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector
-from skyrl_train.rollout.custom_generator import GeneratorCollector
 from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt

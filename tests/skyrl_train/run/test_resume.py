@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from skyrl_train.run.checkpoint import Checkpoints
-from skyrl_train.run.records.run_folder import profile_steps
 from skyrl_train.run.resume import check_same_run, find_checkpoint, start_run
+from skyrl_train.run.run_folder import profile_steps
 
 CONFIG = {"trainer.seed": 1, "trainer.epochs": 2}
 

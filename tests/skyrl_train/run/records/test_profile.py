@@ -15,7 +15,7 @@ import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
 from skyrl_train.run.records.profile import Profile, trace_of
-from skyrl_train.run.records.run_folder import profile_steps
+from skyrl_train.run.run_folder import profile_steps
 from skyrl_train.spans import recording, span
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model

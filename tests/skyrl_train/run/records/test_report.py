@@ -18,8 +18,8 @@ from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_ru
 from skyrl_train.run.records.summary import before_and_after, closing_panel, write_summary
 from skyrl_train.run.records.tokens import TokenTexts
 from skyrl_train.run.records.trajectories import TrajectoryStore
-from skyrl_train.run.records.visible import escaped, visible
 from skyrl_train.types import EpisodeEnd
+from skyrl_train.visible import escaped, visible
 from tests.skyrl_train.run.records.episodes import TOKENIZER, group, prompt, trajectory
 
 EVIL = "<script>alert(1)</script>\x00\x1b[31m\u202e\" onmouseover='x' </style>&amp;"

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from skyrl_train.records.__main__ import main
-from skyrl_train.run.records.episode import num_response_tokens, segments
+from skyrl_train.run.metrics import num_response_tokens
+from skyrl_train.run.records.episode import segments
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.show import show
 from skyrl_train.run.records.tokens import TokenTexts

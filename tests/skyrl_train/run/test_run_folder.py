@@ -10,13 +10,13 @@ import pytest
 from loguru import logger
 
 from skyrl_train.run.metrics import read_metrics
-from skyrl_train.run.records.run_folder import checkpoint_steps, run_lock, truncate_metrics
 from skyrl_train.run.records.run_info import read_run_info
+from skyrl_train.run.run_folder import checkpoint_steps, run_lock, truncate_metrics
 
 CODE = """
 import sys
 from pathlib import Path
-from skyrl_train.run.records.run_folder import run_lock
+from skyrl_train.run.run_folder import run_lock
 with run_lock(Path(sys.argv[1])):
     print("got it")
 """

@@ -14,7 +14,7 @@ from loguru import logger
 from rich.console import Console
 
 from skyrl_train.run.progress import RunProgress, print_line
-from skyrl_train.run.records.visible import log_to, visible
+from skyrl_train.visible import log_to, visible
 
 ESCAPES = [
     "\x1b[31mred", "\x1b]0;title\x07", "\x1b]52;c;ZWNobw==\x07", "\x9b2J", "\x1b[2K\r all is well", "a\x08\x08b",
@@ -60,7 +60,7 @@ def test_lines_above_the_bars_are_visible(terminal: bool) -> None:
 def test_what_ends_a_process_and_what_libraries_log_is_visible() -> None:
     code = """
 import logging
-from skyrl_train.run.records.visible import make_errors_visible
+from skyrl_train.visible import make_errors_visible
 make_errors_visible()
 logging.getLogger("library").warning("says \\x1b[2J")
 from loguru import logger

@@ -10,10 +10,10 @@ from typing import Any
 from loguru import logger
 
 from skyrl_train.generators.base import BatchMetadata, GeneratorInput, GeneratorInterface, TrajectoryID
+from skyrl_train.generators.generator_output import WrongOutput, check_output, groups_of
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.inference_engines.utils import sampling_dict
 from skyrl_train.rollout.collector import refuse_if_all_failed
-from skyrl_train.rollout.generator_output import WrongOutput, check_output, groups_of
 from skyrl_train.rollout.round import OnEpisode, Round
 from skyrl_train.types import Group
 
