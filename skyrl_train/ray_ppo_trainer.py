@@ -75,7 +75,7 @@ class RayPPOTrainer:
         return generator_output
 
     def shaped(self, groups: list[Group]) -> list[Group]:
-        """The groups as `postprocess_generator_output` leaves them."""
+        """Return the groups as `postprocess_generator_output` leaves them."""
         if type(self).postprocess_generator_output is RayPPOTrainer.postprocess_generator_output:
             return groups
         output, uids = output_of(groups, one_reward=self.cfg.generator.batched)
@@ -91,7 +91,7 @@ class RayPPOTrainer:
             getattr(callback, event)(self, where, self.control)
 
     def taken_metrics(self) -> dict[str, float]:
-        """What a subclass measured since the last step."""
+        """Return what a subclass measured since the last step, and forget it."""
         found = {**self.all_metrics, **{f"timing/{name}": seconds for name, seconds in self.all_timings.items()}}
         self.all_metrics, self.all_timings = {}, {}
         return found

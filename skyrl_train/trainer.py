@@ -71,7 +71,7 @@ class Trainer:
         return self.prompts.schedule.num_steps
 
     async def train(self) -> None:
-        """From wherever the run stands to its last step; leaves nothing running, however it ends."""
+        """Train from wherever the run stands to its last step. Leaves nothing running, however it ends."""
         try:
             await self.restore()
             self._fire("on_train_start")
@@ -86,7 +86,7 @@ class Trainer:
             await self.close()
 
     async def recorded_step(self) -> None:
-        """A step, and whatever is due after it."""
+        """Make a step, and whatever is due after it."""
         if self._begins_epoch():
             self._fire("on_epoch_start", step=self.global_step + 1)
         self._fire("on_step_start", step=self.global_step + 1)
@@ -102,7 +102,7 @@ class Trainer:
         await self.save()
 
     async def step(self) -> Metrics:
-        """One walk; `global_step` still counts the steps before it."""
+        """Walk once from prompts to new weights; `global_step` still counts the steps before it."""
         prompts = self.prompts.take(self.global_step + 1)
         groups = await self._shaped(await self._collect(prompts))  # prompt -> episode -> trajectory
         batch = pack(self._to_samples(groups))  # -> sample -> batch
@@ -125,7 +125,7 @@ class Trainer:
         return metrics
 
     async def evaluate(self) -> Metrics:
-        """Empty without validation data."""
+        """Return the metrics of an evaluation; none without validation data."""
         if self.evaluator is None:
             return {}
         self._fire("on_eval_start")
@@ -135,7 +135,7 @@ class Trainer:
         return metrics
 
     async def save(self) -> None:
-        """Checkpoint and export, if this step is due for them. Everything recorded so far is on the disk first."""
+        """Write checkpoint and export, if this step is due for them. All records are on the disk before."""
         trainer = self.config.trainer
         if self._is_due(trainer.ckpt_interval) or (self.users and self.users.control.should_save):
             with span("checkpoint"):
@@ -148,12 +148,12 @@ class Trainer:
                 await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
 
     def export(self, folder: Path) -> None:
-        """The policy in Hugging Face format, whole or not at all."""
+        """Write the policy in Hugging Face format, whole or not at all."""
         with naming(folder / "policy"), whole_folder(folder / "policy") as unfinished:
             self.learner.save_pretrained(unfinished, self.tokenizer)
 
     def state(self) -> State:
-        """Everything the steps after this one depend on; what follows from seed and step alone is not in it."""
+        """Return all that later steps depend on, except for what follows from seed and step alone."""
         return {
             "trainer_state": {
                 "global_step": self.global_step,
@@ -180,9 +180,11 @@ class Trainer:
         await self.weights.push(self.learner, self.engine)
 
     async def close(self) -> None:
-        self.collector.close()
-        await self.engine.close()
-        self.learner.close()
+        try:
+            self.collector.close()
+            await self.engine.close()  # behind whatever the compute thread is still doing, an update included
+        finally:
+            self.learner.close()
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1
@@ -198,7 +200,7 @@ class Trainer:
         return groups
 
     async def _shaped(self, groups: list[Group]) -> list[Group]:
-        """The one hook of users between episodes and batch; what comes back must be the same episodes."""
+        """Call the user's hooks between episodes and batch; they must return the same episodes."""
         before = [trajectory.id for group in groups for trajectory in group.trajectories]
         if self.users is not None:
             groups = self.users.shaped(groups)
@@ -227,7 +229,7 @@ class Trainer:
         return mask_overlong(samples, trajectories) if generator.apply_overlong_filtering else samples
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """With use_kl_in_reward the KL is taken from the rewards first, and its controller learns how large it was."""
+        """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""
         algorithm = self.config.trainer.algorithm
         if not algorithm.use_kl_in_reward:
             return add_advantages(batch, algorithm), {}
@@ -237,7 +239,7 @@ class Trainer:
         return add_advantages(batch, algorithm, coefficient), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
-        """In the compute thread, so that environments and the progress bar stay alive meanwhile."""
+        """Run a call in the compute thread, so that environments and the progress bar stay alive meanwhile."""
         with self._timed(name):
             return await asyncio.wrap_future(compute.submit(call, *args))
 
@@ -249,14 +251,14 @@ class Trainer:
         self.timings[f"timing/{name}"] = time.monotonic() - started
 
     def _is_due(self, interval: int) -> bool:
-        """Every `interval` steps and at the last one; never if the interval is not positive."""
+        """Return whether this step ends an interval or is the last one; an interval that is not positive never ends."""
         return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
 
     def _begins_epoch(self) -> bool:
         return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _ends_epoch(self) -> bool:
-        """At the last step, too: the run may be taken up again with more epochs."""
+        """Return whether this step ends an epoch, the last step included: a resumed run may have more epochs."""
         return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _clock(self) -> Metrics:

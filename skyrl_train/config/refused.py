@@ -15,7 +15,7 @@ from skyrl_train.config.tree import defaults_of, leaves
 
 ONE_DEVICE = "is not possible yet: one process trains on one device (trainer.device); drop it"
 ONE_ENGINE = "is not possible yet: one engine runs inside this process; drop it"
-NO_SYNC = "has nothing to do: the engine reads the learner's weights in place; drop it"
+NO_SYNC = "has nothing to do: the engine reads the learner's weights; drop it"
 NO_SHARDING = "has nothing to do: on one device no model is sharded; drop it, and bound memory with "
 NO_SHARDING += "trainer.max_tokens_per_microbatch and trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "

@@ -10,7 +10,7 @@ StopReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one completion is sampled. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off."""
+    """Settings of one completion. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off."""
 
     max_tokens: int
     min_tokens: int = 1  # end-of-sequence tokens and stop strings count only from here on
@@ -43,7 +43,7 @@ class SamplingParams:
 class Request:
     """One turn to be sampled. Turns of one episode share `session_id`, so an engine can keep their KV cache.
 
-    in_round: compute it beside the requests that were made in the same tick of the event loop, and beside no others.
+    in_round: compute it together with the requests that were made in the same tick of the event loop, and no others.
     Then the same rounds in the same order give the same bits, whatever else the engine is asked for.
     """
 
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine sampled. The end-of-sequence token is part of `response_ids` if the policy sampled it.
+    """A sampled response. The end-of-sequence token is part of `response_ids` if the policy sampled it.
 
     `logprobs` are of the sampled tokens under softmax(logits / temperature), before top-k, top-p and min-p cut the
     distribution (temperature 0: at temperature 1), which is what the learner computes for the same tokens.

@@ -21,7 +21,7 @@ class DataParts(ModelParts):
         return self._dataset(self.cfg.data.train_data)
 
     def get_eval_dataset(self) -> PromptDataset | None:
-        """None without validation data or with evaluation switched off."""
+        """Return the validation prompts; None without any or with evaluation switched off."""
         if self.cfg.trainer.eval_interval <= 0 or not self.cfg.data.val_data:
             return None
         return self._dataset(self.cfg.data.val_data)
@@ -47,7 +47,7 @@ class DataParts(ModelParts):
         return PromptSchedule(len(self.train_dataset), trainer.train_batch_size, trainer.epochs, trainer.seed)
 
     def get_contents(self) -> dict[str, dict[str, str]]:
-        """What the files that the settings name hold (contents.py): a checkpoint goes on only with the same."""
+        """Return what the files hold that the settings name (contents.py): a run is resumed only with the same."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.policy.pretrained import resolve_model
         from skyrl_train.run.contents import model_contents, prompt_contents, template_contents
@@ -82,7 +82,7 @@ class DataParts(ModelParts):
 
 
 def look_up_environment(env_class: str) -> None:
-    """Raises if no environment is registered under this id, or if what is registered cannot be imported."""
+    """Raise if no environment is registered under this id, or if what is registered cannot be imported."""
     from skyrl_gym.envs.registration import load_entry_point, spec
 
     load_entry_point(spec(env_class).entry_point)

@@ -109,7 +109,7 @@ _MAKERS_OF_ENGINES = (
 
 
 def __getattr__(name: str) -> Any:
-    """`skyrl_entrypoint`, SkyRL's Ray task, made when it is asked for: only who uses Ray waits for its import.
+    """Make `skyrl_entrypoint`, SkyRL's Ray task, when it is asked for: only who uses Ray waits for its import.
 
     SkyRL's makers of engines can be imported, as its examples do, and refuse to be called.
     """

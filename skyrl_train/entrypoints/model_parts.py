@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelParts:
-    """Builds what computes with the model's weights, and what speaks its tokens."""
+    """Builds the parts that compute with the model's weights or use its tokens."""
 
     cfg: SkyRLConfig
     device: torch.device
@@ -33,13 +33,13 @@ class ModelParts:
     chat_template: ChatTemplate
 
     def get_model_path(self) -> str:
-        """A folder on this machine, or a hub name that transformers can load."""
+        """Return a folder on this machine, or a hub name that transformers can load."""
         from skyrl_train.policy.pretrained import resolve_model
 
         return str(resolve_model(self.cfg.trainer.policy.model.path))
 
     def get_num_embeddings(self) -> int:
-        """How many tokens the model knows, by its configuration."""
+        """Return how many tokens the model knows, by its configuration."""
         from skyrl_train.policy.model_files import load_config
 
         config = load_config(self.model_path, self.cfg.trainer.policy.model_config_kwargs)
@@ -116,7 +116,7 @@ class ModelParts:
             raise ValueError(f"trainer.policy.model.lora: {error}") from error
 
     def num_reference_weights(self) -> int:
-        """Of a reference policy that must be loaded beside the policy."""
+        """Return the number of weights of a reference policy that must be loaded beside the policy; else 0."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.policy.model_memory import meta_module, num_weights
 
@@ -128,7 +128,7 @@ class ModelParts:
 
     @property
     def trainer_section(self) -> TrainerConfig:
-        """The trainer's section, with what it left to the memory plan."""
+        """The trainer's section, completed with what it left to the memory plan."""
         trainer, memory = self.cfg.trainer, self.memory
         if memory is None:  # a CPU
             is_on = trainer.gradient_checkpointing is not False
@@ -172,14 +172,14 @@ class ModelParts:
         logger.info(f"training adapters of {trained:,} weights; the model itself stays as it is")
 
     def get_reference_path(self) -> str:
-        """A folder on this machine, fetched if need be; the policy's own where they are the same."""
+        """Return a folder on this machine, fetched if need be; the policy's own where they are the same."""
         from skyrl_train.policy.pretrained import resolve_model
 
         path = self.cfg.trainer.ref.model.path
         return self.model_path if path == self.cfg.trainer.policy.model.path else str(resolve_model(path))
 
     def get_reference(self, policy: Policy) -> Policy | None:
-        """A frozen policy to measure the KL from, or None where no KL term has a weight."""
+        """Return a frozen policy to measure the KL from, or None where no KL term has a weight."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.policy.lora import BaseUnderAdapters
         from skyrl_train.policy.model import load_policy

@@ -1,4 +1,4 @@
-"""What a run does to its process: how it ends on a signal, with which status, and how memory is kept."""
+"""The process of a run: its exit statuses, signals, and settings of its memory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ TrainingPhase = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryID:
-    """Which episode of which prompt."""
+    """The name of an episode: its prompt and its number among the prompt's episodes."""
 
     instance_id: str
     repetition_id: int
@@ -24,7 +24,7 @@ class TrajectoryID:
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """When the batch is generated."""
+    """The step and the phase that a batch is generated for."""
 
     global_step: int
     training_phase: TrainingPhase

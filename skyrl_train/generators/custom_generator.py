@@ -74,7 +74,7 @@ class GeneratorCollector:
 
 
 def _input_of(this_round: Round) -> GeneratorInput:
-    """Each prompt `samples_per_prompt` times in a row; every episode has copies of its own."""
+    """Return each prompt `samples_per_prompt` times in a row; every episode has copies of its own."""
     episodes = [(prompt, i) for prompt in this_round.prompts for i in range(this_round.samples_per_prompt)]
     return {
         "prompts": [copy.deepcopy(prompt.messages) for prompt, _ in episodes],

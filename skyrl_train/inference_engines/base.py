@@ -1,4 +1,4 @@
-"""What SkyRL's engines take and return."""
+"""The input and the output of SkyRL's engines."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from skyrl_train.rollout.seeds import derive_seed
 
 @dataclass
 class RoundState:
-    """What the client knows of a round of episodes that is under way."""
+    """The client's state of a round of episodes that is under way."""
 
     name: tuple[str, int]  # (phase, step)
     defaults: SamplingParams

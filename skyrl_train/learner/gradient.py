@@ -19,7 +19,7 @@ from skyrl_train.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one forward pass may hold: tokens, and samples if limited."""
+    """The most that one forward pass may hold: tokens, and samples if limited."""
 
     max_tokens: int
     max_samples: int | None = None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Stepped(Enum):
-    """What became of an optimizer step. Only after YES are the weights, the moments and the schedule other ones."""
+    """The outcome of an optimizer step. Only YES changes the weights, the moments and the schedule."""
 
     YES = auto()
     NOT_FINITE = auto()
@@ -40,7 +40,7 @@ class Stepped(Enum):
 
 
 def needs_reference(algorithm: AlgorithmConfig) -> bool:
-    """Whether a reference policy must be loaded: only for a KL that has a weight."""
+    """Return whether a reference policy must be loaded: only for a KL that has a weight."""
     return Objective(algorithm).needs_reference
 
 
@@ -154,7 +154,7 @@ class TorchLearner:
         del self._optimizer
 
     def _num_steps(self, batch: Batch) -> int:
-        """Optimizer steps of one update."""
+        """Return the number of optimizer steps of one update."""
         num_mini_batches = len(mini_batches(batch, self._trainer.policy_mini_batch_size))
         return num_mini_batches * self._trainer.update_epochs_per_batch
 
@@ -194,7 +194,7 @@ class TorchLearner:
         return torch.Generator().manual_seed((self._trainer.seed * 1_000_003 + self.policy_version) % 2**63)
 
     def _drift(self, mini_batch: Batch, logprobs: Tensor) -> WeightedMetrics:
-        """How far the learner was from the engine before the update. logprobs: of the first epoch's forward pass."""
+        """Measure how far the learner was from the engine before the update. logprobs: of the first epoch's pass."""
         old_logprobs = logprobs if mini_batch.old_logprobs is None else mini_batch.old_logprobs
         drift = self.objective.drift_metrics(mini_batch, old_logprobs)
         by_turn = self.objective.drift_by_turn(mini_batch, old_logprobs)
@@ -219,7 +219,7 @@ class TorchLearner:
         return Stepped.YES, WeightedMetrics.of({**metrics, "grad_norm": step.grad_norm}, 1)
 
     def _has_nothing_to_learn(self, mini_batch: Batch) -> bool:
-        """Whether a step would only move the policy by the optimizer's momentum and by weight decay.
+        """Return whether a step would only move the policy by the optimizer's momentum and by weight decay.
 
         So it is where every advantage is zero and neither the KL nor the entropy has a weight. A loss may have terms
         without an advantage (kl_cov has one, a user's may): then its gradient is not zero, and the step is made.
@@ -249,7 +249,7 @@ def _trained_samples(batch: Batch) -> Batch:
 
 
 def _mean_response_length(batch: Batch) -> float:
-    """The mean over the samples of their tokens from the first sampled one on, observations included."""
+    """Return the mean over samples of their tokens from the first sampled one on, observations included."""
     position = torch.where(batch.loss_mask, batch.position_ids, batch.num_tokens)
     first = torch.full_like(batch.lengths, batch.num_tokens).scatter_reduce(0, batch.sample_index, position, "amin")
     return float((batch.lengths - first).clamp(min=0).double().mean())

@@ -39,7 +39,7 @@ def refuse_if_lost(objective: Objective, mini_batch: Batch, logprobs: Tensor, ge
 
 
 def _sums_of_equal_tokens(batch: Batch, values: Tensor) -> list[float]:
-    """The sum of the values of each token that has the same tokens before it, in whichever sample."""
+    """Return the sum of the values of equal tokens behind equal tokens, in whichever samples they are."""
     sums: dict[int, float] = {}
     for start, end in pairwise(batch.offsets.tolist()):
         tokens_so_far = 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     grad_norm: float  # before clipping
     learning_rate: float
@@ -57,7 +57,7 @@ class MasterOptimizer:
         return float(self._adamw.param_groups[0]["lr"])
 
     def has_gradient(self) -> bool:
-        """Whether any number of any gradient is not zero."""
+        """Return whether any number of any gradient is not zero."""
         return any(bool(master.grad.any()) for master in self.masters.values() if master.grad is not None)
 
     def zero_grad(self) -> None:
@@ -75,7 +75,7 @@ class MasterOptimizer:
         return Step(norm, learning_rate, was_skipped=not is_finite)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters, moments and schedule. The tensors are the live ones: save or copy them before the next step."""
+        """Return masters, moments and schedule. The tensors are live: save or copy them before the next step."""
         return {
             "masters": {name: master.detach() for name, master in self.masters.items()},
             "adamw": self._adamw.state_dict(),

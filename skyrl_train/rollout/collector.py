@@ -167,7 +167,7 @@ class Collector:
 
 
 def _repeats_itself(error: EnvFailure, failure: str) -> bool:
-    """Whether playing the episode again would meet the same mistake. failure: the words of the one before."""
+    """Return whether the episode would fail again in the same way. failure: the words of the one before."""
     return isinstance(error, BrokenEnv) and (error.is_mistake or str(error) == failure)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a round while it is played: who waits for what, what failed, which limits cut episodes short."""
+"""The state of a round that is being played: who waits for what, what failed, which limits cut episodes short."""
 
 from __future__ import annotations
 

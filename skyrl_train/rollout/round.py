@@ -45,7 +45,7 @@ class RoundPlayer(Protocol):
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What the player itself measured in its last training round."""
+        """Metrics that the player itself measured in its last training round."""
         ...
 
     def groups(self, this_round: Round, on_episode: OnEpisode | None = None) -> AsyncGenerator[Group]:

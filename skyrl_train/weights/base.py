@@ -1,4 +1,4 @@
-"""How new weights come from the learner to an engine, as a protocol."""
+"""The way of new weights from the learner to an engine, as a protocol."""
 
 from __future__ import annotations
 

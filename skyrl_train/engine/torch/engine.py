@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """Someone in an event loop who waits for the thread."""
+    """A caller in an event loop who waits for the compute thread."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future
@@ -39,7 +39,7 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Pending(Waiter):
-    """A request and who waits for it."""
+    """A request and the caller who waits for it."""
 
     request: Request
     cancelled: bool = False
@@ -253,7 +253,7 @@ class TorchEngine:
         return self._stopped is None and not self._is_paused and not self._scheduler.is_idle
 
     def _can_begin(self) -> bool:
-        """A round begins when all before it is finished and delivered, and what comes after it likewise."""
+        """Return whether the next requests may begin: a round is computed apart from what comes before and after."""
         if self._stopped is not None or not self._requests:
             return False
         is_apart = self._is_round or self._requests[0][0].request.in_round
@@ -296,7 +296,7 @@ class TorchEngine:
             del self._in_flight[sequence]
 
     def _end(self, error: BaseException | None) -> None:
-        """Nobody waits for ever: whoever still waits learns why there will be no answer."""
+        """Stop for good, and tell everyone who waits why there will be no answer."""
         self._cause = self._cause or error
         self._stop(f"the engine died of {_what_and_where(error)}")
         waiters: list[Waiter] = [*self._in_flight.values(), *(waiter for waiter, _ in self._finished)]
@@ -314,14 +314,14 @@ def _waiter() -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]:
 
 
 def _what_and_where(error: BaseException | None) -> str:
-    """The error with the line that raised it: a run that this ends shows no traceback."""
+    """Return the error and the line that raised it: a run that this ends shows no traceback."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
 def _device_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the memory of a device in bytes; for a CPU the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
