@@ -137,7 +137,7 @@ class Objective:
         return replace(batch, loss_mask=mask), {f"loss_metrics/{name}": value for name, value in metrics.items()}
 
     def drift_metrics(self, batch: Batch, old_logprobs: Tensor) -> Metrics:
-        """Measure how far the learner's logprobs of the same tokens are from the engine's, under nearly the same weights."""
+        """Measure how far the learner's logprobs are from the engine's: same tokens, nearly the same weights."""
         difference = (old_logprobs - batch.rollout_logprobs).abs()
         metrics = {
             "rollout_train_logprobs_abs_diff_mean": float(masked_mean(difference, batch.loss_mask)),
