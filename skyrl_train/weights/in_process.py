@@ -12,6 +12,9 @@ class InProcessWeights:
 
     No weight travels. What the engine derived from the old ones goes: it drops its cached keys and values, and on a CPU
     its decoder rewrites the packed copy that it keeps of the linear layers.
+
+    An update writes into the very tensors that the engine computes with. Whoever trains while requests are in flight
+    pauses the engine before the update; the push resumes it.
     """
 
     async def push(self, learner: Learner, engine: Engine) -> None:
