@@ -97,7 +97,7 @@ def test_play_shows_what_a_server_says_without_its_escapes(monkeypatch: pytest.M
 
 def test_only_one_function_writes_untrusted_text_for_rich() -> None:
     """`rich.markup.escape` alone lets terminal escapes through."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     users = [
         path.relative_to(root).as_posix()
         for folder in ("skyrl_train", "integrations")
