@@ -285,6 +285,24 @@ def test_an_interrupted_update_leaves_no_gradient_behind():
     assert interrupted.update(batch)["policy/grad_norm"] == fresh.update(batch)["policy/grad_norm"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closed_learner_holds_no_gradient_and_leaves_the_policy_to_others(dtype):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    config = trainer_config()
+    learner = learner_for(config, policy=tiny_policy(compute_dtype=dtype))
+    batch = prepared(learner, config)
+    with pytest.raises(KeyboardInterrupt):
+        learner.update(batch, on_tokens=stop)
+    masters = list(learner._optimizer.masters.values())
+    assert any(master.grad is not None for master in masters)
+    weights = {name: p.detach().clone() for name, p in learner.policy.module.named_parameters()}
+    learner.close()
+    assert all(master.grad is None for master in masters)
+    assert all(torch.equal(p, weights[name]) for name, p in learner.policy.module.named_parameters())
+
+
 def test_a_sample_that_drifted_too_far_is_left_out(monkeypatch):
     correction = OffPolicyCorrectionConfig(sequence_mask_metric="geometric")
     config = trainer_config({**PLAIN, "off_policy_correction": correction})

@@ -335,3 +335,17 @@ async def test_two_rounds_of_a_generator_keep_their_sessions_seeds_and_limits_ap
     assert {tokens for _, _, tokens in requests_of(together, "train_5_")} == {5}
     assert len(together.requests) == 8
     assert sorted(set(together.forgotten)) == sorted({r.session_id for r in together.requests})
+
+
+async def test_the_groups_of_a_generator_are_those_that_it_collects(tokenizer):
+    client = InferenceEngineClient(
+        ScriptedEngine(tokenizer, lambda request: "1"), ChatTemplate(tokenizer), max_model_len=128, seed=1
+    )
+    generator, seen = Slow(client), []
+    generator.goes_on.set()
+    player = GeneratorCollector(generator, client)
+    one_by_one = [group async for group in player.groups(training(1, counting(2, 2)), seen.append)]
+    assert [group.prompt.uid for group in one_by_one] == ["0", "1"]
+    assert [t.id for t in seen] == ["0_0", "0_1", "1_0", "1_1"]
+    again = await player.collect(training(1, counting(2, 2)))
+    assert [g.trajectories for g in one_by_one] == [g.trajectories for g in again]
