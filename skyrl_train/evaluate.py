@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.prompts import PromptDataset
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run.metrics import dump_eval_results, eval_metrics
 from skyrl_train.run.run import Run
@@ -24,20 +24,20 @@ class Evaluator:
 
     config: SkyRLConfig
     prompts: PromptDataset
-    collector: Collector
+    collector: RoundPlayer
     run: Run
     decode: Callable[[list[int]], str]
 
     async def evaluate(self, global_step: int | None) -> dict[str, float]:
-        """The metrics after this step; None: of a run that only evaluates."""
+        """Return the metrics after this step; None: of a run that only evaluates."""
         generator, trainer = self.config.generator, self.config.trainer
         samples_per_prompt = generator.eval_n_samples_per_prompt
         groups: list[Group] = []
         on_episode = self.run.phase("eval", len(self.prompts) * samples_per_prompt, "episodes")
         sampling = sampling_params(generator.eval_sampling_params)
         for prompts in self.prompts.batches(trainer.eval_batch_size):
-            asked = Round("eval", 0, prompts, samples_per_prompt, sampling, reproducible=True)
-            groups += await self.collector.collect(asked, on_episode)
+            this_round = Round("eval", 0, prompts, samples_per_prompt, sampling, reproducible=True)
+            groups += await self.collector.collect(this_round, on_episode)
         self.run.keep("eval", global_step or 0, groups)
         metrics = eval_metrics(groups) | {"eval/all/num_dropped_prompts": float(self.prompts.num_dropped)}
         if trainer.dump_eval_results:

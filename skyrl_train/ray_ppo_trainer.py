@@ -10,7 +10,7 @@ from typing import Any
 
 from skyrl_train.callbacks import CallbackInput, TrainingCallback, TrainingControl, check_callbacks
 from skyrl_train.generators.base import GeneratorOutput
-from skyrl_train.rollout.generator_output import check_output, num_episodes_in, output_of, with_output
+from skyrl_train.generators.generator_output import check_output, num_episodes_in, output_of, with_output
 from skyrl_train.types import Group
 
 ESTIMATOR = "register an advantage estimator (skyrl_train.utils.ppo_utils.register_advantage_estimator)"
@@ -75,7 +75,7 @@ class RayPPOTrainer:
         return generator_output
 
     def shaped(self, groups: list[Group]) -> list[Group]:
-        """The groups as `postprocess_generator_output` leaves them."""
+        """Return the groups as `postprocess_generator_output` leaves them."""
         if type(self).postprocess_generator_output is RayPPOTrainer.postprocess_generator_output:
             return groups
         output, uids = output_of(groups, one_reward=self.cfg.generator.batched)
@@ -91,7 +91,7 @@ class RayPPOTrainer:
             getattr(callback, event)(self, where, self.control)
 
     def taken_metrics(self) -> dict[str, float]:
-        """Return what a subclass measured since the last step."""
+        """Return what a subclass measured since the last step, and forget it."""
         found = {**self.all_metrics, **{f"timing/{name}": seconds for name, seconds in self.all_timings.items()}}
         self.all_metrics, self.all_timings = {}, {}
         return found

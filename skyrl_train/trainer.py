@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loguru import logger
 
@@ -23,11 +23,10 @@ from skyrl_train.config import SkyRLConfig
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
-from skyrl_train.ray_ppo_trainer import RayPPOTrainer
-from skyrl_train.rollout.collector import Collector, Round
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
+from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run.checkpoint import State, random_states, set_random_states
 from skyrl_train.run.metrics import PHASES, rollout_metrics
@@ -35,7 +34,12 @@ from skyrl_train.run.run import Run, RunRefused
 from skyrl_train.run.standstill import Standstill
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Group, Prompt, Sample
-from skyrl_train.weights.in_process import InProcessWeights
+from skyrl_train.weights.base import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.ray_ppo_trainer import RayPPOTrainer
 
 Metrics = dict[str, float]
 T = TypeVar("T")
@@ -49,13 +53,13 @@ class Trainer:
     """
 
     config: SkyRLConfig
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prompts: TrainPrompts
     evaluator: Evaluator | None
-    collector: Collector
+    collector: RoundPlayer
     engine: Engine
     learner: Learner
-    weights: InProcessWeights
+    weights: Weights
     run: Run
     kl_controller: KLController
     extra_metrics: Callable[[], Metrics] = dict  # an experiment's own, asked once a step
@@ -71,7 +75,7 @@ class Trainer:
         return self.prompts.schedule.num_steps
 
     async def train(self) -> None:
-        """From wherever the run stands to its last step; leaves nothing running, however it ends."""
+        """Train from wherever the run stands to its last step. Leaves nothing running, however it ends."""
         try:
             await self.restore()
             self._fire("on_train_start")
@@ -86,7 +90,7 @@ class Trainer:
             await self.close()
 
     async def recorded_step(self) -> None:
-        """A step, and whatever is due after it."""
+        """Make a step, and whatever is due after it."""
         if self._begins_epoch():
             self._fire("on_epoch_start", step=self.global_step + 1)
         self._fire("on_step_start", step=self.global_step + 1)
@@ -102,7 +106,7 @@ class Trainer:
         await self.save()
 
     async def step(self) -> Metrics:
-        """One walk; `global_step` still counts the steps before it."""
+        """Walk once from prompts to new weights; `global_step` still counts the steps before it."""
         prompts = self.prompts.take(self.global_step + 1)
         groups = await self._shaped(await self._collect(prompts))  # prompt -> episode -> trajectory
         samples = self._to_samples(groups)  # -> sample
@@ -115,7 +119,7 @@ class Trainer:
         self.run.progress.phase("update", batch.num_tokens, "tokens")
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
-            await self.weights.push(self.learner.policy_version, self.engine)
+            await self.weights.push(self.learner, self.engine)
         return rollout_metrics(groups) | advantage_metrics(batch) | of_kl | metrics
 
     async def timed_step(self) -> Metrics:
@@ -131,7 +135,7 @@ class Trainer:
         return metrics
 
     async def evaluate(self) -> Metrics:
-        """Empty without validation data."""
+        """Return the metrics of an evaluation; none without validation data."""
         if self.evaluator is None:
             return {}
         self._fire("on_eval_start")
@@ -141,7 +145,7 @@ class Trainer:
         return metrics
 
     async def save(self) -> None:
-        """Checkpoint and export, if this step is due for them. Everything recorded so far is on the disk first."""
+        """Write checkpoint and export, if this step is due for them. All records are on the disk before."""
         trainer = self.config.trainer
         if self._is_due(trainer.ckpt_interval) or (self.users and self.users.control.should_save):
             with span("checkpoint"):
@@ -154,12 +158,12 @@ class Trainer:
                 await asyncio.to_thread(self.export, Path(trainer.export_path) / f"global_step_{self.global_step}")
 
     def export(self, folder: Path) -> None:
-        """The policy in Hugging Face format, whole or not at all."""
+        """Write the policy in Hugging Face format, whole or not at all."""
         with naming(folder / "policy"), whole_folder(folder / "policy") as unfinished:
             self.learner.save_pretrained(unfinished, self.tokenizer)
 
     def state(self) -> State:
-        """Everything the steps after this one depend on; what follows from seed and step alone is not in it."""
+        """Return all that later steps depend on, except for what follows from seed and step alone."""
         return {
             "trainer_state": {
                 "global_step": self.global_step,
@@ -183,27 +187,30 @@ class Trainer:
             self.kl_controller.load_state_dict(saved["kl_controller"])
             set_random_states(saved["random"])
             self.global_step, self.num_tokens = start.step, saved["num_tokens"]
-        await self.weights.push(self.learner.policy_version, self.engine)
+        await self.weights.push(self.learner, self.engine)
 
     async def close(self) -> None:
-        self.collector.close()
-        await self.engine.close()
+        try:
+            self.collector.close()
+            await self.engine.close()  # behind whatever the compute thread is still doing, an update included
+        finally:
+            self.learner.close()
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1
-        asked = Round(
+        this_round = Round(
             "train", step, prompts, generator.n_samples_per_prompt, sampling_params(generator.sampling_params)
         )
-        on_episode = self.run.phase("rollout", asked.num_episodes, "episodes")
+        on_episode = self.run.phase("rollout", this_round.num_episodes, "episodes")
         busy_before = self.engine.busy_seconds
         with self._timed("generate"):
-            groups = await self.collector.collect(asked, on_episode)
+            groups = await self.collector.collect(this_round, on_episode)
         self.timings["timing/engine"] = self.engine.busy_seconds - busy_before
         self.run.keep("train", step, groups)
         return groups
 
     async def _shaped(self, groups: list[Group]) -> list[Group]:
-        """The one hook of users between episodes and batch; what comes back must be the same episodes."""
+        """Call the user's hooks between episodes and batch; they must return the same episodes."""
         before = [trajectory.id for group in groups for trajectory in group.trajectories]
         if self.users is not None:
             groups = self.users.shaped(groups)
@@ -232,7 +239,7 @@ class Trainer:
         return mask_overlong(samples, trajectories) if generator.apply_overlong_filtering else samples
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """With use_kl_in_reward the KL is taken from the rewards first, and its controller learns how large it was."""
+        """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""
         algorithm, metrics = self.config.trainer.algorithm, group_metrics(batch)
         if not algorithm.use_kl_in_reward:
             return add_advantages(batch, algorithm), metrics
@@ -243,7 +250,7 @@ class Trainer:
         return add_advantages(batch, algorithm, coefficient), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
-        """In the compute thread, so that environments and the progress bar stay alive meanwhile."""
+        """Run a call in the compute thread, so that environments and the progress bar stay alive meanwhile."""
         with self._timed(name):
             return await asyncio.wrap_future(compute.submit(call, *args))
 
@@ -255,14 +262,14 @@ class Trainer:
         self.timings[f"timing/{name}"] = time.monotonic() - started
 
     def _is_due(self, interval: int) -> bool:
-        """Every `interval` steps and at the last one; never if the interval is not positive."""
+        """Return whether this step ends an interval or is the last one; an interval that is not positive never ends."""
         return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
 
     def _begins_epoch(self) -> bool:
         return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _ends_epoch(self) -> bool:
-        """At the last step, too: the run may be taken up again with more epochs."""
+        """Return whether this step ends an epoch, the last step included: a resumed run may have more epochs."""
         return self.global_step % self.prompts.schedule.steps_per_epoch == 0
 
     def _clock(self) -> Metrics:
@@ -277,3 +284,12 @@ class Trainer:
                 "trainer/num_tokens": self.num_tokens,
             }
         )
+
+
+def __getattr__(name: str) -> Any:
+    """Return RayPPOTrainer, which SkyRL's users import from here. It stands above this file: it is looked up late."""
+    if name == "RayPPOTrainer":
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+
+        return RayPPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,8 +32,14 @@ class ScriptedEngine:
     forgotten: list[str] = field(default_factory=list)
 
     busy_seconds = 0.0
+    max_model_len = 512
+
+    def __post_init__(self) -> None:
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
 
     async def generate(self, request: Request) -> Completion:
+        await self._goes_on.wait()
         self.requests.append(request)
         text = self.reply(request)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -53,8 +59,14 @@ class ScriptedEngine:
     async def forget(self, session_id: str) -> None:
         self.forgotten.append(session_id)
 
+    async def pause(self) -> None:
+        self._goes_on.clear()
+
     async def weights_changed(self, policy_version: int) -> None:
         self.version = policy_version
+
+    async def resume(self) -> None:
+        self._goes_on.set()
 
     async def close(self) -> None:
         pass

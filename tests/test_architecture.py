@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.import_graph import Graph, circles, import_graph
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("skyrl_gym", "skyrl_train", "integrations", "examples", "tests")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -27,6 +29,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
 FRONT = {"commands", "entrypoints"}
 KERNELS = ("skyrl_train.ops.cpu", "skyrl_train.ops.cuda_", "triton", "liger_kernel")  # known to skyrl_train/ops/ alone
 WITHOUT_KERNELS = re.compile(r"(kernels|passes|tiles) is (not )?None")
+# The rooms of skyrl_train from the leaves up. A file imports, when it is loaded, only from its own line and from those
+# above it. An import in a function may go down (an entry point builds everything); one under TYPE_CHECKING is a name.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("types", "config", "files", "spans", "compute", "console", "visible", "callbacks"),
+    ("algorithms", "batch"),
+    ("ops",),
+    ("policy",),
+    ("learner", "engine", "rollout", "weights"),
+    ("run",),
+    ("prompts", "trainer", "evaluate"),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", "records", "cluster", "entrypoints"),
+)
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 
 Finding = tuple[int, str]  # line, what is wrong there
@@ -156,6 +170,35 @@ def test_the_whole_source_keeps_to_the_rules(check):
     assert found == []
 
 
+def own_imports(package: str, *, in_functions: bool) -> Graph:
+    files = [path for path in FILES if path.parts[0] == package]
+    return import_graph({path: (ROOT / path).read_text(encoding="utf-8") for path in files}, in_functions=in_functions)
+
+
+@pytest.mark.parametrize("package", ["skyrl_gym", "skyrl_train", "integrations"])
+def test_nothing_imports_in_a_circle_not_even_inside_a_function(package):
+    assert list(circles(own_imports(package, in_functions=True))) == []
+
+
+def test_a_room_imports_from_its_own_line_of_the_order_and_from_those_above():
+    assert list(imports_from_below(own_imports("skyrl_train", in_functions=False))) == []
+
+
+def imports_from_below(graph: Graph) -> Iterator[str]:
+    level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
+    for module, targets in graph.items():
+        for target in sorted(targets):
+            room, other = (name.split(".")[1] for name in (f"{module}.", f"{target}."))
+            if room and other and level[other] > level[room]:
+                yield f"{module} imports {target}, which stands below it"
+
+
+def test_every_room_of_skyrl_train_has_its_place_in_the_order():
+    rooms = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "skyrl_train"} - {"__init__"}
+    named = [room for line in ORDER for room in line]
+    assert sorted(named) == sorted(rooms)
+
+
 def test_every_package_is_looked_at():
     assert {"skyrl_gym", "skyrl_train", "integrations", "tests"} <= {path.parts[0] for path in FILES}
 
@@ -272,3 +315,47 @@ def test_only_an_empty_package_file_needs_no_docstring():
 
 def test_loose_ends_are_found_as_words():
     assert lines_found(loose_ends, "a.py", "x = 1  # TO" + "DO later\nTODOS = 2") == [1]
+
+
+def circles_of(sources: dict[str, str]) -> list[list[str]]:
+    files = {Path(f"a/{name}.py"): source for name, source in sources.items()}
+    return list(circles(import_graph(files, in_functions=True)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_circle"),
+    [
+        ("import a.second", "import a.first", True),
+        ("from a import second", "from .first import name", True),
+        ("import a.second", "def f():\n    from a.first import name", True),
+        ("import a.second", "class C:\n    import a.first", True),
+        ("import a.second", "if TYPE_CHECKING:\n    import a.first", False),
+        ("import a.second", "if TYPE_CHECKING:\n    pass\nelse:\n    import a.first", True),
+        ("import a.second", "import a.firstly, b.first", False),
+    ],
+)
+def test_a_circle_of_two_files_is_found(first, second, is_circle):
+    assert circles_of({"first": first, "second": second}) == ([["a.first", "a.second"]] if is_circle else [])
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"x": "import a.y", "y": "import a.z", "z": "import a.x"}, ["a.x", "a.y", "a.z"]),
+        ({"one": "import a.x.two", "x/two": "", "x/three": "import a.one"}, ["a.one", "a.x"]),
+        ({"x/one": "import a.x.two", "x/two": "import a.x.one"}, ["a.x.one", "a.x.two"]),
+        ({"x/__init__": "import a.x.one", "x/one": "from a.x import name"}, ["a.x.__init__", "a.x.one"]),
+    ],
+)
+def test_circles_of_three_files_through_a_folder_and_with_its_own_package_are_found(sources, circle):
+    assert circles_of(sources) == [circle]
+
+
+def test_imports_in_functions_count_for_circles_only():
+    files = {
+        Path("skyrl_train/types.py"): "def f():\n    import skyrl_train.run.run",
+        Path("skyrl_train/run/run.py"): "",
+    }
+    assert list(imports_from_below(import_graph(files, in_functions=False))) == []
+    [said] = imports_from_below(import_graph(files, in_functions=True))
+    assert said == "skyrl_train.types imports skyrl_train.run.run, which stands below it"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, NotRequired, TypedDict
 
 from skyrl_gym.core import Env
-from skyrl_gym.metrics import default_aggregate_metrics
+from skyrl_gym.episode_metrics import default_aggregate_metrics
 from skyrl_gym.tools.core import ToolGroup
 
 MessageType = dict[str, str]  # {"role": ..., "content": ...}

@@ -10,7 +10,7 @@ StopReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one completion is sampled. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off."""
+    """Settings of one completion. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off."""
 
     max_tokens: int
     min_tokens: int = 1  # end-of-sequence tokens and stop strings count only from here on
@@ -43,7 +43,7 @@ class SamplingParams:
 class Request:
     """One turn to be sampled. Turns of one episode share `session_id`, so an engine can keep their KV cache.
 
-    in_round: compute it beside the requests that were made in the same tick of the event loop, and beside no others.
+    in_round: compute it together with the requests that were made in the same tick of the event loop, and no others.
     Then the same rounds in the same order give the same bits, whatever else the engine is asked for.
     """
 
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine sampled. The end-of-sequence token is part of `response_ids` if the policy sampled it.
+    """A sampled response. The end-of-sequence token is part of `response_ids` if the policy sampled it.
 
     `logprobs` are of the sampled tokens under softmax(logits / temperature), before top-k, top-p and min-p cut the
     distribution (temperature 0: at temperature 1), which is what the learner computes for the same tokens.
@@ -68,24 +68,76 @@ class Completion:
     policy_version: int
 
 
+class EngineDied(RuntimeError):
+    """The engine has stopped for good, by an error or because it was closed. The message says which.
+
+    Every request that is waiting fails with it, and so does every later one. It says nothing about an environment or
+    about an episode, so it is never retried and never counted as an environment failure.
+    """
+
+
 class Engine(Protocol):
-    """Anything that samples from the policy."""
+    """Anything that samples from the policy.
+
+    `generate`, `pause`, `weights_changed` and `resume` raise EngineDied once the engine has stopped; `forget` and
+    `close` do not.
+    """
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that one prompt and its response may have together."""
+        ...
 
     @property
     def busy_seconds(self) -> float:
-        """What it has computed for since it was made."""
+        """Seconds that the engine has computed for since it was made."""
         ...
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one completion. Many calls at once are batched by the engine."""
+        """Sample one completion. Calls that are made at the same time are batched by the engine."""
         ...
 
-    async def forget(self, session_id: str) -> None:
-        """The episode is over: whatever was kept for its next turn can go. Unknown ids are fine."""
+    async def pause(self) -> None:
+        """Stop computing, and return once nothing is being computed any more.
+
+        Requests in flight keep what they have sampled, and new ones wait: none is lost. A paused engine stays paused
+        until `resume`, however often it is paused.
+        """
         ...
 
     async def weights_changed(self, policy_version: int) -> None:
-        """New weights are in place: drop every cached key and value, stamp later completions with this version."""
+        """Drop every cached key and value, and stamp later completions with this version: there are new weights.
+
+        Returns once no later step can use what was computed with the old weights.
+        """
         ...
 
-    async def close(self) -> None: ...
+    async def resume(self) -> None:
+        """Go on with the requests in flight and with those that came meanwhile."""
+        ...
+
+    async def forget(self, session_id: str) -> None:
+        """Free what is kept for the next turn of this session: its episode is over. Unknown ids are fine."""
+        ...
+
+    async def close(self) -> None:
+        """Stop for good. Requests that are waiting fail with EngineDied."""
+        ...
+
+
+def engine_death(error: BaseException) -> EngineDied | None:
+    """Return the EngineDied that is behind an error: itself, a member of its group, or what it was raised from.
+
+    An environment or a generator of the user's may hold the engine, and wrap what the engine raises.
+    """
+    looked_at: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, EngineDied):
+            return found
+        if found is not None and id(found) not in looked_at:
+            looked_at.add(id(found))
+            pending += found.exceptions if isinstance(found, BaseExceptionGroup) else ()
+            pending += found.__cause__, found.__context__
+    return None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
+
+if TYPE_CHECKING:
+    from skyrl_train.prompts import PromptDataset
+    from skyrl_train.run.run import Run
 
 __all__ = ["EvalOnlyEntrypoint"]
 
@@ -14,10 +18,10 @@ __all__ = ["EvalOnlyEntrypoint"]
 class EvalOnlyEntrypoint(BasePPOExp):
     """Plays the validation prompts once. There is no training data, no learner and no optimizer state."""
 
-    def get_train_dataset(self) -> Any:
+    def get_train_dataset(self) -> None:
         return None
 
-    def get_eval_dataset(self) -> Any:
+    def get_eval_dataset(self) -> PromptDataset:
         if not self.cfg.data.val_data:
             raise ValueError("data.val_data=[] is empty: there is nothing to evaluate; give at least one file")
         return self._dataset(self.cfg.data.val_data)
@@ -28,6 +32,7 @@ class EvalOnlyEntrypoint(BasePPOExp):
 
         from skyrl_train.run.run import Run, run_info
 
+        assert self.eval_dataset is not None
         environment = ", ".join(sorted({prompt.data_source for prompt in self.eval_dataset}))
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, 0)
@@ -36,16 +41,17 @@ class EvalOnlyEntrypoint(BasePPOExp):
             run.finish()
         return metrics
 
-    async def _evaluate(self, run: Any) -> dict[str, float]:
+    async def _evaluate(self, run: Run) -> dict[str, float]:
         from skyrl_train import compute
         from skyrl_train.evaluate import Evaluator
 
+        assert self.eval_dataset is not None
         try:
             policy = await asyncio.wrap_future(compute.submit(self.get_policy))
             engine = self.get_engine(policy)
             try:
                 episodes = self.get_episodes(engine)
-                evaluator = Evaluator(self.cfg, self.eval_dataset, episodes, run, self.tokenizer.decode)
+                evaluator = Evaluator(self.cfg, self.eval_dataset, episodes, run, self.decode)
                 metrics = await evaluator.evaluate(None)
                 run.log(0, metrics)
                 episodes.close()

@@ -1,4 +1,4 @@
-"""What a subclass of an experiment overrides must be called by somebody, and can be called as it is called."""
+"""A check of an experiment's overrides: somebody must call them, and they must take what they are called with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_overrides(experiment: Any, base: type) -> None:
 
 
 def vain_overrides(cls: type, base: type) -> Iterator[str]:
-    """One sentence for each method between `cls` and `base` that nobody would call, or not in this way."""
+    """Yield a sentence for each method between `cls` and `base` that nobody would call, or not in this way."""
     hooks = [name for name in dir(base) if not name.startswith("__")]
     for parent in cls.__mro__:
         if parent is base:
@@ -50,7 +50,7 @@ def vain_overrides(cls: type, base: type) -> Iterator[str]:
 
 
 def _wrong_signature(where: str, override: Any, original: Any) -> Iterator[str]:
-    """The override is called as the original is: with its parameters, by position."""
+    """Yield what is wrong: an override is called as the original is, with its parameters by position."""
     if not inspect.isfunction(original):
         return
     function = getattr(override, "__func__", override)  # of a static or class method
@@ -69,6 +69,6 @@ def _wrong_signature(where: str, override: Any, original: Any) -> Iterator[str]:
 
 
 def _is_used(name: str, cls: type) -> bool:
-    """Whether code of the class or its parents speaks of this name: then it is a method of the user's own."""
+    """Return whether code of the class or its parents uses this name: then it is a method of the user's own."""
     functions = [vars(parent).get(key) for parent in cls.__mro__ for key in vars(parent)]
     return any(name in f.__code__.co_names for f in functions if inspect.isfunction(f))

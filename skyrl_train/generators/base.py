@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
-ConversationType = list[dict[str, str]]
+from skyrl_train.inference_engines.base import ConversationType
+
 TrainingPhase = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryID:
-    """The identity of an episode: its prompt, and which of the prompt's episodes it is."""
+    """The name of an episode: its prompt and its number among the prompt's episodes."""
 
     instance_id: str
     repetition_id: int
@@ -23,7 +24,7 @@ class TrajectoryID:
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """The step and phase that a batch is generated for."""
+    """The step and the phase that a batch is generated for."""
 
     global_step: int
     training_phase: TrainingPhase

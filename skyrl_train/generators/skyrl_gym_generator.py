@@ -7,12 +7,13 @@ from typing import Any
 
 from skyrl_train.config import GeneratorConfig, SkyRLGymConfig, as_settings
 from skyrl_train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
+from skyrl_train.generators.generator_output import output_of
 from skyrl_train.generators.utils import get_rollout_metrics
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.inference_engines.utils import read_sampling
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
-from skyrl_train.rollout.generator_output import output_of
+from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt
 
 __all__ = ["GeneratorInput", "GeneratorInterface", "GeneratorOutput", "SkyRLGymGenerator"]

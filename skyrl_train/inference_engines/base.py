@@ -1,12 +1,12 @@
-"""The input and output of SkyRL's engines."""
+"""The input and the output of SkyRL's engines."""
 
 from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-from skyrl_train.generators.base import ConversationType
-
 __all__ = ["ConversationType", "InferenceEngineInput", "InferenceEngineOutput"]
+
+ConversationType = list[dict[str, str]]
 
 
 class InferenceEngineInput(TypedDict):

@@ -40,7 +40,7 @@ def sampling_dict(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def read_sampling(given: dict[str, Any], defaults: SamplingParams, *, room: int, seed: int) -> SamplingParams:
-    """Return the sampling of a request, at most `room` tokens. ValueError for what the engine does not have."""
+    """Return what a request asks for, at most `room` tokens. ValueError for a parameter that no engine has."""
     unknown = sorted(given.keys() - {*LENGTHS, *NUMBERS, *ALWAYS_SO, "stop"})
     if unknown:
         known = ", ".join([LENGTHS[0], *NUMBERS, "stop"])

@@ -1,10 +1,12 @@
-"""The learner: a batch in, new weights out. It knows nothing of who calls it, nor where the samples came from."""
+"""The learner in this process, on one device: a batch in, new weights out. It does not know who calls it."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor
 
 from skyrl_train.batch.packing import mini_batches, with_loss_weights
+from skyrl_train.learner.base import OnTokens
 from skyrl_train.learner.gradient import Budget, accumulate_gradient, logprobs_of
-from skyrl_train.learner.means import Means
+from skyrl_train.learner.lost_gradient import refuse_if_lost
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora_files import save_merged
 from skyrl_train.policy.model import Policy
 from skyrl_train.spans import span
@@ -26,15 +30,21 @@ if TYPE_CHECKING:
 
     from skyrl_train.config import AlgorithmConfig, TrainerConfig
 
-Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+class Stepped(Enum):
+    """The outcome of an optimizer step. Only YES changes the weights, the moments and the schedule."""
+
+    YES = auto()
+    NOT_FINITE = auto()
+    NO_ADVANTAGE = auto()
 
 
 def needs_reference(algorithm: AlgorithmConfig) -> bool:
-    """Whether a reference policy must be loaded: only for a KL that has a weight."""
+    """Return whether a reference policy must be loaded: only for a KL that has a weight."""
     return Objective(algorithm).needs_reference
 
 
-class Learner:
+class TorchLearner:
     """Holds the policy's master weights, the optimizer and, if a KL term is on, a frozen reference policy.
 
     `num_training_steps`: calls of `update` in the whole run, for the schedule. `temperature`: of the sampling; all
@@ -66,7 +76,7 @@ class Learner:
         )
 
     def add_logprobs(self, batch: Batch) -> Batch:
-        """The batch with what the coming update compares with: `old_logprobs` and `ref_logprobs`.
+        """Return the batch with what the coming update compares with: `old_logprobs` and `ref_logprobs`.
 
         `old_logprobs` stays None when nobody needs it before the update and the update is a single optimizer step: then
         the policy does not move before it is used, and the update's own logprobs are the old ones.
@@ -80,37 +90,37 @@ class Learner:
             ref_logprobs = self._logprobs(self.reference, batch)
         return replace(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
 
-    def update(self, batch: Batch, on_progress: Progress | None = None) -> dict[str, float]:
+    def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
         """Train on the batch: epochs x mini batches, one optimizer step each. Metrics have SkyRL's names."""
         if batch.advantages is None:
             raise ValueError("the batch has no advantages: call add_advantages first")
         if batch.old_logprobs is None and self._num_steps(batch) > 1:
             raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
-        means = Means()
-        means.add({"response_length": _mean_response_length(batch)}, 1)
+        measured = [WeightedMetrics.of({"response_length": _mean_response_length(batch)}, 1)]
         batch, metrics = self.objective.without_rejected(batch)
-        means.add(metrics, 1)
-        trained = [
-            with_loss_weights(step, self._trainer.algorithm.loss_reduction, self._trainer.algorithm.max_seq_len)
-            for step in mini_batches(batch, self._trainer.policy_mini_batch_size)
-            if step.loss_mask.any()  # else every sample was filtered out: not even weight decay may move the policy
-        ]
-        steps = [_trained_samples(step) for step in trained] * self._trainer.update_epochs_per_batch
-        progress = _Progress(on_progress, sum(step.num_tokens for step in steps))
-        num_skipped = 0
-        for i, step in enumerate(steps):
-            logprobs = self._accumulate_gradient(step, means, progress)
-            if i < len(trained):  # in the first epoch
-                old_logprobs = logprobs if step.old_logprobs is None else step.old_logprobs
-                means.add(self.objective.drift_metrics(step, old_logprobs), int(step.loss_mask.sum()))
-                for metrics, num_tokens in self.objective.drift_by_turn(step, old_logprobs):
-                    means.add(metrics, num_tokens)
-            num_skipped += self._step(means)
-        means.add({"num_skipped_steps": float(num_skipped), "policy_version": float(self.policy_version)}, 1)
-        return {f"policy/{name}": value for name, value in means.result().items()}
+        measured.append(WeightedMetrics.of(metrics, 1))
+        first_epoch = self._weighed_mini_batches(batch)
+        steps = first_epoch * self._trainer.update_epochs_per_batch
+        progress = _Progress(on_tokens, sum(step.num_tokens for step in steps))
+        outcomes: Counter[Stepped] = Counter()
+        for i, mini_batch in enumerate(steps):
+            logprobs, metrics_of_pass = self._accumulate_gradient(mini_batch, progress.advance)
+            measured.append(metrics_of_pass)
+            if i < len(first_epoch):
+                measured.append(self._drift(mini_batch, logprobs))
+            outcome, metrics_of_step = self._step(mini_batch, logprobs)
+            outcomes[outcome] += 1
+            measured.append(metrics_of_step)
+        counts = {
+            "num_skipped_steps": float(outcomes[Stepped.NOT_FINITE]),
+            "num_steps_without_advantage": float(outcomes[Stepped.NO_ADVANTAGE]),
+            "policy_version": float(self.policy_version),
+        }
+        means = WeightedMetrics.merged(*measured, WeightedMetrics.of(counts, 1)).means()
+        return {f"policy/{name}": value for name, value in means.items()}
 
     def update_reference(self) -> None:
-        """The policy as it is now becomes the reference."""
+        """Make the policy as it is now the reference."""
         if self.reference is None:
             return
         with torch.no_grad():
@@ -119,7 +129,7 @@ class Learner:
                 weight.copy_(ours[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, as live tensors and plain numbers: save it before training on."""
+        """Return all that the next update depends on, live tensors and plain numbers: save it before training on."""
         state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "policy_version": self.policy_version}
         if self._trainer.update_ref_every_epoch and self.reference is not None:
             state["reference"] = {name: weight.detach() for name, weight in self.reference.weights.items()}
@@ -134,48 +144,95 @@ class Learner:
                 weight.copy_(state["reference"][name])
 
     def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The policy in Hugging Face format (safetensors, config, tokenizer, chat template), as the engine sees it."""
+        """Write the policy in Hugging Face format (safetensors, config, tokenizer, chat template), adapters merged."""
         save_merged(self.policy.module, folder)
         tokenizer.save_pretrained(folder)
 
+    def close(self) -> None:
+        """Free the gradients and the optimizer. The policy stays for whoever else holds it."""
+        self._optimizer.zero_grad()
+        del self._optimizer
+
     def _num_steps(self, batch: Batch) -> int:
-        """Optimizer steps of one update."""
+        """Return the number of optimizer steps of one update."""
         num_mini_batches = len(mini_batches(batch, self._trainer.policy_mini_batch_size))
         return num_mini_batches * self._trainer.update_epochs_per_batch
+
+    def _weighed_mini_batches(self, batch: Batch) -> list[Batch]:
+        """Return the mini batches with loss_weights, without samples and mini batches that have no trained token.
+
+        Where every sample was filtered out there is no mini batch: not even weight decay may move the policy.
+        """
+        trainer = self._trainer
+        weighed = [
+            with_loss_weights(mini_batch, trainer.algorithm.loss_reduction, trainer.algorithm.max_seq_len)
+            for mini_batch in mini_batches(batch, trainer.policy_mini_batch_size)
+            if mini_batch.loss_mask.any()
+        ]
+        return [_trained_samples(mini_batch) for mini_batch in weighed]
 
     def _logprobs(self, policy: Policy, batch: Batch) -> Tensor:
         budget = Budget(self._trainer.token_budget, self._trainer.micro_forward_batch_size_per_gpu)
         return logprobs_of(policy, batch, temperature=self._temperature, budget=budget)
 
-    def _accumulate_gradient(self, mini_batch: Batch, means: Means, progress: _Progress) -> Tensor:
+    def _accumulate_gradient(
+        self, mini_batch: Batch, on_tokens: Callable[[int], None]
+    ) -> tuple[Tensor, WeightedMetrics]:
         self._optimizer.zero_grad()
-        seed = (self._trainer.seed * 1_000_003 + self.policy_version) % 2**63
         return accumulate_gradient(
             self.policy,
             self.objective,
             mini_batch,
             temperature=self._temperature,
             budget=Budget(self._trainer.token_budget, self._trainer.micro_train_batch_size_per_gpu),
-            generator=torch.Generator().manual_seed(seed),
-            means=means,
-            on_tokens=progress.advance,
+            generator=self._generator(),
+            on_tokens=on_tokens,
         )
 
-    def _step(self, means: Means) -> bool:
-        """One optimizer step with the accumulated gradient. True: it was not finite, and nothing changed."""
+    def _generator(self) -> torch.Generator:
+        """Return the random numbers of the coming optimizer step, the same ones however often it is asked."""
+        return torch.Generator().manual_seed((self._trainer.seed * 1_000_003 + self.policy_version) % 2**63)
+
+    def _drift(self, mini_batch: Batch, logprobs: Tensor) -> WeightedMetrics:
+        """Measure how far the learner was from the engine before the update. logprobs: of the first epoch's pass."""
+        old_logprobs = logprobs if mini_batch.old_logprobs is None else mini_batch.old_logprobs
+        drift = self.objective.drift_metrics(mini_batch, old_logprobs)
+        by_turn = self.objective.drift_by_turn(mini_batch, old_logprobs)
+        return WeightedMetrics.merged(
+            WeightedMetrics.of(drift, int(mini_batch.loss_mask.sum())),
+            *(WeightedMetrics.of(metrics, num_tokens) for metrics, num_tokens in by_turn),
+        )
+
+    def _step(self, mini_batch: Batch, logprobs: Tensor) -> tuple[Stepped, WeightedMetrics]:
+        """Make one optimizer step with the accumulated gradient, unless it must not be made."""
+        metrics = {"policy_lr": self._optimizer.learning_rate}
+        if self._has_nothing_to_learn(mini_batch):
+            self._optimizer.zero_grad()
+            return Stepped.NO_ADVANTAGE, WeightedMetrics.of(metrics, 1)
         with span("optimizer step"):
             step = self._optimizer.step()
-        means.add({"policy_lr": step.learning_rate}, 1)
-        if not step.was_skipped:
-            self.policy_version += 1
-            means.add({"grad_norm": step.grad_norm}, 1)
-        return step.was_skipped
+        if step.was_skipped:
+            return Stepped.NOT_FINITE, WeightedMetrics.of(metrics, 1)
+        if step.grad_norm == 0:
+            refuse_if_lost(self.objective, mini_batch, logprobs, self._generator())
+        self.policy_version += 1
+        return Stepped.YES, WeightedMetrics.of({**metrics, "grad_norm": step.grad_norm}, 1)
+
+    def _has_nothing_to_learn(self, mini_batch: Batch) -> bool:
+        """Return whether a step would only move the policy by the optimizer's momentum and by weight decay.
+
+        So it is where every advantage is zero and neither the KL nor the entropy has a weight. A loss may have terms
+        without an advantage (kl_cov has one, a user's may): then its gradient is not zero, and the step is made.
+        """
+        if self.objective.is_regularized or mini_batch.advantages is None:
+            return False
+        return not mini_batch.advantages[mini_batch.loss_mask].any() and not self._optimizer.has_gradient()
 
 
 class _Progress:
     """Counts tokens and tells whoever listens."""
 
-    def __init__(self, listener: Progress | None, total: int) -> None:
+    def __init__(self, listener: OnTokens | None, total: int) -> None:
         self._listener, self._total, self._done = listener, total, 0
 
     def advance(self, num_tokens: int) -> None:
@@ -185,14 +242,14 @@ class _Progress:
 
 
 def _trained_samples(batch: Batch) -> Batch:
-    """Without the samples that have no trained token: they would cost a forward pass and change nothing."""
+    """Return the batch without samples that have no trained token: they would cost a pass and change nothing."""
     has_tokens = torch.zeros(batch.num_samples, dtype=torch.bool)
     has_tokens[batch.sample_index[batch.loss_mask]] = True
     return batch if has_tokens.all() else batch.select(torch.nonzero(has_tokens).flatten().tolist())
 
 
 def _mean_response_length(batch: Batch) -> float:
-    """Tokens of a sample from its first sampled token on, observations included; the mean over the samples."""
+    """Return the mean over samples of their tokens from the first sampled one on, observations included."""
     position = torch.where(batch.loss_mask, batch.position_ids, batch.num_tokens)
     first = torch.full_like(batch.lengths, batch.num_tokens).scatter_reduce(0, batch.sample_index, position, "amin")
     return float((batch.lengths - first).clamp(min=0).double().mean())

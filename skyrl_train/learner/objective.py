@@ -1,4 +1,4 @@
-"""What is minimised: the policy loss, plus the KL to the reference, minus the entropy, per token and then weighed."""
+"""The loss: the policy loss plus the KL to the reference minus the entropy, per token, then weighted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Objective:
 
     @cached_property
     def style(self) -> LossStyle:
-        """How the loss is called; a user's is tried once. ValueError if it returns nothing that can be minimised."""
+        """Return how the loss is called; a user's is tried once. ValueError if it returns nothing to minimise."""
         style = loss_style(self.function, self._settings(torch.Generator().manual_seed(0)))
         if style.returns is not Returns.TOKENS and self.algorithm.off_policy_correction.is_on:
             raise ValueError(
@@ -57,8 +57,13 @@ class Objective:
         return self.algorithm.use_kl_loss and self.algorithm.kl_loss_coef > 0
 
     @property
+    def is_regularized(self) -> bool:
+        """Return whether a term beside the policy loss has a weight, and so a gradient without advantages."""
+        return self.uses_kl or (self.algorithm.use_entropy_loss and self.algorithm.entropy_loss_coef != 0)
+
+    @property
     def rejects_samples(self) -> bool:
-        """Samples may be dropped by how far old_logprobs are from rollout_logprobs."""
+        """Return whether samples may be dropped by how far old_logprobs are from rollout_logprobs."""
         correction = self.algorithm.off_policy_correction
         thresholds = correction.outlier_token_is_threshold_low, correction.outlier_token_is_threshold_high
         return correction.is_on and (correction.sequence_mask_metric is not None or thresholds != (None, None))
@@ -68,7 +73,7 @@ class Objective:
         return self.style.returns is Returns.MEAN or getattr(self.function, "of_whole_mini_batch", False)
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        """The policy's term: (scalar, metrics). Without old_logprobs the policy has not moved since the old ones."""
+        """Return (the policy's term, metrics). Without old_logprobs the policy has not moved since the old ones."""
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         style = self.style
         given = scaled_by_loss_weights(batch) if style.returns is Returns.SUM else batch
@@ -87,7 +92,7 @@ class Objective:
         return weighted_sum(token_loss if weights is None else token_loss * weights, batch), metrics
 
     def regularization(self, batch: Batch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Metrics]:
-        """coefficient * KL - coefficient * entropy: (scalar, metrics)."""
+        """Return (coefficient * KL - coefficient * entropy, metrics)."""
         algorithm = self.algorithm
         total = logprobs.new_zeros(())
         metrics = {"policy_entropy": float(masked_mean(entropies.detach(), batch.loss_mask))}
@@ -102,7 +107,7 @@ class Objective:
         return total, metrics
 
     def without_rejected(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """Before loss_weights are made: take the samples that drifted too far out of loss_mask."""
+        """Take the samples that drifted too far out of loss_mask. Call it before loss_weights are made."""
         if not self.rejects_samples:
             return batch, {}
         if batch.old_logprobs is None:
@@ -132,7 +137,7 @@ class Objective:
         return replace(batch, loss_mask=mask), {f"loss_metrics/{name}": value for name, value in metrics.items()}
 
     def drift_metrics(self, batch: Batch, old_logprobs: Tensor) -> Metrics:
-        """How far the learner's logprobs are from the engine's, for the same tokens and nearly the same weights."""
+        """Measure how far the learner's logprobs are from the engine's: same tokens, nearly the same weights."""
         difference = (old_logprobs - batch.rollout_logprobs).abs()
         metrics = {
             "rollout_train_logprobs_abs_diff_mean": float(masked_mean(difference, batch.loss_mask)),
@@ -144,7 +149,7 @@ class Objective:
         return metrics
 
     def drift_by_turn(self, batch: Batch, old_logprobs: Tensor) -> Iterator[tuple[Metrics, int]]:
-        """The mean of the same difference for each of the first turns, with its number of tokens.
+        """Yield the mean of the same difference for each of the first turns, with its number of tokens.
 
         Late turns stand on keys and values that the engine kept; a fault there would show as growth from turn to turn.
         """
@@ -155,7 +160,7 @@ class Objective:
             yield {name: float(masked_mean(difference, here))}, int(here.sum())
 
     def _settings(self, generator: torch.Generator) -> dict[str, Any]:
-        """What a loss may ask for beside tensors: every value of the section, and of those that belong to one loss."""
+        """Return what a loss may ask for beside tensors: the values of the section and of those of single losses."""
         algorithm = self.algorithm
         sections = (algorithm, algorithm.sapo, algorithm.cispo, algorithm.clip_cov, algorithm.kl_cov)
         values = {field.name: getattr(section, field.name) for section in sections for field in fields(section)}
@@ -177,19 +182,19 @@ class Objective:
 
 
 def weighted_sum(token_values: Tensor, batch: Batch) -> Tensor:
-    """sum(loss_weights * values) over the trained tokens."""
+    """Return sum(loss_weights * values) over the trained tokens."""
     return _masked_sum(token_values, batch, batch.loss_weights)
 
 
 def _masked_sum(token_values: Tensor, batch: Batch, weights: Tensor | None) -> Tensor:
-    """sum(weights * values) over the trained tokens; whatever stands elsewhere counts nothing, also NaN."""
+    """Return sum(weights * values) over the trained tokens; values elsewhere do not count, not even NaN."""
     if weights is None:
         raise ValueError("the batch has no loss_weights: use batch.packing.with_loss_weights on the whole mini batch")
     return (weights * torch.where(batch.loss_mask, token_values, 0.0)).sum()
 
 
 def scaled_by_loss_weights(batch: Batch) -> Batch:
-    """The batch with advantages * loss_weights: a masked sum over it is the loss, however the batch is cut."""
+    """Return the batch with advantages * loss_weights: a masked sum over it is the loss, however it is cut."""
     if batch.loss_weights is None or batch.advantages is None:
         raise ValueError("the batch has no loss_weights or no advantages; both are made before the update")
     return replace(batch, advantages=batch.advantages * batch.loss_weights)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     grad_norm: float  # before clipping
     learning_rate: float
@@ -56,6 +56,10 @@ class MasterOptimizer:
     def learning_rate(self) -> float:
         return float(self._adamw.param_groups[0]["lr"])
 
+    def has_gradient(self) -> bool:
+        """Return whether any number of any gradient is not zero."""
+        return any(bool(master.grad.any()) for master in self.masters.values() if master.grad is not None)
+
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
@@ -71,7 +75,7 @@ class MasterOptimizer:
         return Step(norm, learning_rate, was_skipped=not is_finite)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters, moments and schedule. The tensors are the live ones: save or copy them before the next step."""
+        """Return masters, moments and schedule. The tensors are live: save or copy them before the next step."""
         return {
             "masters": {name: master.detach() for name, master in self.masters.items()},
             "adamw": self._adamw.state_dict(),

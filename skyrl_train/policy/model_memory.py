@@ -15,8 +15,7 @@ from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
 from skyrl_train.policy.blocks import has_known_blocks
 from skyrl_train.policy.logprobs import BYTES_PER_CHUNK, SHARE_OF_GPU
 from skyrl_train.policy.lora import adapted_names
-from skyrl_train.policy.model import Policy
-from skyrl_train.run.memory_plan import (
+from skyrl_train.policy.memory_plan import (
     GIB,
     Demands,
     Device,
@@ -25,6 +24,7 @@ from skyrl_train.run.memory_plan import (
     ModelMemory,
     memory_plan,
 )
+from skyrl_train.policy.model import Policy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -77,7 +77,7 @@ class Episode:
 
     @property
     def _session_id(self) -> str:
-        return f"{self.task.id}_{self.attempt}"
+        return f"{self.task.round_name}_{self.task.id}_{self.attempt}"
 
     def _beginning(self) -> AbstractAsyncContextManager[None]:
         if self.lockstep is None:

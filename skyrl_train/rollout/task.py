@@ -28,6 +28,7 @@ class EpisodeTask:
     env_seed: int
     sampling: SamplingParams
     sampling_seed: int
+    round_name: str  # part of the session id: the same prompt may be played in two rounds at once
 
     @property
     def id(self) -> str:

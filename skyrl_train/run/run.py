@@ -119,18 +119,18 @@ class Run:
         self.progress.step_done(step, metrics)
 
     def save_checkpoint(self, step: int, state: State) -> None:
-        """Everything recorded of the steps up to this one is on the disk before the checkpoint is."""
+        """Write a checkpoint, after everything that was recorded of the steps up to this one."""
         self.trajectories.flush()
         state["trainer_state"] |= {"config": self.config, "contents": self.contents}
         self.checkpoints.save(step, state)
 
     def phase(self, name: str, total: int, unit: str) -> Callable[..., None]:
-        """A new line of progress; the returned function counts one more, whatever it is called with."""
+        """Begin a new line of progress. The returned function counts one more, whatever it is called with."""
         self.progress.phase(name, total, unit)
         return lambda *_: self.progress.advance()
 
     def finish(self) -> Summary:
-        """Report and summary, from what is on the disk."""
+        """Write report and summary from what is on the disk, and return the summary."""
         self.trajectories.flush()
         write_report(self.folder)
         summary = write_summary(self.folder)
@@ -139,7 +139,7 @@ class Run:
 
 
 def require_writable(key: str, folder: Path) -> None:
-    """ValueError if nothing can be written there. Makes the folder."""
+    """Make the folder. ValueError if nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,13 +1,30 @@
-"""Learner and engine in one process: they read the same weights, so a push moves nothing."""
+"""Weights for a learner and an engine in one process: both hold the same tensors."""
 
 from __future__ import annotations
 
 from skyrl_train.engine.base import Engine
+from skyrl_train.learner.base import Learner
+from skyrl_train.weights.base import PushFailed
 
 
 class InProcessWeights:
-    """The engine samples from the learner's own module. All it must learn is that the weights have changed."""
+    """Tells the engine that the weights it shares with the learner have changed.
 
-    async def push(self, learner_version: int, engine: Engine) -> None:
-        """The update is finished: the engine drops what it cached and stamps later completions with this version."""
-        await engine.weights_changed(learner_version)
+    No weight travels. What the engine derived from the old ones goes: it drops its cached keys and values, and on a CPU
+    its decoder rewrites the packed copy that it keeps of the linear layers.
+
+    An update writes into the very tensors that the engine computes with. Whoever trains while requests are in flight
+    pauses the engine before the update; the push resumes it.
+    """
+
+    async def push(self, learner: Learner, engine: Engine) -> None:
+        """Pause the engine, tell it, and resume it. PushFailed if it breaks in between; then it stays paused."""
+        version = learner.policy_version
+        try:
+            await engine.pause()
+            await engine.weights_changed(version)
+            await engine.resume()
+        except (RuntimeError, OSError) as error:
+            raise PushFailed(
+                f"the weights of policy version {version} did not reach the engine, which samples nothing more: {error}"
+            ) from error

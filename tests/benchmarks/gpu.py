@@ -28,7 +28,7 @@ from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.config import AlgorithmConfig, TrainerConfig
 from skyrl_train.engine.base import Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.model import Policy, wrap_module
 from skyrl_train.policy.precision import choose_compute_dtype
 from tests.benchmarks.ceiling import product_rate, read_rate
@@ -199,7 +199,7 @@ def update(policy: Policy, chosen: argparse.Namespace) -> dict[str, float]:
         max_tokens_per_microbatch=chosen.token_budget,
     )
     samples = batch(tiny_tokenizer(), settings)
-    learner = compute.submit(Learner, policy, config, num_training_steps=100).result()
+    learner = compute.submit(TorchLearner, policy, config, num_training_steps=100).result()
 
     def once() -> Mapping[str, float]:
         return learner.update(add_advantages(learner.add_logprobs(samples), config.algorithm))

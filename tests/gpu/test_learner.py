@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skyrl_train.algorithms.advantages import add_advantages
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.learner import TorchLearner
 from tests.skyrl_train.batches import random_batch, shared_batch
 from tests.skyrl_train.learner.test_learner import (
     gradients_of,
@@ -76,7 +76,7 @@ def test_deterministic_updates_give_the_same_bits(device: torch.device) -> None:
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def peak_bytes(learner: Learner, config: Any, num_prompts: int) -> int:
+def peak_bytes(learner: TorchLearner, config: Any, num_prompts: int) -> int:
     batch = random_batch(num_prompts=num_prompts, num_samples=8, max_length=120)
     ready = add_advantages(learner.add_logprobs(batch), config.algorithm)
     gc.collect()

@@ -8,12 +8,12 @@ import torch
 from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.config import AlgorithmConfig, LoraConfig, TrainerConfig
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.ops import cuda
+from skyrl_train.policy import memory_plan
+from skyrl_train.policy.memory_plan import GIB, Demands
 from skyrl_train.policy.model import wrap_module
 from skyrl_train.policy.model_memory import gpu, model_memory
-from skyrl_train.run import memory_plan
-from skyrl_train.run.memory_plan import GIB, Demands
 from tests.benchmarks.gpu import SHAPES
 from tests.benchmarks.workers.samples import batch
 from tests.skyrl_train.learner.on_meta import meta_module
@@ -45,7 +45,7 @@ def test_the_plan_is_the_measured_peak_of_an_update(device: torch.device, checkp
     )  # fmt: skip
     sizes = {"num_prompts": NUM_PROMPTS, "samples": SAMPLES, "tokens": TOKENS, "prompt_tokens": TOKENS}
     samples = batch(tiny_tokenizer(), sizes)
-    learner = compute.submit(Learner, policy, config, num_training_steps=10).result()
+    learner = compute.submit(TorchLearner, policy, config, num_training_steps=10).result()
 
     def update() -> None:
         learner.update(add_advantages(learner.add_logprobs(samples), config.algorithm))

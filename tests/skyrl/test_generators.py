@@ -13,6 +13,8 @@ from skyrl_train.batch.samples import to_samples
 from skyrl_train.config import load_config
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.generators import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
+from skyrl_train.generators.custom_generator import GeneratorCollector
+from skyrl_train.generators.generator_output import WrongOutput, output_of
 from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl_train.generators.utils import (
     get_response_ids_and_loss_mask_from_messages,
@@ -22,10 +24,8 @@ from skyrl_train.generators.utils import (
 from skyrl_train.inference_engines.base import InferenceEngineInput
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import EveryEpisodeFailed, Round
-from skyrl_train.rollout.custom_generator import GeneratorCollector
 from skyrl_train.rollout.filters import zero_reward_on_non_stop
-from skyrl_train.rollout.generator_output import WrongOutput, output_of
+from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.types import EpisodeEnd, Group, Prompt
 from tests.fakes import CountdownEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
@@ -111,7 +111,7 @@ def test_what_the_engine_sampled_is_what_is_trained(tokenizer):
     engine: Any = client.engine
     requests = engine.requests
     assert [len(requests), len({request.sampling.seed for request in requests})] == [4, 4]
-    assert sorted(engine.forgotten) == [f"custom_{i}_{k}" for i in range(2) for k in range(2)]
+    assert sorted(engine.forgotten) == [f"train_3_custom_{i}_{k}" for i in range(2) for k in range(2)]
     samples = to_samples([trajectory for group in groups for trajectory in group.trajectories])
     assert [sample.group_id for sample in samples] == ["0", "0", "1", "1"]
     assert len({sample.trajectory_id for sample in samples}) == 4

@@ -15,8 +15,8 @@ from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.entrypoints.main_generate import EvalOnlyEntrypoint
 from skyrl_train.generators.base import GeneratorOutput
+from skyrl_train.generators.generator_output import output_of, with_output
 from skyrl_train.ray_ppo_trainer import NEVER_CALLED
-from skyrl_train.rollout.generator_output import output_of, with_output
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from skyrl_train.trainer import RayPPOTrainer

@@ -14,7 +14,6 @@ from skyrl_train.algorithms.loss_style import LossStyle, Returns
 from skyrl_train.batch.packing import with_loss_weights
 from skyrl_train.config import AlgorithmConfig, ConfigError, load_config
 from skyrl_train.learner.gradient import Budget, accumulate_gradient
-from skyrl_train.learner.means import Means
 from skyrl_train.learner.objective import Objective
 from skyrl_train.types import Batch
 from tests.skyrl_train.batches import random_batch
@@ -114,19 +113,18 @@ def batch() -> Batch:
 
 def gradient(of: Objective, batch: Batch, max_samples: int | None) -> tuple[Tensor, dict[str, float]]:
     """The gradient of every weight of a tiny model, end to end, and the metrics."""
-    policy, means = tiny_policy(), Means()
-    accumulate_gradient(
+    policy = tiny_policy()
+    _, metrics = accumulate_gradient(
         policy,
         of,
         batch,
         temperature=1.0,
         budget=Budget(10_000, max_samples),
         generator=torch.Generator().manual_seed(0),
-        means=means,
         on_tokens=lambda num_tokens: None,
     )
     gradients = [weight.grad.flatten() for weight in policy.weights.values() if weight.grad is not None]
-    return torch.cat(gradients), means.result()
+    return torch.cat(gradients), metrics.means()
 
 
 @pytest.mark.parametrize("name", ["reinforce", "masked_mean", "sequence_mean", "new_style", "per_token", "row_ratio"])

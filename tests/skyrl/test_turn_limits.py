@@ -16,8 +16,9 @@ from skyrl_train.config import load_config
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.prompts import DataError, row_prompt
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.tiny_models import tiny_tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from skyrl_train.config import load_config
+from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.policy.end_of_turn import end_of_turn_ids
 from skyrl_train.rollout.template_check import TemplateRefused
@@ -101,4 +102,6 @@ def test_the_chat_and_the_engine_end_turns_at_the_same_tokens(model, eos):
     wanted = {VOCAB_SIZE - 1, *([eos] if isinstance(eos, int) else eos or [])}
     assert set(exp.chat_template.end_ids) == wanted
     assert end_of_turn_ids(policy.module.generation_config, exp.tokenizer) == exp.chat_template.end_ids
-    assert exp.get_engine(policy)._scheduler._eos_ids == exp.chat_template.end_ids
+    engine = exp.get_engine(policy)
+    assert isinstance(engine, TorchEngine)
+    assert engine._scheduler._eos_ids == exp.chat_template.end_ids

@@ -16,8 +16,9 @@ from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import Round
 from skyrl_train.types import Prompt, Trajectory
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 

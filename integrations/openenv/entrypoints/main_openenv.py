@@ -48,7 +48,7 @@ class OpenEnvExp(BasePPOExp):
         """
         config = cfg.environment.openenv
         envs: dict[tuple[str, str], OpenEnv] = {}
-        for prompt in [*self.train_dataset, *(self.eval_dataset or ())]:
+        for prompt in [*(self.train_dataset or ()), *(self.eval_dataset or ())]:
             extras = prompt.env_extras
             kind = (str(extras.get("env_name")), str(extras.get("options")))
             if prompt.env_class == "openenv" and kind not in envs:

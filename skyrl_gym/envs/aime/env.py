@@ -9,7 +9,7 @@ from skyrl_gym.envs.aime.answer import last_answer, normal_form
 from skyrl_gym.envs.aime.value import same_value
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
-from skyrl_gym.metrics import INVALID_ACTIONS
+from skyrl_gym.episode_metrics import INVALID_ACTIONS
 from skyrl_gym.reply import printable
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth
 from skyrl_gym.envs.gsm8k.answer import final_answer
-from skyrl_gym.metrics import INVALID_ACTIONS
+from skyrl_gym.episode_metrics import INVALID_ACTIONS
 
 
 class GSM8kEnv(BaseTextEnv):

@@ -8,7 +8,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import numeric_ground_truth, turn_limit
 from skyrl_gym.envs.gsm8k.answer import final_answer
-from skyrl_gym.metrics import INVALID_ACTIONS, default_aggregate_metrics
+from skyrl_gym.episode_metrics import INVALID_ACTIONS, default_aggregate_metrics
 
 _THINK_ON = "Please think about it once more, step by step, and end with your answer in the form #### ANSWER."
 _LAST_TURN = "This is your last turn. Write only your answer, in the form #### ANSWER."

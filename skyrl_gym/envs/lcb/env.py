@@ -9,7 +9,7 @@ from typing import Any
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth
 from skyrl_gym.envs.lcb.grading import ProgramTest, passes
-from skyrl_gym.metrics import INVALID_ACTIONS
+from skyrl_gym.episode_metrics import INVALID_ACTIONS
 from skyrl_gym.reply import last_fenced_code, printable
 from skyrl_gym.tools.python_process import require_wall
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_gym.envs.extras import ground_truth, turn_limit
-from skyrl_gym.metrics import INVALID_ACTIONS
+from skyrl_gym.episode_metrics import INVALID_ACTIONS
 from skyrl_gym.reply import first_tagged, printable, up_to_first_close
 from skyrl_gym.tools.search import SearchToolGroup, search_text
 

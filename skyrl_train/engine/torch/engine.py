@@ -10,28 +10,28 @@ import asyncio
 import os
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from skyrl_train import compute
-from skyrl_train.engine.base import Completion, Request
+from skyrl_train.engine.base import Completion, EngineDied, Request
 from skyrl_train.engine.torch.scheduler import EngineStats, Scheduler, Sequence
 from skyrl_train.policy.model import Policy
 
 SESSION_CACHE_BYTES = 1 << 30
-
-
-class EngineStopped(RuntimeError):
-    """The engine was closed or its thread died: this call will get no answer."""
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """Someone in an event loop who waits for the thread."""
+    """A caller in an event loop who waits for the compute thread."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future
@@ -39,11 +39,21 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Pending(Waiter):
-    """A request and who waits for it."""
+    """A request and the caller who waits for it."""
 
     request: Request
     cancelled: bool = False
     sequence: Sequence | None = None  # once the scheduler has it
+
+
+@dataclass(slots=True, eq=False)
+class Pause(Waiter):
+    pass
+
+
+@dataclass(slots=True, eq=False)
+class Resume(Waiter):
+    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -56,11 +66,13 @@ class Forget:
     session_id: str
 
 
-Command = list[Pending] | NewWeights | Forget
+Order = Pause | Resume | NewWeights | Forget  # obeyed between two steps, also while requests must wait
 
 
 class TorchEngine:
-    """Samples from the learner's own module, reading its weights in place.
+    """Samples from the learner's own module. On a CPU the decoder keeps a second, packed copy of its weights.
+
+    That copy is rewritten at every `weights_changed`; all other weights are the learner's own tensors.
 
     The same seed, prompt and weights give the same tokens whatever else is in flight, up to the rounding of matmuls of
     different shapes. Requests with `in_round` are free of even that: those of one tick of the event loop (that is: all
@@ -105,12 +117,14 @@ class TorchEngine:
             cuda_graphs=not deterministic,  # a replayed step's last bits depend on how far the cache has grown
         )
         self._tick: list[Pending] = []  # generate() calls of this tick of the event loop
-        self._commands: deque[Command] = deque()
+        self._requests: deque[list[Pending]] = deque()  # those of one tick and kind, not begun yet
+        self._orders: deque[Order] = deque()
         self._lock = threading.Lock()
         self._stopped: str | None = None  # why
         self._cause: BaseException | None = None  # if an error stopped it
         self._under_way = False  # a turn is submitted or running
-        self._is_round = False  # what is in flight; the compute thread's own, like what follows
+        self._is_paused = False  # the compute thread's own, like what follows
+        self._is_round = False  # what is in flight
         self._in_flight: dict[Sequence, Pending] = {}
         self._finished: list[tuple[Waiter, Completion]] = []  # not delivered yet
 
@@ -134,20 +148,23 @@ class TorchEngine:
         finally:
             pending.cancelled = pending.future.cancelled()
 
-    async def forget(self, session_id: str) -> None:
-        self._send(Forget(session_id))
+    async def pause(self) -> None:
+        """Return once the step under way has ended. Sequences in flight keep their tokens, keys and values."""
+        await self._obeyed(Pause(*_waiter()))
 
     async def weights_changed(self, policy_version: int) -> None:
-        """Returns once no later step can use what was computed with the old weights."""
+        """Return once no later step can use what was computed with the old weights."""
         self._hand_over()
-        loop = asyncio.get_running_loop()
-        change = NewWeights(loop, loop.create_future(), policy_version)
-        if not self._send(change):
-            raise self._refusal()
-        await change.future
+        await self._obeyed(NewWeights(*_waiter(), policy_version))
+
+    async def resume(self) -> None:
+        await self._obeyed(Resume(*_waiter()))
+
+    async def forget(self, session_id: str) -> None:
+        self._send(self._orders, Forget(session_id))
 
     async def close(self) -> None:
-        """Stop after the current step. Requests in flight fail with `EngineStopped`."""
+        """Stop after the step under way. Requests in flight fail with `EngineDied`."""
         self._stop("the engine was closed before this request was finished")
         await asyncio.wrap_future(compute.submit(self._end, None))  # after the last turn
 
@@ -177,14 +194,19 @@ class TorchEngine:
         tick, self._tick = self._tick, []
         for in_round in (False, True):
             requests = [pending for pending in tick if pending.request.in_round == in_round]
-            if requests and not self._send(requests):
+            if requests and not self._send(self._requests, requests):
                 self._fail(requests)
 
-    def _send(self, command: Command) -> bool:
-        """False if the engine has stopped and nothing will obey it."""
+    async def _obeyed(self, order: Pause | Resume | NewWeights) -> None:
+        if not self._send(self._orders, order):
+            raise self._refusal()
+        await order.future
+
+    def _send(self, queue: deque[T], item: T) -> bool:
+        """Put an item into one of the queues. False: the engine has stopped, and nothing will take it out."""
         with self._lock:
             if self._stopped is None:
-                self._commands.append(command)
+                queue.append(item)
                 self._submit_turn()
             return self._stopped is None
 
@@ -200,8 +222,8 @@ class TorchEngine:
     def _fail(self, waiters: Iterable[Waiter]) -> None:
         _settle([(waiter, self._refusal()) for waiter in waiters])
 
-    def _refusal(self) -> EngineStopped:
-        refusal = EngineStopped(self._stopped)
+    def _refusal(self) -> EngineDied:
+        refusal = EngineDied(self._stopped)
         refusal.__cause__ = self._cause
         return refusal
 
@@ -210,8 +232,10 @@ class TorchEngine:
     def _turn(self) -> None:
         """Obey what was sent, do one step, and submit the next turn, so that a learner in between gets its own."""
         try:
-            self._take_commands()
-            if self._stopped is None and not self._scheduler.is_idle:
+            self._drop_cancelled()
+            self._obey_orders()
+            self._begin_requests()
+            if self._can_step():
                 for sequence, completion in self._scheduler.step():
                     self._finished.append((self._in_flight.pop(sequence), completion))
             if not self._is_round or self._scheduler.is_idle:
@@ -219,38 +243,44 @@ class TorchEngine:
                 self._finished = []
             with self._lock:
                 self._under_way = False
-                if self._stopped is None and (self._commands or not self._scheduler.is_idle):
+                if self._orders or self._can_step() or self._can_begin():
                     self._submit_turn()
         finally:
             if self._stopped is not None or sys.exception() is not None:
                 self._end(sys.exception())
 
-    def _take_commands(self) -> None:
-        self._drop_cancelled()
-        while (command := self._next_command()) is not None:
-            self._obey(command)
+    def _can_step(self) -> bool:
+        return self._stopped is None and not self._is_paused and not self._scheduler.is_idle
 
-    def _next_command(self) -> Command | None:
-        with self._lock:
-            return self._commands.popleft() if self._commands and not self._must_finish_round() else None
-
-    def _must_finish_round(self) -> bool:
-        """A round begins when all before it is finished and delivered, and what comes after it likewise."""
-        following = self._commands[0]
-        if not isinstance(following, list):
+    def _can_begin(self) -> bool:
+        """Return whether the next requests may begin: a round is computed apart from what comes before and after."""
+        if self._stopped is not None or not self._requests:
             return False
-        is_apart = self._is_round or following[0].request.in_round
-        return is_apart and bool(self._in_flight or self._finished)
+        is_apart = self._is_round or self._requests[0][0].request.in_round
+        return not (is_apart and (self._in_flight or self._finished))
 
-    def _obey(self, command: Command) -> None:
-        match command:
+    def _obey_orders(self) -> None:
+        while self._orders:
+            self._obey(self._orders[0])
+            self._orders.popleft()  # only now: an order that fails leaves its waiter where _end finds it
+
+    def _obey(self, order: Order) -> None:
+        match order:
             case Forget(session_id):
                 self._scheduler.forget(session_id)
+                return
             case NewWeights():
-                self._scheduler.weights_changed(command.policy_version)
-                _settle([(command, None)])
-            case list():
-                self._begin(command)
+                self._scheduler.weights_changed(order.policy_version)
+            case Pause():
+                self._is_paused = True
+            case Resume():
+                self._is_paused = False
+        _settle([(order, None)])
+
+    def _begin_requests(self) -> None:
+        while self._can_begin():
+            self._begin(self._requests[0])
+            self._requests.popleft()
 
     def _begin(self, requests: list[Pending]) -> None:
         self._is_round = requests[0].request.in_round
@@ -266,18 +296,32 @@ class TorchEngine:
             del self._in_flight[sequence]
 
     def _end(self, error: BaseException | None) -> None:
-        """Nobody waits for ever: whoever still waits learns why there will be no answer."""
+        """Stop for good, and tell everyone who waits why there will be no answer."""
         self._cause = self._cause or error
-        self._stop(f"the engine died of {type(error).__name__}: {error}")
+        self._stop(f"the engine died of {_what_and_where(error)}")
         waiters: list[Waiter] = [*self._in_flight.values(), *(waiter for waiter, _ in self._finished)]
-        for command in self._commands:
-            waiters += command if isinstance(command, list) else [command] if isinstance(command, NewWeights) else []
-        self._in_flight, self._finished, self._commands = {}, [], deque()
+        waiters += [pending for requests in self._requests for pending in requests]
+        waiters += [order for order in self._orders if isinstance(order, Waiter)]
+        self._in_flight, self._finished = {}, []
+        self._requests.clear()
+        self._orders.clear()
         self._fail(waiters)
 
 
+def _waiter() -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]:
+    loop = asyncio.get_running_loop()
+    return loop, loop.create_future()
+
+
+def _what_and_where(error: BaseException | None) -> str:
+    """Return the error and the line that raised it: a run that this ends shows no traceback."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def _device_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the memory of a device in bytes; for a CPU the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

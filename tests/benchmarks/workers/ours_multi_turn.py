@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from itertools import count, pairwise
 from typing import Any
 
+from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.entrypoints.main_base import BasePPOExp
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.round import Round
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.types import Group
 from tests.benchmarks.workers.environments import register_environments
@@ -23,12 +24,15 @@ def prepare(settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     experiment = BasePPOExp(config)
     policy = in_compute_thread(experiment.get_policy)
     engine = in_compute_thread(experiment.get_engine, policy)
-    collector: Collector = experiment.get_collector(engine)
+    assert isinstance(engine, TorchEngine)
+    assert experiment.train_dataset is not None
+    collector = experiment.get_collector(engine)
+    prompts = list(experiment.train_dataset)
     loop, steps = asyncio.new_event_loop(), count(1)
     sampling = sampling_params(config.generator.sampling_params)
 
     def rollout() -> dict[str, Any]:
-        asked = Round("train", next(steps), list(experiment.train_dataset), settings["samples"], sampling)
+        asked = Round("train", next(steps), prompts, settings["samples"], sampling)
         before, began = engine.stats(), time.perf_counter()
         groups = loop.run_until_complete(collector.collect(asked))
         seconds, after = time.perf_counter() - began, engine.stats()

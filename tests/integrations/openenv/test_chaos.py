@@ -26,8 +26,9 @@ from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import Completion, Request, SamplingParams
 from skyrl_train.rollout import attempts
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.integrations.openenv.processes import gone

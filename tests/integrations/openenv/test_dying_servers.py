@@ -21,8 +21,9 @@ from skyrl_train.engine.base import Completion, Request, SamplingParams
 from skyrl_train.rollout import attempts
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.types import EpisodeEnd, Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.integrations.openenv.troubled import NAME

@@ -16,8 +16,9 @@ from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import Request, SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt
 from tests.fakes import ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
@@ -42,7 +43,7 @@ async def together(config: OpenEnvConfig) -> list[str]:
     def reply(request: Request) -> str:
         text = str(tokenizer.decode(request.prompt_ids))
         words = [word.split("<")[0] for word in text.split("Now these words.\n\n")[1].split()[:3]]
-        speaks = request.session_id.startswith("0") or "no action" in text
+        speaks = request.session_id.startswith("train_1_0") or "no action" in text
         return f"<action>{' '.join(words)}</action>" if speaks else "hm"
 
     engine = ScriptedEngine(tokenizer, reply)
@@ -56,7 +57,7 @@ async def together(config: OpenEnvConfig) -> list[str]:
         collector.close()
         await close_shared_pools()
     assert {trajectory.end for group in groups for trajectory in group.trajectories} == {EpisodeEnd.FINISHED}
-    return [request.session_id.split("_")[0] for request in engine.requests]
+    return [request.session_id.split("_")[2] for request in engine.requests]
 
 
 @pytest.fixture(autouse=True)

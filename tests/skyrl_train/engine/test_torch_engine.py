@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from skyrl_train.engine.base import Completion, Request
 from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.model import Policy
-from skyrl_train.weights.in_process import InProcessWeights
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
@@ -149,7 +148,7 @@ async def test_new_weights_drop_every_cached_key_and_stamp_the_version(make_engi
     with torch.no_grad():
         for weight in policy.module.parameters():
             weight.mul_(1.5)
-    await InProcessWeights().push(5, engine)
+    await engine.weights_changed(5)
     request = ask(PROMPT, "episode")
     after = await engine.generate(request)
     assert (before.policy_version, after.policy_version) == (0, 5)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from skyrl_train.engine.base import Completion
-from skyrl_train.engine.torch import EngineStopped
+from skyrl_train.engine.base import Completion, EngineDied
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
 from tests.tiny_models import tiny_policy
 
@@ -24,11 +23,11 @@ async def test_close_fails_requests_in_flight(make_engine):
     await until_step(engine, 3)
     await engine.close()
     for outcome in await asyncio.gather(*running, return_exceptions=True):
-        assert isinstance(outcome, EngineStopped)
+        assert isinstance(outcome, EngineDied)
         assert "closed" in str(outcome)
-    with pytest.raises(EngineStopped, match="closed"):
+    with pytest.raises(EngineDied, match="closed"):
         await engine.generate(ask("b"))
-    with pytest.raises(EngineStopped, match="closed"):
+    with pytest.raises(EngineDied, match="closed"):
         await engine.weights_changed(1)
     await engine.forget("a")
     await engine.close()
@@ -37,7 +36,7 @@ async def test_close_fails_requests_in_flight(make_engine):
 async def test_a_request_made_in_the_tick_of_the_close_fails_too(make_engine):
     engine = make_engine()
     outcomes = await asyncio.gather(engine.generate(ask("a", **LONG)), engine.close(), return_exceptions=True)
-    assert isinstance(outcomes[0], EngineStopped)
+    assert isinstance(outcomes[0], EngineDied)
 
 
 async def test_an_error_in_a_step_reaches_everyone_who_waits(make_engine):
@@ -48,10 +47,10 @@ async def test_an_error_in_a_step_reaches_everyone_who_waits(make_engine):
     await engine.weights_changed(1)
     outcomes = await asyncio.gather(*(engine.generate(ask("a", f"{i}")) for i in range(3)), return_exceptions=True)
     for outcome in outcomes:
-        assert isinstance(outcome, EngineStopped)
+        assert isinstance(outcome, EngineDied)
         assert "FloatingPointError: the policy's logits are not finite" in str(outcome)
         assert isinstance(outcome.__cause__, FloatingPointError)
-    with pytest.raises(EngineStopped, match="FloatingPointError"):
+    with pytest.raises(EngineDied, match="FloatingPointError"):
         await engine.generate(ask("a"))
 
 

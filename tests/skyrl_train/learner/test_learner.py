@@ -14,7 +14,7 @@ from skyrl_train.batch.packing import with_loss_weights
 from skyrl_train.config import AlgorithmConfig, OptimizerConfig, TrainerConfig
 from skyrl_train.config.algorithm import OffPolicyCorrectionConfig
 from skyrl_train.config.models import PolicyConfig
-from skyrl_train.learner.learner import Learner, needs_reference
+from skyrl_train.learner.learner import TorchLearner, needs_reference
 from skyrl_train.policy.model_files import load_tokenizer
 from skyrl_train.run.checkpoint_parts import read_part, write_part
 from tests.skyrl_train.batches import random_batch
@@ -35,7 +35,7 @@ def trainer_config(algorithm: Settings = PLAIN, optimizer: Settings | None = Non
 
 
 def learner_for(config, *, policy=None, reference=None, **arguments):
-    return Learner(policy or tiny_policy(), config, num_training_steps=10, reference=reference, **arguments)
+    return TorchLearner(policy or tiny_policy(), config, num_training_steps=10, reference=reference, **arguments)
 
 
 def prepared(learner, config, batch=None):
@@ -241,7 +241,7 @@ def test_every_mini_batch_is_one_step_and_the_remainder_too():
     learner = learner_for(config)
     seen = []
     batch = prepared(learner, config)  # three prompts: mini batches of two and one
-    metrics = learner.update(batch, on_progress=lambda done, total: seen.append((done, total)))
+    metrics = learner.update(batch, on_tokens=lambda done, total: seen.append((done, total)))
     assert learner.policy_version == metrics["policy/policy_version"] == 4
     assert seen[-1] == (2 * batch.num_tokens, 2 * batch.num_tokens)
     assert metrics["policy/policy_lr"] == pytest.approx(1e-2)
@@ -281,8 +281,26 @@ def test_an_interrupted_update_leaves_no_gradient_behind():
     interrupted, fresh = learner_for(config), learner_for(config)
     batch = prepared(fresh, config)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.update(batch, on_progress=stop)
+        interrupted.update(batch, on_tokens=stop)
     assert interrupted.update(batch)["policy/grad_norm"] == fresh.update(batch)["policy/grad_norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closed_learner_holds_no_gradient_and_leaves_the_policy_to_others(dtype):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    config = trainer_config()
+    learner = learner_for(config, policy=tiny_policy(compute_dtype=dtype))
+    batch = prepared(learner, config)
+    with pytest.raises(KeyboardInterrupt):
+        learner.update(batch, on_tokens=stop)
+    masters = list(learner._optimizer.masters.values())
+    assert any(master.grad is not None for master in masters)
+    weights = {name: p.detach().clone() for name, p in learner.policy.module.named_parameters()}
+    learner.close()
+    assert all(master.grad is None for master in masters)
+    assert all(torch.equal(p, weights[name]) for name, p in learner.policy.module.named_parameters())
 
 
 def test_a_sample_that_drifted_too_far_is_left_out(monkeypatch):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from skyrl_train.config import LoraConfig
 from skyrl_train.config.models import LORA_STARTS
-from skyrl_train.learner.learner import Learner
+from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.lora import (
     STARTS,
@@ -245,12 +245,12 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
         update_ref_every_epoch=True,
     )  # fmt: skip
 
-    def new(seed: int) -> tuple[Learner, BaseUnderAdapters]:
+    def new(seed: int) -> tuple[TorchLearner, BaseUnderAdapters]:
         policy = adapted(compute_dtype=dtype, seed=seed)
         reference = BaseUnderAdapters.of(policy)
         return learner_for(config, policy=policy, reference=reference), reference
 
-    def train(learner: Learner, seeds: list[int]) -> None:
+    def train(learner: TorchLearner, seeds: list[int]) -> None:
         for seed in seeds:
             learner.update(prepared(learner, config, random_batch(seed=seed)))
             learner.update_reference()

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from skyrl_train.config import LoraConfig
+from skyrl_train.policy import memory_plan
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora import add_adapters
 from skyrl_train.policy.master_gradient import MasterGradient
+from skyrl_train.policy.memory_plan import GIB, Demands, Device
 from skyrl_train.policy.model_memory import model_memory
-from skyrl_train.run import memory_plan
-from skyrl_train.run.memory_plan import GIB, Demands, Device
 from skyrl_train.types import Batch
 from tests.skyrl_train.learner.on_meta import LiveBytes, as_on_a_gpu, meta_module, policy_of
 

@@ -12,8 +12,9 @@ from skyrl_gym.envs import register
 from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.types import EpisodeEnd, Prompt
 from tests.fakes import CountdownEnv, FewSessionsEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
@@ -77,7 +78,7 @@ def test_an_episode_of_three_turns_earns_three_rewards_and_becomes_one_sample(to
     assert [turn.text for turn in trajectory.turns] == ["2", "1", "0"]
     assert trajectory.reward == 3.0
     assert trajectory.end is EpisodeEnd.FINISHED
-    assert engine.forgotten == ["0_0_0"]
+    assert engine.forgotten == ["train_1_0_0_0"]
     (sample,) = to_samples([trajectory])
     sampled = [token for token, mask in zip(sample.input_ids, sample.loss_mask, strict=True) if mask]
     assert tokenizer.decode(sampled) == "2<|im_end|>1<|im_end|>0<|im_end|>"
@@ -169,9 +170,8 @@ def test_an_engine_that_breaks_ends_the_round_and_closes_every_environment(token
     def breaks(request):
         raise RuntimeError("the engine broke")
 
-    with pytest.raises(ExceptionGroup, match="unhandled errors") as caught:
+    with pytest.raises(RuntimeError, match="the engine broke"):
         play(countdown_prompts(3, 3), breaks, tokenizer)
-    assert "the engine broke" in str(caught.value.exceptions[0])
 
 
 def test_results_keep_the_order_of_the_prompts(tokenizer):
@@ -183,7 +183,7 @@ def test_results_keep_the_order_of_the_prompts(tokenizer):
 def test_deterministic_rollouts_submit_each_round_in_one_order(tokenizer):
     _, engine = play(countdown_prompts(3, 3, 3), CountsDown(tokenizer), tokenizer, n=2, deterministic=True)
     sessions = [request.session_id for request in engine.requests]
-    assert sessions == ["0_0_0", "0_1_0", "1_0_0", "1_1_0", "2_0_0", "2_1_0"] * 3
+    assert sessions == [f"train_1_{prompt}_{repetition}_0" for prompt in range(3) for repetition in range(2)] * 3
 
 
 def test_deterministic_rollouts_go_on_with_fewer_sessions_than_episodes(tokenizer):
@@ -192,6 +192,6 @@ def test_deterministic_rollouts_go_on_with_fewer_sessions_than_episodes(tokenize
     prompts = [replace(prompt, env_class="few_sessions") for prompt in countdown_prompts(3, 1, 3, 2)]
     for _ in range(5):
         _, engine = play(prompts, CountsDown(tokenizer), tokenizer, deterministic=True)
-        sessions = [request.session_id.split("_")[0] for request in engine.requests]
+        sessions = [request.session_id.split("_")[2] for request in engine.requests]
         assert sessions == list("".join(together))
         assert FewSessionsEnv.free == 2

@@ -24,8 +24,9 @@ from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
-from skyrl_train.rollout.collector import Collector, EveryEpisodeFailed, Round
+from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
+from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.run.metrics import rollout_metrics
 from skyrl_train.run.records.episode import EpisodeRecord, episode_record
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.policy import model_memory
-from skyrl_train.run.memory_plan import GIB, Device, MemoryPlan
+from skyrl_train.policy.memory_plan import GIB, Device, MemoryPlan
 from tests.benchmarks.gpu import SHAPES
 from tests.tiny_models import save_tiny_model
 
@@ -70,6 +70,7 @@ def test_what_it_proposes_is_planned(tmp_path, an_80_gb_gpu, settings):
     experiment.cfg, experiment.model_path = cfg, str(tmp_path / "model")
     experiment.device, experiment.compute_dtype = experiment.get_device()
     plan = experiment.memory = experiment.get_memory_plan()
+    assert plan is not None
     assert plan.parts["reference"] == 0
     assert 0 < plan.parts["moments"] < GIB
     assert experiment.trainer_section.max_tokens_per_microbatch == plan.token_budget
@@ -81,7 +82,9 @@ def test_a_reference_of_its_own_is_counted(tmp_path, an_80_gb_gpu):
     experiment.cfg = load_config([*arguments(tmp_path), "trainer.algorithm.use_kl_loss=true"])
     experiment.model_path = str(tmp_path / "model")
     experiment.device, experiment.compute_dtype = experiment.get_device()
-    assert experiment.get_memory_plan().parts["reference"] == 2 * 494_032_768
+    plan = experiment.get_memory_plan()
+    assert plan is not None
+    assert plan.parts["reference"] == 2 * 494_032_768
 
 
 def test_names_of_adapters_that_do_not_exist_are_refused_here_too(tmp_path, capsys, an_80_gb_gpu):

@@ -1,4 +1,4 @@
-"""Between SkyRL's GeneratorOutput and trajectories: token ids, masks, rewards and logprobs go over one to one."""
+"""SkyRL's GeneratorOutput into groups and back: token ids, masks, rewards and logprobs stay one to one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _check_entry(output: GeneratorOutput, i: int) -> None:
 def groups_of(
     output: GeneratorOutput, prompts: Sequence[Prompt], samples_per_prompt: int, tokenizer: Any, version: int
 ) -> list[Group]:
-    """The checked output as groups; `prompts` in the order of the input, each once."""
+    """Return the checked output as groups; `prompts` in the order of the input, each once."""
     episodes = _entries_by_episode(output)
     groups = []
     for position, prompt in enumerate(prompts):
@@ -80,7 +80,7 @@ def groups_of(
 
 
 def _entries_by_episode(output: GeneratorOutput) -> list[list[int]]:
-    """The entries of each episode: one, or its turns up to the one that is the last step."""
+    """Return the entries of each episode: one, or its turns up to the one that is the last step."""
     is_last = output.get("is_last_step")
     if is_last is None:
         return [[i] for i in range(len(output["response_ids"]))]
@@ -121,7 +121,7 @@ def _sample(output: GeneratorOutput, i: int, prompt: Prompt, trajectory_id: str)
 
 
 def _on_sampled(rewards: list[float], mask: list[bool]) -> list[float]:
-    """Rewards of tokens that the policy did not sample (an added end of sequence) move to the sampled token before."""
+    """Move rewards of tokens that the policy did not sample (an added end of sequence) to the sampled token before."""
     placed, last = [0.0] * len(rewards), None
     for i, (reward, is_sampled) in enumerate(zip(rewards, mask, strict=True)):
         last = i if is_sampled else last
@@ -130,7 +130,7 @@ def _on_sampled(rewards: list[float], mask: list[bool]) -> list[float]:
 
 
 def _turns(sample: Sample, tokenizer: Any, stop_reason: str, version: int) -> list[Turn]:
-    """One turn for each run of sampled tokens, for people to read; a response without any is one turn."""
+    """Return one turn for each run of sampled tokens, for people to read; a response without any is one turn."""
     bounds: list[tuple[int, int]] = []
     for is_sampled, run in groupby(range(len(sample.input_ids)), key=lambda i: sample.loss_mask[i]):
         places = list(run)
@@ -156,7 +156,7 @@ def _turns(sample: Sample, tokenizer: Any, stop_reason: str, version: int) -> li
 def output_of(
     groups: Sequence[Group], *, one_reward: bool, failed_too: bool = False
 ) -> tuple[GeneratorOutput, list[str]]:
-    """(what SkyRL's generator would have returned for these groups, the uid of each entry).
+    """Return (what SkyRL's generator would have returned for these groups, the uid of each entry).
 
     one_reward: one number per entry, as for `generator.batched=true`, else one per response token. An episode that its
     environment broke, or in which nothing was sampled, is left out, or with failed_too one masked token whose stop
@@ -186,17 +186,17 @@ def output_of(
 
 
 def _masked_token(trajectory: Trajectory) -> Sample:
-    """The row of an episode without any sampled token."""
+    """Return the row of an episode without any sampled token."""
     return Sample([0, 0], [False, False], [0.0, 0.0], [0.0, trajectory.reward], 1, trajectory.prompt.uid, trajectory.id)
 
 
 def num_episodes_in(groups: Sequence[Group]) -> int:
-    """How many episodes `output_of` speaks of."""
+    """Return how many episodes `output_of` writes."""
     return sum(bool(to_samples([t])) for group in groups for t in group.trajectories)
 
 
 def with_output(groups: Sequence[Group], output: GeneratorOutput) -> list[Group]:
-    """The groups that `output_of` was made of, with its rewards and loss masks as they are now."""
+    """Return the groups that `output_of` was made of, with the output's rewards and loss masks as they are now."""
     entries = iter(range(len(output["response_ids"])))
     return [
         Group(group.prompt, [_with_entries(trajectory, entries, output) for trajectory in group.trajectories])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from skyrl_train.config import GeneratorConfig, TrainerConfig
-from skyrl_train.run.memory_plan import GIB, Demands, Device, DoesNotFit, ModelMemory, memory_plan
+from skyrl_train.policy.memory_plan import GIB, Demands, Device, DoesNotFit, ModelMemory, memory_plan
 
 # What model_memory.py finds for Qwen2.5 in bfloat16, fused blocks and flash attention, full fine-tuning.
 HALF_B = ModelMemory(

@@ -1,0 +1,88 @@
+"""The parts of an experiment that stand on its data: prompts, their order, and what the run's files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from skyrl_train.entrypoints.model_parts import ModelParts
+
+if TYPE_CHECKING:
+    from skyrl_train.prompts import PromptDataset, PromptSchedule
+
+
+class DataParts(ModelParts):
+    """Reads and checks the prompts of training and evaluation."""
+
+    train_dataset: PromptDataset | None  # None where nothing is trained
+    eval_dataset: PromptDataset | None
+
+    def get_train_dataset(self) -> PromptDataset | None:
+        return self._dataset(self.cfg.data.train_data)
+
+    def get_eval_dataset(self) -> PromptDataset | None:
+        """Return the validation prompts; None without any or with evaluation switched off."""
+        if self.cfg.trainer.eval_interval <= 0 or not self.cfg.data.val_data:
+            return None
+        return self._dataset(self.cfg.data.val_data)
+
+    def check_conversations(self) -> None:
+        """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
+        kinds = set()
+        for prompt in [*(self.train_dataset or []), *(self.eval_dataset or [])]:
+            max_turns = 1 if self.cfg.generator.batched else self.cfg.generator.max_turns
+            if (own_limit := prompt.env_extras.get("max_turns")) is not None:
+                max_turns = int(own_limit)
+            kinds.add((tuple(message["role"] for message in prompt.messages), max_turns != 1))
+        for roles, grows in sorted(kinds):
+            self.chat_template.check(roles, grows=grows)
+
+    def get_schedule(self) -> PromptSchedule | None:
+        """Return which prompts each step takes; None without training data. ValueError for less than a batch."""
+        from skyrl_train.prompts import PromptSchedule
+
+        if self.train_dataset is None:
+            return None
+        trainer = self.cfg.trainer
+        return PromptSchedule(len(self.train_dataset), trainer.train_batch_size, trainer.epochs, trainer.seed)
+
+    def get_contents(self) -> dict[str, dict[str, str]]:
+        """Return what the files hold that the settings name (contents.py): a run is resumed only with the same."""
+        from skyrl_train.learner.learner import needs_reference
+        from skyrl_train.policy.pretrained import resolve_model
+        from skyrl_train.run.contents import model_contents, prompt_contents, template_contents
+
+        trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
+        policy = model_contents(self.model_path)
+        contents = {
+            "trainer.policy.model.path": policy,
+            "generator.chat_template.name_or_path": template_contents(template or self.tokenizer.chat_template),
+        }
+        for key, prompts in (("data.train_data", self.train_dataset), ("data.val_data", self.eval_dataset)):
+            if prompts is not None:
+                contents[key] = prompt_contents(prompts)
+        if trainer.ref.model.path == trainer.policy.model.path:
+            contents["trainer.ref.model.path"] = policy
+        elif needs_reference(trainer.algorithm):
+            contents["trainer.ref.model.path"] = model_contents(resolve_model(trainer.ref.model.path))
+        return contents
+
+    def _dataset(self, sources: Sequence[str]) -> PromptDataset:
+        from skyrl_train.prompts import PromptDataset
+
+        trainer = self.cfg.trainer
+        return PromptDataset(
+            list(sources),
+            self.tokenizer,
+            trainer.max_prompt_length,
+            self.cfg.environment.env_class,
+            self.chat_template.template_kwargs,
+            look_up=look_up_environment,
+        )
+
+
+def look_up_environment(env_class: str) -> None:
+    """Raise if no environment is registered under this id, or if what is registered cannot be imported."""
+    from skyrl_gym.envs.registration import load_entry_point, spec
+
+    load_entry_point(spec(env_class).entry_point)

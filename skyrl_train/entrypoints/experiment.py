@@ -1,0 +1,212 @@
+"""An experiment: all its parts together, the user's hooks between them, and the run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from skyrl_train.config import SkyRLConfig, is_resolved, validate_cfg
+from skyrl_train.entrypoints.overrides import check_overrides
+from skyrl_train.entrypoints.process import cancel_on_signals
+from skyrl_train.entrypoints.rollout_parts import RolloutParts
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.callbacks import TrainingCallback
+    from skyrl_train.generators.base import GeneratorInterface
+    from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
+    from skyrl_train.learner.base import Learner
+    from skyrl_train.policy.model import Policy
+    from skyrl_train.prompts import PromptDataset
+    from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+    from skyrl_train.rollout.round import RoundPlayer
+    from skyrl_train.run.records.summary import Summary
+    from skyrl_train.run.run import Run
+    from skyrl_train.run.tracking import Tracking
+    from skyrl_train.trainer import Trainer
+    from skyrl_train.types import Group
+
+
+class BasePPOExp(RolloutParts):
+    """Builds the parts of a run. Override a `get_*` to put in a part of your own; one that nobody calls is refused.
+
+    Heavy imports live in the methods, so that a mistyped key is refused before anything heavy is loaded.
+    """
+
+    config_class: ClassVar[type[SkyRLConfig]] = SkyRLConfig  # what a DictConfig of Hydra becomes
+
+    def __init__(self, cfg: SkyRLConfig | DictConfig) -> None:
+        check_overrides(self, BasePPOExp)
+        self.cfg = cfg if is_resolved(cfg) else validate_cfg(cfg, self.config_class)
+        self.check_functions()
+        self.device, self.compute_dtype = self.get_device()
+        self.model_path = self.get_model_path()
+        self.num_embeddings = self.get_num_embeddings()
+        self.memory = self.get_memory_plan()
+        self.tokenizer = self.get_tokenizer()
+        self.chat_template = self.get_chat_template()
+        self.fit_tokenizer()
+        self.train_dataset = self.get_train_dataset()
+        self.eval_dataset = self.get_eval_dataset()
+        self.check_conversations()
+        self.schedule = None if self.train_dataset is None else self.get_schedule()
+
+    def check_functions(self) -> None:
+        """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
+        from skyrl_train.algorithms.trial import check_estimator
+        from skyrl_train.callbacks import check_callbacks
+        from skyrl_train.learner.objective import Objective
+
+        self.callbacks = check_callbacks(self.get_callbacks())
+        check_estimator(self.cfg.trainer.algorithm)
+        _ = Objective(self.cfg.trainer.algorithm).style
+
+    def get_learner(self, policy: Policy) -> Learner:
+        from skyrl_train.learner.learner import TorchLearner
+
+        assert self.schedule is not None
+        return TorchLearner(
+            policy,
+            self.trainer_section,
+            num_training_steps=self.schedule.num_steps,
+            temperature=self.cfg.generator.sampling_params.temperature,
+            reference=self.get_reference(policy),
+        )
+
+    def get_trainer(
+        self,
+        cfg: SkyRLConfig,
+        tracker: Tracking,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: PromptDataset,
+        eval_dataset: PromptDataset | None,
+        inference_engine_client: InferenceEngineClient | None,
+        generator: GeneratorInterface | None,
+        colocate_pg: None,
+    ) -> RayPPOTrainer:
+        """Return a RayPPOTrainer: what happens between episodes and batch of a step, and at the events of the run."""
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+
+        return RayPPOTrainer(
+            cfg=cfg,
+            tracker=tracker,
+            tokenizer=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            inference_engine_client=inference_engine_client,
+            generator=generator,
+            colocate_pg=colocate_pg,
+        )
+
+    def get_callbacks(self) -> list[TrainingCallback]:
+        """Override it to return TrainingCallbacks (skyrl_train.utils.callbacks)."""
+        return []
+
+    def shape_rewards(self, groups: list[Group]) -> Any:
+        """Override it to change finished episodes before they become a batch; a coroutine may ask others (a teacher).
+
+        Groups and episodes stay in their order; `Trajectory.plus(reward)` pays an episode more or less.
+        """
+        return groups
+
+    def get_users_trainer(self, run: Run, episodes: RoundPlayer) -> RayPPOTrainer:
+        """Return the trainer of `get_trainer`, with the callbacks of `get_callbacks`. RunRefused for what is none."""
+        from skyrl_train.generators.custom_generator import GeneratorCollector
+        from skyrl_train.ray_ppo_trainer import RayPPOTrainer
+        from skyrl_train.run.run import RunRefused
+
+        assert self.train_dataset is not None
+        assert self.schedule is not None
+        users = episodes if isinstance(episodes, GeneratorCollector) else None
+        try:
+            trainer = self.get_trainer(
+                cfg=self.cfg,
+                tracker=run.tracking,
+                tokenizer=self.tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                inference_engine_client=users.client if users else None,
+                generator=users.generator if users else None,
+                colocate_pg=None,
+            )
+        except ValueError as error:
+            raise RunRefused(str(error)) from error
+        if not isinstance(trainer, RayPPOTrainer):
+            raise RunRefused(f"get_trainer returned {type(trainer).__name__}; it must return a RayPPOTrainer")
+        trainer.callbacks += self.callbacks
+        trainer.total_training_steps = self.schedule.num_steps
+        return trainer
+
+    def build_trainer(self, run: Run) -> Trainer:
+        from skyrl_train.algorithms.kl import kl_controller
+        from skyrl_train.evaluate import Evaluator
+        from skyrl_train.prompts import TrainPrompts
+        from skyrl_train.trainer import Trainer
+        from skyrl_train.weights.in_process import InProcessWeights
+
+        assert self.train_dataset is not None
+        assert self.schedule is not None
+        policy = self.get_policy()
+        engine = self.get_engine(policy)
+        collector = self.get_episodes(engine)
+        evaluator = None
+        if self.eval_dataset is not None:
+            evaluator = Evaluator(self.cfg, self.eval_dataset, collector, run, self.decode)
+        return Trainer(
+            config=self.cfg,
+            tokenizer=self.tokenizer,
+            prompts=TrainPrompts(self.train_dataset, self.schedule),
+            evaluator=evaluator,
+            collector=collector,
+            engine=engine,
+            learner=self.get_learner(policy),
+            weights=InProcessWeights(),
+            run=run,
+            kl_controller=kl_controller(self.cfg.trainer.algorithm),
+            extra_metrics=lambda: {**collector.metrics, **self.extra_metrics()},
+            users=self.get_users_trainer(run, collector),
+            shape_rewards=self.shape_rewards,
+        )
+
+    def extra_metrics(self) -> dict[str, float]:
+        """Override it to log more with every step."""
+        return {}
+
+    async def close(self) -> None:
+        """Override it to close what the experiment has opened beside its trainer; runs on every path."""
+
+    def run(self) -> Summary | Any:
+        """Train from wherever the run stands, and return its Summary; a subclass's may be a coroutine of anything."""
+        import torch
+
+        from skyrl_train.run.run import Run, run_info
+
+        assert self.train_dataset is not None
+        assert self.schedule is not None
+        total_steps = self.schedule.num_steps
+        environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
+        torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
+        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
+        info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
+        with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
+            if run.start.step >= total_steps:
+                run.progress.print(
+                    f"this run is complete: {run.start.step} of {total_steps} steps. To go on, raise trainer.epochs; "
+                    "to start afresh, set trainer.resume_mode=none or another trainer.ckpt_path"
+                )
+            else:
+                asyncio.run(self._train(run))
+            return run.finish()
+
+    async def _train(self, run: Run) -> None:
+        from skyrl_train import compute
+
+        cancel_on_signals()
+        try:
+            trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
+            await trainer.train()
+        finally:
+            await self.close()

@@ -1,0 +1,86 @@
+"""The parts of an experiment that play episodes: the engine, and what plays rounds against it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skyrl_train.config import SkyRLConfig, env_config_for
+from skyrl_train.entrypoints.data_parts import DataParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.generators.base import GeneratorInterface
+    from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
+    from skyrl_train.policy.model import Policy
+    from skyrl_train.rollout.round import RoundPlayer
+
+
+class RolloutParts(DataParts):
+    """Builds the engine that samples and the collector of episodes, or the user's generator in its place."""
+
+    def get_engine(self, policy: Policy) -> Engine:
+        from skyrl_train.engine.torch.engine import TorchEngine
+
+        generator, cache = self.cfg.generator, {}
+        if self.memory is not None:
+            cache = {
+                "kv_cache_bytes": self.memory.kv_cache_bytes,
+                "session_cache_bytes": self.memory.session_cache_bytes,
+            }
+        return TorchEngine(
+            policy,
+            self.tokenizer,
+            max_num_seqs=generator.max_num_seqs,
+            max_num_batched_tokens=generator.max_num_batched_tokens,
+            deterministic=self.cfg.trainer.deterministic,
+            max_model_len=self.max_length,
+            **cache,
+        )
+
+    def get_collector(self, engine: Engine) -> RoundPlayer:
+        from skyrl_train.rollout.collector import Collector
+        from skyrl_train.rollout.episode import EpisodeLimits
+
+        generator, environment = self.cfg.generator, self.cfg.environment
+        limits = EpisodeLimits(
+            max_turns=1 if generator.batched else generator.max_turns,
+            max_input_length=generator.max_input_length,
+            max_context=engine.max_model_len,
+            step_timeout_s=generator.step_timeout_s,
+            episode_timeout_s=generator.episode_timeout_s,
+        )
+        return Collector(
+            engine,
+            self.chat_template,
+            limits,
+            env_configs=lambda env_id: env_config_for(environment, env_id),
+            max_env_workers=environment.skyrl_gym.max_env_workers,
+            max_retries=generator.max_env_retries,
+            seed=self.cfg.trainer.seed,
+            deterministic=self.cfg.trainer.deterministic,
+        )
+
+    def get_generator(
+        self, cfg: SkyRLConfig, tokenizer: PreTrainedTokenizerBase, inference_engine_client: InferenceEngineClient
+    ) -> GeneratorInterface | None:
+        """Override it to play episodes with a GeneratorInterface of your own; None: environments are played as usual.
+
+        `inference_engine_client.generate` samples from the policy.
+        """
+        return None
+
+    def get_episodes(self, engine: Engine) -> RoundPlayer:
+        """Return what plays the rounds: our collector, or the user's generator behind the same interface."""
+        from skyrl_train.generators.custom_generator import GeneratorCollector
+        from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
+
+        client = InferenceEngineClient(
+            engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
+        )
+        generator = self.get_generator(self.cfg, self.tokenizer, client)
+        if generator is None:
+            return self.get_collector(engine)
+        needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+        return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
