@@ -115,12 +115,12 @@ class Trainer:
         batch = pack(samples)  # -> batch
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
-            batch, of_kl = self._add_advantages(batch)
+            batch, kl_values = self._add_advantages(batch)
         self.run.progress.phase("update", batch.num_tokens, "tokens")
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
             await self.weights.push(self.learner, self.engine)
-        return rollout_metrics(groups) | advantage_metrics(batch) | of_kl | metrics
+        return rollout_metrics(groups) | advantage_metrics(batch) | kl_values | metrics
 
     async def timed_step(self) -> Metrics:
         self.timings = {}

@@ -27,7 +27,7 @@ Metrics = dict[str, float]
 WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # errors of code that gets another shape or dtype
 
 
-class Returns(StrEnum):
+class LossReturns(StrEnum):
     """The kinds of loss that a policy loss may return beside its metrics."""
 
     TOKENS = "tokens"
@@ -40,7 +40,7 @@ class LossStyle:
     """is_padded: the tensors have the layout [samples, response tokens]. returns: the kind of loss."""
 
     is_padded: bool
-    returns: Returns
+    returns: LossReturns
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
     where those do not suit it, the flat ones.
     """
     if is_ours(function):
-        return LossStyle(is_padded=False, returns=Returns.TOKENS)
+        return LossStyle(is_padded=False, returns=LossReturns.TOKENS)
     if FLAT_NAMES & set(signature(function).parameters):
         return _style_of_flat(function, settings)
     try:
@@ -121,7 +121,7 @@ def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
             raise error from None
     if isinstance(loss, Tensor) and loss.shape == trial_batch().loss_mask.shape:
         _gradient_of(loss.sum(), function)
-        return LossStyle(is_padded=True, returns=Returns.TOKENS)
+        return LossStyle(is_padded=True, returns=LossReturns.TOKENS)
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return LossStyle(is_padded=True, returns=_mean_or_sum(function, settings))
     raise ValueError(
@@ -141,18 +141,18 @@ def _style_of_flat(function: Function, settings: dict[str, Any]) -> LossStyle:
             "shape, and leave the reduction to trainer.algorithm.loss_reduction"
         )
     _gradient_of(loss.sum(), function)
-    return LossStyle(is_padded=False, returns=Returns.TOKENS)
+    return LossStyle(is_padded=False, returns=LossReturns.TOKENS)
 
 
-def _mean_or_sum(function: Function, settings: dict[str, Any]) -> Returns:
+def _mean_or_sum(function: Function, settings: dict[str, Any]) -> LossReturns:
     once, twice = _size_of_gradient(function, settings), _size_of_gradient(function, settings, copies=2)
     if once == 0:
         raise ValueError(f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing")
     if 0.75 < twice / once < 1.25:
-        return Returns.MEAN
+        return LossReturns.MEAN
     scaled = _size_of_gradient(function, settings, advantage_scale=2.0)
     if 1.5 < twice / once < 2.5 and 1.9 < scaled / once < 2.1:
-        return Returns.SUM
+        return LossReturns.SUM
     raise ValueError(
         f"the policy loss {name_of(function)} returned one number that is neither a mean over the batch nor a masked "
         f"sum that scales with the advantages (twice the samples: {twice / once:.2f} times the gradient; twice the "

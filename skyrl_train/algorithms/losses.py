@@ -86,8 +86,8 @@ def gspo(
     log_ratio = _log_ratio(log_probs, old_log_probs, loss_mask)
     num_rows = int(sample_index.max()) + 1
     counts = row_sums(torch.ones_like(log_ratio), loss_mask, sample_index, num_rows).clamp(min=1)
-    of_sequence = (row_sums(log_ratio.detach(), loss_mask, sample_index, num_rows) / counts)[sample_index]
-    ratio = (log_ratio - log_ratio.detach() + of_sequence).clamp(max=10.0).exp()
+    mean_of_sequence = (row_sums(log_ratio.detach(), loss_mask, sample_index, num_rows) / counts)[sample_index]
+    ratio = (log_ratio - log_ratio.detach() + mean_of_sequence).clamp(max=10.0).exp()
     return _clip(ratio, advantages, loss_mask, eps_clip_low, eps_clip_high)
 
 

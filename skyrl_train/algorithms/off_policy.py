@@ -30,9 +30,9 @@ def importance_weights(
         ratio = safe_exp(difference)
         metrics = {"tis_token_clip_high_ratio": float(masked_mean((ratio > cap).float(), mask))}
     elif level == "sequence":
-        of_row = safe_exp(row_sums(difference, mask, sample_index, int(sample_index.max()) + 1))
-        ratio = of_row[sample_index]
-        metrics = {"tis_seq_clip_high_ratio": float((of_row > cap).float().mean())}
+        ratio_of_row = safe_exp(row_sums(difference, mask, sample_index, int(sample_index.max()) + 1))
+        ratio = ratio_of_row[sample_index]
+        metrics = {"tis_seq_clip_high_ratio": float((ratio_of_row > cap).float().mean())}
     else:
         raise ValueError(f"tis_ratio_type={level!r} is unknown; use token, sequence or null")
     return ratio.clamp(max=cap), metrics

@@ -23,7 +23,7 @@ MIN_SHARED_TOKENS = 16  # below that, one more call of the attention costs more 
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PrefixNode:
     """Tokens [begin, end) of each of the neighbouring samples [first, stop), which are equal up to `end`."""
 
     first: int
@@ -44,23 +44,23 @@ class Segments:
     row: Tensor  # [T] int64: where each token of the batch stands in `input_ids`
 
 
-def shared_segments(batch: Batch) -> list[Segment]:
+def shared_segments(batch: Batch) -> list[PrefixNode]:
     """Return segments that hold each shared prefix once; a segment stands after the one that it continues.
 
     Only neighbours share, and only where it spares a sample at least `MIN_SHARED_TOKENS`.
     """
     lengths, common = batch.lengths.tolist(), _common_with_previous(batch)
-    found: list[Segment] = []
+    found: list[PrefixNode] = []
     to_do = [(0, batch.num_samples, 0, -1)]  # samples that are equal up to a depth, where a segment ends
     while to_do:
         first, stop, depth, before = to_do.pop()
         end = min(common[first + 1 : stop], default=lengths[first])
         if stop - first == 1:
             if end > depth:
-                found.append(Segment(first, stop, depth, end, before))
+                found.append(PrefixNode(first, stop, depth, end, before))
             continue
         if end - depth >= MIN_SHARED_TOKENS:
-            found.append(Segment(first, stop, depth, end, before))
+            found.append(PrefixNode(first, stop, depth, end, before))
             depth, before = end, len(found) - 1
         parts = [i for i in range(first + 1, stop) if common[i] - depth < MIN_SHARED_TOKENS]
         to_do += [(start, end, depth, before) for start, end in pairwise([first, *parts, stop])][::-1]

@@ -71,7 +71,7 @@ class TrainerConfig(Section, at="trainer"):
 
     @property
     def reference_is_base(self) -> bool:
-        """Whether the reference policy is the model that the policy starts from."""
+        """Return whether the reference policy is the model that the policy starts from."""
         policy = self.policy
         return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
 

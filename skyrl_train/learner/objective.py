@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skyrl_train.algorithms import PolicyLossRegistry
 from skyrl_train.algorithms.kl import token_kl
-from skyrl_train.algorithms.loss_style import LossCall, LossStyle, Returns, loss_style
+from skyrl_train.algorithms.loss_style import LossCall, LossReturns, LossStyle, loss_style
 from skyrl_train.algorithms.masked import masked_mean, masked_std
 from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask
 from skyrl_train.types import Batch
@@ -40,7 +40,7 @@ class Objective:
     def style(self) -> LossStyle:
         """Return how the loss is called; a user's is tried once. ValueError if it returns nothing to minimise."""
         style = loss_style(self.function, self._settings(torch.Generator().manual_seed(0)))
-        if style.returns is not Returns.TOKENS and self.algorithm.off_policy_correction.is_on:
+        if style.returns is not LossReturns.TOKENS and self.algorithm.off_policy_correction.is_on:
             raise ValueError(
                 f"trainer.algorithm.policy_loss_type={self.algorithm.policy_loss_type} returns one number, so its "
                 "tokens cannot be corrected; set off_policy_correction.tis_ratio_type and sequence_mask_metric to null "
@@ -70,22 +70,22 @@ class Objective:
 
     @property
     def is_of_whole_mini_batch(self) -> bool:
-        return self.style.returns is Returns.MEAN or getattr(self.function, "of_whole_mini_batch", False)
+        return self.style.returns is LossReturns.MEAN or getattr(self.function, "of_whole_mini_batch", False)
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """Return (the policy's term, metrics). Without old_logprobs the policy has not moved since the old ones."""
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         style = self.style
-        given = scaled_by_loss_weights(batch) if style.returns is Returns.SUM else batch
+        given = scaled_by_loss_weights(batch) if style.returns is LossReturns.SUM else batch
         call = LossCall(self.function, given, logprobs, old_logprobs, self._settings(generator))
         token_loss, metrics = call.padded() if style.is_padded else call.flat()
-        shape = logprobs.shape if style.returns is Returns.TOKENS else ()
+        shape = logprobs.shape if style.returns is LossReturns.TOKENS else ()
         if token_loss.shape != shape:
             raise ValueError(
                 f"policy loss {self.algorithm.policy_loss_type!r} returned a loss of shape {list(token_loss.shape)} "
                 f"for a batch of {batch.num_tokens} tokens, and one of another kind when it was tried at the start"
             )
-        if style.returns is not Returns.TOKENS:
+        if style.returns is not LossReturns.TOKENS:
             return token_loss, {f"loss_metrics/{name}": value for name, value in metrics.items()}
         weights, tis_metrics = self._importance_weights(batch, old_logprobs)
         metrics = {f"loss_metrics/{name}": float(value) for name, value in (metrics | tis_metrics).items()}

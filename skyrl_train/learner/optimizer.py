@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class OptimizerStep:
     """The result of one optimizer step."""
 
     grad_norm: float  # before clipping
@@ -63,7 +63,7 @@ class MasterOptimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self) -> Step:
+    def step(self) -> OptimizerStep:
         """Use the gradients that backward has left, and drop them."""
         norm, learning_rate = self._adamw.gradient_norm(), self.learning_rate
         is_finite = math.isfinite(norm)
@@ -72,7 +72,7 @@ class MasterOptimizer:
             self._adamw.step()
             self._schedule.step()
         self.zero_grad()
-        return Step(norm, learning_rate, was_skipped=not is_finite)
+        return OptimizerStep(norm, learning_rate, was_skipped=not is_finite)
 
     def state_dict(self) -> dict[str, Any]:
         """Return masters, moments and schedule. The tensors are live: save or copy them before the next step."""

@@ -114,8 +114,8 @@ def _into_gradient(
     log_p = tl.load(here, mask=is_token, other=-float("inf")).to(tl.float32) * scale - tl.load(normalizers + row)
     p = tl.exp(log_p)
     pull = tl.load(grad_logprobs + row)
-    of_entropy = tl.load(grad_entropies + row)
-    falls = tl.where(p > 0.0, p * (pull + of_entropy * (log_p + tl.load(entropies + row))), 0.0)
+    pull_entropy = tl.load(grad_entropies + row)
+    falls = tl.where(p > 0.0, p * (pull + pull_entropy * (log_p + tl.load(entropies + row))), 0.0)
     grad = tl.where(places == tl.load(targets + row), pull, 0.0) - falls
     tl.store(here, (grad * scale).to(logits.dtype.element_ty), mask=is_token)
 

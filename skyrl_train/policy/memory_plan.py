@@ -1,4 +1,4 @@
-"""What a run will hold on a GPU, from numbers alone: what fits is chosen, what cannot fit is refused.
+"""The memory plan of a run on a GPU, from numbers alone: it chooses what fits and refuses what cannot.
 
     held = weights (+ reference) + float32 masters + moments + gradient      the whole time
          + activations of a pass + logits                                    in an update
@@ -33,7 +33,7 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """What of a model decides about memory. Bytes of activations are those that a pass keeps for its backward."""
+    """The facts of a model that decide about memory. Activations count as bytes that a pass keeps for its backward."""
 
     num_weights: int  # adapters included
     num_trained: int
@@ -61,7 +61,7 @@ class ModelMemory:
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """What the configuration asks for."""
+    """The demands of the configuration."""
 
     longest_sample: int  # tokens of prompt and replies together at most: a pass holds at least one sample
     keys_per_token: float  # that a pass gathers: a sample sees its prompt's, which its group shares; at most its size
@@ -100,7 +100,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How the run uses the device. `parts`: bytes by what holds them, at the fullest moment of an update."""
+    """The use of the device by a run. `parts`: bytes by what holds them, at the fullest moment of an update."""
 
     token_budget: int
     gradient_checkpointing: bool
@@ -109,7 +109,7 @@ class MemoryPlan:
     parts: dict[str, int]
 
     def line(self, device: Device) -> str:
-        """What the run holds, for a person."""
+        """Return one line for people that says what the run holds."""
         how = "with" if self.gradient_checkpointing else "without"
         held = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= GIB / 100)
         return (
@@ -146,7 +146,7 @@ def _choices(demands: Demands) -> Iterator[tuple[int, bool]]:
 
 
 def _seconds_per_token(model: ModelMemory, plan: MemoryPlan) -> float:
-    """Of an update: the device's time, and the host's, which a pass costs whatever it holds."""
+    """Return the time of an update per token: the device's, and the host's, which a pass costs whatever it holds."""
     device = 6 * model.num_weights / FLOPS_PER_SECOND
     host = HOST_SECONDS_PER_LAYER * model.num_layers / plan.token_budget
     return (device + host) * (RECOMPUTED if plan.gradient_checkpointing else 1)

@@ -14,7 +14,7 @@ OnEpisode = Callable[[Trajectory], None]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """These prompts, so many episodes each."""
+    """A round of episodes: some prompts, and how many episodes of each."""
 
     phase: str  # "train" or "eval"; part of every seed
     step: int

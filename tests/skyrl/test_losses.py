@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.algorithms.loss_style import LossStyle, Returns
+from skyrl_train.algorithms.loss_style import LossReturns, LossStyle
 from skyrl_train.batch.packing import with_loss_weights
 from skyrl_train.config import AlgorithmConfig, ConfigError, load_config
 from skyrl_train.learner.gradient import Budget, accumulate_gradient
@@ -80,16 +80,16 @@ def objective(name: str, **settings) -> Objective:
 @pytest.mark.parametrize(
     ("name", "is_padded", "returns"),
     [
-        ("reinforce", True, Returns.MEAN),
-        ("masked_mean", True, Returns.MEAN),
-        ("sequence_mean", True, Returns.MEAN),
-        ("new_style", True, Returns.SUM),
-        ("per_token", True, Returns.TOKENS),
-        ("other_names", True, Returns.TOKENS),
-        ("all_by_keyword", True, Returns.TOKENS),
-        ("row_ratio", True, Returns.TOKENS),
-        ("ours", False, Returns.TOKENS),
-        ("boolean_mask", False, Returns.TOKENS),
+        ("reinforce", True, LossReturns.MEAN),
+        ("masked_mean", True, LossReturns.MEAN),
+        ("sequence_mean", True, LossReturns.MEAN),
+        ("new_style", True, LossReturns.SUM),
+        ("per_token", True, LossReturns.TOKENS),
+        ("other_names", True, LossReturns.TOKENS),
+        ("all_by_keyword", True, LossReturns.TOKENS),
+        ("row_ratio", True, LossReturns.TOKENS),
+        ("ours", False, LossReturns.TOKENS),
+        ("boolean_mask", False, LossReturns.TOKENS),
     ],
 )
 def test_what_a_loss_takes_and_returns_is_found_by_trying_it(name, is_padded, returns):

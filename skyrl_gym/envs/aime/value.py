@@ -49,7 +49,7 @@ def value(text: str) -> Decimal | None:
         return None
     try:
         with localcontext(_context()):
-            result = _Reader(text, 0).whole()
+            result = _AnswerReader(text, 0).whole()
             return result if result.is_finite() else None  # 0^{-1} is Decimal's infinity
     except (_NoNumber, DecimalException):
         return None
@@ -59,7 +59,7 @@ def _context() -> Context:
     return Context(prec=_DIGITS, traps=[InvalidOperation, DivisionByZero, Overflow])
 
 
-class _Reader:
+class _AnswerReader:
     """Recursive-descent parser of one expression. `depth`: how many braces and parentheses surround it."""
 
     def __init__(self, text: str, depth: int) -> None:
@@ -163,7 +163,7 @@ class _Reader:
         return upper[0], lower[0], lower[1]
 
     def _inner(self, text: str) -> Decimal:
-        return _Reader(text, self._depth + 1).whole()
+        return _AnswerReader(text, self._depth + 1).whole()
 
     def _next(self) -> str:
         return self._text[self._at : self._at + 1]

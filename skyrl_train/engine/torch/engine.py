@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
-class Waiter:
+class Caller:
     """A caller in an event loop who waits for the compute thread."""
 
     loop: asyncio.AbstractEventLoop
@@ -38,7 +38,7 @@ class Waiter:
 
 
 @dataclass(slots=True, eq=False)
-class Pending(Waiter):
+class Pending(Caller):
     """A request and the caller who waits for it."""
 
     request: Request
@@ -47,17 +47,17 @@ class Pending(Waiter):
 
 
 @dataclass(slots=True, eq=False)
-class Pause(Waiter):
+class Pause(Caller):
     pass
 
 
 @dataclass(slots=True, eq=False)
-class Resume(Waiter):
+class Resume(Caller):
     pass
 
 
 @dataclass(slots=True, eq=False)
-class NewWeights(Waiter):
+class NewWeights(Caller):
     policy_version: int
 
 
@@ -126,7 +126,7 @@ class TorchEngine:
         self._is_paused = False  # the compute thread's own, like what follows
         self._is_round = False  # what is in flight
         self._in_flight: dict[Sequence, Pending] = {}
-        self._finished: list[tuple[Waiter, Completion]] = []  # not delivered yet
+        self._finished: list[tuple[Caller, Completion]] = []  # not delivered yet
 
     @property
     def busy_seconds(self) -> float:
@@ -219,7 +219,7 @@ class TorchEngine:
         with self._lock:
             self._stopped = self._stopped or why
 
-    def _fail(self, waiters: Iterable[Waiter]) -> None:
+    def _fail(self, waiters: Iterable[Caller]) -> None:
         _settle([(waiter, self._refusal()) for waiter in waiters])
 
     def _refusal(self) -> EngineDied:
@@ -299,9 +299,9 @@ class TorchEngine:
         """Stop for good, and tell everyone who waits why there will be no answer."""
         self._cause = self._cause or error
         self._stop(f"the engine died of {_what_and_where(error)}")
-        waiters: list[Waiter] = [*self._in_flight.values(), *(waiter for waiter, _ in self._finished)]
+        waiters: list[Caller] = [*self._in_flight.values(), *(waiter for waiter, _ in self._finished)]
         waiters += [pending for requests in self._requests for pending in requests]
-        waiters += [order for order in self._orders if isinstance(order, Waiter)]
+        waiters += [order for order in self._orders if isinstance(order, Caller)]
         self._in_flight, self._finished = {}, []
         self._requests.clear()
         self._orders.clear()
@@ -327,9 +327,9 @@ def _device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _settle(outcomes: Collection[tuple[Waiter, object]]) -> None:
+def _settle(outcomes: Collection[tuple[Caller, object]]) -> None:
     """Wake the waiters, all of one event loop in one of its ticks. An exception as outcome is raised there."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Waiter, object]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Caller, object]]] = {}
     for waiter, outcome in outcomes:
         by_loop.setdefault(waiter.loop, []).append((waiter, outcome))
     for loop, mine in by_loop.items():
@@ -337,7 +337,7 @@ def _settle(outcomes: Collection[tuple[Waiter, object]]) -> None:
             loop.call_soon_threadsafe(_set_outcomes, mine)
 
 
-def _set_outcomes(outcomes: list[tuple[Waiter, object]]) -> None:
+def _set_outcomes(outcomes: list[tuple[Caller, object]]) -> None:
     for waiter, outcome in outcomes:
         if waiter.future.done():
             continue  # cancelled meanwhile

@@ -3,7 +3,7 @@
 import torch
 
 from skyrl_train.batch.packing import micro_batches, pack
-from skyrl_train.batch.prefix_tree import Segment, share_prefixes, shared_segments
+from skyrl_train.batch.prefix_tree import PrefixNode, share_prefixes, shared_segments
 from skyrl_train.types import Batch, Sample
 
 PROMPT = list(range(100, 120))  # 20 tokens
@@ -42,7 +42,7 @@ def test_the_prompt_of_a_group_stands_once_and_every_token_is_found_again():
 def test_groups_do_not_share_and_a_group_of_one_stands_alone():
     batch = batch_of(("a", [*PROMPT, 1]), ("b", [*PROMPT, 2]), ("b", [*PROMPT, 3]), ("c", [*PROMPT, 4]))
     assert share_prefixes(batch).before.tolist() == [-1, -1, 1, 1, -1]
-    assert shared_segments(batch)[1] == Segment(1, 3, 0, 20, before=-1)
+    assert shared_segments(batch)[1] == PrefixNode(1, 3, 0, 20, before=-1)
 
 
 def test_fifteen_tokens_are_not_worth_sharing():
@@ -64,14 +64,14 @@ def test_turns_share_their_history_and_trajectories_their_prompt():
     first = [("a", [*PROMPT, *history, 1]), ("a", [*PROMPT, *history, *more, 2]), ("a", [*PROMPT, *history, *more, 3])]
     second = [("a", [*PROMPT, 4]), ("a", [*PROMPT, *more, 5])]
     assert shared_segments(batch_of(*first, *second)) == [
-        Segment(0, 5, 0, 20, before=-1),  # the prompt
-        Segment(0, 3, 20, 80, before=0),  # the first trajectory's history
-        Segment(0, 1, 80, 81, before=1),
-        Segment(1, 3, 80, 96, before=1),  # and what its later turns saw
-        Segment(1, 2, 96, 97, before=3),
-        Segment(2, 3, 96, 97, before=3),
-        Segment(3, 4, 20, 21, before=0),
-        Segment(4, 5, 20, 37, before=0),
+        PrefixNode(0, 5, 0, 20, before=-1),  # the prompt
+        PrefixNode(0, 3, 20, 80, before=0),  # the first trajectory's history
+        PrefixNode(0, 1, 80, 81, before=1),
+        PrefixNode(1, 3, 80, 96, before=1),  # and what its later turns saw
+        PrefixNode(1, 2, 96, 97, before=3),
+        PrefixNode(2, 3, 96, 97, before=3),
+        PrefixNode(3, 4, 20, 21, before=0),
+        PrefixNode(4, 5, 20, 37, before=0),
     ]
     segments = share_prefixes(batch := batch_of(*first, *second))
     assert len(segments.input_ids) == 20 + 60 + 16 + 1 + 1 + 1 + 1 + 17
