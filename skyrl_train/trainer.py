@@ -171,7 +171,6 @@ class Trainer:
                 "random": random_states(),
                 "kl_controller": self.kl_controller.state_dict(),
             },
-            "data": {"prompts_taken": self.global_step * self.config.trainer.train_batch_size},
             "policy/learner": self.learner.state_dict(),
         }
 

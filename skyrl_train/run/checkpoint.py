@@ -27,7 +27,7 @@ from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
-State = dict[str, Any]  # "trainer_state", "data", "policy/learner", ... -> tensors and plain data
+State = dict[str, Any]  # "trainer_state", "policy/learner": tensors and plain data
 FORMAT = 2  # format 1 held pickles
 _HEADER = "# skyrl checkpoint, format {}"
 
