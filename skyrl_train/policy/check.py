@@ -191,7 +191,8 @@ def _check_long_samples(policy: Policy, longest: int) -> None:
 def _check_gradients(policy: Policy, longest: int) -> None:
     """Compare gradients of the first layers on samples that share a prefix and have several blocks of rows."""
     size = min(longest, GRADIENT_TOKENS)
-    if size < 4:
+    trained = [weight for weight in policy.module.parameters() if weight.requires_grad and not weight.is_inference()]
+    if size < 4 or not trained:
         return
     lengths = [size - size // 2, size // 2, size // 4]  # a prefix and two ends of it
     prefix, *ends = (ids.clone() for ids in _random_ids(policy, sum(lengths)).split(lengths))
@@ -204,7 +205,7 @@ def _check_gradients(policy: Policy, longest: int) -> None:
         packed = PackedAttention(offsets, parents, policy.device)
         ours = policy.hidden_states(torch.cat([prefix, *ends]), positions, packed).split(lengths)[1:]
         generator = torch.Generator().manual_seed(size)
-        pulls = [torch.randn(part.shape, generator=generator).to(part) for part in ours]
+        pulls = [torch.randn(part.shape, generator=generator).to(part.device, part.dtype) for part in ours]
         found = _gradients(ours, pulls, weights)
         module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
         theirs = [base(input_ids=torch.cat([prefix, end])[None], use_cache=False).last_hidden_state[0] for end in ends]

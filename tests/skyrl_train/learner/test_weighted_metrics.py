@@ -32,8 +32,8 @@ def test_in_which_portions_pieces_are_merged_changes_no_bit():
 
 
 def test_the_gap_between_engine_and_learner_is_told_for_each_turn():
-    batch = pack([sample("0110100"), sample("010")])  # rollout_logprobs are -0.5 where trained
-    learner = torch.tensor([0, -0.6, -0.7, 0, -1.5, 0, 0, 0, -0.9, 0])
+    batch = pack([sample("0110100"), sample("010")])  # -0.625, -0.75, then -1 in the second turn; -0.625
+    learner = torch.tensor([0, -0.725, -0.95, 0, -2.0, 0, 0, 0, -1.025, 0])
     objective = Objective(load_config(["trainer.algorithm.use_kl_loss=false"]).trainer.algorithm)
     first, second = objective.drift_by_turn(batch, learner)
     name = "rollout_train_logprobs_abs_diff_turn"
