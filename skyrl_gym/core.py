@@ -41,6 +41,10 @@ class EnvLost(EnvFailure):
         self.in_step = in_step
 
 
+class EnvGivenUp(EnvFailure):
+    """The environment cannot be played in any more in this run. The rollout does not play the episode again."""
+
+
 class EnvStepOutput(TypedDict):
     """The keys of the dict that `step` returns."""
 

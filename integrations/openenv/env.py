@@ -19,11 +19,12 @@ from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import ConnectionLost, OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.config import OpenEnvConfig
+from integrations.openenv.hosting.server import ServersGivenUp
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.server_pool import Lease, close_shared_pools, shared_pool
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, task_of_row
 from integrations.openenv.trust import require_trusted
-from skyrl_gym.core import EnvFailure, EnvLost
+from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput, ConversationType
 from skyrl_gym.metrics import INVALID_ACTIONS
 
@@ -75,6 +76,8 @@ class OpenEnv(BaseTextEnv):
             text = self.translator.first_text(self.last)
         except ConnectionLost as lost:
             raise EnvLost(f"{self.env_name}: {lost}", in_step=False) from lost
+        except ServersGivenUp as given_up:
+            raise EnvGivenUp(f"{self.env_name}: {given_up}") from given_up
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
         return with_observation(prompt, text), {"env_name": self.env_name}

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from random import Random
 from typing import Any
 
 from loguru import logger
@@ -84,7 +85,7 @@ class Collector:
             stall_report.cancel()
             await _cancelled(place)
             playing.failures.say_how_many()
-        refuse_if_all_failed([trajectory for group in found for trajectory in group], playing.failures)
+        refuse_if_all_failed([trajectory for group in found for trajectory in group])
         self._tell_of_cuts(playing)
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class Collector:
         return trajectory
 
     async def _play_with_retries(self, task: EpisodeTask, playing: Playing) -> Trajectory:
-        failure, attempts, pause_s = "", Attempts(self.max_retries), 0.0
+        failure, attempts, pause_s = "", Attempts(self.max_retries, Random(task.sampling_seed)), 0.0
         while pause_s is not None:
             await asyncio.sleep(pause_s)
             episode = self._episode(task, playing, attempts.num - 1)
@@ -127,7 +128,7 @@ class Collector:
                     raise death from death.__cause__  # the environment asked the engine, and did not break itself
                 repeats, failure = _repeats_itself(error, failure), str(error)
                 pause_s = None if repeats else attempts.pause_s(error)
-                what_now = "it is not played again" if pause_s is None else f"it is played again in {pause_s:g} s"
+                what_now = "it is not played again" if pause_s is None else f"it is played again in {pause_s:.1f} s"
                 playing.failures.add(task.id, failure, what_now)
         return Trajectory(
             prompt=task.prompt,
@@ -178,15 +179,12 @@ async def _cancelled(episodes: Mapping[asyncio.Task[Trajectory], int]) -> None:
     await asyncio.gather(*episodes, return_exceptions=True)
 
 
-def refuse_if_all_failed(trajectories: list[Trajectory], failures: Failures | None = None) -> None:
-    """Raise EveryEpisodeFailed if no episode of a round is left, with the commonest failure.
-
-    failures: of all attempts, where they were counted; else the last one of each episode counts.
-    """
+def refuse_if_all_failed(trajectories: list[Trajectory]) -> None:
+    """Raise EveryEpisodeFailed if no episode of a round is left, with the failure that ended most of them."""
     if trajectories and all(trajectory.end is EpisodeEnd.ENV_FAILURE for trajectory in trajectories):
-        words, count = (failures or Failures.of(trajectory.failure or "" for trajectory in trajectories)).commonest()
+        words, count = Failures.of(trajectory.failure or "" for trajectory in trajectories).commonest()
         num_attempts = sum(trajectory.num_attempts for trajectory in trajectories)
         raise EveryEpisodeFailed(
             f"all {len(trajectories)} episodes of a round failed in their environments, in {num_attempts} attempts. "
-            f"{count} of these failed like this:\n{' '.join(words.split())}"
+            f"{count} of the episodes ended like this:\n{' '.join(words.split())}"
         )

@@ -27,7 +27,7 @@ from skyrl_gym.contract import (
     checked_step,
     short,
 )
-from skyrl_gym.core import EnvFailure, EnvLost
+from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
@@ -192,7 +192,7 @@ def failure(error: BaseException, name: str, what: str) -> EnvFailure:
     if isinstance(error, EnvLost):
         return EnvLost(_said(error), in_step=error.in_step)
     if isinstance(error, EnvFailure):
-        return EnvFailure(_said(error))
+        return (EnvGivenUp if isinstance(error, EnvGivenUp) else EnvFailure)(_said(error))
     if isinstance(error, WrongAnswer):
         words = f"{name}: wrong answer of {what}: {_said(error)}"
         return EnvFailure(words) if isinstance(error, NotANumberToLearnFrom) else BrokenEnv(words)

@@ -11,6 +11,10 @@ class ServerStartFailed(OpenEnvError):
     """The server ended, or did not answer in time."""
 
 
+class ServersGivenUp(ServerStartFailed):
+    """So many servers of an environment failed, one after the other, that no further one is started."""
+
+
 class Server(Protocol):
     """A server that has answered once. The methods may block for a moment: call them from a thread."""
 

@@ -32,7 +32,7 @@ from integrations.openenv.hosting.launch import (
     reap_orphans,
     start_server,
 )
-from integrations.openenv.hosting.server import Server, ServerStartFailed
+from integrations.openenv.hosting.server import Server, ServersGivenUp, ServerStartFailed
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool.member import Member
 from integrations.openenv.pool.session_budget import SessionBudget
@@ -167,7 +167,7 @@ class Fleet:
         for task in self._tasks:
             if not task.get_loop().is_closed():
                 task.cancel()
-        self._refuse_all("the server pool is closed")
+        self._refuse_all(ServerStartFailed("the server pool is closed"))
         return servers
 
     async def ended(self) -> None:
@@ -246,7 +246,7 @@ class Fleet:
         era = self._num_eras
         try:
             if self._num_failures >= MAX_FAILURES:
-                raise ServerStartFailed(
+                raise ServersGivenUp(
                     f"given up, {MAX_FAILURES} servers in a row failed before an episode got through"
                     f"{self._last_failure}"
                 )
@@ -303,22 +303,23 @@ class Fleet:
             self._last_failure = words
 
     def _start_failed(self, failed: Exception, era: int) -> None:
-        given_up = self._num_failures >= MAX_FAILURES
         self._count_failure(era, f"; the last one: {failed}")
         if self.members:  # the other servers serve the waiting leases in turn
             logger.warning(f"{self.source.name}: no further server, {failed}")
             self._no_growth_until_s = asyncio.get_running_loop().time() + NO_GROWTH_S
-        elif self._runtime is None or given_up:  # the first server of a run, or given up: report the reason at once
-            self._refuse_all(str(failed))
+        elif isinstance(failed, ServersGivenUp):
+            self._refuse_all(failed)
+        elif self._runtime is None:  # the first server of a run: report the reason at once
+            self._refuse_all(ServerStartFailed(str(failed)))
         else:
             logger.warning(f"{self.source.name}: {failed}")
             self._dispatch()
 
-    def _refuse_all(self, reason: str) -> None:
+    def _refuse_all(self, reason: ServerStartFailed) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             if not waiter.slot.done() and not waiter.slot.get_loop().is_closed():
-                waiter.slot.set_exception(ServerStartFailed(reason))
+                waiter.slot.set_exception(type(reason)(str(reason)))
 
     async def _examine(self, member: Member) -> None:
         """Examine a suspect server: use it again if it is healthy, else replace it."""

@@ -6,7 +6,9 @@ import asyncio
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from random import Random
 
 import pytest
 
@@ -15,7 +17,7 @@ from integrations.openenv.env import register_openenv
 from integrations.openenv.hosting.server_process import ServerProcess
 from integrations.openenv.pool import fleet
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
-from skyrl_gym.core import EnvFailure, EnvLost
+from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
 from skyrl_gym.envs.registration import deregister
 from skyrl_train.engine.base import Completion, Request, SamplingParams
 from skyrl_train.rollout import attempts
@@ -36,8 +38,10 @@ CONFIG = OpenEnvConfig(
 
 
 class SlowEngine(ScriptedEngine):
+    """Takes times to answer that differ by the prompt, so that few episodes are in their steps at once."""
+
     async def generate(self, request: Request) -> Completion:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1 + 0.05 * (zlib.crc32(request.session_id.encode()) % 10))
         return await super().generate(request)
 
 
@@ -91,8 +95,8 @@ async def test_an_action_that_ends_the_server_costs_its_own_episode_only(monkeyp
     def reply(request: Request) -> str:
         return f"<action>{'die' if 'poison' in str(tokenizer.decode(request.prompt_ids)) else '5'}</action>"
 
-    monkeypatch.setattr(attempts, "LONGEST_PAUSE_S", 4.0)  # a server may take seconds to come back
-    monkeypatch.setattr(attempts, "LOSSES_ALLOWED", 7)  # three deaths by its own step, the fourth is the last
+    monkeypatch.setattr(attempts, "LONGEST_PAUSE_S", 2.0)
+    monkeypatch.setattr(attempts, "LOSSES_ALLOWED", 5)  # two deaths by its own step, the third is the last
     poison, *others = await played(reply, ["poison", *["go"] * 7])
     assert [episode.end for episode in others] == [EpisodeEnd.FINISHED] * 7
     assert poison.end is EpisodeEnd.ENV_FAILURE
@@ -106,20 +110,31 @@ async def test_an_environment_whose_servers_always_die_is_given_up_with_the_reas
     monkeypatch.setattr(attempts, "LOSSES_ALLOWED", 40)
     monkeypatch.setattr(fleet, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(fleet, "MAX_FAILURES", 3)
-    with pytest.raises(EveryEpisodeFailed, match=r"given up, 3 servers in a row failed .* has ended"):
+    with pytest.raises(EveryEpisodeFailed, match=r"(?s)4 of the .* given up, 3 servers in a row failed .* has ended"):
         await played(lambda request: "<action>die</action>", ["go"] * 4)
 
 
 def test_losses_are_retried_longer_than_failures_and_after_growing_pauses() -> None:
     def pauses(failure: EnvFailure) -> list[float]:
-        tried, found = Attempts(max_retries=2), []
+        tried, found = Attempts(max_retries=2, chance=chance), []
         while (pause := tried.pause_s(failure)) is not None:
             found.append(pause)
         return found
 
+    class Longest(Random):
+        def uniform(self, a: float, b: float) -> float:
+            return b
+
+    chance: Random = Longest()
+
     assert pauses(EnvFailure("it broke")) == [0.5, 1.0]
     assert pauses(EnvLost("gone", in_step=False)) == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
     assert pauses(EnvLost("gone", in_step=True)) == [1.0, 4.0, 8.0, 8.0]
+    assert pauses(EnvGivenUp("no server left")) == []
+    chance = Random(1)
+    by_chance = [pauses(EnvFailure("it broke"))[0] for _ in range(20)]
+    assert len(set(by_chance)) == 20
+    assert 0.25 <= min(by_chance) <= max(by_chance) <= 0.5
 
 
 async def test_servers_that_die_together_are_one_failure() -> None:
