@@ -6,6 +6,7 @@ from skyrl_train.config.algorithm import (
     AlgorithmConfig,
     CISPOConfig,
     ClipCovConfig,
+    DynamicSamplingConfig,
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
@@ -29,7 +30,6 @@ from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     CriticConfig,
-    DynamicSamplingConfig,
     FSDPConfig,
     FullyAsyncConfig,
     PlacementConfig,

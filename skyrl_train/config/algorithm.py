@@ -115,6 +115,20 @@ class CISPOConfig(Section, at="trainer.algorithm.cispo"):
 
 
 @dataclass
+class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
+    """Sampling until enough prompts have episodes that score differently (DAPO)."""
+
+    type: str | None = None  # filter: drop the others and play more; replace: put these in their place; null: off
+    max_sample_batches: int = 30  # batches of one step; the run ends with an error after so many; <= 0: no limit
+    min_replace_ratio: float = 0.3  # replace: a batch of which no larger share scores differently is dropped
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.one_of("type", (None, "filter", "replace"))
+        if not 0 <= self.min_replace_ratio < 1:
+            yield self.problem("min_replace_ratio", "must be at least 0 and below 1")
+
+
+@dataclass
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
@@ -137,6 +151,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     clip_ratio_c: float = 3.0  # dual_clip: bound of the loss where the advantage is negative
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)

@@ -27,8 +27,6 @@ NO_HTTP = "is not possible yet: the engine is not served over HTTP; use generato
 NO_ASYNC = (
     "is not possible yet: generation and training take turns; drop it and start skyrl_train.entrypoints.main_base"
 )
-NO_DYNAMIC = "is not possible yet; use trainer.algorithm.dynamic_sampling.type=null, and "
-NO_DYNAMIC += "trainer.algorithm.zero_variance_filter=true to leave groups of equal rewards out of the loss"
 NO_TIS = "is an old name; use trainer.algorithm.off_policy_correction.tis_ratio_type=token and its "
 NO_TIS += "token_tis_ratio_clip_high"
 NO_PADDING = "has nothing to do: samples are always laid end to end without padding; drop it"
@@ -59,7 +57,6 @@ REFUSED: dict[str, str] = {
     "trainer.algorithm.lambd": NO_CRITIC,
     "trainer.algorithm.tis_imp_ratio_cap": NO_TIS,
     "trainer.algorithm.use_tis": NO_TIS,
-    "trainer.algorithm.dynamic_sampling": NO_DYNAMIC,
     "trainer.fully_async": NO_ASYNC,
     "trainer.gradient_checkpointing_use_reentrant": "is not possible: torch's newer, non-reentrant form is always used",
     "trainer.log_path": "has nothing to do: there is no cluster; a run's files lie in trainer.ckpt_path; drop it",
@@ -117,7 +114,6 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
         "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
         f"trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high={value}",
     ),
-    "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
 

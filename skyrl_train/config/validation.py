@@ -20,6 +20,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     """Return the problems that no section can find alone."""
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
+    yield from dynamic_sampling_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from tracker_problems(trainer)
     if not data.train_data:
@@ -41,6 +42,17 @@ def length_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Itera
             longest_input,
             f"is less than trainer.max_prompt_length={longest_prompt}, so the longest prompts could not be played; "
             f"use at least {longest_prompt}",
+        )
+
+
+def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    sampling = trainer.algorithm.dynamic_sampling
+    if sampling.type is not None and generator.n_samples_per_prompt == 1:
+        yield Problem(
+            "trainer.algorithm.dynamic_sampling.type",
+            sampling.type,
+            "compares the episodes of a prompt, and generator.n_samples_per_prompt=1 gives it one; raise that, or drop "
+            "dynamic_sampling.type",
         )
 
 
