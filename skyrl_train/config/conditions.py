@@ -33,6 +33,7 @@ ACTS_ONLY_WITH: dict[str, Condition] = {
     "trainer.algorithm.clip_ratio_c": {LOSS: ("dual_clip",)},
     "trainer.algorithm.sapo": {LOSS: ("sapo",)},
     "trainer.algorithm.cispo": {LOSS: ("cispo",)},
+    "trainer.algorithm.dppo": {LOSS: ("dppo",)},
     "trainer.algorithm.clip_cov": {LOSS: ("clip_cov",)},
     "trainer.algorithm.kl_cov": {LOSS: ("kl_cov",)},
     "trainer.algorithm.max_seq_len": {"trainer.algorithm.loss_reduction": ("seq_mean_token_sum_norm",)},

@@ -64,7 +64,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             estimator,
             "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
         )
-    if estimator in ("grpo", "rloo") and generator.n_samples_per_prompt == 1:
+    if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
