@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from skyrl_train.engine.base import Engine
-from skyrl_train.learner.base import Learner
+if TYPE_CHECKING:  # both rooms import from this one
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.learner.base import Learner
 
 
 class PushFailed(RuntimeError):
