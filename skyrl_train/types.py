@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AGENT = "agent"  # env_class of rows that an agent of the user's plays and that name no environment
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 

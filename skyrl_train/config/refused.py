@@ -23,7 +23,6 @@ NO_MEGATRON = "is for Megatron, which this project does not have; drop it and us
 NO_VLLM = "is for vLLM, which is not supported yet; drop it (the torch engine has generator.max_num_seqs "
 NO_VLLM += "and generator.max_num_batched_tokens)"
 NO_REMOTE = "is not possible yet: no remote engine can be used; drop it, generator.backend=torch runs in this process"
-NO_HTTP = "is not possible yet: the engine is not served over HTTP; use generator.enable_http_endpoint=false"
 NO_ASYNC = (
     "is not possible yet: generation and training take turns; drop it and start skyrl_train.entrypoints.main_base"
 )
@@ -90,10 +89,6 @@ REFUSED: dict[str, str] = {
     "generator.enable_ray_prometheus_stats": NO_VLLM,
     "generator.gpu_memory_utilization": NO_VLLM,
     "generator.engine_init_kwargs": NO_VLLM,
-    "generator.enable_http_endpoint": NO_HTTP,
-    "generator.http_endpoint_host": NO_HTTP,
-    "generator.http_endpoint_port": NO_HTTP,
-    "generator.served_model_name": NO_HTTP,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
     "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",

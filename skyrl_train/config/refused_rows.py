@@ -120,10 +120,6 @@ ROWS: dict[str, Key] = {
     "generator.enable_ray_prometheus_stats": Key(False, "vLLM: metrics through Ray"),
     "generator.gpu_memory_utilization": Key(0.8, "vLLM: share of GPU memory"),
     "generator.remote_inference_engine_urls": Key(["127.0.0.1:8001"], "addresses of remote engines", list[str]),
-    "generator.enable_http_endpoint": Key(False, "serve the engine over HTTP"),
-    "generator.http_endpoint_host": Key("127.0.0.1", "host of the HTTP endpoint"),
-    "generator.http_endpoint_port": Key(8000, "port of the HTTP endpoint"),
-    "generator.served_model_name": Key(None, "model name at the HTTP endpoint", str | None),
     "generator.engine_init_kwargs": Key({}, "arguments of the engine's constructor", MAPPING),
     "generator.override_existing_update_group": Key("auto", "remote engines: replace an old weight group"),
     "generator.rope_scaling": Key(

@@ -21,6 +21,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
     yield from dynamic_sampling_problems(trainer, generator)
+    yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from tracker_problems(trainer)
     if not data.train_data:
@@ -70,6 +71,15 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             1,
             f"gives {estimator} nothing to compare with, so every advantage would be 0; "
             "use at least 2, or trainer.algorithm.advantage_estimator=reinforce++",
+        )
+
+
+def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    if generator.agent is not None and trainer.deterministic:
+        yield Problem(
+            "generator.agent",
+            generator.agent,
+            "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
         )
 
 

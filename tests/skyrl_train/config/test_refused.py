@@ -49,7 +49,6 @@ def refusal(*overrides: str) -> str:
         "trainer.rope_theta=10000.0",
         "generator.num_inference_engines=2",
         "generator.run_engines_locally=false",
-        "generator.enable_http_endpoint=true",
         "generator.inference_engine_tensor_parallel_size=2",
         "generator.inference_engine_data_parallel_size=2",
         "generator.gpu_memory_utilization=0.7",
