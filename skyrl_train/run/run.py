@@ -44,6 +44,10 @@ MAY_CHANGE_ON_RESUME = (
     "generator.max_num_batched_tokens", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
     "environment.skyrl_gym.max_env_workers",
+    "trainer.placement", "trainer.strategy", "trainer.dump_data_batch", "generator.backend",
+    "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
+    "generator.gpu_memory_utilization", "generator.enforce_eager", "generator.enable_prefix_caching",
+    "generator.engine_init_kwargs", "generator.weight_sync_backend",
     *REFUSED,  # the checkpoint of an older version names keys that could only have their default
 )  # fmt: skip
 
