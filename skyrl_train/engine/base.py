@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from skyrl_train.weights.shared_memory import SharedWeights
 
 StopReason = Literal["stop", "length", "abort"]
 
@@ -122,6 +125,25 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop for good. Requests that are waiting fail with EngineDied."""
+        ...
+
+
+class LoadingEngine(Engine, Protocol):
+    """An engine with weights of its own, loaded from shared memory. Both calls raise EngineDied like the others."""
+
+    async def load_weights(self, shared: SharedWeights) -> None:
+        """Replace all weights by those of the file. Call it between `pause` and `weights_changed`.
+
+        All or nothing: after an error the engine refuses every request until a later call succeeds. The file is never
+        rewritten, and may be unlinked once this returns.
+        """
+        ...
+
+    async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        """Return the logprobs of ids[1:], each given the tokens before it, at temperature 1.
+
+        The learner computes the same: equal numbers prove that both hold the same weights. So a paused engine answers.
+        """
         ...
 
 
