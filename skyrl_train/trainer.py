@@ -131,7 +131,7 @@ class Trainer:
             logger.warning(warning)
         metrics |= {"trainer/steps_without_learning": float(self.standstill.num_steps)}
         if self._ends_epoch() and self.config.trainer.update_ref_every_epoch:
-            self.learner.update_reference()
+            await asyncio.wrap_future(compute.submit(self.learner.update_reference))
         return metrics
 
     async def evaluate(self) -> Metrics:
@@ -149,7 +149,7 @@ class Trainer:
         trainer = self.config.trainer
         if self._is_due(trainer.ckpt_interval) or (self.users and self.users.control.should_save):
             with span("checkpoint"):
-                await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state())
+                await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state(), self._save_learner)
             self._fire("on_save", ckpt_path=str(self.run.checkpoints.path(self.global_step)))
         if self.users is not None:
             self.users.control.reset()
@@ -160,10 +160,10 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format, whole or not at all."""
         with naming(folder / "policy"), whole_folder(folder / "policy") as unfinished:
-            self.learner.save_pretrained(unfinished, self.tokenizer)
+            compute.submit(self.learner.save_pretrained, unfinished, self.tokenizer).result()
 
     def state(self) -> State:
-        """Return all that later steps depend on, except for what follows from seed and step alone."""
+        """Return all that later steps depend on, beside the learner and what follows from seed and step alone."""
         return {
             "trainer_state": {
                 "global_step": self.global_step,
@@ -171,16 +171,15 @@ class Trainer:
                 "random": random_states(),
                 "kl_controller": self.kl_controller.state_dict(),
             },
-            "policy/learner": self.learner.state_dict(),
         }
 
     async def restore(self) -> None:
         """Take up the run where its checkpoint left it; at step 0 nothing is to be done."""
         start = self.run.start
-        if start.state:
+        if start.learner is not None:
             saved = start.state["trainer_state"]
             try:
-                self.learner.load_state_dict(start.state["policy/learner"])
+                await asyncio.wrap_future(compute.submit(self.learner.load, start.learner))
             except (KeyError, ValueError) as error:  # of another model or another optimizer
                 raise RunRefused(f"the checkpoint of step {start.step} does not fit this run: {error}") from error
             self.kl_controller.load_state_dict(saved["kl_controller"])
@@ -194,6 +193,10 @@ class Trainer:
             await self.engine.close()  # behind whatever the compute thread is still doing, an update included
         finally:
             self.learner.close()
+
+    def _save_learner(self, folder: Path) -> None:
+        """Write the learner's files from another thread than the one that computes."""
+        compute.submit(self.learner.save, folder).result()
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1

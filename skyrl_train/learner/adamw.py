@@ -6,16 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skyrl_train.ops import REFERENCE, Ops, ops_for
 from skyrl_train.ops.base import AdamWSettings, MasterWeight
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, state and all, on pairs of a float32 master and its parameter, which may be the master itself."""
+    """torch's AdamW, state and all, on pairs of a float32 master and its parameter, which may be the master itself.
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, nn.Parameter]], **settings: Any) -> None:
+    All are plain tensors: a kernel reads and writes their memory.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], **settings: Any) -> None:
         super().__init__([master for master, _ in pairs], fused=True, **settings)
         self._pairs = pairs
         self._ops = _ops_of(pairs)
@@ -24,7 +29,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # ty: ignore[incompatible-method-override]
         weights = [
-            MasterWeight(master, parameter, master.grad, **self._moments(master))
+            MasterWeight(master, parameter, master.grad, **self.moments(master))
             for master, parameter in self._pairs
             if master.grad is not None
         ]
@@ -44,15 +49,23 @@ class AdamW(torch.optim.AdamW):
             if parameter is not master:
                 parameter.copy_(self._ops.rounded(master, parameter.dtype))
 
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+    def moments(self, master: Tensor) -> dict[str, Tensor]:
+        """Return both moments of a master and its `step`, [] float32: how many steps they have seen."""
         state = self.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-        return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        return {name: state[name] for name in ("step", *MOMENTS)}
+
+    def num_steps(self, master: Tensor) -> int:
+        """Return how many steps the moments of a master have seen."""
+        return int(self.moments(master)["step"])
+
+    def set_num_steps(self, master: Tensor, num_steps: int) -> None:
+        self.moments(master)["step"].fill_(num_steps)
 
 
-def _ops_of(pairs: Sequence[tuple[Tensor, nn.Parameter]]) -> Ops:
+def _ops_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Ops:
     """Return the operations for all parameters; the reference where they are on several devices or of several types."""
     kinds = {(parameter.device, parameter.dtype) for _, parameter in pairs}
     return ops_for(*kinds.pop()) if len(kinds) == 1 else REFERENCE

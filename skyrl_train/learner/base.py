@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.weights.shared_memory import SharedWeights
+
 OnTokens = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
 class Learner(Protocol):
-    """Anything that trains the policy. Calls are made one after the other, in the compute thread."""
+    """Anything that trains the policy. Calls are made one after the other, in the compute thread.
+
+    A policy may be sharded over several processes, its ranks. Each holds a learner, each learner gets the same calls
+    with the same arguments, and each returns the same: a call is finished when it is on all of them.
+    """
 
     @property
     def policy_version(self) -> int:
@@ -34,12 +40,29 @@ class Learner(Protocol):
         """Make the policy as it is now the reference, if there is one."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later updates depend on. The tensors are live: save them before the next update."""
+    def save(self, folder: Path) -> None:
+        """Write everything that later updates depend on into files of `folder`. Each rank writes its own."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the learner of `state` stood. ValueError or KeyError if it is of another model or optimizer."""
+    def load(self, folder: Path) -> None:
+        """Go on where the learner stood that wrote `folder`, on however many ranks.
+
+        ValueError if it is of another model or optimizer.
+        """
+        ...
+
+    def publish(self, path: Path) -> SharedWeights:
+        """Write the numbers that the policy computes with into the file `path`, for engines of other processes.
+
+        Names are those of Hugging Face's format, adapters are added in, and a tied head comes once. Rank 0 writes.
+        """
+        ...
+
+    def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        """Return the logprobs of ids[1:], each after the ids before it, at temperature 1.
+
+        An engine that holds the same weights finds the same, which proves a push.
+        """
         ...
 
     def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,22 +8,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from skyrl_train.batch.packing import mini_batches, with_loss_weights
+from skyrl_train.batch.packing import mini_batches, pack, with_loss_weights
 from skyrl_train.learner.base import OnTokens
 from skyrl_train.learner.gradient import Budget, accumulate_gradient, logprobs_of
 from skyrl_train.learner.lost_gradient import refuse_if_lost
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
+from skyrl_train.learner.saved import Part, SavedLearner, write_rank
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
+from skyrl_train.policy.lora import merged_weights
 from skyrl_train.policy.lora_files import save_merged
 from skyrl_train.policy.model import Policy
 from skyrl_train.spans import span
-from skyrl_train.types import Batch
+from skyrl_train.types import Batch, Sample
+from skyrl_train.weights.shared_memory import SharedWeights, write_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +63,7 @@ class TorchLearner:
         num_training_steps: int,
         temperature: float = 1.0,
         reference: Policy | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -68,11 +73,13 @@ class TorchLearner:
         self.policy_version = 0  # optimizer steps so far
         self._trainer = trainer
         self._temperature = temperature or 1.0
+        self._ranks = ranks
         steps_per_update = math.ceil(trainer.train_batch_size / trainer.policy_mini_batch_size)
         self._optimizer = MasterOptimizer(
             policy.module.named_parameters(),
             trainer.policy.optimizer_config,
             num_training_steps * steps_per_update * trainer.update_epochs_per_batch,
+            ranks,
         )
 
     def add_logprobs(self, batch: Batch) -> Batch:
@@ -128,20 +135,30 @@ class TorchLearner:
             for name, weight in self.reference.weights.items():
                 weight.copy_(ours[name])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the next update depends on, live tensors and plain numbers: save it before training on."""
-        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "policy_version": self.policy_version}
-        if self._trainer.update_ref_every_epoch and self.reference is not None:
-            state["reference"] = {name: weight.detach() for name, weight in self.reference.weights.items()}
-        return state
+    def save(self, folder: Path) -> None:
+        """Write all that the next update depends on: masters, moments, schedule, and a reference that moves."""
+        plain = {"policy_version": self.policy_version, "optimizer": self._optimizer.plain_state()}
+        write_rank(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.policy_version = state["policy_version"]
-        if self.reference is not None and "reference" in state:
-            for name, weight in self.reference.weights.items():
-                weight.copy_(state["reference"][name])
+    def load(self, folder: Path) -> None:
+        saved = SavedLearner(folder)
+        self._optimizer.load(saved)
+        self.policy_version = saved.plain["policy_version"]
+        for name, part in self._reference_parts().items():
+            if name in saved.shapes:
+                part.rows.copy_(saved.part(name, self._ranks))
+
+    def publish(self, path: Path) -> SharedWeights:
+        """Write the weights for engines of other processes, see `Learner`."""
+        return write_shared(merged_weights(self.policy.module), path, self.policy_version)
+
+    def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        """Return the logprobs of ids[1:] at temperature 1."""
+        if len(ids) < 2:
+            raise ValueError(f"{len(ids)} token ids: the first one has nothing before it, so at least two are needed")
+        batch = pack([_sampled_after_the_first(ids)])
+        return self._logprobs(self.policy, batch, temperature=1.0)[1:].tolist()
 
     def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy in Hugging Face format (safetensors, config, tokenizer, chat template), adapters merged."""
@@ -171,9 +188,16 @@ class TorchLearner:
         ]
         return [_trained_samples(mini_batch) for mini_batch in weighed]
 
-    def _logprobs(self, policy: Policy, batch: Batch) -> Tensor:
+    def _logprobs(self, policy: Policy, batch: Batch, temperature: float | None = None) -> Tensor:
         budget = Budget(self._trainer.token_budget, self._trainer.micro_forward_batch_size_per_gpu)
-        return logprobs_of(policy, batch, temperature=self._temperature, budget=budget)
+        return logprobs_of(policy, batch, temperature=temperature or self._temperature, budget=budget)
+
+    def _reference_parts(self) -> dict[str, Part]:
+        """Return this rank's rows of a reference that does not stay as it was loaded."""
+        if self.reference is None or not self._trainer.update_ref_every_epoch:
+            return {}
+        weights = self.reference.weights
+        return {f"reference/{name}": Part(self._ranks.local(w), tuple(w.shape)) for name, w in weights.items()}
 
     def _accumulate_gradient(
         self, mini_batch: Batch, on_tokens: Callable[[int], None]
@@ -239,6 +263,11 @@ class _Progress:
         self._done += num_tokens
         if self._listener is not None:
             self._listener(self._done, self._total)
+
+
+def _sampled_after_the_first(ids: list[int]) -> Sample:
+    count, zeros = len(ids), [0.0] * len(ids)
+    return Sample(ids, [False] + [True] * (count - 1), zeros, zeros, num_prompt_tokens=1, group_id="", trajectory_id="")
 
 
 def _trained_samples(batch: Batch) -> Batch:

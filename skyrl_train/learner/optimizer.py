@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from skyrl_train.learner.adamw import AdamW
+from skyrl_train.learner.adamw import MOMENTS, AdamW
+from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
+from skyrl_train.learner.saved import Part, SavedLearner
 from skyrl_train.policy.master_gradient import MasterGradient
 
 if TYPE_CHECKING:
@@ -30,24 +32,34 @@ class OptimizerStep:
 class MasterOptimizer:
     """Owns the float32 masters of the trainable parameters and their float32 gradients.
 
-    A float32 parameter is its own master. Any other parameter gets one: each backward adds its gradient to the master's
-    in float32, and after a step the master is copied into the parameter. bfloat16 alone would lose updates below 1/256
-    of a weight.
+    A float32 parameter is its own master; of a sharded one, the rows that this rank holds are. Any other parameter gets
+    one: each backward adds its gradient to the master's in float32, and after a step the master is copied into the
+    parameter. bfloat16 alone would lose updates below 1/256 of a weight.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, num_training_steps: int
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        num_training_steps: int,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {}
+        self._sharded: dict[str, nn.Parameter] = {}
+        self._ranks = ranks
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self.parameters.items():
-            if parameter.dtype == torch.float32:
-                self.masters[name] = parameter
+            held = ranks.local(parameter)
+            if held is not parameter:
+                self._sharded[name] = parameter
+            if held.dtype == torch.float32:
+                self.masters[name] = held
             else:
-                self.masters[name] = parameter.detach().float()
+                self.masters[name] = held.detach().float()
                 MasterGradient(parameter, self.masters[name])
+            pairs.append((self.masters[name], held))
         beta1, beta2 = config.adam_betas
-        pairs = [(self.masters[name], parameter) for name, parameter in self.parameters.items()]
         self._adamw = AdamW(pairs, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
         self._schedule = get_scheduler(config.scheduler, self._adamw, config.num_warmup_steps, num_training_steps)
         self._max_grad_norm = config.max_grad_norm
@@ -57,15 +69,20 @@ class MasterOptimizer:
         return float(self._adamw.param_groups[0]["lr"])
 
     def has_gradient(self) -> bool:
-        """Return whether any number of any gradient is not zero."""
-        return any(bool(master.grad.any()) for master in self.masters.values() if master.grad is not None)
+        """Return whether any number of any gradient is not zero, on any rank."""
+        self._take_gradients()
+        found = any(bool(master.grad.any()) for master in self.masters.values() if master.grad is not None)
+        return any(self._ranks.gathered(found))
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._sharded.values():
+            parameter.grad = None
 
     def step(self) -> OptimizerStep:
-        """Use the gradients that backward has left, and drop them."""
-        norm, learning_rate = self._adamw.gradient_norm(), self.learning_rate
+        """Use the gradients that backward has left, and drop them. Every rank sees the norm of the whole gradient."""
+        self._take_gradients()
+        norm, learning_rate = self._norm(), self.learning_rate
         is_finite = math.isfinite(norm)
         if is_finite:
             self._adamw.clip = self._max_grad_norm / norm if 0 < self._max_grad_norm < norm else 1.0
@@ -74,31 +91,66 @@ class MasterOptimizer:
         self.zero_grad()
         return OptimizerStep(norm, learning_rate, was_skipped=not is_finite)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return masters, moments and schedule. The tensors are live: save or copy them before the next step."""
+    def parts(self) -> dict[str, Part]:
+        """Return this rank's rows of masters and moments. They are live: save them before the next step."""
+        parts = {}
+        for name, kind, tensor in self._tensors():
+            parts[f"{kind}/{name}"] = Part(tensor, tuple(self.parameters[name].shape))
+        return parts
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return what else later steps depend on, as JSON can hold it."""
         return {
-            "masters": {name: master.detach() for name, master in self.masters.items()},
-            "adamw": self._adamw.state_dict(),
+            "learning_rate": self.learning_rate,
+            "steps": {name: self._adamw.num_steps(master) for name, master in self.masters.items()},
             "schedule": self._schedule.state_dict(),
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        masters: dict[str, Tensor] = state["masters"]
-        if masters.keys() != self.masters.keys():
-            different = sorted(masters.keys() ^ self.masters.keys())
+    def load(self, saved: SavedLearner) -> None:
+        """Go on where the optimizer of `saved` stood. ValueError, and no change, if it is of another model."""
+        self._refuse_other_model(saved)
+        state = saved.plain["optimizer"]
+        for name, kind, tensor in self._tensors():
+            tensor.copy_(saved.part(f"{kind}/{name}", self._ranks))
+        for name, master in self.masters.items():
+            self._adamw.set_num_steps(master, state["steps"][name])
+        self._adamw.param_groups[0]["lr"] = state["learning_rate"]
+        self._schedule.load_state_dict(state["schedule"])
+        self._adamw.copy_into_parameters()
+
+    def _take_gradients(self) -> None:
+        """Let the master of a sharded parameter have the gradient that the ranks have summed into the parameter."""
+        for name, parameter in self._sharded.items():
+            if parameter.grad is not None:
+                self.masters[name].grad, parameter.grad = self._ranks.local(parameter.grad), None
+
+    def _norm(self) -> float:
+        """Return the 2-norm of all gradients of all ranks together."""
+        norm = self._adamw.gradient_norm()
+        if self._ranks.size == 1:
+            return norm
+        return math.sqrt(sum(part * part for part in self._ranks.gathered(norm)))
+
+    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (name of the weight, kind, this rank's rows) of every master and every moment."""
+        for name, master in self.masters.items():
+            yield name, "masters", master
+            moments = self._adamw.moments(master)
+            yield from ((name, kind, moments[kind]) for kind in MOMENTS)
+
+    def _refuse_other_model(self, saved: SavedLearner) -> None:
+        shapes = {
+            name.removeprefix("masters/"): shape for name, shape in saved.shapes.items() if name.startswith("masters/")
+        }
+        if different := sorted(shapes.keys() ^ self.masters.keys()):
             raise ValueError(
                 f"the checkpoint and the model differ in {len(different)} weights, e.g. {different[0]}: "
                 "resume with the model that wrote the checkpoint"
             )
-        for name, master in self.masters.items():
-            if masters[name].shape != master.shape:
+        for name, parameter in self.parameters.items():
+            if shapes[name] != tuple(parameter.shape):
                 raise ValueError(
-                    f"the checkpoint's {name} is {list(masters[name].shape)}, the model's {list(master.shape)}: "
+                    f"the checkpoint's {name} is {list(shapes[name])}, the model's {list(parameter.shape)}: "
                     "resume with the model that wrote the checkpoint"
                 )
-        for name, master in self.masters.items():
-            master.copy_(masters[name])
-        self._adamw.load_state_dict(state["adamw"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._adamw.copy_into_parameters()

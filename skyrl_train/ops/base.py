@@ -75,7 +75,7 @@ class MasterWeight:
     """
 
     master: Tensor
-    parameter: nn.Parameter
+    parameter: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor

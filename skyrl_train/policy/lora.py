@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,16 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
     ops = ops_for(linear.weight.device, linear.weight.dtype)
     return ops.rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
+
+
+def merged_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight that the module computes with, its adapter included; one that has two names comes once."""
+    adapted = adapters_of(module)
+    for name, parameter in module.named_parameters():
+        layer, _, last = name.rpartition(".")
+        if last not in ("lora_A", "lora_B"):
+            is_adapted = last == "weight" and layer in adapted
+            yield name, effective_weight(adapted[layer]) if is_adapted else parameter.detach()
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:

@@ -2,8 +2,8 @@
 
     {folder}/global_step_N/digests.txt                  the format, and the digest of every other file
                            trainer_state.safetensors    global_step, config and contents, random states, counters
-                           data.safetensors             position in the data
-                           policy/learner.safetensors   whatever else the caller names
+                           policy/index.json            what the learner wrote (learner/saved.py): an index,
+                           policy/rank_0_of_1.safetensors   and a file of each rank
     {folder}/latest_ckpt_global_step.txt                N, written after the folder is complete
 
 A folder gets its name once all of it is on the disk. So one that lacks a file, or whose file is not what its digest
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
-State = dict[str, Any]  # "trainer_state", "policy/learner": tensors and plain data
-FORMAT = 2  # format 1 held pickles
+State = dict[str, Any]  # "trainer_state" and other parts: tensors and plain data
+LEARNER = "policy"  # the folder that the learner writes and reads
+FORMAT = 3  # format 1 held pickles, format 2 the learner's state in one file that one process wrote
 _HEADER = "# skyrl checkpoint, format {}"
 
 
@@ -41,8 +43,12 @@ class Checkpoints:
         self.folder = Path(folder)
         self.max_to_keep = max_to_keep
 
-    def save(self, step: int, state: State) -> Path:
-        """Write `global_step_{step}`. A step that is already saved is not written again."""
+    def save(self, step: int, state: State, save_learner: Callable[[Path], None] | None = None) -> Path:
+        """Write `global_step_{step}`. A step that is already saved is not written again.
+
+        `save_learner` writes into the folder that it is given, and returns when every rank is done. Ranks of several
+        machines therefore need a checkpoint folder that all machines share.
+        """
         path = self.path(step)
         if (path / DIGESTS).is_file():
             return path
@@ -54,6 +60,8 @@ class Checkpoints:
         with whole_folder(path) as unfinished:
             for name, value in state.items():
                 write_part(value, unfinished / f"{name}{SUFFIX}")
+            if save_learner is not None:
+                save_learner(unfinished / LEARNER)
             write_digests(unfinished, _HEADER.format(FORMAT))
         write_whole(self.folder / LATEST, str(step).encode())
         self._remove_old()
@@ -72,7 +80,8 @@ class Checkpoints:
     def load(self, which: int | Path) -> tuple[int, State]:
         """Return step and state of a step of this run, or of any `global_step_N` folder. Tensors come back on the CPU.
 
-        Raises ValueError if it is damaged or of another format; the message names the file and what to resume from.
+        What the learner wrote is checked and left in its folder, where every rank reads it. Raises ValueError if the
+        checkpoint is damaged or of another format; the message names the file and what to resume from.
         """
         path = self.path(which) if isinstance(which, int) else which
         step = checkpoint_step(path)
@@ -118,16 +127,20 @@ def checkpoint_step(path: Path) -> int:
 def whole_parts(path: Path) -> list[str]:
     """Return the names of a checkpoint's parts. Raises Damaged unless every file is as it was written."""
     if (path / "trainer_state.pt").exists() and not (path / DIGESTS).exists():
-        raise Damaged(f"{path} has format 1, of an earlier version of this program; this one reads format {FORMAT}")
+        raise Damaged(_of_another_version(path, 1))
     header, digests = read_digests(path)
     if header != _HEADER.format(FORMAT):
         other = re.fullmatch(_HEADER.format(r"(\d+)"), header)
-        reason = f"names format {other[1]}, this program reads format {FORMAT}" if other else "is damaged"
-        raise Damaged(f"{path / DIGESTS} {reason}")
+        raise Damaged(_of_another_version(path, int(other[1])) if other else f"{path / DIGESTS} is damaged")
     check_digests(path, digests, SUFFIX)
     if f"trainer_state{SUFFIX}" not in digests:
         raise Damaged(f"{path / f'trainer_state{SUFFIX}'} is missing")
-    return [name for name in digests if name.endswith(SUFFIX)]
+    return [name for name in digests if name.endswith(SUFFIX) and not name.startswith(f"{LEARNER}/")]
+
+
+def _of_another_version(path: Path, found: int) -> str:
+    age = "an earlier" if found < FORMAT else "a later"
+    return f"{path} has format {found}, of {age} version of this program; this one reads format {FORMAT}"
 
 
 def _other_checkpoint(damaged: Path) -> str:

@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyrl_train.run.checkpoint import Checkpoints, State, checkpoint_step
+from skyrl_train.run.checkpoint import LEARNER, Checkpoints, State, checkpoint_step
 from skyrl_train.run.contents import Contents, changed_contents
 from skyrl_train.run.run_folder import move_aside, rewind
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """Training goes on at `step + 1`. `state` is empty for a fresh start. `notes` are for the user's eyes."""
+    """Training goes on at `step + 1`. `notes` are for the user's eyes.
+
+    A fresh start has an empty `state` and no `learner`, the folder that the learner goes on from.
+    """
 
     step: int
     state: State = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    learner: Path | None = None
 
 
 def start_run(
@@ -56,7 +60,7 @@ def start_run(
     moved = rewind(folder, step) if own else move_aside(folder)
     if moved:
         notes.append(f"what {folder} held {f'after step {step}' if own else 'before'} was moved to {moved}")
-    return RunStart(step, state, tuple(notes))
+    return RunStart(step, state, tuple(notes), found / LEARNER)
 
 
 def find_checkpoint(checkpoints: Checkpoints, resume_mode: str | None, resume_path: str | None) -> Path | None:
@@ -88,7 +92,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], may_change: Collect
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key, missing), new.get(key, missing)
-        if _plain(before) != _plain(now) and not any(key == k or key.startswith(f"{k}.") for k in may_change):
+        if _plain(before) != _plain(now) and not _is_at_or_below(key, may_change):
             lines.append(f"  {key}: was {before!r}, is now {now!r}")
     if lines:
         raise ValueError(
@@ -96,6 +100,24 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], may_change: Collect
             "Set them back to go on with that run, start one elsewhere with another trainer.ckpt_path (CKPT_PATH), or "
             "start afresh here with trainer.resume_mode=none (the old run is moved aside, not deleted)"
         )
+
+
+def order_of_sums(old: dict[str, Any], new: dict[str, Any], keys: Collection[str]) -> list[str]:
+    """Return a note if settings have changed on which only the last bits of a run depend, by the order of its sums.
+
+    old, new, keys: as in `check_same_run`. A key that one of the two does not know has not changed.
+    """
+    changed = [
+        f"{key} was {old[key]!r}, is now {new[key]!r}"
+        for key in sorted(old.keys() & new.keys())
+        if _plain(old[key]) != _plain(new[key]) and _is_at_or_below(key, keys)
+    ]
+    if not changed:
+        return []
+    return [
+        f"{'; '.join(changed)}: sums may now be added in another order, so the run goes on within rounding, and not "
+        "always bit for bit as it would have"
+    ]
 
 
 def check_same_contents(old: Contents, new: Contents, may_change: Collection[str] = ()) -> list[str]:
@@ -109,6 +131,10 @@ def check_same_contents(old: Contents, new: Contents, may_change: Collection[str
             "(CKPT_PATH), or start afresh here with trainer.resume_mode=none (the old run is moved aside, not deleted)"
         )
     return [f"{key} is not what it was, so compare with care: {change}" for key, change in changed.items()]
+
+
+def _is_at_or_below(key: str, sections: Collection[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _plain(value: Any) -> Any:

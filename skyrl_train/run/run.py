@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,35 @@ from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
 from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
-from skyrl_train.run.resume import RunStart, start_run
+from skyrl_train.run.resume import RunStart, order_of_sums, start_run
 from skyrl_train.run.run_folder import run_lock
 from skyrl_train.run.tracking import Tracking
 from skyrl_train.types import Group
 from skyrl_train.visible import log_to
 
+# A resumed run may differ in these, too, but then it adds up its numbers in another order.
+CHANGES_THE_ORDER_OF_SUMS = (
+    "trainer.placement", "trainer.strategy", "trainer.policy.fsdp_config", "trainer.ref.fsdp_config",
+    "trainer.device", "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
+    "trainer.micro_forward_batch_size_per_gpu",
+    "generator.backend", "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
+    "generator.inference_engine_pipeline_parallel_size", "generator.inference_engine_data_parallel_size",
+    "generator.weight_sync_backend", "generator.gpu_memory_utilization", "generator.enforce_eager",
+    "generator.enable_prefix_caching", "generator.engine_init_kwargs",
+    "generator.max_num_seqs", "generator.max_num_batched_tokens",
+)  # fmt: skip
 # A resumed run may differ in these: they change where things go and how long it lasts, not what a step does.
 MAY_CHANGE_ON_RESUME = (
     "data.val_data",
     "trainer.ckpt_path", "trainer.export_path", "trainer.resume_mode", "trainer.resume_path",
     "trainer.ckpt_interval", "trainer.max_ckpts_to_keep", "trainer.hf_save_interval", "trainer.epochs",
     "trainer.eval_interval", "trainer.eval_before_train", "trainer.eval_batch_size", "trainer.dump_eval_results",
-    "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name", "trainer.device",
-    "trainer.max_tokens_per_microbatch", "trainer.micro_train_batch_size_per_gpu",
-    "trainer.micro_forward_batch_size_per_gpu", "trainer.gradient_checkpointing",
-    "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_num_seqs",
-    "generator.max_num_batched_tokens", "generator.max_env_retries",
+    "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name",
+    "trainer.gradient_checkpointing",
+    "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
     "environment.skyrl_gym.max_env_workers",
-    "trainer.placement", "trainer.strategy", "trainer.dump_data_batch", "generator.backend",
-    "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
-    "generator.gpu_memory_utilization", "generator.enforce_eager", "generator.enable_prefix_caching",
-    "generator.engine_init_kwargs", "generator.weight_sync_backend",
+    *CHANGES_THE_ORDER_OF_SUMS,
     *REFUSED,  # the checkpoint of an older version names keys that could only have their default
 )  # fmt: skip
 
@@ -98,6 +104,8 @@ class Run:
             require_writable("trainer.export_path", Path(trainer.export_path))
         checkpoints = Checkpoints(folder, trainer.max_ckpts_to_keep)
         start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)
+        notes = order_of_sums(start.state.get("trainer_state", {}).get("config", {}), flat, CHANGES_THE_ORDER_OF_SUMS)
+        start = replace(start, notes=(*start.notes, *notes))
         write_run_info(folder, info)
         tracking = Tracking(
             trainer.project_name, trainer.run_name, trainer.loggers, flat, folder=folder, resumed_at=start.step
@@ -122,11 +130,11 @@ class Run:
         self.tracking.log(metrics, step, commit=True)
         self.progress.step_done(step, metrics)
 
-    def save_checkpoint(self, step: int, state: State) -> None:
+    def save_checkpoint(self, step: int, state: State, save_learner: Callable[[Path], None]) -> None:
         """Write a checkpoint, after everything that was recorded of the steps up to this one."""
         self.trajectories.flush()
         state["trainer_state"] |= {"config": self.config, "contents": self.contents}
-        self.checkpoints.save(step, state)
+        self.checkpoints.save(step, state, save_learner)
 
     def phase(self, name: str, total: int, unit: str) -> Callable[..., None]:
         """Begin a new line of progress. The returned function counts one more, whatever it is called with."""

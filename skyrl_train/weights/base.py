@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from skyrl_train.engine.base import Engine
-from skyrl_train.learner.base import Learner
+
+if TYPE_CHECKING:
+    from skyrl_train.learner.base import Learner  # which imports from this room
 
 
 class PushFailed(RuntimeError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from skyrl_train.engine.base import Engine
-from skyrl_train.learner.base import Learner
 from skyrl_train.weights.base import PushFailed
+
+if TYPE_CHECKING:
+    from skyrl_train.learner.base import Learner  # which imports from this room
 
 
 class InProcessWeights:

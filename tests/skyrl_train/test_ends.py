@@ -111,7 +111,7 @@ def with_small_files(args: list[str], log: Path, max_bytes: int) -> None:
 def test_a_checkpoint_that_finds_no_room_is_named_and_the_one_before_it_stays(given, tmp_path):
     assert main(arguments(given, tmp_path)) == 0
     before = sorted(path.name for path in tmp_path.glob("global_step_*"))
-    size = (tmp_path / "global_step_2/policy/learner.safetensors").stat().st_size
+    size = (tmp_path / "global_step_2/policy/rank_0_of_1.safetensors").stat().st_size
     args = arguments(given, tmp_path, "trainer.epochs=2")
     child = CONTEXT.Process(target=with_small_files, args=(args, tmp_path / "log.txt", size // 2))
     child.start()
@@ -119,7 +119,8 @@ def test_a_checkpoint_that_finds_no_room_is_named_and_the_one_before_it_stays(gi
     log = (tmp_path / "log.txt").read_text()
     assert child.exitcode == 1, log
     assert (
-        f"broken off: cannot write {tmp_path}/global_step_3.writing/policy/learner.safetensors: File too large" in log
+        f"broken off: cannot write {tmp_path}/global_step_3.writing/policy/rank_0_of_1.safetensors: File too large"
+        in log
     )
     assert "MB free there" in log
     assert "the same command goes on after step 2" in log

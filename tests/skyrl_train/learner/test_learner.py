@@ -16,7 +16,6 @@ from skyrl_train.config.algorithm import OffPolicyCorrectionConfig
 from skyrl_train.config.models import PolicyConfig
 from skyrl_train.learner.learner import TorchLearner, needs_reference
 from skyrl_train.policy.model_files import load_tokenizer
-from skyrl_train.run.checkpoint_parts import read_part, write_part
 from tests.skyrl_train.batches import random_batch
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
@@ -389,11 +388,11 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken = new(seed=0)
     train(unbroken, [0])
-    write_part(unbroken.state_dict(), tmp_path / "learner.safetensors")
+    unbroken.save(tmp_path)
     train(unbroken, [1, 2])
 
     resumed = new(seed=7)
-    resumed.load_state_dict(read_part(tmp_path / "learner.safetensors"))
+    resumed.load(tmp_path)
     train(resumed, [1, 2])
     assert resumed.policy_version == unbroken.policy_version == 9
     for model in ("policy", "reference"):

@@ -9,13 +9,19 @@ from torch.testing import assert_close
 
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.learner.ranks import ONE_PROCESS
+from skyrl_train.learner.saved import SavedLearner, write_rank
 from skyrl_train.ops import REFERENCE
-from skyrl_train.run.checkpoint_parts import read_part, write_part
 
 
 def optimizer_of(parameter, *, num_training_steps=10, **config):
     settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "max_grad_norm": 0.0} | config
     return MasterOptimizer([("weight", parameter)], OptimizerConfig(**settings), num_training_steps)
+
+
+def saved_by(optimizer, folder):
+    write_rank(folder, optimizer.parts(), {"optimizer": optimizer.plain_state()}, ONE_PROCESS)
+    return SavedLearner(folder)
 
 
 def pull(parameter, gradient):
@@ -65,7 +71,7 @@ def test_clipping_scales_the_whole_gradient():
     optimizer = optimizer_of(weight, max_grad_norm=1.0, adam_betas=[0.0, 0.0])
     pull(weight, [3.0, 4.0])
     assert optimizer.step().grad_norm == pytest.approx(5.0)
-    moment = optimizer.state_dict()["adamw"]["state"][0]["exp_avg"]
+    moment = optimizer.parts()["exp_avg/weight"].rows
     assert_close(moment, tensor([0.6, 0.8]))
 
 
@@ -107,25 +113,31 @@ def test_a_saved_and_loaded_state_continues_bit_for_bit(dtype, tmp_path):
     unbroken = nn.Parameter(tensor([1.0, -0.5], dtype=dtype))
     optimizer = optimizer_of(unbroken, num_training_steps=10, **config)
     steps(optimizer, unbroken, 0, 5)
-    write_part(optimizer.state_dict(), tmp_path / "state.safetensors")
+    saved = saved_by(optimizer, tmp_path)
     steps(optimizer, unbroken, 5, 9)
 
     resumed = nn.Parameter(torch.zeros(2, dtype=dtype))
     other = optimizer_of(resumed, num_training_steps=10, **config)
-    other.load_state_dict(read_part(tmp_path / "state.safetensors"))
+    other.load(saved)
     steps(other, resumed, 5, 9)
     assert torch.equal(other.masters["weight"], optimizer.masters["weight"])
     assert torch.equal(resumed, unbroken)
 
 
-def test_a_checkpoint_of_another_model_is_refused():
-    state = optimizer_of(nn.Parameter(tensor([1.0]))).state_dict()
+def test_a_single_number_is_saved_as_any_weight_is(tmp_path):
+    weight, other = nn.Parameter(tensor(1.5)), nn.Parameter(tensor(0.0))
+    optimizer_of(other).load(saved_by(optimizer_of(weight), tmp_path))
+    assert torch.equal(other, weight)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    saved = saved_by(optimizer_of(nn.Parameter(tensor([1.0]))), tmp_path)
     other = MasterOptimizer([("bias", nn.Parameter(tensor([1.0])))], OptimizerConfig(), 10)
     with pytest.raises(ValueError, match="bias"):
-        other.load_state_dict(state)
+        other.load(saved)
     wider = optimizer_of(nn.Parameter(tensor([1.0, 2.0])))
     with pytest.raises(ValueError, match=r"the checkpoint's weight is \[1\], the model's \[2\]"):
-        wider.load_state_dict(state)
+        wider.load(saved)
 
 
 def test_the_step_of_the_kernels_is_torchs(monkeypatch):
@@ -139,7 +151,7 @@ def test_the_step_of_the_kernels_is_torchs(monkeypatch):
         for i in range(10):
             pull(weight, torch.sin(torch.arange(100.0) + i))
             optimizer.step()
-        weights.append((optimizer.masters["weight"], optimizer.state_dict()["adamw"]["state"][0]))
+        weights.append((optimizer.masters["weight"], optimizer._adamw.moments(optimizer.masters["weight"])))
         assert torch.equal(weight.detach(), REFERENCE.rounded(optimizer.masters["weight"], weight.dtype))
     (ours, our_state), (theirs, their_state) = weights
     assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from skyrl_train.config import LoraConfig
 from skyrl_train.config.models import LORA_STARTS
+from skyrl_train.learner.adamw import MOMENTS
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.lora import (
@@ -23,7 +24,6 @@ from skyrl_train.policy.lora import (
     effective_weight,
 )
 from skyrl_train.policy.model import Policy
-from skyrl_train.run.checkpoint_parts import read_part, write_part
 from tests.skyrl_train.batches import random_batch, shared_batch
 from tests.skyrl_train.learner.test_learner import learner_for, prepared, relative_difference, trainer_config
 from tests.skyrl_train.learner.test_shared_prefix import logprobs_and_gradient, one_by_one, pull_on
@@ -189,10 +189,9 @@ def test_the_optimizer_holds_masters_and_moments_of_the_adapters_alone(dtype):
     base = {name: weight.clone() for name, weight in policy.weights.items() if not weight.requires_grad}
     learner = learner_for(config, policy=policy)
     learner.update(prepared(learner, config))
-    state = learner.state_dict()["optimizer"]
-    assert state["masters"].keys() == trained(policy).keys()
-    assert {master.dtype for master in state["masters"].values()} == {torch.float32}
-    assert len(state["adamw"]["state"]) == len(trained(policy))
+    parts = learner._optimizer.parts()
+    assert parts.keys() == {f"{kind}/{name}" for kind in ("masters", *MOMENTS) for name in trained(policy)}
+    assert {part.rows.dtype for part in parts.values()} == {torch.float32}
     assert all(torch.equal(policy.weights[name], weight) for name, weight in base.items())
     assert all(weight.grad is None for name, weight in policy.weights.items() if name in base)
 
@@ -257,10 +256,10 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken, their_reference = new(seed=1)
     train(unbroken, [0])
-    write_part(unbroken.state_dict(), tmp_path / "learner.safetensors")
+    unbroken.save(tmp_path)
     train(unbroken, [1, 2])
     resumed, our_reference = new(seed=7)
-    resumed.load_state_dict(read_part(tmp_path / "learner.safetensors"))
+    resumed.load(tmp_path)
     train(resumed, [1, 2])
     assert resumed.policy_version == unbroken.policy_version == 9
     for theirs, ours in zip(trained(unbroken.policy).values(), trained(resumed.policy).values(), strict=True):

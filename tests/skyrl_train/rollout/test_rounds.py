@@ -191,9 +191,7 @@ async def test_the_failures_of_one_round_are_not_counted_in_the_other(tokenizer)
     collector = collector_of(engine, max_retries=0)
     healthy = asyncio.create_task(collector.collect(training(1, counting(2), n=1)))
     await asyncio.sleep(0.05)
-    with pytest.raises(
-        RuntimeError, match=r"all 1 episodes .* in 1 attempts\. 1 of the episodes ended"
-    ):
+    with pytest.raises(RuntimeError, match=r"all 1 episodes .* in 1 attempts\. 1 of the episodes ended"):
         await collector.collect(training(2, [flaky("b", 99)], n=1))
     engine.open("train_1_")
     [[trajectory]] = [group.trajectories for group in await healthy]

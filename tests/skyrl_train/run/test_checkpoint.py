@@ -17,15 +17,22 @@ import torch
 from loguru import logger
 
 from skyrl_train.files import whole_folder
+from skyrl_train.learner.ranks import ONE_PROCESS
+from skyrl_train.learner.saved import Part, write_rank
 from skyrl_train.run.checkpoint import Checkpoints, random_states, set_random_states
 from skyrl_train.run.digests import write_digests
+
+
+def save_learner(folder: Path) -> None:
+    """Write what a learner with one weight of 50 x 50 would."""
+    write_rank(folder, {"masters/w": Part(torch.randn(50, 50), (50, 50))}, {"policy_version": 1}, ONE_PROCESS)
 
 
 def state(step: int) -> dict:
     return {
         "trainer_state": {"config": {"trainer.seed": 1}, "random": random_states()},
         "data": {"position": step * 4},
-        "policy/model": {"w": torch.full((3,), float(step))},
+        "model": {"w": torch.full((3,), float(step))},
     }
 
 
@@ -45,7 +52,7 @@ def test_a_saved_state_comes_back_as_it_was(tmp_path):
     assert loaded["trainer_state"]["global_step"] == 7
     assert loaded["trainer_state"]["config"] == {"trainer.seed": 1}
     assert loaded["data"] == {"position": 28}
-    assert loaded["policy/model"]["w"].tolist() == [7.0, 7.0, 7.0]
+    assert loaded["model"]["w"].tolist() == [7.0, 7.0, 7.0]
     assert (tmp_path / "latest_ckpt_global_step.txt").read_text() == "7"
 
 
@@ -98,14 +105,14 @@ def test_tensors_of_any_type_and_layout_come_back_bit_for_bit(tmp_path, dtype):
         "empty": whole[:0],
         "one": whole[0, 0],
     }
-    Checkpoints(tmp_path).save(1, {"trainer_state": {}, "policy/learner": tensors})
-    loaded = Checkpoints(tmp_path).load(1)[1]["policy/learner"]
+    Checkpoints(tmp_path).save(1, {"trainer_state": {}, "tensors": tensors})
+    loaded = Checkpoints(tmp_path).load(1)[1]["tensors"]
     for name, tensor in tensors.items():
         assert loaded[name].dtype == dtype
         assert torch.equal(loaded[name], tensor)
     loaded["whole"].zero_()  # what is loaded is the caller's own: no tensor and no file shares its memory
     assert torch.equal(loaded["same"], whole)
-    assert torch.equal(Checkpoints(tmp_path).load(1)[1]["policy/learner"]["whole"], whole)
+    assert torch.equal(Checkpoints(tmp_path).load(1)[1]["tensors"]["whole"], whole)
 
 
 def test_the_newest_checkpoint_wins_over_the_text_file_which_is_said(tmp_path, logged):
@@ -131,12 +138,12 @@ def flipped(path: Path, bit: int) -> bytes:
 
 def test_no_flipped_bit_in_any_file_loads(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    folder = checkpoints.save(1, state(1) | {"policy/learner": {"w": torch.randn(50, 50)}})
+    folder = checkpoints.save(1, state(1), save_learner)
     rng = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert [path.relative_to(folder).as_posix() for path in files] == [
         "data.safetensors", "digests.txt",
-        "policy/learner.safetensors", "policy/model.safetensors", "trainer_state.safetensors",
+        "model.safetensors", "policy/index.json", "policy/rank_0_of_1.safetensors", "trainer_state.safetensors",
     ]  # fmt: skip
     for path in files:
         whole = path.read_bytes()
@@ -149,7 +156,7 @@ def test_no_flipped_bit_in_any_file_loads(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
-@pytest.mark.parametrize("name", ["trainer_state.safetensors", "policy/model.safetensors", "digests.txt"])
+@pytest.mark.parametrize("name", ["trainer_state.safetensors", "model.safetensors", "digests.txt"])
 def test_a_file_cut_anywhere_is_named_and_the_checkpoint_before_it_offered(tmp_path, name, share):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2, 3):
@@ -170,7 +177,7 @@ def rewritten_digests(folder: Path, change: Callable[[str], str]) -> None:
     ("damage", "words"),
     [
         (lambda f: (f / "trainer_state.safetensors").unlink(), r"trainer_state\.safetensors is missing"),
-        (lambda f: (f / "policy/model.safetensors").unlink(), r"policy/model\.safetensors is missing"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
         (lambda f: (f / "digests.txt").unlink(), r"digests\.txt is missing"),
         (lambda f: (f / "digests.txt").write_bytes(b"\xff\xfe"), r"digests\.txt is damaged"),
         (lambda f: (f / "data.safetensors").rename(f / "moved"), r"data\.safetensors is missing"),
@@ -179,15 +186,19 @@ def rewritten_digests(folder: Path, change: Callable[[str], str]) -> None:
             r"trainer_state\.safetensors is not listed in digests\.txt",
         ),
         (
-            lambda f: rewritten_digests(f, lambda text: text.replace("format 2", "format 3")),
-            r"digests\.txt names format 3, this program reads format 2",
+            lambda f: rewritten_digests(f, lambda text: text.replace("format 3", "format 4")),
+            r"global_step_1 has format 4, of a later version of this program; this one reads format 3",
+        ),
+        (
+            lambda f: rewritten_digests(f, lambda text: text.replace("format 3", "format 2")),
+            r"global_step_1 has format 2, of an earlier version of this program; this one reads format 3",
         ),
         (
             lambda f: [(f / "digests.txt").unlink(), (f / "trainer_state.pt").touch()],
             r"global_step_1 has format 1, of an earlier version",
         ),
         (
-            lambda f: shutil.copy(f / "policy/model.safetensors", f / "data.safetensors"),
+            lambda f: shutil.copy(f / "model.safetensors", f / "data.safetensors"),
             r"data\.safetensors is damaged or cut short",
         ),
     ],
@@ -238,7 +249,7 @@ def save_forever(folder: str, progress: Connection) -> None:
     step = (checkpoints.latest() or 0) + 1
     while True:
         weights = {f"w{i}": torch.full((20_000,), float(step)) for i in range(4)}
-        checkpoints.save(step, {"trainer_state": {}, "policy/model": weights, "policy/optimizer": weights})
+        checkpoints.save(step, {"trainer_state": {}, "model": weights, "optimizer": weights})
         progress.send(step)
         step += 1
 
@@ -264,7 +275,7 @@ def test_kill_9_in_the_middle_of_saves_always_leaves_a_loadable_newest_checkpoin
         newest = checkpoints.latest() or 0
         assert newest >= done  # everything that save() returned for is there
         _, loaded = checkpoints.load(newest)
-        for part in ("policy/model", "policy/optimizer"):
+        for part in ("model", "optimizer"):
             assert all(torch.equal(w, torch.full((20_000,), float(newest))) for w in loaded[part].values())
     checkpoints.remove_leftovers()
     names = {p.name for p in tmp_path.iterdir()} - {"latest_ckpt_global_step.txt"}

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from skyrl_gym.envs import deregister, register
+from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.run.checkpoint import Checkpoints
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
@@ -85,21 +86,11 @@ def finish(given: Path, run_folder: Path, *, deterministic: bool) -> None:
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
     """Everything with numbers in the last checkpoint: weights, both moments of Adam, step counts."""
-    step, state = Checkpoints(run_folder).load(NUM_STEPS)
+    step, _ = Checkpoints(run_folder).load(NUM_STEPS)
     assert step == NUM_STEPS
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}.{key}", item)
-        elif isinstance(value, int | float):
-            found[name] = torch.tensor(value)
-
-    walk("learner", state["policy/learner"])
-    return found
+    saved = SavedLearner(run_folder / f"global_step_{NUM_STEPS}/policy")
+    steps = {name: torch.tensor(count) for name, count in saved.plain["optimizer"]["steps"].items()}
+    return {name: saved.whole(name) for name in saved.shapes} | steps
 
 
 def assert_every_step_and_prompt_is_there_once(run_folder: Path) -> None:

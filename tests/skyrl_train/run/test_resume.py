@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skyrl_train.run.checkpoint import Checkpoints
-from skyrl_train.run.resume import check_same_run, find_checkpoint, start_run
+from skyrl_train.run.resume import check_same_run, find_checkpoint, order_of_sums, start_run
 from skyrl_train.run.run_folder import profile_steps
 
 CONFIG = {"trainer.seed": 1, "trainer.epochs": 2}
@@ -115,3 +115,12 @@ def test_settings_that_may_change_are_not_compared():
     check_same_run({"a": 1, "log.level": 1, "xs": (1, 2)}, {"a": 1, "log.level": 2, "xs": [1, 2]}, {"log"})
     with pytest.raises(ValueError, match=r"logger: was '\(not set\)', is now 'x'"):
         check_same_run({}, {"logger": "x"}, {"log"})
+
+
+def test_settings_that_only_change_the_order_of_sums_are_said_and_not_refused():
+    keys = ("placement", "backend")
+    old = {"placement.ranks": 1, "backend": "torch", "seed": 1}
+    assert order_of_sums(old, old, keys) == []
+    assert order_of_sums(old, old | {"seed": 2, "placement.nodes": 3}, keys) == []  # none that the old run knew
+    [note] = order_of_sums(old, old | {"placement.ranks": 2, "backend": "vllm"}, keys)
+    assert note.startswith("backend was 'torch', is now 'vllm'; placement.ranks was 1, is now 2: sums may now")
