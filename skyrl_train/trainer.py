@@ -120,7 +120,7 @@ class Trainer:
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
             await self.weights.push(self.learner, self.engine)
-        return rollout_metrics(groups) | advantage_metrics(batch) | kl_values | metrics
+        return rollout_metrics(groups) | advantage_metrics(batch) | kl_values | metrics | self.weights.metrics
 
     async def timed_step(self) -> Metrics:
         self.timings = {}

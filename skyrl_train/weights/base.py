@@ -17,6 +17,11 @@ class PushFailed(RuntimeError):
 class Weights(Protocol):
     """The way from a learner to an engine."""
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last push, `weights/...`. Empty where nothing travels."""
+        ...
+
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Let the engine sample from the learner's weights as they are now.
 
