@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from skyrl_train.engine.base import Engine
-
 if TYPE_CHECKING:
-    from skyrl_train.learner.base import Learner  # which imports from this room
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.learner.base import Learner  # both import from this room
 
 
 class PushFailed(RuntimeError):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from skyrl_train.engine.base import Engine
 from skyrl_train.weights.base import PushFailed
 
 if TYPE_CHECKING:
-    from skyrl_train.learner.base import Learner  # which imports from this room
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.learner.base import Learner  # both import from this room
 
 
 class InProcessWeights:

@@ -17,12 +17,13 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from skyrl_train import compute
-from skyrl_train.engine.base import Engine, LoadingEngine
-from skyrl_train.learner.base import Learner
 from skyrl_train.weights.base import PushFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.engine.base import Engine, LoadingEngine
+    from skyrl_train.learner.base import Learner  # both import from this room
 
 T = TypeVar("T")
 ALIGNMENT = 64  # bytes; a tensor that is mapped begins where vector loads like it
@@ -159,7 +160,7 @@ class SharedMemoryWeights:
         started, version = time.monotonic(), learner.policy_version
         try:
             await self._within(self._deadline_s, "pausing the engine", engine.pause())
-            num_bytes, differences = await self._replace(learner, cast(LoadingEngine, engine))
+            num_bytes, differences = await self._replace(learner, cast("LoadingEngine", engine))
             await self._within(self._deadline_s, "the engine", engine.weights_changed(version))
             await self._within(self._deadline_s, "resuming the engine", engine.resume())
         except (RuntimeError, OSError, ValueError) as error:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.config.problems import ConfigError, Problem
-from skyrl_train.engine.base import SamplingParams
-from skyrl_train.rollout.sampling import SamplingSection, sampling_params
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 # Arguments of vLLM that our settings or the contract of the engine decide.
@@ -19,6 +17,21 @@ OURS = {
     "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed", "enable_lora", "quantization",
 }  # fmt: skip
+
+
+class Sampling(Protocol):
+    """What decides whose logprobs are returned: of the engine's SamplingParams, and of the configuration's section."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class VllmSettings:
             raise ValueError(f"engine_init_kwargs.{ours[0]} cannot be set: the engine's own settings decide it")
 
 
-def logprobs_mode(*sampling: SamplingParams) -> LogprobsMode:
+def logprobs_mode(*sampling: Sampling) -> LogprobsMode:
     """Return the mode in which vLLM's logprobs are the learner's for all of these, softmax(logits / temperature).
 
     vLLM has one mode for all requests. Raw logprobs are those at temperature 1, before penalties and cuts; processed
@@ -69,12 +82,12 @@ def logprobs_mode(*sampling: SamplingParams) -> LogprobsMode:
     )
 
 
-def fits(params: SamplingParams, mode: LogprobsMode) -> bool:
+def fits(params: Sampling, mode: LogprobsMode) -> bool:
     """Return whether the logprobs of this mode are the learner's. Greedy sampling has those of temperature 1."""
     return params.temperature in (0, 1) if mode == "raw_logprobs" else not _cuts(params)
 
 
-def _cuts(params: SamplingParams) -> str:
+def _cuts(params: Sampling) -> str:
     """Return the settings that change more than the temperature. vLLM itself drops the cuts of greedy sampling."""
     cuts = {} if params.temperature == 0 else {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
     neutral = {**cuts, "repetition_penalty": 1.0}
@@ -94,10 +107,8 @@ def problems_of_vllm(config: SkyRLConfig) -> Iterator[Problem]:
             True,
             "is not possible with vLLM: what is computed together changes the last bits; use generator.backend=torch",
         )
-    generator = config.generator
-    sections: tuple[SamplingSection, ...] = (generator.sampling_params, generator.eval_sampling_params)
     try:
-        logprobs_mode(*(sampling_params(section) for section in sections))
+        logprobs_mode(config.generator.sampling_params, config.generator.eval_sampling_params)
     except ValueError as error:
         yield Problem(
             "generator.backend", "vllm", f"cannot do what the sampling parameters ask for: {error}, or use torch"
