@@ -48,6 +48,13 @@ class Placement:
                 found.setdefault(device, []).append(f"engine {engine}")
         return dict(sorted(found.items()))
 
+    def counted(self) -> str:
+        """Return ", 2 learner ranks, 2 engines" for the report; nothing if all is in one process."""
+        if self.in_process:
+            return ""
+        counts = {"learner rank": len(self.ranks), "engine": len(self.engines)}
+        return "".join(f", {count} {name}{'s' * (count > 1)}" for name, count in counts.items())
+
     def __str__(self) -> str:
         """One sentence for the log: who computes where."""
         kind = "GPU" if self.on_gpu else "CPU device"

@@ -207,7 +207,7 @@ class BasePPOExp(RolloutParts):
         total_steps = self.schedule.num_steps
         environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
-        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
+        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}{self.placement.counted()}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
         with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
             if run.start.step >= total_steps:

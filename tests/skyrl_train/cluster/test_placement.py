@@ -52,8 +52,11 @@ def test_ranks_and_engines_have_their_devices(overrides, on_gpu, of_ranks, of_en
 
 def test_the_sentence_for_the_log_says_who_shares_a_device():
     shared = placed(*ranks(2), *engines(2))
+    assert shared.counted() == ", 2 learner ranks, 2 engines"
+    assert placed().counted() == ""
     assert str(shared) == "CPU device 0: rank 0 and engine 0; CPU device 1: rank 1 and engine 1 (4 threads each)"
     apart = placed(*ranks(1), *engines(1), *VLLM, *SPLIT, *APART, on_gpu=True)
+    assert apart.counted() == ", 1 learner rank, 1 engine"
     assert str(apart) == "GPU 0: rank 0; GPU 1: engine 0; GPU 2: engine 0"
 
 
