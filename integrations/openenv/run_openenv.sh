@@ -175,9 +175,10 @@ if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; 
 fi
 
 # What a small model needs to learn these tasks in minutes; every other option keeps its default.
+prompts=$((NUM_GPUS > 4 ? NUM_GPUS : 4)) # a prompt's episodes stay on one rank
 recipe=(
-  trainer.train_batch_size=4
-  trainer.policy_mini_batch_size=4
+  trainer.train_batch_size="$prompts"
+  trainer.policy_mini_batch_size="$prompts"
   generator.n_samples_per_prompt=8
   trainer.policy.optimizer_config.lr=1e-5
   trainer.algorithm.use_kl_loss=false

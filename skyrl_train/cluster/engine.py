@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.cluster.actors import Identity
@@ -24,6 +25,7 @@ class RayEngine:
         self._ray = import_ray()
         self._actor, self._name, self._identity = actor, name, identity
         self._max_model_len, self._busy_seconds = max_model_len, 0.0
+        self._is_closed = False  # nothing may be asked of Ray then: it may have ended, and would start again
 
     @property
     def max_model_len(self) -> int:
@@ -35,44 +37,52 @@ class RayEngine:
         return self._busy_seconds
 
     async def generate(self, request: Request) -> Completion:
-        completion, busy_seconds = await self._answer(self._actor.generate.remote(request))
+        completion, busy_seconds = await self._answer(self._actor.generate.remote, request)
         self._busy_seconds = max(self._busy_seconds, busy_seconds)
         return completion
 
     async def pause(self) -> None:
-        await self._answer(self._actor.pause.remote())
+        await self._answer(self._actor.pause.remote)
 
     async def load_weights(self, shared: SharedWeights) -> None:
-        await self._answer(self._actor.load_weights.remote(shared))
+        await self._answer(self._actor.load_weights.remote, shared)
 
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
-        return await self._answer(self._actor.logprobs_of_tokens.remote(ids))
+        return await self._answer(self._actor.logprobs_of_tokens.remote, ids)
 
     async def weights_changed(self, policy_version: int) -> None:
-        await self._answer(self._actor.weights_changed.remote(policy_version))
+        await self._answer(self._actor.weights_changed.remote, policy_version)
 
     async def resume(self) -> None:
-        await self._answer(self._actor.resume.remote())
+        await self._answer(self._actor.resume.remote)
 
     async def forget(self, session_id: str) -> None:
         """Say so and do not wait; a dead engine has forgotten everything."""
-        self._actor.forget.remote(session_id)
+        if not self._is_closed:
+            self._actor.forget.remote(session_id)
 
     async def close(self) -> None:
         """Let the engine end what it has started, then end its process."""
+        if self._is_closed:
+            return
         try:
-            await asyncio.wait_for(self._answer(self._actor.close.remote()), CLOSE_S)
+            await asyncio.wait_for(self._answer(self._actor.close.remote), CLOSE_S)
         except (EngineDied, TimeoutError):
             pass
         finally:
+            self._is_closed = True
             self._ray.kill(self._actor)
 
-    async def _answer(self, call: Any) -> Any:
-        """Return the result of a call. A caller that gives up cancels the call in the other process, too."""
+    async def _answer(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the actor. A caller that gives up cancels the call in the other process, too."""
+        if self._is_closed:
+            raise EngineDied(f"{self._name} was closed")
+        call = method(*args)
         try:
             return await call
         except asyncio.CancelledError:
-            self._ray.cancel(call)
+            if not self._is_closed:
+                self._ray.cancel(call)
             raise
         except self._ray.exceptions.RayActorError as error:
             raise EngineDied(obituary(self._name, self._identity, error)) from None

@@ -38,6 +38,7 @@ class Cluster:
     session: RaySession
     _group: Any = None  # of GPUs: one bundle for each rank, and behind them one for each engine that shares none
     _rank_gpus: list[list[int]] = field(default_factory=list)
+    _actors: list[Any] = field(default_factory=list)
 
     @classmethod
     def start(cls, exp: BasePPOExp, placement: Placement) -> Cluster:
@@ -82,6 +83,11 @@ class Cluster:
         return EnginePool(await asyncio.gather(*map(self.start_engine, range(count))), self.start_engine)
 
     def close(self) -> None:
+        """End every process of the run, also where Ray itself is another's and goes on."""
+        for actor in self._actors:
+            self.session.ray.kill(actor)
+        if self._group is not None:
+            self.session.ray.util.remove_placement_group(self._group)
         self.session.close()
 
     def _bundles(self) -> list[dict[str, float]]:
@@ -125,11 +131,11 @@ class Cluster:
 
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
 
-    @staticmethod
-    def _made(ray: Any, cls: type, options: dict[str, Any], *args: Any) -> Any:
+    def _made(self, ray: Any, cls: type, options: dict[str, Any], *args: Any) -> Any:
         groups = options.pop("concurrency_groups", None)
         remote = ray.remote(concurrency_groups=groups)(cls) if groups else ray.remote(cls)
-        return remote.options(**options).remote(*args)
+        self._actors.append(remote.options(**options).remote(*args))
+        return self._actors[-1]
 
 
 @asynccontextmanager
@@ -144,6 +150,7 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
             yield ComputingParts(learner, engine, weights)
         finally:
             learner.close()
+            await _in_compute_thread(lambda: None)  # a call that was under way there has ended, and asks Ray no more
     finally:
         cluster.close()
 

@@ -33,6 +33,7 @@ class RayLearner:
         self._ray = import_ray()
         self._ranks, self._identities = list(ranks), list(identities)
         self._policy_version = 0
+        self._is_closed = False
 
     @property
     def policy_version(self) -> int:
@@ -80,7 +81,9 @@ class RayLearner:
 
     def close(self) -> None:
         """End the ranks, also in the middle of a call, which then raises LearnerDied in its own thread."""
-        for rank in self._ranks:
+        ranks = [] if self._is_closed else self._ranks
+        self._is_closed = True
+        for rank in ranks:
             self._ray.kill(rank)
 
     def _progress(self, on_tokens: OnTokens | None) -> Callable[[], None] | None:
@@ -102,6 +105,8 @@ class RayLearner:
         found: dict[Any, Any] = {}
         waiting = list(calls)
         while waiting:
+            if self._is_closed:  # and Ray may have ended, which would start again when it is asked for anything
+                raise LearnerDied("the learner was closed")
             done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
             for call in done:
                 found[call] = self._result(calls.index(call), call)

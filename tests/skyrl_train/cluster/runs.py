@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from skyrl_gym.envs import register
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 
+ROOT = Path(__file__).parents[3]
 NUM_STEPS = 4
 TWO = ["trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2"]
 
@@ -41,6 +43,11 @@ def arguments(given: Path, run_folder: Path) -> list[str]:
         "generator.max_turns=2",
         "generator.sampling_params.max_generate_length=8",
     ]
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of a run's process: one thread each, for the tests share the cores with it."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "0"}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,9 @@ import psutil
 import pytest
 
 from skyrl_train.run.metrics import read_metrics
-from tests.skyrl_train.cluster.runs import NUM_STEPS, TWO, arguments, write_given
+from tests.skyrl_train.cluster.runs import NUM_STEPS, ROOT, TWO, arguments, environment, write_given
 
 pytest.importorskip("ray", reason="needs Ray: uv sync --inexact --extra cluster")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +25,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(given: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.skyrl_train.cluster.runs", *arguments(given, given / "run"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "0"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
