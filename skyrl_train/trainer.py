@@ -16,6 +16,7 @@ from loguru import logger
 from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics, group_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
+from skyrl_train.batch.dumped import dump_batch
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
 from skyrl_train.callbacks import CallbackInput
@@ -118,6 +119,8 @@ class Trainer:
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, kl_values = self._add_advantages(batch)
+        if self.config.trainer.dump_data_batch:
+            await asyncio.to_thread(dump_batch, batch, self.config.trainer.export_path, self.global_step + 1)
         self.run.progress.phase("update", batch.num_tokens, "tokens")
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):

@@ -24,6 +24,7 @@ from skyrl_train.config.models import (
     PolicyConfig,
     RefConfig,
 )
+from skyrl_train.config.placement import PlacementConfig
 from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import Section
@@ -33,7 +34,6 @@ from skyrl_train.config.skyrl_names import (
     CriticConfig,
     FSDPConfig,
     FullyAsyncConfig,
-    PlacementConfig,
     SamplingParams,
     SkyRLLoraConfig,
     SkyRLTrainConfig,

@@ -17,8 +17,13 @@ ESTIMATOR = "trainer.algorithm.advantage_estimator"
 CORRECTION = "trainer.algorithm.off_policy_correction"
 Condition = Mapping[str, tuple[Any, ...]]  # key -> values; it holds if any of these keys has any of its values
 KL_ON: Condition = {"trainer.algorithm.use_kl_loss": (True,), "trainer.algorithm.use_kl_in_reward": (True,)}
+VLLM_ALONE = (
+    "inference_engine_tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching",
+    "engine_init_kwargs",
+)  # fmt: skip
 
 ACTS_ONLY_WITH: dict[str, Condition] = {
+    **{f"generator.{key}": {"generator.backend": ("vllm",)} for key in VLLM_ALONE},
     "trainer.ref": KL_ON,
     "trainer.update_ref_every_epoch": KL_ON,
     "trainer.algorithm.kl_estimator_type": KL_ON,

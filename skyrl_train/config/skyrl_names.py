@@ -19,12 +19,6 @@ SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
 
 
-class PlacementConfig(RefusedSection):
-    """The GPUs of each model."""
-
-    section_key = "trainer.placement"
-
-
 class FSDPConfig(RefusedSection):
     """The sharding of a model over GPUs."""
 

@@ -14,6 +14,7 @@ from skyrl_train.config.problems import Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
+SHARED_MEMORY = "shared_memory"
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -23,6 +24,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from dynamic_sampling_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
+    yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
     if not data.train_data:
         yield Problem("data.train_data", [], "is empty; give at least one .parquet, .json or .jsonl file or hub name")
@@ -90,6 +92,18 @@ def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             True,
             "cannot give adapters to another model than the policy's own; drop trainer.ref.model.path and "
             "trainer.ref.model_config_kwargs, or use trainer.policy.model.lora.rank=0",
+        )
+
+
+def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    """SkyRL's nccl stands for the best way on shared devices, which here is shared memory; apart it would be NCCL."""
+    backend, shares = generator.weight_sync_backend, trainer.placement.colocate_all
+    if backend != SHARED_MEMORY and not (backend == "nccl" and shares):
+        yield Problem(
+            "generator.weight_sync_backend",
+            backend,
+            f"is not possible: new weights reach the engines through shared memory; use {SHARED_MEMORY}",
+            (f"generator.weight_sync_backend={SHARED_MEMORY}",),
         )
 
 

@@ -28,13 +28,13 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     "setting",
     [
-        "trainer.strategy=fsdp2",
         "trainer.strategy=megatron",
-        "generator.backend=vllm",
         "generator.backend=sglang",
         "trainer.placement.policy_num_gpus_per_node=2",
         "trainer.placement.policy_num_nodes=2",
-        "trainer.placement.colocate_all=false",
+        "trainer.placement.colocate_policy_ref=false",
+        "trainer.placement.ref_num_gpus_per_node=2",
+        "trainer.placement.critic_num_gpus_per_node=2",
         "trainer.ref.model.lora.rank=8",
         "trainer.critic.model.lora.rank=8",
         "trainer.critic.model.path=gpt2",
@@ -47,7 +47,9 @@ def refusal(*overrides: str) -> str:
         "trainer.flash_attn=true",
         "trainer.use_sample_packing=false",
         "trainer.rope_theta=10000.0",
-        "generator.num_inference_engines=2",
+        "generator.weight_sync_backend=gloo",
+        "generator.enforce_eager=false",
+        "generator.enable_prefix_caching=false",
         "generator.run_engines_locally=false",
         "generator.inference_engine_tensor_parallel_size=2",
         "generator.inference_engine_data_parallel_size=2",
@@ -113,7 +115,7 @@ def test_a_key_that_needs_another_is_refused_alone_and_accepted_beside_it(settin
         ("target_modules=[]", "target_modules=[] must be all-linear or names of modules"),
         ("exclude_modules=[1]", "exclude_modules=[1] must be names of modules"),
         ("init_method=zero", "init_method=zero must be one of kaiming, xavier, normal"),
-        ("lora_sync_path=/x", "lora_sync_path=/x has nothing to do: the engine reads the learner's weights"),
+        ("lora_sync_path=/x", "lora_sync_path=/x has nothing to do: an engine reads the learner's weights"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(setting, says):
