@@ -16,6 +16,7 @@ OURS = {
     "model", "tokenizer", "dtype", "load_format", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls",
     "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed", "enable_lora", "quantization",
+    "enable_chunked_prefill",
 }  # fmt: skip
 
 
