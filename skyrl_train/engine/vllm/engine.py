@@ -48,6 +48,7 @@ class VllmEngine:
         self._running.set()
         self._version: int | None = None  # of the weights; None before there are any
         self._request_ids = itertools.count()
+        self.tokens_reused = 0  # of prompts, out of the prefix cache
         self._num_in_flight, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
 
     @classmethod
@@ -187,6 +188,7 @@ class VllmEngine:
 
     def _completion(self, output: RequestOutput) -> Completion:
         [sampled] = output.outputs
+        self.tokens_reused += output.num_cached_tokens or 0
         ids = list(sampled.token_ids)
         logprobs = [at[token].logprob for token, at in zip(ids, sampled.logprobs or [], strict=True)]
         if not all(map(math.isfinite, logprobs)):

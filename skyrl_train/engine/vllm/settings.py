@@ -16,12 +16,15 @@ OURS = {
     "model", "tokenizer", "dtype", "load_format", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls",
     "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed", "enable_lora", "quantization",
+    "enable_chunked_prefill",
 }  # fmt: skip
 
 
 class Sampling(Protocol):
     """What decides whose logprobs are returned: of the engine's SamplingParams, and of the configuration's section."""
 
+    @property
+    def min_tokens(self) -> int: ...
     @property
     def temperature(self) -> float: ...
     @property
@@ -89,9 +92,11 @@ def fits(params: Sampling, mode: LogprobsMode) -> bool:
 
 def _cuts(params: Sampling) -> str:
     """Return the settings that change more than the temperature. vLLM itself drops the cuts of greedy sampling."""
-    cuts = {} if params.temperature == 0 else {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    neutral = {**cuts, "repetition_penalty": 1.0}
-    return ", ".join(f"{key}={getattr(params, key):g}" for key, off in neutral.items() if getattr(params, key) != off)
+    cuts = {} if params.temperature == 0 else {"top_p": (1,), "top_k": (-1,), "min_p": (0,)}
+    neutral = {**cuts, "repetition_penalty": (1,), "min_tokens": (0, 1)}
+    return ", ".join(
+        f"{key}={getattr(params, key):g}" for key, off in neutral.items() if getattr(params, key) not in off
+    )
 
 
 def refuse_what_vllm_cannot(config: SkyRLConfig) -> None:
