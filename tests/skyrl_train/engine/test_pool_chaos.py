@@ -325,6 +325,25 @@ def test_an_engine_that_alone_refuses_weights_is_replaced(tmp_path):
     assert refusing.dead
 
 
+class Stale(SlowEngine):
+    async def load_weights(self, shared: SharedWeights) -> None:
+        """Take nothing, without a word."""
+
+
+def test_a_new_engine_that_does_not_compute_with_the_weights_it_took_gets_no_request(tmp_path):
+    made = [Stale(), SlowEngine()]
+    starts = iter(made)
+
+    async def scenario(pool: EnginePool) -> None:
+        await push(pool, tmp_path, 5)
+        first.die("an error")
+        assert (await pool.generate(request(0))).response_ids[0] == 5
+
+    first = SlowEngine()
+    run_with([first], lambda _: next(starts), scenario)
+    assert made[0].requests == []
+
+
 def dying() -> SlowEngine:
     engine = SlowEngine()
     engine.die("no memory left")
