@@ -25,6 +25,7 @@ from skyrl_train.engine.vllm.worker import SharedFile
 from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
+CLOSE_S = 20.0  # what vLLM's processes get to end by themselves
 
 
 class VllmEngine:
@@ -113,7 +114,9 @@ class VllmEngine:
     async def close(self) -> None:
         """End vLLM's processes. Requests in flight fail with `EngineDied`."""
         self._stop("the engine was closed before this request was finished")
-        await asyncio.to_thread(self._llm.shutdown, 20.0)
+        if self._llm.output_handler is not None:  # it would log the end of vLLM's processes as an error
+            self._llm.output_handler.cancel()
+        await asyncio.to_thread(self._llm.shutdown, CLOSE_S)
 
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped.done():
