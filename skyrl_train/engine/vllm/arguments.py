@@ -32,6 +32,7 @@ def arguments_of(settings: VllmSettings) -> AsyncEngineArgs:
         "load_format": "dummy",
         "logprobs_mode": settings.logprobs_mode,
         "worker_extension_cls": f"{SharedWeightsWorker.__module__}.{SharedWeightsWorker.__qualname__}",
+        "hf_overrides": dict(settings.model_config_kwargs),
         "weight_transfer_config": {"backend": BACKEND},
         "disable_log_stats": True,
     }
@@ -51,7 +52,9 @@ def _on_cpu(settings: VllmSettings) -> dict[str, Any]:
     A prompt is computed in one pass: after a part of one, vLLM 0.32 rewinds the generator of a request that has a seed,
     which a CPU's generator does not know ("CPU Generator does not use offset"), and dies.
     """
-    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        settings.model, trust_remote_code=settings.trust_remote_code, **settings.model_config_kwargs
+    )
     longest = settings.max_model_len or config.get_text_config().max_position_embeddings
     return {
         "kv_cache_memory_bytes": settings.kv_cache_bytes,

@@ -16,7 +16,7 @@ OURS = {
     "model", "tokenizer", "dtype", "load_format", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls",
     "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed", "enable_lora", "quantization",
-    "enable_chunked_prefill",
+    "enable_chunked_prefill", "hf_overrides",
 }  # fmt: skip
 
 
@@ -44,7 +44,8 @@ class VllmSettings:
     model: a folder with config.json and the tokenizer's files; weights in it are not read.
     logprobs_mode: see `logprobs_mode`. max_model_len: None is the model's context.
     kv_cache_bytes: memory for keys and values on a CPU, where gpu_memory_utilization has no effect.
-    threads: of one worker on a CPU. engine_init_kwargs: further arguments of vLLM's AsyncEngineArgs.
+    threads: of one worker on a CPU. model_config_kwargs: what the learner's model has other than its config.json.
+    engine_init_kwargs: further arguments of vLLM's AsyncEngineArgs.
     """
 
     model: str | Path
@@ -61,6 +62,7 @@ class VllmSettings:
     threads: int = 1
     seed: int = 0
     trust_remote_code: bool = False
+    model_config_kwargs: Mapping[str, Any] = field(default_factory=dict)
     engine_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -62,9 +62,10 @@ async def started(folder: Path, *, tie_word_embeddings: bool, **settings: Any) -
     """Start a vLLM engine of the tiny model. It needs a second file for the end-of-sequence tokens."""
     from skyrl_train.engine.vllm.engine import VllmEngine
 
-    save_tiny_model(folder, tie_word_embeddings=tie_word_embeddings, **MODEL)
+    save_tiny_model(folder, tie_word_embeddings=True, **MODEL)
     policy_of(0).module.generation_config.save_pretrained(folder)
     options: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 64 << 20} | LIMITS | settings
+    options["model_config_kwargs"] = {"tie_word_embeddings": tie_word_embeddings}
     return await VllmEngine.start(VllmSettings(folder, **options), tiny_tokenizer())
 
 
