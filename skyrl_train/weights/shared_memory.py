@@ -217,7 +217,7 @@ class SharedMemoryWeights:
         try:
             return await asyncio.wait_for(answer, seconds)
         except TimeoutError as error:
-            raise TimeoutError(f"{what} took longer than {seconds:.0f} seconds") from error
+            raise TimeoutError(f"{what} took longer than {seconds:g} seconds") from error
 
 
 def proof_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import vllm
+from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -31,6 +32,7 @@ def arguments_of(settings: VllmSettings) -> AsyncEngineArgs:
         "load_format": "dummy",
         "logprobs_mode": settings.logprobs_mode,
         "worker_extension_cls": f"{SharedWeightsWorker.__module__}.{SharedWeightsWorker.__qualname__}",
+        "hf_overrides": dict(settings.model_config_kwargs),
         "weight_transfer_config": {"backend": BACKEND},
         "disable_log_stats": True,
     }
@@ -40,8 +42,26 @@ def arguments_of(settings: VllmSettings) -> AsyncEngineArgs:
     ):  # fmt: skip
         arguments[name] = getattr(settings, name)
     if current_platform.is_cpu():
-        arguments |= {"kv_cache_memory_bytes": settings.kv_cache_bytes, "block_size": CPU_BLOCK}
+        arguments |= _on_cpu(settings)
     return AsyncEngineArgs(**(arguments | dict(settings.engine_init_kwargs)))
+
+
+def _on_cpu(settings: VllmSettings) -> dict[str, Any]:
+    """Return what differs on a CPU.
+
+    A prompt is computed in one pass: after a part of one, vLLM 0.32 rewinds the generator of a request that has a seed,
+    which a CPU's generator does not know ("CPU Generator does not use offset"), and dies.
+    """
+    config = AutoConfig.from_pretrained(
+        settings.model, trust_remote_code=settings.trust_remote_code, **settings.model_config_kwargs
+    )
+    longest = settings.max_model_len or config.get_text_config().max_position_embeddings
+    return {
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "block_size": CPU_BLOCK,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_num_batched_tokens, longest),
+    }
 
 
 def _set_environment(settings: VllmSettings) -> None:

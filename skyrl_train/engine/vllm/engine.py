@@ -25,6 +25,7 @@ from skyrl_train.engine.vllm.worker import SharedFile
 from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
+CLOSE_S = 20.0  # what vLLM's processes get to end by themselves
 
 
 class VllmEngine:
@@ -48,6 +49,7 @@ class VllmEngine:
         self._running.set()
         self._version: int | None = None  # of the weights; None before there are any
         self._request_ids = itertools.count()
+        self.tokens_reused = 0  # of prompts, out of the prefix cache
         self._num_in_flight, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
 
     @classmethod
@@ -112,7 +114,9 @@ class VllmEngine:
     async def close(self) -> None:
         """End vLLM's processes. Requests in flight fail with `EngineDied`."""
         self._stop("the engine was closed before this request was finished")
-        await asyncio.to_thread(self._llm.shutdown, 20.0)
+        if self._llm.output_handler is not None:  # it would log the end of vLLM's processes as an error
+            self._llm.output_handler.cancel()
+        await asyncio.to_thread(self._llm.shutdown, CLOSE_S)
 
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped.done():
@@ -187,6 +191,7 @@ class VllmEngine:
 
     def _completion(self, output: RequestOutput) -> Completion:
         [sampled] = output.outputs
+        self.tokens_reused += output.num_cached_tokens or 0
         ids = list(sampled.token_ids)
         logprobs = [at[token].logprob for token, at in zip(ids, sampled.logprobs or [], strict=True)]
         if not all(map(math.isfinite, logprobs)):

@@ -16,12 +16,15 @@ OURS = {
     "model", "tokenizer", "dtype", "load_format", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls",
     "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed", "enable_lora", "quantization",
+    "enable_chunked_prefill", "hf_overrides",
 }  # fmt: skip
 
 
 class Sampling(Protocol):
     """What decides whose logprobs are returned: of the engine's SamplingParams, and of the configuration's section."""
 
+    @property
+    def min_tokens(self) -> int: ...
     @property
     def temperature(self) -> float: ...
     @property
@@ -41,7 +44,8 @@ class VllmSettings:
     model: a folder with config.json and the tokenizer's files; weights in it are not read.
     logprobs_mode: see `logprobs_mode`. max_model_len: None is the model's context.
     kv_cache_bytes: memory for keys and values on a CPU, where gpu_memory_utilization has no effect.
-    threads: of one worker on a CPU. engine_init_kwargs: further arguments of vLLM's AsyncEngineArgs.
+    threads: of one worker on a CPU. model_config_kwargs: what the learner's model has other than its config.json.
+    engine_init_kwargs: further arguments of vLLM's AsyncEngineArgs.
     """
 
     model: str | Path
@@ -58,6 +62,7 @@ class VllmSettings:
     threads: int = 1
     seed: int = 0
     trust_remote_code: bool = False
+    model_config_kwargs: Mapping[str, Any] = field(default_factory=dict)
     engine_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,9 +94,11 @@ def fits(params: Sampling, mode: LogprobsMode) -> bool:
 
 def _cuts(params: Sampling) -> str:
     """Return the settings that change more than the temperature. vLLM itself drops the cuts of greedy sampling."""
-    cuts = {} if params.temperature == 0 else {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    neutral = {**cuts, "repetition_penalty": 1.0}
-    return ", ".join(f"{key}={getattr(params, key):g}" for key, off in neutral.items() if getattr(params, key) != off)
+    cuts = {} if params.temperature == 0 else {"top_p": (1,), "top_k": (-1,), "min_p": (0,)}
+    neutral = {**cuts, "repetition_penalty": (1,), "min_tokens": (0, 1)}
+    return ", ".join(
+        f"{key}={getattr(params, key):g}" for key, off in neutral.items() if getattr(params, key) not in off
+    )
 
 
 def refuse_what_vllm_cannot(config: SkyRLConfig) -> None:

@@ -5,6 +5,7 @@ vLLM imports this module in each worker, because `SharedWeightsWorker` is its `w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from skyrl_train.weights.shared_memory import SharedTensor, SharedWeights, read_shared
 
 BACKEND = "skyrl_shared_memory"
+# It warns at every push of layers without weights, the rotary embedding's. `check_whole` knows which really lack some.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 @dataclass
