@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SILENT_S = 300.0  # an engine that has requests and shows no sign of computing for so long is replaced
-CALL_S = 60.0  # for each call but `generate`: then the engine is replaced
+CALL_S = 8.0  # for a call that computes next to nothing: then the engine is replaced, and the push goes on
+BYTES_PER_S = 150e6  # of a slow machine: loading may take longer by the size of the weights
+CLOSE_S = 60.0
 START_S = 900.0  # for starting an engine and loading the weights into it
 FIRST_PAUSE_S = 0.5  # before a replacement that follows one which completed no request; doubled each time
 MAX_REPLACEMENTS = 3  # in one place, one after the other, without a completed request
@@ -95,7 +97,8 @@ class EnginePool:
         """
         self._refuse_if_stopped()
         before, self._wanted = self._wanted, replace(self._wanted, weights=OpenWeights(shared))
-        members, outcomes = await self._outcomes(lambda engine: engine.load_weights(shared))
+        timeout_s = self._call_s + shared.num_bytes / BYTES_PER_S
+        members, outcomes = await self._outcomes(lambda engine: engine.load_weights(shared), timeout_s)
         errors = [outcome for _, outcome in outcomes if isinstance(outcome, BaseException)]
         refusals = [error for error in errors if not _is_loss(error)]
         if refusals and len(errors) == len(members):
@@ -148,7 +151,7 @@ class EnginePool:
         for replacement in replacements:
             replacement.cancel()
         await asyncio.gather(*replacements, return_exceptions=True)
-        for outcome in await outcomes_of([member.engine.close() for member in self._members], self._call_s):
+        for outcome in await outcomes_of([member.engine.close() for member in self._members], CLOSE_S):
             if isinstance(outcome, BaseException):
                 logger.warning(f"an engine was not closed: {_words(outcome)}")
 
@@ -176,18 +179,18 @@ class EnginePool:
         return [member for member in self._members if member.is_up]
 
     async def _outcomes(
-        self, call: Callable[[LoadingEngine], Awaitable[T]]
+        self, call: Callable[[LoadingEngine], Awaitable[T]], timeout_s: float
     ) -> tuple[list[Member], list[tuple[LoadingEngine, T | BaseException]]]:
         """Make a call of every engine that is up. Return their members, and each engine with its result or error."""
         members = self._up()
         engines = [member.engine for member in members]
-        outcomes = await outcomes_of([call(engine) for engine in engines], self._call_s)
+        outcomes = await outcomes_of([call(engine) for engine in engines], timeout_s)
         return members, list(zip(engines, outcomes, strict=True))
 
     async def _call_all(self, call: Callable[[LoadingEngine], Awaitable[T]]) -> list[T]:
         """Make a call of every engine that is up and return the results. One that does not answer is replaced."""
         self._refuse_if_stopped()
-        members, outcomes = await self._outcomes(call)
+        members, outcomes = await self._outcomes(call, self._call_s)
         results: list[T] = []
         for member, (engine, outcome) in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
@@ -211,7 +214,7 @@ class EnginePool:
 
     async def _replace(self, member: Member, why: str) -> None:
         """Start an engine in the place of a lost one, again if that fails. Stops the pool where it does not help."""
-        await outcome_of(member.engine.close(), self._call_s)  # it holds memory that the next one needs
+        await outcome_of(member.engine.close(), CLOSE_S)  # it holds memory that the next one needs
         while member.num_replacements < self._max_replacements:
             logger.warning(f"engine {member.index} is replaced: {why}")
             if member.num_replacements:
@@ -237,7 +240,7 @@ class EnginePool:
                     break
                 reached = wanted
         except BaseException:
-            await outcome_of(engine.close(), self._call_s)
+            await outcome_of(engine.close(), CLOSE_S)
             raise
         member.take_in(engine)
         self._tell_of_change()

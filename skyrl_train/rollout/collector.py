@@ -19,6 +19,7 @@ from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.episode import Cut, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.failures import Failures
+from skyrl_train.rollout.garbage import rare_collections
 from skyrl_train.rollout.playing import Playing
 from skyrl_train.rollout.round import EveryEpisodeFailed, OnEpisode, Round
 from skyrl_train.rollout.seeds import derive_seed
@@ -68,23 +69,26 @@ class Collector:
         playing = Playing(this_round, in_lockstep=self.deterministic or this_round.reproducible)
         ended: asyncio.Queue[asyncio.Task[Trajectory]] = asyncio.Queue()
         place: dict[asyncio.Task[Trajectory], int] = {}  # of an episode's prompt in the round
-        for i, prompt in enumerate(this_round.prompts):
-            for repetition in range(this_round.samples_per_prompt):
-                task = self._task(this_round, prompt, repetition)
-                place[episode := asyncio.create_task(self._play(task, playing, on_episode))] = i
-                episode.add_done_callback(ended.put_nowait)
-        stall_report = asyncio.create_task(playing.report_stalls())
         found: list[list[Trajectory]] = [[] for _ in this_round.prompts]
-        try:
-            for _ in range(this_round.num_episodes):
-                episode = await ended.get()
-                found[i := place[episode]].append(episode.result())
-                if len(found[i]) == this_round.samples_per_prompt:
-                    yield Group(this_round.prompts[i], sorted(found[i], key=lambda trajectory: trajectory.repetition))
-        finally:
-            stall_report.cancel()
-            await _cancelled(place)
-            playing.failures.say_how_many()
+        with rare_collections():
+            for i, prompt in enumerate(this_round.prompts):
+                for repetition in range(this_round.samples_per_prompt):
+                    task = self._task(this_round, prompt, repetition)
+                    place[episode := asyncio.create_task(self._play(task, playing, on_episode))] = i
+                    episode.add_done_callback(ended.put_nowait)
+            stall_report = asyncio.create_task(playing.report_stalls())
+            try:
+                for _ in range(this_round.num_episodes):
+                    episode = await ended.get()
+                    found[i := place[episode]].append(episode.result())
+                    if len(found[i]) == this_round.samples_per_prompt:
+                        yield Group(
+                            this_round.prompts[i], sorted(found[i], key=lambda trajectory: trajectory.repetition)
+                        )
+            finally:
+                stall_report.cancel()
+                await _cancelled(place)
+                playing.failures.say_how_many()
         refuse_if_all_failed([trajectory for group in found for trajectory in group])
         self._tell_of_cuts(playing)
 

@@ -267,7 +267,7 @@ def test_an_engine_that_does_not_answer_a_push_is_replaced_and_the_push_succeeds
     async def scenario(pool: EnginePool) -> None:
         await push(pool, tmp_path, 5)
         assert await pool.logprobs_of_tokens([1, 2]) == [5.0]
-        await asyncio.sleep(10)
+        await asyncio.sleep(100)
         assert (new.weights, new.version) == (5, 5)
 
     run_with(engines, lambda index: new if index == 1 else never(index), scenario)
@@ -285,7 +285,7 @@ def test_an_engine_that_alone_refuses_weights_is_replaced(tmp_path):
         await push(pool, tmp_path, 5)
         replies = await asyncio.gather(*(pool.generate(request(number)) for number in range(4)))
         assert {reply.response_ids[0] for reply in replies} == {5}
-        await asyncio.sleep(10)
+        await asyncio.sleep(100)
         assert new.weights == 5
 
     run_with([SlowEngine(), refusing], lambda _: new, scenario)
