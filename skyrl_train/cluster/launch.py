@@ -19,6 +19,7 @@ from skyrl_train.cluster.session import RaySession
 from skyrl_train.cluster.start import registered_by_users
 from skyrl_train.engine.base import EngineDied, LoadingEngine
 from skyrl_train.engine.pool import EnginePool
+from skyrl_train.run.run import RunRefused
 from skyrl_train.weights.shared_memory import SharedMemoryWeights, proof_ids_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Cluster:
             raise EngineDied(obituary(name, identity, error)) from None
         except exceptions.RayTaskError as error:
             self.session.ray.kill(actor)
-            raise cause_of(error) from error
+            raise cause_of(error, identity) from error
         except BaseException:
             self.session.ray.kill(actor)
             raise
@@ -145,7 +146,10 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
     try:
         learner = await _in_compute_thread(cluster.start_ranks)
         try:
-            engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+            try:
+                engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+            except ValueError as error:  # a setting that only the part itself can refuse
+                raise RunRefused(str(error)) from error
             weights = SharedMemoryWeights(proof_ids_of(exp.tokenizer), exp.compute_dtype)
             yield ComputingParts(learner, engine, weights)
         finally:
