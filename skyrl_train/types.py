@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AGENT = "agent"  # env_class of rows that an agent of the user's plays and that name no environment
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 
@@ -85,7 +86,10 @@ class Trajectory:
         return float(sum(turn.reward for turn in self.turns))
 
     def plus(self, reward: float) -> Trajectory:
-        """The same episode, paid so much more (less, if negative) at its last sampled token."""
+        """Return the same episode, paid so much more (less, if negative) at its last sampled token.
+
+        An episode without a turn has no token to be paid at, and is returned as it is.
+        """
         if not self.turns:
             return self
         samples = self.samples

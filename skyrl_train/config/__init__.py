@@ -6,6 +6,8 @@ from skyrl_train.config.algorithm import (
     AlgorithmConfig,
     CISPOConfig,
     ClipCovConfig,
+    DPPOConfig,
+    DynamicSamplingConfig,
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
@@ -22,6 +24,7 @@ from skyrl_train.config.models import (
     PolicyConfig,
     RefConfig,
 )
+from skyrl_train.config.placement import PlacementConfig
 from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import Section
@@ -29,10 +32,8 @@ from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     CriticConfig,
-    DynamicSamplingConfig,
     FSDPConfig,
     FullyAsyncConfig,
-    PlacementConfig,
     SamplingParams,
     SkyRLLoraConfig,
     SkyRLTrainConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "ClipCovConfig",
     "ConfigError",
     "CriticConfig",
+    "DPPOConfig",
     "DataConfig",
     "DynamicSamplingConfig",
     "EnvSettings",

@@ -11,6 +11,8 @@ from omegaconf import II
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
+BACKENDS = ("torch", "vllm")
+
 
 @dataclass
 class SamplingConfig(Section, at="generator.sampling_params"):
@@ -74,8 +76,16 @@ class ChatTemplateConfig(Section, at="generator.chat_template"):
 
 @dataclass
 class GeneratorConfig(Section, at="generator"):
-    """The engine, and the episodes in which it samples."""
+    """The engines, and the episodes in which they sample."""
 
+    backend: str = "torch"  # torch: the project's own engine; vllm: vLLM, in processes of its own
+    num_inference_engines: int = 1  # engines with a copy of the policy each; episodes are spread over them
+    inference_engine_tensor_parallel_size: int = 1  # vLLM: devices that share each layer of one engine
+    gpu_memory_utilization: float = 0.8  # vLLM: share of a GPU's memory for weights and keys and values
+    enforce_eager: bool = True  # vLLM: without CUDA graphs
+    enable_prefix_caching: bool = True  # vLLM: keep the KV of shared prompts and earlier turns; torch always does
+    engine_init_kwargs: dict[str, Any] = field(default_factory=dict)  # vLLM: further arguments of AsyncEngineArgs
+    weight_sync_backend: str = "shared_memory"  # the way of new weights to engines in processes of their own
     n_samples_per_prompt: int = 5  # episodes per prompt: the group
     batched: bool = False  # all prompts of a step at once, one turn each; the torch engine always does
     max_input_length: int = II("trainer.max_prompt_length")  # tokens; no turn starts on a longer history
@@ -94,13 +104,22 @@ class GeneratorConfig(Section, at="generator"):
     eval_n_samples_per_prompt: int = 1  # episodes per prompt in evaluation
     zero_reward_on_non_stop: bool = False  # no reward for an episode cut off by a length limit
     apply_overlong_filtering: bool = False  # episodes cut off by a length limit are left out of the loss
+    agent: str | None = None  # package.module:function that plays an episode with an OpenAI client of its own
+    enable_http_endpoint: bool = False  # serve the policy over HTTP (OpenAI's API) while episodes are played
+    http_endpoint_host: str = "127.0.0.1"  # any but loopback needs an API key: SKYRL_API_KEY, or a printed one
+    http_endpoint_port: int = 8000  # 0: any that is free, as for an agent without enable_http_endpoint
+    served_model_name: str | None = None  # name of the policy at the endpoint; null: the last part of the model's path
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(
             1, "n_samples_per_prompt", "eval_n_samples_per_prompt", "max_turns", "max_input_length", "max_num_seqs",
-            "max_num_batched_tokens",
+            "max_num_batched_tokens", "num_inference_engines", "inference_engine_tensor_parallel_size",
         )  # fmt: skip
         yield from self.at_least(0, "max_env_retries")
+        yield from self.within(0, 65535, "http_endpoint_port")
+        if self.agent is not None and not self.use_conversation_multi_turn:
+            yield self.problem("agent", "sends a message per turn; drop use_conversation_multi_turn=false")
+        yield from self._engine_rules()
         for key in ("step_timeout_s", "episode_timeout_s"):
             if getattr(self, key) <= 0:
                 yield self.problem(key, "must be above 0 seconds")
@@ -113,3 +132,9 @@ class GeneratorConfig(Section, at="generator"):
             yield self.problem(
                 "batched", f"plays one turn per prompt, but generator.max_turns={self.max_turns}; drop batched=true"
             )
+
+    def _engine_rules(self) -> Iterator[Problem]:
+        if self.backend not in BACKENDS:
+            yield self.problem("backend", "is not one of the engines here; use generator.backend=vllm or torch")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            yield self.problem("gpu_memory_utilization", "must be above 0 and at most 1")

@@ -11,24 +11,22 @@ from typing import Any
 from skyrl_train.config.problems import NO_VALUE
 from skyrl_train.config.refused_rows import ROWS
 
-ONE_DEVICE = "is not possible yet: one process trains on one device (trainer.device); drop it"
-ONE_ENGINE = "is not possible yet: one engine runs inside this process; drop it"
-NO_SYNC = "has nothing to do: the engine reads the learner's weights inside this process; drop it"
-NO_SHARDING = "has nothing to do: on one device no model is sharded; drop it, and bound memory with "
-NO_SHARDING += "trainer.max_tokens_per_microbatch and trainer.gradient_checkpointing=true"
+ONE_SEQUENCE = "is not possible: one learner rank computes a sequence alone; drop it"
+REFERENCE_PLACE = "is not possible: the reference policy lies on the devices of the policy; drop it"
+ONE_ENGINE = "is not possible yet: only tensor parallelism splits an engine; drop it, and set "
+ONE_ENGINE += "generator.num_inference_engines or generator.inference_engine_tensor_parallel_size"
+NO_SYNC = "has nothing to do: an engine reads the learner's weights, or copies them from shared memory; drop it"
+NO_SHARDING = "is not possible yet; drop it, and bound memory with trainer.max_tokens_per_microbatch and "
+NO_SHARDING += "trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
 NO_REF_LORA += "trainer.policy.model.lora"
 NO_CRITIC = "is not possible yet: there is no critic; use trainer.algorithm.advantage_estimator=grpo, which needs none"
-NO_MEGATRON = "is for Megatron, which this project does not have; drop it and use trainer.strategy=single"
-NO_VLLM = "is for vLLM, which is not supported yet; drop it (the torch engine has generator.max_num_seqs "
-NO_VLLM += "and generator.max_num_batched_tokens)"
-NO_REMOTE = "is not possible yet: no remote engine can be used; drop it, generator.backend=torch runs in this process"
-NO_HTTP = "is not possible yet: the engine is not served over HTTP; use generator.enable_http_endpoint=false"
+NO_MEGATRON = "is for Megatron, which this project does not have; drop it and use trainer.strategy=fsdp2"
+NO_VLLM = "is for vLLM and is not read; drop it, and use generator.engine_init_kwargs for arguments of vLLM's own"
+NO_REMOTE = "is not possible yet: no remote engine can be used; drop it, engines are started here"
 NO_ASYNC = (
     "is not possible yet: generation and training take turns; drop it and start skyrl_train.entrypoints.main_base"
 )
-NO_DYNAMIC = "is not possible yet; use trainer.algorithm.dynamic_sampling.type=null, and "
-NO_DYNAMIC += "trainer.algorithm.zero_variance_filter=true to leave groups of equal rewards out of the loss"
 NO_TIS = "is an old name; use trainer.algorithm.off_policy_correction.tis_ratio_type=token and its "
 NO_TIS += "token_tis_ratio_clip_high"
 NO_PADDING = "has nothing to do: samples are always laid end to end without padding; drop it"
@@ -38,17 +36,16 @@ PER_CALL += "`python -m skyrl_train.config --search sampling_params`"
 SEED = "is not read: every reply's seed derives from trainer.seed; use trainer.seed"
 
 REFUSED: dict[str, str] = {
-    "trainer.placement": ONE_DEVICE,
-    "trainer.strategy": "is not possible yet: one process trains on one device; use trainer.strategy=single",
-    "trainer.sequence_parallel_backend": ONE_DEVICE,
-    "trainer.policy.sequence_parallel_size": ONE_DEVICE,
+    "trainer.placement.colocate_policy_ref": REFERENCE_PLACE,
+    "trainer.sequence_parallel_backend": ONE_SEQUENCE,
+    "trainer.policy.sequence_parallel_size": ONE_SEQUENCE,
     "trainer.policy.model.lora.lora_sync_path": NO_SYNC,
     "trainer.policy.optimizer_config.offload_after_step": NO_SHARDING,
     "trainer.policy.fsdp_config": NO_SHARDING,
     "trainer.policy.use_torch_compile": "is not possible yet; drop it",
     "trainer.policy.record_memory": "is not possible yet; drop it",
     "trainer.policy.megatron_config": NO_MEGATRON,
-    "trainer.ref.sequence_parallel_size": ONE_DEVICE,
+    "trainer.ref.sequence_parallel_size": ONE_SEQUENCE,
     "trainer.ref.model.lora": NO_REF_LORA,
     "trainer.ref.fsdp_config": NO_SHARDING,
     "trainer.ref.megatron_config": NO_MEGATRON,
@@ -59,44 +56,31 @@ REFUSED: dict[str, str] = {
     "trainer.algorithm.lambd": NO_CRITIC,
     "trainer.algorithm.tis_imp_ratio_cap": NO_TIS,
     "trainer.algorithm.use_tis": NO_TIS,
-    "trainer.algorithm.dynamic_sampling": NO_DYNAMIC,
     "trainer.fully_async": NO_ASYNC,
     "trainer.gradient_checkpointing_use_reentrant": "is not possible: torch's newer, non-reentrant form is always used",
-    "trainer.log_path": "has nothing to do: there is no cluster; a run's files lie in trainer.ckpt_path; drop it",
+    "trainer.log_path": "is not read: Ray keeps the logs of its workers, and a run's files lie in trainer.ckpt_path; "
+    "drop it",
     "trainer.use_sample_packing": NO_PADDING,
     "trainer.flash_attn": "has nothing to do: torch's own attention takes its fastest kernel; drop it",
     "trainer.disable_fast_tokenizer": "has nothing to do: the tokenizer is the one transformers picks; drop it",
-    "trainer.dump_data_batch": "has nothing to do: every trajectory is kept in the run folder anyway; drop it",
     "trainer.rope_scaling": ROPE,
     "trainer.rope_theta": ROPE,
     "generator.model_name": "is not read: the engine samples the policy; use trainer.policy.model.path",
     "generator.model_dtype": "is not read: the engine computes in the learner's dtype; use trainer.bf16",
     "generator.run_engines_locally": NO_REMOTE,
-    "generator.num_inference_engines": ONE_ENGINE,
-    "generator.backend": "is not possible yet; use generator.backend=torch, the engine inside this process",
-    "generator.weight_sync_backend": NO_SYNC,
     "generator.weight_transfer_threshold_cuda_ipc_GB": NO_SYNC,
     "generator.override_existing_update_group": NO_SYNC,
     "generator.external_proxy_url": NO_REMOTE,
     "generator.external_server_urls": NO_REMOTE,
     "generator.remote_inference_engine_urls": NO_REMOTE,
-    "generator.inference_engine_tensor_parallel_size": ONE_ENGINE,
     "generator.inference_engine_pipeline_parallel_size": ONE_ENGINE,
     "generator.inference_engine_expert_parallel_size": ONE_ENGINE,
     "generator.inference_engine_data_parallel_size": ONE_ENGINE,
-    "generator.async_engine": "has nothing to do: the torch engine always batches requests as they come; drop it",
+    "generator.async_engine": "has nothing to do: every engine batches requests as they come; drop it",
     "generator.vllm_v1_disable_multiproc": NO_VLLM,
-    "generator.enable_prefix_caching": "has nothing to do: a shared prefix is always computed once; drop it",
     "generator.enable_chunked_prefill": NO_VLLM,
-    "generator.enforce_eager": NO_VLLM,
     "generator.fully_sharded_loras": NO_VLLM,
     "generator.enable_ray_prometheus_stats": NO_VLLM,
-    "generator.gpu_memory_utilization": NO_VLLM,
-    "generator.engine_init_kwargs": NO_VLLM,
-    "generator.enable_http_endpoint": NO_HTTP,
-    "generator.http_endpoint_host": NO_HTTP,
-    "generator.http_endpoint_port": NO_HTTP,
-    "generator.served_model_name": NO_HTTP,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
     "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
@@ -117,7 +101,6 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
         "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
         f"trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high={value}",
     ),
-    "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
 

@@ -19,12 +19,6 @@ SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
 
 
-class PlacementConfig(RefusedSection):
-    """The GPUs of each model."""
-
-    section_key = "trainer.placement"
-
-
 class FSDPConfig(RefusedSection):
     """The sharding of a model over GPUs."""
 
@@ -35,12 +29,6 @@ class CriticConfig(RefusedSection):
     """The model that predicts returns."""
 
     section_key = "trainer.critic"
-
-
-class DynamicSamplingConfig(RefusedSection):
-    """Sampling until enough prompts have different rewards (DAPO)."""
-
-    section_key = "trainer.algorithm.dynamic_sampling"
 
 
 class FullyAsyncConfig(RefusedSection):

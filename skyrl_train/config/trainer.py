@@ -10,9 +10,11 @@ from typing import Any
 
 from skyrl_train.config.algorithm import AlgorithmConfig
 from skyrl_train.config.models import PolicyConfig, RefConfig
+from skyrl_train.config.placement import PlacementConfig
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
+STRATEGIES = ("single", "fsdp2", "fsdp")
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 
 
@@ -21,6 +23,8 @@ class TrainerConfig(Section, at="trainer"):
     """The training loop."""
 
     device: str = "auto"  # auto (cuda where there is one), cpu or cuda
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    strategy: str = "single"  # single: one learner holds the whole policy; fsdp2: ranks share it; fsdp: the same
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -53,6 +57,7 @@ class TrainerConfig(Section, at="trainer"):
     run_name: str = "test_run"  # run in the tracker
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
     profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
+    dump_data_batch: bool = False  # write every training batch as tensors (safetensors) into export_path/dumped_data
     dump_eval_results: bool = True  # write evaluation episodes as JSON lines, one file per data source
 
     def settle(self) -> None:
@@ -77,6 +82,7 @@ class TrainerConfig(Section, at="trainer"):
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("device", ("auto", "cpu", "cuda"))
+        yield from self._strategy_rules()
         yield from self._batch_rules()
         yield from self._resume_rules()
         if self.max_ckpts_to_keep == 0:
@@ -98,6 +104,24 @@ class TrainerConfig(Section, at="trainer"):
             )
         if not all(name in LOGGERS for name in self.loggers):
             yield self.problem("logger", "must be one of " + ", ".join(LOGGERS) + ", or a list of them")
+
+    def _strategy_rules(self) -> Iterator[Problem]:
+        ranks = self.placement.policy_num_gpus_per_node
+        if self.strategy == "megatron":
+            yield self.problem(
+                "strategy",
+                "is for Megatron, which this project does not have; use trainer.strategy=fsdp2",
+                ("trainer.strategy=fsdp2",),
+            )
+            return
+        yield from self.one_of("strategy", STRATEGIES)
+        if self.strategy == "single" and ranks > 1:
+            yield self.problem(
+                "strategy",
+                f"is one learner, but the placement asks for {ranks} ranks; use trainer.strategy=fsdp2, or "
+                "trainer.placement.policy_num_gpus_per_node=1",
+                ("trainer.strategy=fsdp2",),
+            )
 
     def _batch_rules(self) -> Iterator[Problem]:
         yield from self.at_least(

@@ -14,13 +14,17 @@ from skyrl_train.config.problems import Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
+SHARED_MEMORY = "shared_memory"
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     """Return the problems that no section can find alone."""
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
+    yield from dynamic_sampling_problems(trainer, generator)
+    yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
+    yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
     if not data.train_data:
         yield Problem("data.train_data", [], "is empty; give at least one .parquet, .json or .jsonl file or hub name")
@@ -44,6 +48,17 @@ def length_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Itera
         )
 
 
+def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    sampling = trainer.algorithm.dynamic_sampling
+    if sampling.type is not None and generator.n_samples_per_prompt == 1:
+        yield Problem(
+            "trainer.algorithm.dynamic_sampling.type",
+            sampling.type,
+            "compares the episodes of a prompt, and generator.n_samples_per_prompt=1 gives it one; raise that, or drop "
+            "dynamic_sampling.type",
+        )
+
+
 def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     estimator = trainer.algorithm.advantage_estimator
     if estimator == "gae":
@@ -52,12 +67,21 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             estimator,
             "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
         )
-    if estimator in ("grpo", "rloo") and generator.n_samples_per_prompt == 1:
+    if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
             f"gives {estimator} nothing to compare with, so every advantage would be 0; "
             "use at least 2, or trainer.algorithm.advantage_estimator=reinforce++",
+        )
+
+
+def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    if generator.agent is not None and trainer.deterministic:
+        yield Problem(
+            "generator.agent",
+            generator.agent,
+            "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
         )
 
 
@@ -68,6 +92,18 @@ def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             True,
             "cannot give adapters to another model than the policy's own; drop trainer.ref.model.path and "
             "trainer.ref.model_config_kwargs, or use trainer.policy.model.lora.rank=0",
+        )
+
+
+def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    """SkyRL's nccl stands for the best way on shared devices, which here is shared memory; apart it would be NCCL."""
+    backend, shares = generator.weight_sync_backend, trainer.placement.colocate_all
+    if backend != SHARED_MEMORY and not (backend == "nccl" and shares):
+        yield Problem(
+            "generator.weight_sync_backend",
+            backend,
+            f"is not possible: new weights reach the engines through shared memory; use {SHARED_MEMORY}",
+            (f"generator.weight_sync_backend={SHARED_MEMORY}",),
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from skyrl_train.callbacks import TrainingCallback
+    from skyrl_train.cluster.parts import ComputingParts
     from skyrl_train.generators.base import GeneratorInterface
     from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
     from skyrl_train.learner.base import Learner
@@ -37,12 +40,14 @@ class BasePPOExp(RolloutParts):
     """
 
     config_class: ClassVar[type[SkyRLConfig]] = SkyRLConfig  # what a DictConfig of Hydra becomes
+    parts: ComputingParts | None = None  # those in other processes, while they live
 
     def __init__(self, cfg: SkyRLConfig | DictConfig) -> None:
         check_overrides(self, BasePPOExp)
         self.cfg = cfg if is_resolved(cfg) else validate_cfg(cfg, self.config_class)
         self.check_functions()
         self.device, self.compute_dtype = self.get_device()
+        self.placement = self.get_placement()
         self.model_path = self.get_model_path()
         self.num_embeddings = self.get_num_embeddings()
         self.memory = self.get_memory_plan()
@@ -65,10 +70,17 @@ class BasePPOExp(RolloutParts):
         _ = Objective(self.cfg.trainer.algorithm).style
 
     def get_learner(self, policy: Policy) -> Learner:
+        """Return the learner of this process: the only one, or one of the ranks that share the policy."""
         from skyrl_train.learner.learner import TorchLearner
 
         assert self.schedule is not None
-        return TorchLearner(
+        if self.cfg.trainer.strategy == "single":
+            make = TorchLearner
+        else:
+            from skyrl_train.learner.fsdp import sharded_learner
+
+            make = sharded_learner
+        return make(
             policy,
             self.trainer_section,
             num_training_steps=self.schedule.num_steps,
@@ -140,18 +152,24 @@ class BasePPOExp(RolloutParts):
         trainer.total_training_steps = self.schedule.num_steps
         return trainer
 
+    def get_parts(self) -> ComputingParts:
+        """Return learner, engine and the way between them, all in this process."""
+        from skyrl_train.cluster.parts import ComputingParts
+        from skyrl_train.weights.in_process import InProcessWeights
+
+        policy = self.get_policy()
+        return ComputingParts(self.get_learner(policy), self.get_engine(policy), InProcessWeights())
+
     def build_trainer(self, run: Run) -> Trainer:
         from skyrl_train.algorithms.kl import kl_controller
         from skyrl_train.evaluate import Evaluator
         from skyrl_train.prompts import TrainPrompts
         from skyrl_train.trainer import Trainer
-        from skyrl_train.weights.in_process import InProcessWeights
 
         assert self.train_dataset is not None
         assert self.schedule is not None
-        policy = self.get_policy()
-        engine = self.get_engine(policy)
-        collector = self.get_episodes(engine)
+        parts = self.parts or self.get_parts()
+        collector = self.get_episodes(parts.engine)
         evaluator = None
         if self.eval_dataset is not None:
             evaluator = Evaluator(self.cfg, self.eval_dataset, collector, run, self.decode)
@@ -161,9 +179,9 @@ class BasePPOExp(RolloutParts):
             prompts=TrainPrompts(self.train_dataset, self.schedule),
             evaluator=evaluator,
             collector=collector,
-            engine=engine,
-            learner=self.get_learner(policy),
-            weights=InProcessWeights(),
+            engine=parts.engine,
+            learner=parts.learner,
+            weights=parts.weights,
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
             extra_metrics=lambda: {**collector.metrics, **self.extra_metrics()},
@@ -189,7 +207,7 @@ class BasePPOExp(RolloutParts):
         total_steps = self.schedule.num_steps
         environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
-        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
+        device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}{self.placement.counted()}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
         with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:
             if run.start.step >= total_steps:
@@ -206,7 +224,23 @@ class BasePPOExp(RolloutParts):
 
         cancel_on_signals()
         try:
-            trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
-            await trainer.train()
+            async with self.other_processes():
+                trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
+                await trainer.train()
         finally:
             await self.close()
+
+    @asynccontextmanager
+    async def other_processes(self) -> AsyncGenerator[None]:
+        """Start learner ranks and engines in processes of their own, where the placement asks for them.
+
+        They end with the block; when this process is killed, too.
+        """
+        if self.placement.in_process:
+            yield
+            return
+        from skyrl_train.cluster.launch import cluster_of
+
+        async with cluster_of(self.for_other_processes(), self.placement) as self.parts:
+            cancel_on_signals()  # again: Ray has put a handler of its own in front, which aborts this process
+            yield

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 
 if TYPE_CHECKING:
+    from skyrl_train.cluster.placement import Placement
     from skyrl_train.prompts import PromptDataset
     from skyrl_train.run.run import Run
 
@@ -17,6 +18,15 @@ __all__ = ["EvalOnlyEntrypoint"]
 
 class EvalOnlyEntrypoint(BasePPOExp):
     """Plays the validation prompts once. There is no training data, no learner and no optimizer state."""
+
+    def get_placement(self) -> Placement:
+        placement = super().get_placement()
+        if not placement.in_process:
+            raise ValueError(
+                "evaluation alone is not possible with processes of their own, for no learner is there to give engines "
+                "the weights; use generator.backend=torch with one engine and trainer.strategy=single"
+            )
+        return placement
 
     def get_train_dataset(self) -> None:
         return None

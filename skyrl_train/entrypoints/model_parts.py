@@ -6,7 +6,7 @@ Heavy imports live in the methods, so that a mistyped key is refused before anyt
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig
 from skyrl_train.entrypoints.process import keep_freed_memory
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.cluster.placement import Placement
     from skyrl_train.policy.memory_plan import MemoryPlan
     from skyrl_train.policy.model import Policy
     from skyrl_train.rollout.chat import ChatTemplate
+
+
+BUILT_IN_OTHER_PROCESSES = (
+    "cfg", "device", "compute_dtype", "placement", "model_path", "num_embeddings", "memory", "tokenizer", "schedule",
+)  # fmt: skip
 
 
 class ModelParts:
@@ -26,6 +32,7 @@ class ModelParts:
     cfg: SkyRLConfig
     device: torch.device
     compute_dtype: torch.dtype
+    placement: Placement
     model_path: str
     num_embeddings: int
     memory: MemoryPlan | None  # None on a CPU
@@ -100,6 +107,28 @@ class ModelParts:
         dtype, reason = choose_compute_dtype(device, self.cfg.trainer.bf16)
         logger.info(reason)
         return device, dtype
+
+    def get_placement(self) -> Placement:
+        """Return which process computes on which device. ValueError, with the arithmetic, where it does not fit."""
+        from loguru import logger
+
+        from skyrl_train.cluster.placement import place, refuse_missing_packages, resources_here
+        from skyrl_train.engine.vllm.settings import refuse_what_vllm_cannot
+
+        if self.cfg.generator.backend == "vllm":
+            refuse_what_vllm_cannot(self.cfg)
+        placement = place(self.cfg, resources_here(), on_gpu=self.device.type == "cuda")
+        if not placement.in_process:
+            refuse_missing_packages(self.cfg)
+            logger.info(f"one process for each: {placement}")
+        return placement
+
+    def for_other_processes(self) -> Self:
+        """Return this experiment without what belongs to this process alone: what builds a part in another one."""
+        copied = object.__new__(type(self))
+        for name in BUILT_IN_OTHER_PROCESSES:
+            setattr(copied, name, getattr(self, name))
+        return copied
 
     def get_memory_plan(self) -> MemoryPlan | None:
         """Plan a GPU's memory before anything large is loaded; None on a CPU. ValueError if the run does not fit."""

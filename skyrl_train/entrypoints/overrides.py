@@ -10,7 +10,7 @@ from typing import Any
 # SkyRL's methods that nothing here calls, and what to do instead.
 NEVER_CALLED: Mapping[str, str] = {
     "get_cfg_as_str": "the settings of a run are in its report; drop the method",
-    "get_colocate_pg": "one process holds all models, so there is no placement group; drop the method",
+    "get_colocate_pg": "trainer.placement and its like alone say where models lie; drop the method",
     "get_inference_client": "override get_engine(policy), which returns the engine that samples",
     "get_tracker": "choose trackers with trainer.logger, or override extra_metrics() to log more with every step",
     "_setup_trainer": "override get_trainer(...) or get_callbacks()",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config import SkyRLConfig, env_config_for
 from skyrl_train.entrypoints.data_parts import DataParts
@@ -10,10 +13,11 @@ from skyrl_train.entrypoints.data_parts import DataParts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from skyrl_train.engine.base import Engine
+    from skyrl_train.engine.base import Engine, LoadingEngine
     from skyrl_train.generators.base import GeneratorInterface
     from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
     from skyrl_train.policy.model import Policy
+    from skyrl_train.rollout.agents.endpoint import Endpoint
     from skyrl_train.rollout.round import RoundPlayer
 
 
@@ -21,15 +25,18 @@ class RolloutParts(DataParts):
     """Builds the engine that samples and the collector of episodes, or the user's generator in its place."""
 
     def get_engine(self, policy: Policy) -> Engine:
+        """Return an engine that samples from this policy; in a process of its own it can load new weights into it."""
         from skyrl_train.engine.torch.engine import TorchEngine
+        from skyrl_train.engine.torch.loading import LoadingTorchEngine
 
+        make = TorchEngine if self.placement.in_process else LoadingTorchEngine
         generator, cache = self.cfg.generator, {}
         if self.memory is not None:
             cache = {
                 "kv_cache_bytes": self.memory.kv_cache_bytes,
                 "session_cache_bytes": self.memory.session_cache_bytes,
             }
-        return TorchEngine(
+        return make(
             policy,
             self.tokenizer,
             max_num_seqs=generator.max_num_seqs,
@@ -39,7 +46,69 @@ class RolloutParts(DataParts):
             **cache,
         )
 
-    def get_collector(self, engine: Engine) -> RoundPlayer:
+    async def get_own_engine(self) -> LoadingEngine:
+        """Return the engine of a process that holds nothing else. Its policy is a whole model, without adapters."""
+        if self.cfg.generator.backend == "vllm":
+            return await self.get_vllm_engine()
+        from skyrl_train import compute
+        from skyrl_train.config import LoraConfig
+
+        self.cfg = copy.deepcopy(self.cfg)
+        self.cfg.trainer.policy.model.lora = LoraConfig()
+        policy = await asyncio.wrap_future(compute.submit(self.get_policy))
+        policy.module.requires_grad_(False)
+        engine: Any = self.get_engine(policy)
+        if not hasattr(engine, "load_weights"):
+            raise TypeError(
+                f"get_engine returned {type(engine).__name__}, which has no load_weights: an engine in a process of "
+                "its own must be a LoadingEngine (skyrl_train.engine.base)"
+            )
+        return engine
+
+    async def get_vllm_engine(self) -> LoadingEngine:
+        from skyrl_train.engine.vllm.engine import VllmEngine
+        from skyrl_train.engine.vllm.settings import VllmSettings, logprobs_mode
+        from skyrl_train.rollout.sampling import sampling_params
+
+        generator = self.cfg.generator
+        sampled = (sampling_params(params) for params in (generator.sampling_params, generator.eval_sampling_params))
+        settings = VllmSettings(
+            model=self.model_path,
+            dtype=str(self.compute_dtype).removeprefix("torch."),
+            max_num_seqs=generator.max_num_seqs,
+            max_num_batched_tokens=generator.max_num_batched_tokens,
+            logprobs_mode=logprobs_mode(*sampled),
+            max_model_len=self.max_length,
+            tensor_parallel_size=generator.inference_engine_tensor_parallel_size,
+            gpu_memory_utilization=generator.gpu_memory_utilization,
+            enforce_eager=generator.enforce_eager,
+            enable_prefix_caching=generator.enable_prefix_caching,
+            threads=self.placement.num_threads,
+            seed=self.cfg.trainer.seed % 2**31,
+            engine_init_kwargs=generator.engine_init_kwargs,
+        )
+        return await VllmEngine.start(settings, self.tokenizer)
+
+    def get_endpoint(self, engine: Engine) -> Endpoint | None:
+        """Return the HTTP server in front of the engine, if the configuration asks for one or an agent needs one."""
+        generator = self.cfg.generator
+        if not generator.enable_http_endpoint and generator.agent is None:
+            return None
+        from skyrl_train.rollout.agents.endpoint import Endpoint
+        from skyrl_train.rollout.sampling import sampling_params
+
+        is_on = generator.enable_http_endpoint
+        return Endpoint(
+            engine,
+            self.chat_template,
+            sampling_params(generator.sampling_params),
+            model=generator.served_model_name or Path(self.cfg.trainer.policy.model.path).name,
+            host=generator.http_endpoint_host if is_on else "127.0.0.1",
+            port=generator.http_endpoint_port if is_on else 0,
+        )
+
+    def get_collector(self, engine: Engine, endpoint: Endpoint | None = None) -> RoundPlayer:
+        from skyrl_train.rollout.agents.episode import Agent
         from skyrl_train.rollout.collector import Collector
         from skyrl_train.rollout.episode import EpisodeLimits
 
@@ -60,6 +129,7 @@ class RolloutParts(DataParts):
             max_retries=generator.max_env_retries,
             seed=self.cfg.trainer.seed,
             deterministic=self.cfg.trainer.deterministic,
+            agent=(Agent.named(generator.agent), endpoint) if generator.agent and endpoint else None,
         )
 
     def get_generator(
@@ -79,8 +149,14 @@ class RolloutParts(DataParts):
         client = InferenceEngineClient(
             engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
         )
-        generator = self.get_generator(self.cfg, self.tokenizer, client)
+        generator, endpoint = self.get_generator(self.cfg, self.tokenizer, client), self.get_endpoint(engine)
         if generator is None:
-            return self.get_collector(engine)
-        needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
-        return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+            player = self.get_collector(engine, endpoint) if endpoint else self.get_collector(engine)
+        else:
+            needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+            player = GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+        if endpoint is None:
+            return player
+        from skyrl_train.rollout.agents.served import ServedRounds
+
+        return ServedRounds(player, endpoint)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 OnTokens = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
+class LearnerDied(RuntimeError):
+    """A process of the learner has died. The message names it, and says why. The run ends, and can be resumed."""
+
+
 class Learner(Protocol):
     """Anything that trains the policy. Calls are made one after the other, in the compute thread.
 

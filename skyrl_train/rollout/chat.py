@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
+from skyrl_train.rollout.encoding import Encoder
 from skyrl_train.rollout.template_check import (
     TemplateRefused,
     check_growth,
@@ -82,6 +83,7 @@ class ChatTemplate:
                 "generator.chat_template.source=file generator.chat_template.name_or_path=FILE"
             )
         self.tokenizer = tokenizer
+        self.encode_text = Encoder(tokenizer)
         self.one_message = one_message
         self.append_eos_after_stop_string = append_eos_after_stop_string
         self.template_kwargs = dict(template_kwargs or {})  # of apply_chat_template
@@ -113,19 +115,17 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return the template's text of these messages."""
-        return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Return the tokens of the template's text of these messages."""
-        # return_dict: transformers 5 returns a mapping otherwise
-        return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
-
-    def _apply(self, messages: Sequence[Message], **how: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **how, **self.template_kwargs)
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **self.template_kwargs
+            )
         except _TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise TemplateRefused(f"the chat template does not print messages of {roles}: {error}") from error
+
+    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Return the tokens of the template's text of these messages."""
+        return self.encode_text(self.render(messages, add_generation_prompt=add_generation_prompt))
 
     @cached_property
     def closes_turns(self) -> bool:
@@ -153,7 +153,7 @@ class ChatTemplate:
         """
         if self.one_message:
             text = "".join(message["content"] for message in observation)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return self.encode_text(text)
         self._check_roles(tuple(message["role"] for message in observation))
         ids = self.between(observation)
         ended = bool(reply_ids) and reply_ids[-1] in self.end_ids
@@ -175,7 +175,7 @@ class ChatTemplate:
         _, found, behind = text.partition(REPLY)
         if not found:
             raise TemplateRefused("the chat template leaves out or changes what the assistant said")
-        return self.tokenizer.encode(behind, add_special_tokens=False)
+        return self.encode_text(behind)
 
     def _position_of_end(self, ids: list[int]) -> int | None:
         """Return the position of the end of turn, or None if anything but white space stands before it."""
@@ -223,4 +223,4 @@ class Chat:
 
         The policy did not sample these tokens, so they are not trained, and the next turn opens a new sample.
         """
-        self.append(self.template.tokenizer.encode(text, add_special_tokens=False), observation)
+        self.append(self.template.encode_text(text), observation)

@@ -14,11 +14,14 @@ from loguru import logger
 import skyrl_gym
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, engine_death
+from skyrl_train.rollout.agents.endpoint import Endpoint
+from skyrl_train.rollout.agents.episode import Agent, AgentEpisode
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.episode import Cut, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.failures import Failures
+from skyrl_train.rollout.garbage import rare_collections
 from skyrl_train.rollout.playing import Playing
 from skyrl_train.rollout.round import EveryEpisodeFailed, OnEpisode, Round
 from skyrl_train.rollout.seeds import derive_seed
@@ -42,13 +45,16 @@ class Collector:
         max_retries: int = 2,
         seed: int = 42,
         deterministic: bool = False,
+        agent: tuple[Agent, Endpoint] | None = None,
     ) -> None:
+        """agent: what plays the episodes in the place of environments, and where its calls are answered."""
         self.engine = engine
         self.template = template
         self.limits = limits
         self.max_retries = max_retries
         self.seed = seed
         self.deterministic = deterministic
+        self.agent = agent
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._told: set[Cut] = set()
@@ -68,23 +74,26 @@ class Collector:
         playing = Playing(this_round, in_lockstep=self.deterministic or this_round.reproducible)
         ended: asyncio.Queue[asyncio.Task[Trajectory]] = asyncio.Queue()
         place: dict[asyncio.Task[Trajectory], int] = {}  # of an episode's prompt in the round
-        for i, prompt in enumerate(this_round.prompts):
-            for repetition in range(this_round.samples_per_prompt):
-                task = self._task(this_round, prompt, repetition)
-                place[episode := asyncio.create_task(self._play(task, playing, on_episode))] = i
-                episode.add_done_callback(ended.put_nowait)
-        stall_report = asyncio.create_task(playing.report_stalls())
         found: list[list[Trajectory]] = [[] for _ in this_round.prompts]
-        try:
-            for _ in range(this_round.num_episodes):
-                episode = await ended.get()
-                found[i := place[episode]].append(episode.result())
-                if len(found[i]) == this_round.samples_per_prompt:
-                    yield Group(this_round.prompts[i], sorted(found[i], key=lambda trajectory: trajectory.repetition))
-        finally:
-            stall_report.cancel()
-            await _cancelled(place)
-            playing.failures.say_how_many()
+        with rare_collections():
+            for i, prompt in enumerate(this_round.prompts):
+                for repetition in range(this_round.samples_per_prompt):
+                    task = self._task(this_round, prompt, repetition)
+                    place[episode := asyncio.create_task(self._play(task, playing, on_episode))] = i
+                    episode.add_done_callback(ended.put_nowait)
+            stall_report = asyncio.create_task(playing.report_stalls())
+            try:
+                for _ in range(this_round.num_episodes):
+                    episode = await ended.get()
+                    found[i := place[episode]].append(episode.result())
+                    if len(found[i]) == this_round.samples_per_prompt:
+                        yield Group(
+                            this_round.prompts[i], sorted(found[i], key=lambda trajectory: trajectory.repetition)
+                        )
+            finally:
+                stall_report.cancel()
+                await _cancelled(place)
+                playing.failures.say_how_many()
         refuse_if_all_failed([trajectory for group in found for trajectory in group])
         self._tell_of_cuts(playing)
 
@@ -133,7 +142,7 @@ class Collector:
         return Trajectory(
             prompt=task.prompt,
             repetition=task.repetition,
-            seed=episode.env.seed,
+            seed=episode.seed,
             messages=episode.messages or task.prompt.messages,
             turns=episode.turns,
             end=EpisodeEnd.ENV_FAILURE,
@@ -141,7 +150,10 @@ class Collector:
             failure=failure,
         )
 
-    def _episode(self, task: EpisodeTask, playing: Playing, attempt: int) -> Episode:
+    def _episode(self, task: EpisodeTask, playing: Playing, attempt: int) -> Episode | AgentEpisode:
+        if self.agent is not None:
+            agent, endpoint = self.agent
+            return AgentEpisode(task, agent, endpoint, self.limits, self._executor, attempt)
         env = EnvCalls(self._make_env, task, self.limits, self._executor)
         return Episode(task, self.engine, self.template, self.limits, env, playing.lockstep, attempt)
 

@@ -31,6 +31,7 @@ from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error as RegistryError
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.waiting import is_done_within
 from skyrl_train.spans import span
 from skyrl_train.types import Message
 from skyrl_train.visible import shortened, visible
@@ -114,7 +115,7 @@ class EnvCalls:
         A call that a cancelled or timed-out episode left in a thread ends first, so that nothing opens after the close.
         """
         if self._in_thread is not None and not self._in_thread.cancelled():
-            await asyncio.wait([asyncio.wrap_future(self._in_thread)], timeout=self._step_timeout_s)
+            await is_done_within(asyncio.wrap_future(self._in_thread), self._step_timeout_s)
         env, self._env = self._env, None
         if env is None:
             return
@@ -122,12 +123,10 @@ class EnvCalls:
             close = self._awaited(env.close_async, checked_close)
         else:
             close = self._threaded(env.close, checked_close)
-        task = asyncio.ensure_future(close)
-        await asyncio.wait([task], timeout=self._step_timeout_s)
-        if not task.done():
-            task.cancel()
+        if not await is_done_within(close, self._step_timeout_s):
+            close.cancel()
             logger.warning(f"{self._name}: close took longer than {self._step_timeout_s:.1f} s")
-        elif (error := _raised(task)) is not None:
+        elif (error := _raised(close)) is not None:
             logger.warning(f"{self._name}: close raised {words_of(error)}")
 
     def _constructed(self) -> BaseTextEnv:
@@ -140,35 +139,42 @@ class EnvCalls:
             raise WrongAnswer(f"init_timeout_s must be a number of seconds or None, not {short(env.init_timeout_s)}")
         return env
 
-    async def _threaded(self, call: Callable[[], Any], check: Callable[[Any], Any]) -> Outcome:
-        self._in_thread = self._executor.submit(Outcome.of, lambda: check(call()))
-        return await asyncio.wrap_future(self._in_thread)
+    def _threaded(self, call: Callable[[], Any], check: Callable[[Any], Any]) -> asyncio.Future[Outcome]:
+        try:
+            self._in_thread = self._executor.submit(Outcome.of, lambda: check(call()))
+        except RuntimeError as closed:  # the executor
+            refused: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            refused.set_exception(closed)
+            return refused
+        return asyncio.wrap_future(self._in_thread)
 
-    async def _awaited(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> Outcome:
+    def _awaited(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> asyncio.Future[Outcome]:
+        return asyncio.get_running_loop().create_task(self._outcome(call, check))
+
+    async def _outcome(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> Outcome:
         with Outcome() as outcome:
             outcome.value = check(await call())
         if isinstance(outcome.error, asyncio.CancelledError | GeneratorExit):
             raise outcome.error  # this task is cancelled or closed
         return outcome
 
-    async def _answer(self, what: str, call: Awaitable[Outcome], own_timeout_s: float | None = None) -> Any:
+    async def _answer(self, what: str, call: asyncio.Future[Outcome], own_timeout_s: float | None = None) -> Any:
         started = time.monotonic()
         timeout_s = own_timeout_s or min(self._step_timeout_s, self._seconds_left)
-        task = asyncio.ensure_future(call)
         try:
             with span(f"environment {what.removeprefix('the ')}"):
-                await asyncio.wait([task], timeout=timeout_s)
+                is_done = await is_done_within(call, timeout_s)
         finally:  # also when this episode is cancelled: its call must not run on
-            if not task.done():
-                task.cancel()
+            if not call.done():
+                call.cancel()
         if own_timeout_s is None:
             self._seconds_left -= time.monotonic() - started
-        if not task.done():
+        if not is_done:
             raise EnvFailure(f"{self._name}: {what} took longer than {timeout_s:.1f} s")
-        error = _raised(task)
+        error = _raised(call)
         if error is not None:
             raise failure(error, self._name, what) from error
-        return task.result().value
+        return call.result().value
 
 
 class _Extras(dict[str, Any]):

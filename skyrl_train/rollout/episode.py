@@ -19,6 +19,7 @@ from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
+from skyrl_train.rollout.waiting import is_done_within
 from skyrl_train.spans import span
 from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
 
@@ -74,6 +75,10 @@ class Episode:
             num_attempts=self.attempt + 1,
             seconds=time.monotonic() - started,
         )
+
+    @property
+    def seed(self) -> int:
+        return self.env.seed
 
     @property
     def _session_id(self) -> str:
@@ -162,7 +167,7 @@ async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
     task, cancelled = asyncio.ensure_future(closing), False
     while not task.done():
         try:
-            await asyncio.wait([task])
+            await is_done_within(task, None)
         except asyncio.CancelledError:
             cancelled = True
     task.result()

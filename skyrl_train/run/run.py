@@ -49,7 +49,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.ckpt_interval", "trainer.max_ckpts_to_keep", "trainer.hf_save_interval", "trainer.epochs",
     "trainer.eval_interval", "trainer.eval_before_train", "trainer.eval_batch_size", "trainer.dump_eval_results",
     "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name",
-    "trainer.gradient_checkpointing",
+    "trainer.gradient_checkpointing", "trainer.dump_data_batch",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
     "environment.skyrl_gym.max_env_workers",
@@ -100,7 +100,7 @@ class Run:
         flat = to_flat_dict(config)
         closing.enter_context(run_lock(folder))
         dumps = trainer.dump_eval_results and trainer.eval_interval > 0 and bool(config.data.val_data)
-        if trainer.hf_save_interval > 0 or dumps:
+        if trainer.hf_save_interval > 0 or dumps or trainer.dump_data_batch:
             require_writable("trainer.export_path", Path(trainer.export_path))
         checkpoints = Checkpoints(folder, trainer.max_ckpts_to_keep)
         start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)

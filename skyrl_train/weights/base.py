@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from skyrl_train.engine.base import Engine
-
 if TYPE_CHECKING:
-    from skyrl_train.learner.base import Learner  # which imports from this room
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.learner.base import Learner  # both import from this room
 
 
 class PushFailed(RuntimeError):
@@ -16,6 +15,11 @@ class PushFailed(RuntimeError):
 
 class Weights(Protocol):
     """The way from a learner to an engine."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last push, `weights/...`. Empty where nothing travels."""
+        ...
 
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Let the engine sample from the learner's weights as they are now.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from skyrl_train.engine.base import Engine
 from skyrl_train.weights.base import PushFailed
 
 if TYPE_CHECKING:
-    from skyrl_train.learner.base import Learner  # which imports from this room
+    from skyrl_train.engine.base import Engine
+    from skyrl_train.learner.base import Learner  # both import from this room
 
 
 class InProcessWeights:
@@ -20,6 +20,8 @@ class InProcessWeights:
     An update writes into the very tensors that the engine computes with. Whoever trains while requests are in flight
     pauses the engine before the update; the push resumes it.
     """
+
+    metrics: ClassVar[dict[str, float]] = {}  # nothing travels
 
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Pause the engine, tell it, and resume it. PushFailed if it breaks in between; then it stays paused."""

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
+from skyrl_train import compute
+from skyrl_train.weights.base import PushFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.engine.base import Engine, LoadingEngine
+    from skyrl_train.learner.base import Learner  # both import from this room
+
+T = TypeVar("T")
 ALIGNMENT = 64  # bytes; a tensor that is mapped begins where vector loads like it
 
 
@@ -114,3 +126,119 @@ def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
     rest = memoryview(piece)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+# What rounding alone may move the logprob of a token by, on average over the proof's: bfloat16's was measured between
+# 0.03 and 0.05 on a model of 135M weights. A head that was left behind moves it by several.
+LARGEST_MEAN_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+PROOF_TEXT = "The 3 quick brown foxes said: {'answer': 42} != [0.5, -7]; why? Because x = y**2 + 1, naturally!\n"
+PUBLISH_S = 120.0  # seconds that a learner may write for; a rank that dies ends the wait at once
+BYTES_PER_S = 100e6  # a slow machine's; what loading may take grows with the weights
+
+
+class SharedMemoryWeights:
+    """Pushes weights through memory that the learner's first rank writes and every engine of this machine maps.
+
+    The memory has no name: it is a file that only this process holds open, /proc/PID/fd/N to the others. So nothing is
+    left of it when the processes have gone, however they end.
+    """
+
+    def __init__(self, proof_ids: list[int], compute_dtype: torch.dtype, *, deadline_s: float = 10.0) -> None:
+        """proof_ids: the prompt of the proof, see `proof_ids_of`. deadline_s: what one answer of an engine may take."""
+        if len(proof_ids) < 2:
+            raise ValueError(f"{len(proof_ids)} tokens prove nothing: the first has no logprob")
+        self._proof_ids, self._deadline_s = proof_ids, deadline_s
+        self._limit = LARGEST_MEAN_DIFFERENCE[compute_dtype]
+        self.metrics: dict[str, float] = {}
+
+    async def push(self, learner: Learner, engine: Engine) -> None:
+        """Pause the engine, hand it the learner's weights, compare the logprobs of one prompt, and resume it.
+
+        PushFailed says which of these failed. Then nothing samples from half of the weights: the engine stays paused
+        with the old ones, or, if it was loading or its logprobs are wrong, it is closed.
+        """
+        started, version = time.monotonic(), learner.policy_version
+        try:
+            await self._within(self._deadline_s, "pausing the engine", engine.pause())
+            num_bytes, differences = await self._replace(learner, cast("LoadingEngine", engine))
+            await self._within(self._deadline_s, "the engine", engine.weights_changed(version))
+            await self._within(self._deadline_s, "resuming the engine", engine.resume())
+        except (RuntimeError, OSError, ValueError) as error:
+            raise PushFailed(
+                f"the weights of policy version {version} did not reach the engine, which samples nothing more: {error}"
+            ) from error
+        self.metrics = {
+            "weights/push_seconds": time.monotonic() - started,
+            "weights/megabytes": num_bytes / 1e6,
+            "weights/mean_logprob_difference": sum(differences) / len(differences),
+            "weights/max_logprob_difference": max(differences),
+        }
+
+    async def _replace(self, learner: Learner, engine: LoadingEngine) -> tuple[int, list[float]]:
+        """Return the bytes that were loaded, and how far the engine's logprobs are from the learner's afterwards."""
+        memory = _Memory()
+        try:
+            shared = await self._within(PUBLISH_S, "the learner's writing", _computed(learner.publish, memory.path))
+            differences = await self._load(shared, learner, engine)
+        except BaseException:
+            memory.empty()
+            raise
+        memory.close()
+        return shared.num_bytes, differences
+
+    async def _load(self, shared: SharedWeights, learner: Learner, engine: LoadingEngine) -> list[float]:
+        """Return the differences of the proof. Closes the engine if they are too large or do not come at all."""
+        is_proven = False
+        try:
+            seconds = self._deadline_s + shared.num_bytes / BYTES_PER_S
+            await self._within(seconds, "loading the weights", engine.load_weights(shared))
+            differences = await self._proof(learner, engine)
+            is_proven = True
+            return differences
+        finally:
+            if not is_proven:
+                await engine.close()
+
+    async def _proof(self, learner: Learner, engine: LoadingEngine) -> list[float]:
+        ids = self._proof_ids[: engine.max_model_len - 1]
+        ours = await self._within(PUBLISH_S, "the learner's proof", _computed(learner.logprobs_of_tokens, ids))
+        theirs = await self._within(self._deadline_s, "the engine's proof", engine.logprobs_of_tokens(ids))
+        differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+        mean = sum(differences) / len(differences)
+        if not mean <= self._limit:  # not a number is no proof either
+            raise ValueError(
+                f"the engine's logprobs of {len(differences)} tokens differ from the learner's by {mean:.2g} on "
+                f"average, and rounding explains {self._limit:g}: it does not compute with the learner's weights"
+            )
+        return differences
+
+    @staticmethod
+    async def _within(seconds: float, what: str, answer: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(answer, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{what} took longer than {seconds:g} seconds") from error
+
+
+def proof_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens whose logprobs engine and learner compare after every push."""
+    return tokenizer.encode(PROOF_TEXT, add_special_tokens=False)
+
+
+class _Memory:
+    """A file in memory without a name. Whoever has it mapped keeps it; it goes with the last of them."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("skyrl-weights")
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def empty(self) -> None:
+        """Give the memory back, and keep the number: a rank that writes too late must not find another file there."""
+        os.ftruncate(self._descriptor, 0)
+
+
+def _computed(call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    return asyncio.wrap_future(compute.submit(call, *args))

@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from skyrl_train.cluster.placement import Resources, place
 from skyrl_train.config import (
     AlgorithmConfig,
     BaseConfig,
@@ -27,6 +28,26 @@ from skyrl_train.config import (
     validate_cfg,
 )
 
+OPENENV_LAUNCH = [
+    "data.train_data=['/d/train.parquet']", "data.val_data=['/d/validation.parquet']",
+    "trainer.algorithm.advantage_estimator=grpo", "trainer.policy.model.path=Qwen/Qwen2.5-1.5B-Instruct",
+    "trainer.placement.colocate_all=true", "trainer.strategy=fsdp", "trainer.placement.policy_num_gpus_per_node=4",
+    "trainer.placement.critic_num_gpus_per_node=4", "trainer.placement.ref_num_gpus_per_node=4",
+    "generator.inference_engine.num_engines=4", "generator.inference_engine.tensor_parallel_size=1",
+    "trainer.epochs=20", "trainer.eval_batch_size=4", "trainer.eval_before_train=true", "trainer.eval_interval=5",
+    "trainer.update_epochs_per_batch=1", "trainer.train_batch_size=4", "trainer.policy_mini_batch_size=4",
+    "trainer.micro_forward_batch_size_per_gpu=4", "trainer.micro_train_batch_size_per_gpu=4",
+    "trainer.ckpt_interval=10", "trainer.max_prompt_length=512", "generator.sampling_params.max_generate_length=1024",
+    "generator.sampling_params.temperature=0.6", "generator.sampling_params.top_p=0.95",
+    'generator.sampling_params.stop=["</action>"]', 'generator.eval_sampling_params.stop=["</action>"]',
+    "generator.eval_sampling_params.max_generate_length=1024", "trainer.policy.optimizer_config.lr=1.0e-6",
+    "trainer.algorithm.use_kl_loss=true", "generator.max_turns=1", "generator.inference_engine.backend=vllm",
+    "generator.inference_engine.run_engines_locally=true", "generator.inference_engine.weight_sync_backend=nccl",
+    "generator.batched=false", "environment.env_class=openenv", "generator.use_conversation_multi_turn=false",
+    "generator.n_samples_per_prompt=4", "generator.inference_engine.gpu_memory_utilization=0.8",
+    "trainer.logger=console", "trainer.project_name=openenv", "trainer.run_name=openenv_echo_env_latest",
+    "trainer.resume_mode=latest", "trainer.ckpt_path=/c", "trainer.dump_data_batch=true",
+]  # fmt: skip
 OVERLONG = ["+trainer.algorithm.overlong_buffer.len=512", "+trainer.algorithm.overlong_buffer.penalty_factor=1.0"]
 
 
@@ -156,13 +177,13 @@ def test_overrides_may_be_a_dictionary():
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("num_engines=2", "generator.num_inference_engines=2"),
+        ("num_engines=0", "generator.num_inference_engines=0"),
         ("tensor_parallel_size=4", "generator.inference_engine_tensor_parallel_size=4"),
+        ("pipeline_parallel_size=4", "generator.inference_engine_pipeline_parallel_size=4"),
         ("remote_urls=[a]", "generator.remote_inference_engine_urls=[a]"),
-        ("backend=vllm", "generator.backend=vllm"),
+        ("backend=sglang", "generator.backend=sglang"),
         ("gpu_memory_utilization=0.5", "generator.gpu_memory_utilization=0.5"),
         ("engine_init_kwargs.max_model_len=9", "generator.engine_init_kwargs={max_model_len:9}"),
-        ("enable_http_endpoint=true", "generator.enable_http_endpoint=true"),
     ],
 )
 def test_the_renamed_section_is_refused_as_the_old_one_is(theirs, ours):
@@ -197,7 +218,7 @@ def test_a_launch_command_of_skyrl_ends_with_one_that_starts():
         "trainer.run_name='a run'",
     ]
     pasted = to_paste(*typed)
-    assert pasted == [typed[i] for i in (0, 1, 2, 10, 11, 12, 14, 15)]
+    assert pasted == [text for text in typed if "flash_attn" not in text]
     assert load_config(pasted).trainer.algorithm["overlong_buffer"].len == 512
 
 
@@ -235,7 +256,7 @@ def test_what_is_pasted_is_accepted(typed, pasted):
 
 
 def test_the_command_is_the_one_of_this_process(monkeypatch):
-    typed = ["trainer.strategy=fsdp2", "trainer.run_name='a b'"]
+    typed = ["trainer.flash_attn=true", "trainer.run_name='a b'"]
     monkeypatch.setattr(sys, "argv", ["main.py", *typed])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "my.main", *typed])
     assert refusal(*typed).splitlines()[-1] == """  python -m my.main 'trainer.run_name='"'"'a b'"'"''"""
@@ -243,6 +264,48 @@ def test_the_command_is_the_one_of_this_process(monkeypatch):
         composed = compose("ppo_base_config", overrides=typed)
     with pytest.raises(ConfigError, match=r"This would start:\n  python -m my.main"):
         validate_cfg(composed)
+
+
+def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is():
+    """The keys and values of its run_openenv.sh with NUM_GPUS=4; "console" stands for its wandb, which needs a key."""
+    from integrations.openenv.entrypoints.main_openenv import OpenEnvRunConfig
+
+    config = load_config(OPENENV_LAUNCH, OpenEnvRunConfig)
+    trainer, generator = config.trainer, config.generator
+    assert len(OPENENV_LAUNCH) == 45
+    assert (trainer.strategy, trainer.placement.num_ranks, generator.num_inference_engines) == ("fsdp", 4, 4)
+    assert (generator.backend, generator.gpu_memory_utilization, trainer.dump_data_batch) == ("vllm", 0.8, True)
+    four, one = (Resources(num_gpus=count, num_cores=8) for count in (4, 1))
+    assert place(config, four, on_gpu=True).sharing() == {i: [f"rank {i}", f"engine {i}"] for i in range(4)}
+    with pytest.raises(ValueError, match=r"4 GPUs are needed \(4 for the policy\), and 1 are here"):
+        place(config, one, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["trainer.placement.policy_num_gpus_per_node=2"],
+            "trainer.strategy=single is one learner, but the placement asks for 2 ranks; use trainer.strategy=fsdp2",
+        ),
+        (["trainer.strategy=megatron"], "use trainer.strategy=fsdp2"),
+        (["trainer.placement.policy_num_nodes=2"], "use trainer.placement.policy_num_nodes=1"),
+        (
+            ["trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2",
+             "trainer.placement.ref_num_gpus_per_node=1"],
+            "trainer.placement.ref_num_gpus_per_node=1 cannot differ from "
+            "trainer.placement.policy_num_gpus_per_node=2: the reference policy lies on the devices of the policy",
+        ),
+        (
+            ["generator.weight_sync_backend=nccl", "trainer.placement.colocate_all=false"],
+            "use shared_memory",
+        ),
+        (["generator.backend=vllm", "generator.gpu_memory_utilization=1.5"], "must be above 0 and at most 1"),
+        (["generator.enforce_eager=false"], "has no effect with generator.backend=torch; drop it, or set generator.ba"),
+    ],
+)  # fmt: skip
+def test_a_placement_that_cannot_be_is_refused(overrides, says):
+    assert says in refusal(*overrides)
 
 
 def test_a_root_class_of_ones_own_reaches_a_ray_task():

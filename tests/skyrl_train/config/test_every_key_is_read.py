@@ -20,6 +20,13 @@ READ_OTHERWISE = {
     "generator.sampling_params.logprobs": "both values that are accepted ask for what the engine always does",
     "generator.eval_sampling_params.logprobs": "the same",
     "trainer.logger": "as TrainerConfig.loggers",
+    "trainer.placement.policy_num_nodes": "as PlacementConfig.num_ranks",
+    "trainer.placement.policy_num_gpus_per_node": "the same",
+    "trainer.placement.critic_num_nodes": "its rule: there is nothing that it could differ from the policy's for",
+    "trainer.placement.critic_num_gpus_per_node": "the same",
+    "trainer.placement.ref_num_nodes": "the same",
+    "trainer.placement.ref_num_gpus_per_node": "the same",
+    "generator.weight_sync_backend": "its rule; both values that are accepted ask for what is always done",
     "generator.batched": "its rule; the torch engine always plays all prompts at once",
 }
 

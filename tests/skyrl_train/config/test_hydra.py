@@ -59,8 +59,8 @@ def test_the_default_config_can_be_edited_and_validated():
     cfg.trainer.policy.model.path = "/m"
     assert cfg.trainer.ref.model.path == "/m"
     assert validate_cfg(cfg).trainer.ref.model.path == "/m"
-    cfg.generator.backend = "vllm"
-    with pytest.raises(ConfigError, match=r"generator.backend=vllm"):
+    cfg.generator.backend = "sglang"
+    with pytest.raises(ConfigError, match=r"backend=sglang"):
         validate_cfg(cfg)
 
 

@@ -181,7 +181,12 @@ def test_an_interpolation_that_leads_nowhere_is_named():
 
 
 def test_all_problems_come_in_one_message():
-    overrides = ["trainer.epoch=2", "trainer.seed=x", "trainer.policy.optimizer_config.lr=-1", "generator.backend=vllm"]
+    overrides = [
+        "trainer.epoch=2",
+        "trainer.seed=x",
+        "trainer.policy.optimizer_config.lr=-1",
+        "generator.backend=x",
+    ]
     found = problems(*overrides, "generator.max_turns=2", "generator.max_input_length=10")
     assert len(found) == 5
     with pytest.raises(ConfigError, match=r"2 problems in the configuration:\n- trainer.epoch .*\n- trainer.seed=x"):

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from skyrl_train.config import (
     ConfigError,
     CriticConfig,
+    DynamicSamplingConfig,
     FSDPConfig,
-    PlacementConfig,
     SkyRLConfig,
     TrainerConfig,
     config_dir,
@@ -131,10 +131,10 @@ def test_a_key_that_follows_another_is_compared_when_the_tree_is_checked():
 
 
 def test_types_and_forms_of_a_refused_key_are_read_as_those_of_any_key():
-    load_config(["generator.gpu_memory_utilization='0.8'", "trainer.placement.colocate_all=yes"])
-    load_config(["trainer.placement.policy_num_nodes=${trainer.epochs}"])
-    assert answers(lambda: load_config(["trainer.placement.policy_num_nodes=x"])) == {
-        "trainer.placement.policy_num_nodes=x has the wrong type: expected a whole number"
+    load_config(["trainer.algorithm.lambd='1.0'", "trainer.placement.colocate_policy_ref=yes"])
+    load_config(["trainer.critic.sequence_parallel_size=${trainer.epochs}"])
+    assert answers(lambda: load_config(["trainer.critic.sequence_parallel_size=x"])) == {
+        "trainer.critic.sequence_parallel_size=x has the wrong type: expected a whole number"
     }
     assert answers(lambda: load_config(["trainer.critic=x"])) == {
         "trainer.critic=x is a section; set one of its keys: model, optimizer_config, fsdp_config, "
@@ -165,7 +165,7 @@ def test_an_unknown_name_cannot_be_set(name, value, says):
 @dataclass
 class MyTrainer(TrainerConfig):
     patience: int = 3
-    strategy: str = "mine"  # a field that SkyRL has, too
+    flash_attn: Any = "mine"  # a field that SkyRL has, too
 
     def __post_init__(self) -> None:
         self._half = self.patience / 2
@@ -176,38 +176,38 @@ def test_fields_of_a_subclass_and_keys_of_ones_own_can_be_set():
     config: Any = make_config(trainer_cls=MyTrainer).from_cli_overrides(["trainer.patience=4", "+my.key=1"])
     config.trainer.patience, config.my.key = 5, 2
     config.environment.skyrl_gym.my_env = {"a": 1}
-    assert (config.trainer.patience, config.my.key, config.trainer.strategy) == (5, 2, "mine")
+    assert (config.trainer.patience, config.my.key, config.trainer.flash_attn) == (5, 2, "mine")
     with pytest.raises(ConfigError, match=r"did you mean trainer.patience\?"):
         config.trainer.patiance = 5
 
 
 def test_sections_of_skyrl_are_made_with_their_defaults_only():
-    placement: Any = PlacementConfig(colocate_all=True)
+    sampling: Any = DynamicSamplingConfig(max_sample_batches=30)
     critic: Any = CriticConfig()
-    assert (placement.policy_num_nodes, critic.model.path) == (1, None)
-    with pytest.raises(ConfigError, match=r"trainer.policy.fsdp_config.cpu_offload=true has nothing to do"):
+    assert (sampling.type, critic.model.path) == (None, None)
+    with pytest.raises(ConfigError, match=r"trainer.policy.fsdp_config.cpu_offload=true is not possible yet"):
         FSDPConfig(cpu_offload=True)
     config: Any = load_config([])
-    config.trainer.placement = PlacementConfig()
-    with pytest.raises(ConfigError, match=r"trainer.placement"):
-        config.trainer.placement = FSDPConfig()
+    config.trainer.critic = CriticConfig()
+    with pytest.raises(ConfigError, match=r"trainer.critic"):
+        config.trainer.critic = FSDPConfig()
 
 
 def test_a_constructor_takes_the_default_of_a_refused_key_and_no_other_value():
     section: Any = TrainerConfig
-    trainer = section(epochs=2, strategy="single", placement=PlacementConfig())
-    assert (trainer.epochs, "strategy" in vars(trainer), "placement" in vars(trainer)) == (2, False, False)
-    with pytest.raises(ConfigError, match=r"trainer.strategy=fsdp2 is not possible yet"):
-        section(strategy="fsdp2")
+    trainer = section(epochs=2, flash_attn=False, critic=CriticConfig())
+    assert (trainer.epochs, "flash_attn" in vars(trainer), "critic" in vars(trainer)) == (2, False, False)
+    with pytest.raises(ConfigError, match=r"trainer.flash_attn=true has nothing to do"):
+        section(flash_attn=True)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         section(epoch=2)
-    assert MyTrainer(strategy="other").strategy == "other"
+    assert MyTrainer(flash_attn="other").flash_attn == "other"
 
 
 def test_a_copied_and_a_pickled_tree_keep_these_ways():
     config: Any
     for config in (copy.deepcopy(load_config([])), pickle.loads(pickle.dumps(load_config([])))):
-        assert config.trainer.placement.colocate_all is True
+        assert config.trainer.placement.colocate_policy_ref is True
         with pytest.raises(ConfigError, match=r"did you mean trainer.epochs"):
             config.trainer.epoch = 3
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skyrl_train.engine.base import Completion, Request, SamplingParams
+from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def ask(prompt: str | list[int], session_id: str = "s", **sampling: Any) -> Requ
     return Request(ids, SamplingParams(**settings), session_id)
 
 
-async def answers(engine: TorchEngine, requests: list[Request]) -> list[Completion]:
+async def answers(engine: Engine, requests: list[Request]) -> list[Completion]:
     return await asyncio.gather(*(engine.generate(request) for request in requests))
 
 

@@ -1,0 +1,50 @@
+"""What is said of a process that died: its name, the reason, and the last lines of its output."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from skyrl_train.cluster.actors import Identity
+from skyrl_train.cluster.start import import_ray
+
+NUM_LINES = 12
+TAIL_BYTES = 20_000
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def obituary(name: str, identity: Identity | None, error: BaseException) -> str:
+    """Return "learner rank 1 (process 77) died: ...", and what it wrote last."""
+    who = name if identity is None else f"{name} (process {identity.pid})"
+    lines = last_lines(identity.log) if identity is not None and identity.log else []
+    said = "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+    return f"{who} died: {_reason(error)}{said}"
+
+
+def last_lines(log: str) -> list[str]:
+    """Return the last lines of a file, without colours and empty lines; none if it cannot be read."""
+    try:
+        with Path(log).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [ESCAPES.sub("", line).rstrip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(":")]  # Ray marks a worker's job with :job_id:
+    return kept[-NUM_LINES:]
+
+
+def _reason(error: BaseException) -> str:
+    """Return what Ray says of a death, in one sentence."""
+    text = " ".join(str(error).split())
+    if "connection error code 2" in text:  # Ray has seen no more than its socket being closed
+        return "it was killed, by the system for want of memory or by somebody, or it crashed"
+    found = re.search(r"Worker exit detail: (.*)", text)
+    return (found[1] if found else text).partition(" Some common causes")[0][:400]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error that an actor raised, as it was raised there; other errors as they are."""
+    task_error: Any = import_ray().exceptions.RayTaskError
+    return error.cause if isinstance(error, task_error) and error.cause is not None else error

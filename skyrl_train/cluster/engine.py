@@ -1,0 +1,90 @@
+"""An engine in an actor: requests go to its process, completions come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from skyrl_train.cluster.actors import Identity
+from skyrl_train.cluster.deaths import cause_of, obituary
+from skyrl_train.cluster.start import import_ray
+from skyrl_train.engine.base import Completion, EngineDied, Request
+
+if TYPE_CHECKING:
+    from skyrl_train.weights.shared_memory import SharedWeights
+
+CLOSE_S = 10.0  # for an engine to end what it has started; then its process is killed
+
+
+class RayEngine:
+    """A LoadingEngine in another process. EngineDied, with the last lines, once that is dead."""
+
+    def __init__(self, actor: Any, name: str, identity: Identity, max_model_len: int) -> None:
+        """actor: the handle of an EngineActor that is built."""
+        self._ray = import_ray()
+        self._actor, self._name, self._identity = actor, name, identity
+        self._max_model_len, self._busy_seconds = max_model_len, 0.0
+        self._is_closed = False  # nothing may be asked of Ray then: it may have ended, and would start again
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def busy_seconds(self) -> float:
+        """Return what the engine said with its last completion."""
+        return self._busy_seconds
+
+    async def generate(self, request: Request) -> Completion:
+        completion, busy_seconds = await self._answer(self._actor.generate.remote, request)
+        self._busy_seconds = max(self._busy_seconds, busy_seconds)
+        return completion
+
+    async def pause(self) -> None:
+        await self._answer(self._actor.pause.remote)
+
+    async def load_weights(self, shared: SharedWeights) -> None:
+        await self._answer(self._actor.load_weights.remote, shared)
+
+    async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        return await self._answer(self._actor.logprobs_of_tokens.remote, ids)
+
+    async def weights_changed(self, policy_version: int) -> None:
+        await self._answer(self._actor.weights_changed.remote, policy_version)
+
+    async def resume(self) -> None:
+        await self._answer(self._actor.resume.remote)
+
+    async def forget(self, session_id: str) -> None:
+        """Say so and do not wait; a dead engine has forgotten everything."""
+        if not self._is_closed:
+            self._actor.forget.remote(session_id)
+
+    async def close(self) -> None:
+        """Let the engine end what it has started, then end its process."""
+        if self._is_closed:
+            return
+        try:
+            await asyncio.wait_for(self._answer(self._actor.close.remote), CLOSE_S)
+        except (EngineDied, TimeoutError):
+            pass
+        finally:
+            self._is_closed = True
+            self._ray.kill(self._actor)
+
+    async def _answer(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the actor. A caller that gives up cancels the call in the other process, too."""
+        if self._is_closed:
+            raise EngineDied(f"{self._name} was closed")
+        call = method(*args)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if not self._is_closed:
+                self._ray.cancel(call)
+            raise
+        except self._ray.exceptions.RayActorError as error:
+            raise EngineDied(obituary(self._name, self._identity, error)) from None
+        except self._ray.exceptions.RayTaskError as error:
+            raise cause_of(error) from error

@@ -1,0 +1,159 @@
+"""Start the processes of a run where the placement puts them, and give the driver a learner and an engine of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from skyrl_train import compute
+from skyrl_train.cluster.actors import EngineActor, LearnerRank
+from skyrl_train.cluster.deaths import cause_of, obituary
+from skyrl_train.cluster.engine import RayEngine
+from skyrl_train.cluster.learner import RayLearner
+from skyrl_train.cluster.parts import ComputingParts
+from skyrl_train.cluster.placement import Placement
+from skyrl_train.cluster.session import RaySession
+from skyrl_train.cluster.start import registered_by_users
+from skyrl_train.engine.base import EngineDied, LoadingEngine
+from skyrl_train.engine.pool import EnginePool
+from skyrl_train.weights.shared_memory import SharedMemoryWeights, proof_ids_of
+
+if TYPE_CHECKING:
+    from skyrl_train.entrypoints.experiment import BasePPOExp
+
+T = TypeVar("T")
+REQUESTS_AT_ONCE = 100_000  # calls that an engine's actor answers beside each other
+START_S = 900.0  # for an engine to load its model
+
+
+@dataclass
+class Cluster:
+    """The processes of one run. `exp` builds each part in its process."""
+
+    exp: BasePPOExp
+    placement: Placement
+    session: RaySession
+    _group: Any = None  # of GPUs: one bundle for each rank, and behind them one for each engine that shares none
+    _rank_gpus: list[list[int]] = field(default_factory=list)
+    _actors: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, exp: BasePPOExp, placement: Placement) -> Cluster:
+        cluster = cls(exp, placement, RaySession())
+        try:
+            if placement.on_gpu:
+                cluster._group = cluster.session.group(cluster._bundles())
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    def start_ranks(self) -> RayLearner:
+        """Start the processes of the ranks; they hold no policy yet."""
+        ray = self.session.ray
+        ranks = [self._rank(ray, rank) for rank in range(len(self.placement.ranks))]
+        if self.placement.on_gpu:
+            self._rank_gpus = ray.get([rank.gpu_ids.remote() for rank in ranks])
+        return RayLearner(ranks, ray.get([rank.identity.remote() for rank in ranks]))
+
+    async def start_engine(self, index: int) -> LoadingEngine:
+        """Start one engine; also one that takes the place of a dead one."""
+        actor = self._engine(self.session.ray, index)
+        name, identity = f"engine {index} of {len(self.placement.engines)}", None
+        exceptions = self.session.ray.exceptions
+        try:
+            identity = await actor.identity.remote()
+            max_model_len = await actor.build.remote(self.exp)
+        except exceptions.RayActorError as error:
+            raise EngineDied(obituary(name, identity, error)) from None
+        except exceptions.RayTaskError as error:
+            self.session.ray.kill(actor)
+            raise cause_of(error) from error
+        except BaseException:
+            self.session.ray.kill(actor)
+            raise
+        return RayEngine(actor, name, identity, max_model_len)
+
+    async def start_engines(self) -> EnginePool:
+        """Start all engines at the same time."""
+        count = len(self.placement.engines)
+        return EnginePool(await asyncio.gather(*map(self.start_engine, range(count))), self.start_engine)
+
+    def close(self) -> None:
+        """End every process of the run, also where Ray itself is another's and goes on."""
+        for actor in self._actors:
+            self.session.ray.kill(actor)
+        if self._group is not None:
+            self.session.ray.util.remove_placement_group(self._group)
+        self.session.close()
+
+    def _bundles(self) -> list[dict[str, float]]:
+        placement = self.placement
+        apart = [engine for engine in placement.engines if not set(engine) & set(placement.ranks)]
+        return [{"GPU": 1.0} for _ in placement.ranks] + [{"GPU": float(len(engine))} for engine in apart]
+
+    def _rank(self, ray: Any, rank: int) -> Any:
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1}}
+        options["runtime_env"] = {"env_vars": self.session.environment(**self._threads())}
+        if self.placement.on_gpu:
+            options |= {"num_gpus": 1, "scheduling_strategy": self._in_bundle(rank)}
+        count = len(self.placement.ranks)
+        return self._made(ray, LearnerRank, options, rank, count, self._num_threads, registered_by_users())
+
+    def _engine(self, ray: Any, index: int) -> Any:
+        """Start the actor. On shared GPUs it gets those of its ranks by name, and asks Ray for none."""
+        placement, devices = self.placement, self.placement.engines[index]
+        variables = self._threads()
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": REQUESTS_AT_ONCE}
+        if placement.on_gpu and set(devices) & set(placement.ranks):
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for d in devices for gpu in self._rank_gpus[d])
+            variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+            options["scheduling_strategy"] = self._in_bundle(devices[0])
+        elif placement.on_gpu:
+            bundle = len(placement.ranks) + index
+            options |= {"num_gpus": len(devices), "scheduling_strategy": self._in_bundle(bundle)}
+        options["runtime_env"] = {"env_vars": self.session.environment(**variables)}
+        return self._made(ray, EngineActor, options, self._num_threads)
+
+    @property
+    def _num_threads(self) -> int | None:
+        return None if self.placement.on_gpu else self.placement.num_threads
+
+    def _threads(self) -> dict[str, str]:
+        """Return what OpenMP reads when it is loaded: Ray would set it to 1."""
+        return {} if self._num_threads is None else {"OMP_NUM_THREADS": str(self._num_threads)}
+
+    def _in_bundle(self, index: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+
+    def _made(self, ray: Any, cls: type, options: dict[str, Any], *args: Any) -> Any:
+        groups = options.pop("concurrency_groups", None)
+        remote = ray.remote(concurrency_groups=groups)(cls) if groups else ray.remote(cls)
+        self._actors.append(remote.options(**options).remote(*args))
+        return self._actors[-1]
+
+
+@asynccontextmanager
+async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[ComputingParts]:
+    """Start everything, and end it with the block. `exp` is BasePPOExp.for_other_processes()."""
+    cluster = await _in_compute_thread(Cluster.start, exp, placement)
+    try:
+        learner = await _in_compute_thread(cluster.start_ranks)
+        try:
+            engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+            weights = SharedMemoryWeights(proof_ids_of(exp.tokenizer), exp.compute_dtype)
+            yield ComputingParts(learner, engine, weights)
+        finally:
+            learner.close()
+            await _in_compute_thread(lambda: None)  # a call that was under way there has ended, and asks Ray no more
+    finally:
+        cluster.close()
+
+
+def _in_compute_thread(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    return asyncio.wrap_future(compute.submit(call, *args))

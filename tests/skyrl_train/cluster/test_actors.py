@@ -1,0 +1,178 @@
+"""Learner ranks and engines in processes of their own, under a Ray of the tests' own: calls, numbers, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from skyrl_gym.envs import deregister, register
+from skyrl_train.algorithms.advantages import add_advantages
+from skyrl_train.cluster.engine import RayEngine
+from skyrl_train.cluster.launch import Cluster
+from skyrl_train.cluster.learner import RayLearner
+from skyrl_train.cluster.placement import Placement
+from skyrl_train.cluster.session import RaySession
+from skyrl_train.config import load_config
+from skyrl_train.engine.base import EngineDied, Request, SamplingParams
+from skyrl_train.entrypoints.experiment import BasePPOExp
+from skyrl_train.learner.base import LearnerDied
+from skyrl_train.learner.learner import TorchLearner
+from skyrl_train.weights.shared_memory import read_shared
+from tests.fakes import EvenEnv
+from tests.skyrl_train.batches import random_batch
+from tests.skyrl_train.cluster.runs import TWO, arguments, write_given
+
+pytest.importorskip("ray", reason="needs Ray: uv sync --inexact --extra cluster")
+IDS = [5, 9, 2, 77, 120, 31]
+
+
+@dataclass
+class Started:
+    """Two ranks and one engine, with the experiment that they were built by."""
+
+    exp: BasePPOExp
+    cluster: Cluster
+    learner: RayLearner
+    engine: RayEngine
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    register("even", EvenEnv)
+    folder = tmp_path_factory.mktemp("cluster")
+    exp = BasePPOExp(load_config([*arguments(write_given(folder), folder / "run"), *TWO]))
+    cluster = Cluster(exp.for_other_processes(), exp.placement, RaySession(num_gpus=3))
+    try:
+        learner = cluster.start_ranks()
+        learner.build(cluster.exp)
+        engine = asyncio.run(cluster.start_engine(0))
+        assert isinstance(engine, RayEngine)
+        yield Started(exp, cluster, learner, engine)
+    finally:
+        cluster.close()
+        deregister("even")
+
+
+def one_process(exp: BasePPOExp) -> TorchLearner:
+    """The learner that the same settings give in this process."""
+    return TorchLearner(
+        exp.get_policy(),
+        exp.trainer_section,
+        num_training_steps=4,
+        temperature=1.0,
+        reference=exp.get_reference(exp.get_policy()),
+    )
+
+
+def test_two_ranks_learn_what_one_process_learns_and_both_ways_of_the_batch_keep_every_number(started, tmp_path):
+    exp, learner = started.exp, started.learner
+    ours = one_process(exp)
+    batch = random_batch(num_prompts=2)
+    theirs, alone = learner.add_logprobs(batch), ours.add_logprobs(batch)
+    assert theirs.ref_logprobs is not None
+    assert alone.ref_logprobs is not None
+    torch.testing.assert_close(theirs.ref_logprobs, alone.ref_logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(theirs.input_ids, batch.input_ids)
+    told: list[tuple[int, int]] = []
+    algorithm = exp.cfg.trainer.algorithm
+    got = learner.update(add_advantages(theirs, algorithm), lambda done, total: told.append((done, total)))
+    expected = ours.update(add_advantages(alone, algorithm))
+    assert got.keys() == expected.keys()
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (learner.policy_version, ours.policy_version) == (1, 1)
+    assert all(done <= total for done, total in told)
+    published = dict(read_shared(learner.publish(tmp_path / "weights")))
+    for name, weight in read_shared(ours.publish(tmp_path / "alone")):
+        torch.testing.assert_close(published[name], weight, atol=1e-6, rtol=1e-5)
+
+
+async def test_an_engine_with_pushed_weights_has_the_learners_logprobs_and_samples_by_seed(started, tmp_path):
+    engine, learner = started.engine, started.learner
+    await engine.pause()
+    await engine.load_weights(learner.publish(tmp_path / "weights"))
+    await engine.weights_changed(7)
+    await engine.resume()
+    assert await engine.logprobs_of_tokens(IDS) == pytest.approx(learner.logprobs_of_tokens(IDS), abs=1e-4)
+    requests = [Request(IDS, SamplingParams(max_tokens=6, seed=seed), f"session {seed}") for seed in (1, 2, 1)]
+    one, two, again = await asyncio.gather(*(engine.generate(request) for request in requests))
+    assert one.response_ids == again.response_ids != two.response_ids
+    assert one.policy_version == 7
+    assert engine.busy_seconds > 0
+
+
+async def test_an_error_of_the_other_process_arrives_as_it_was_raised(started):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        await started.engine.generate(Request([], SamplingParams(max_tokens=2), "s"))
+    with pytest.raises(ValueError, match="the batch has no advantages"):
+        started.learner.update(random_batch())
+
+
+def test_what_the_ranks_write_one_process_reads(started, tmp_path):
+    started.learner.save(tmp_path / "saved")
+    alone = one_process(started.exp)
+    alone.load(tmp_path / "saved")
+    assert alone.policy_version == started.learner.policy_version == 1
+    assert alone.logprobs_of_tokens(IDS) == pytest.approx(started.learner.logprobs_of_tokens(IDS), abs=1e-5)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir() if path.suffix == ".safetensors") == [
+        "rank_0_of_2.safetensors", "rank_1_of_2.safetensors",
+    ]  # fmt: skip
+
+
+def test_every_process_sees_the_gpus_of_its_place(started):
+    """Ray takes our word for three GPUs: rank 0 and engine 0 share one, engine 1 lies apart in another test's words."""
+    session, exp = started.cluster.session, started.cluster.exp
+    shared = Cluster(exp, Placement(True, False, (0, 1), ((0, 1),), 1), session, session.group([{"GPU": 1.0}] * 2))
+    ranks = shared.start_ranks()
+    engine = shared._engine(session.ray, 0)
+    try:
+        seen = [identity.gpus for identity in ranks._identities]
+        assert len(set(seen)) == 2
+        assert session.ray.get(engine.identity.remote()).gpus == ",".join(map(str, seen))
+        with pytest.raises(ValueError, match="4 GPUs are needed, and Ray's cluster has 3"):
+            session.group([{"GPU": 2.0}, {"GPU": 2.0}])
+    finally:
+        ranks.close()
+        session.ray.kill(engine)
+        session.ray.util.remove_placement_group(shared._group)
+
+
+async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
+    engine = await started.cluster.start_engine(1)
+    long = Request(IDS, SamplingParams(max_tokens=400, min_tokens=400, seed=1), "s")
+    waiting = [asyncio.create_task(engine.generate(long)) for _ in range(3)]
+    await asyncio.sleep(0.2)
+    os.kill(engine._identity.pid, signal.SIGKILL)
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(outcome, EngineDied)
+        assert f"engine 1 of 2 (process {engine._identity.pid}) died: it was killed" in str(outcome)
+    await engine.close()
+
+
+def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_waits_for_it(started, tmp_path):
+    """The last test of this module: the ranks are gone after it."""
+    pid, log = started.learner._identities[1].pid, started.learner._identities[1].log
+    assert log is not None
+    with Path(log).open("a") as file:
+        file.write("what rank 1 said last\n")
+    batch = started.learner.add_logprobs(random_batch(num_prompts=2))
+    batch = add_advantages(batch, started.exp.cfg.trainer.algorithm)
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(LearnerDied) as caught:
+        started.learner.update(batch)
+    assert time.monotonic() - began < 10
+    assert f"learner rank 1 of 2 (process {pid}) died: it was killed" in str(caught.value)
+    assert str(caught.value).endswith("what rank 1 said last")
+    with pytest.raises(LearnerDied):
+        started.learner.publish(tmp_path / "weights")
+    began = time.monotonic()
+    started.learner.close()
+    assert time.monotonic() - began < 5

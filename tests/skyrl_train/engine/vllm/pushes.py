@@ -1,0 +1,141 @@
+"""Weights on their way into vLLM: whole and proven, or the engine is dead. `test_vllm.py` runs this in a process apart.
+
+The last tests end the engines, so their order counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+
+from skyrl_train.engine.base import EngineDied
+from skyrl_train.learner.learner import TorchLearner
+from skyrl_train.policy.lora import merged_weights
+from skyrl_train.weights.base import PushFailed
+from skyrl_train.weights.shared_memory import SharedWeights, write_shared
+from tests.skyrl_train.engine.conftest import answers, ask
+from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
+from tests.skyrl_train.engine.vllm.conftest import learner_of, policy_of, started, weights_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+LONG: dict[str, Any] = {"min_tokens": 300, "max_tokens": 300}
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def untied(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    engine = await started(
+        tmp_path_factory.mktemp("untied"), tie_word_embeddings=False, logprobs_mode="processed_logprobs"
+    )
+    yield engine
+    await engine.close()
+
+
+def head_of(policy: Any) -> torch.Tensor:
+    return policy.module.get_output_embeddings().weight
+
+
+async def test_the_head_is_the_pushed_one_also_where_the_embedding_is_the_head(vllm_engine):
+    """vLLM itself keeps a tied head's packed copy: logprobs are then off by several nats, and nothing is said."""
+    for version in (1, 2, 3):
+        weights = weights_of()
+        await weights.push(learner_of(policy_of(version, tie_word_embeddings=True), version), vllm_engine)
+        assert weights.metrics["weights/max_logprob_difference"] < 1e-4
+        assert weights.metrics["weights/push_seconds"] > 0
+
+
+async def test_a_push_among_many_replies_loses_none_and_each_says_its_oldest_version(vllm_engine):
+    policy = policy_of(7, tie_word_embeddings=True)
+    await weights_of().push(learner_of(policy, 4), vllm_engine)
+    replies = [
+        asyncio.create_task(vllm_engine.generate(ask("a", f"{i}", seed=i, min_tokens=n, max_tokens=n)))
+        for i, n in enumerate([300] * 8 + [20] * 8)  # eight at once: the short ones begin after the long ones
+    ]
+    await asyncio.sleep(0.3)
+    await weights_of().push(learner_of(policy_of(8, tie_word_embeddings=True), 5), vllm_engine)
+    completions = await asyncio.gather(*replies)
+    assert [len(completion.response_ids) for completion in completions] == [300] * 8 + [20] * 8
+    assert [completion.policy_version for completion in completions] == [4] * 8 + [5] * 8
+
+
+async def test_the_next_turn_finds_its_history_in_the_cache_until_the_weights_change(vllm_engine):
+    learner = learner_of(policy_of(3, tie_word_embeddings=True), 6)
+    await weights_of().push(learner, vllm_engine)
+    first = ask(PROMPT * 2, "episode", min_tokens=20, max_tokens=20)
+    reply = await vllm_engine.generate(first)
+    before = vllm_engine.tokens_reused
+    second = ask([*first.prompt_ids, *reply.response_ids, *range(40)], "episode", min_tokens=1, max_tokens=1)
+    await vllm_engine.generate(second)
+    assert vllm_engine.tokens_reused - before == 96  # of 106 known tokens: whole blocks of 32
+    before = vllm_engine.tokens_reused
+    await weights_of().push(learner, vllm_engine)
+    await vllm_engine.generate(second)
+    assert vllm_engine.tokens_reused == before
+
+
+async def test_an_engine_without_weights_samples_nothing(untied):
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        await untied.generate(ask("a"))
+
+
+async def test_a_head_of_its_own_and_logprobs_at_any_temperature(untied):
+    policy, weights = policy_of(2, tie_word_embeddings=False), weights_of()
+    await weights.push(learner_of(policy, 1), untied)
+    assert weights.metrics["weights/max_logprob_difference"] < 1e-4
+    requests = [ask(PROMPT, f"{i}", seed=i, temperature=0.5 + i / 4, max_tokens=30) for i in range(6)]
+    requests.append(ask(PROMPT, "greedy", temperature=0, max_tokens=30))
+    for request, completion in zip(requests, await answers(untied, requests), strict=True):
+        assert_learner_agrees(policy, request, completion)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"min_tokens": 2}]
+)
+async def test_a_request_whose_logprobs_would_be_others_is_refused(untied, cut):
+    with pytest.raises(ValueError, match="processed_logprobs, which are not those that the learner"):
+        await untied.generate(ask("a", temperature=0.7, **cut))
+
+
+class Partial(TorchLearner):
+    """Publishes only the first half of its weights, as a rank with a bug might."""
+
+    def publish(self, path: Path) -> SharedWeights:
+        named = list(merged_weights(self.policy.module))
+        return write_shared(named[: len(named) // 2], path, self.policy_version)
+
+
+async def test_half_a_list_of_weights_is_never_sampled_from(untied):
+    """vLLM alone takes it without an error and computes with a mixture."""
+    learner = learner_of(policy_of(5, tie_word_embeddings=False), 2)
+    learner.__class__ = Partial
+    running = asyncio.create_task(untied.generate(ask("a", temperature=0.7, max_tokens=400)))
+    with pytest.raises(PushFailed, match=r"version 2 were not loaded: .*version 2 lacks \d+ weights"):
+        await weights_of().push(learner, untied)
+    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(EngineDied, match="not loaded"):
+        await untied.generate(ask("b"))
+
+
+async def test_the_death_of_vllms_processes_reaches_everyone_who_waits(vllm_engine):
+    running = [asyncio.create_task(vllm_engine.generate(ask("a", f"{i}", **LONG))) for i in range(12)]
+    await asyncio.sleep(0.2)
+    for process in psutil.Process().children(recursive=True):
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        outcomes = await asyncio.gather(*running, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {EngineDied}
+        for call in (vllm_engine.generate(ask("b")), vllm_engine.pause(), vllm_engine.logprobs_of_tokens([1, 2])):
+            with pytest.raises(EngineDied, match="a process of vLLM died"):
+                await call
+        with pytest.raises(PushFailed, match="a process of vLLM died"):
+            await weights_of().push(learner_of(policy_of(3, tie_word_embeddings=True), 9), vllm_engine)
+    await vllm_engine.forget("a")

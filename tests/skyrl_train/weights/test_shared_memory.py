@@ -1,0 +1,129 @@
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skyrl_train.engine.base import EngineDied
+from skyrl_train.learner.learner import TorchLearner
+from skyrl_train.weights.base import PushFailed
+from skyrl_train.weights.shared_memory import SharedMemoryWeights, SharedWeights, proof_ids_of
+from tests.skyrl_train.engine.conftest import ask, until_step
+from tests.skyrl_train.engine.vllm.conftest import LoadingTorchEngine, learner_of, policy_of, weights_of
+from tests.tiny_models import tiny_tokenizer
+
+LONG: dict[str, Any] = {"min_tokens": 300, "max_tokens": 300}
+
+
+@pytest.fixture
+async def engine():
+    engine = LoadingTorchEngine(policy_of(1))
+    yield engine
+    await engine.close()
+
+
+def memory_open() -> int:
+    """Bytes of weights that this process still holds in memory without a name."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
+    return sum(os.stat(link).st_size for link in links if "memfd:skyrl" in os.readlink(link))
+
+
+async def test_the_engine_samples_from_the_learners_weights_and_the_proof_is_a_metric(engine):
+    policy, weights = policy_of(2), weights_of()
+    await weights.push(learner_of(policy, 7), engine)
+    completion = await engine.generate(ask("a", seed=1))
+    assert completion.policy_version == 7
+    assert weights.metrics["weights/max_logprob_difference"] < 1e-5
+    num_weights = sum(weight.numel() for weight in policy.module.parameters())
+    assert weights.metrics["weights/megabytes"] == pytest.approx(4e-6 * num_weights, rel=0.05)
+    assert memory_open() == 0
+
+
+class SomeoneElse(TorchLearner):
+    """Computes with other weights than it publishes."""
+
+    def publish(self, path: Path) -> SharedWeights:
+        return learner_of(policy_of(3), self.policy_version).publish(path)
+
+
+class Breaks(TorchLearner):
+    def publish(self, path: Path) -> SharedWeights:
+        path.write_bytes(bytes(5000))
+        raise OSError(28, "No space left on device")
+
+
+async def test_an_engine_that_computes_something_else_is_closed(engine):
+    learner = learner_of(policy_of(2), 4)
+    learner.__class__ = SomeoneElse
+    running = asyncio.create_task(engine.generate(ask("a", **LONG)))
+    await until_step(engine, 2)
+    with pytest.raises(PushFailed, match=r"version 4 did not reach .* differ from the learner's by [\d.]+ on average"):
+        await weights_of().push(learner, engine)
+    with pytest.raises(EngineDied):
+        await running
+    assert memory_open() == 0
+
+
+async def test_a_learner_that_cannot_write_leaves_the_old_weights_and_a_paused_engine(engine):
+    weights = weights_of()
+    await weights.push(learner_of(policy_of(2), 1), engine)
+    learner = learner_of(policy_of(3), 2)
+    learner.__class__ = Breaks
+    with pytest.raises(PushFailed, match=r"version 2 did not reach the engine.*No space left"):
+        await weights.push(learner, engine)
+    waiting = asyncio.create_task(engine.generate(ask("a")))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    assert memory_open() == 0
+    await weights.push(learner_of(policy_of(3), 3), engine)
+    assert (await waiting).policy_version == 3
+
+
+@pytest.mark.parametrize("silent", ["pause", "load_weights", "logprobs_of_tokens", "weights_changed", "resume"])
+async def test_an_engine_that_falls_silent_is_named_within_the_deadline(engine, monkeypatch, silent):
+    async def never(*_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(engine, silent, never)
+    weights = SharedMemoryWeights(proof_ids_of(tiny_tokenizer()), torch.float32, deadline_s=0.2)
+    async with asyncio.timeout(5):
+        with pytest.raises(PushFailed, match=r"took longer than 0\.2"):
+            await weights.push(learner_of(policy_of(2), 1), engine)
+    waiting = asyncio.create_task(engine.generate(ask("a")))
+    await asyncio.sleep(0.1)
+    if silent in ("load_weights", "logprobs_of_tokens"):  # it may hold anything
+        with pytest.raises(EngineDied):
+            await waiting
+    waiting.cancel()
+    assert memory_open() == 0
+    assert weights.metrics == {}
+
+
+async def test_logprobs_that_are_no_numbers_prove_nothing(engine, monkeypatch):
+    async def nothing(ids: list[int]) -> list[float]:
+        return [float("nan")] * (len(ids) - 1)
+
+    monkeypatch.setattr(engine, "logprobs_of_tokens", nothing)
+    with pytest.raises(PushFailed, match="by nan on average"):
+        await weights_of().push(learner_of(policy_of(2), 1), engine)
+
+
+async def test_the_proof_fits_into_a_short_context(engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_model_len", 8)
+    asked: list[int] = []
+    answer = engine.logprobs_of_tokens
+
+    async def listening(ids: list[int]) -> list[float]:
+        asked.extend(ids)
+        return await answer(ids)
+
+    monkeypatch.setattr(engine, "logprobs_of_tokens", listening)
+    await weights_of().push(learner_of(policy_of(2), 1), engine)
+    assert len(asked) == 7  # vLLM samples one token behind it
+
+
+def test_a_proof_needs_two_tokens():
+    with pytest.raises(ValueError, match="1 tokens prove nothing"):
+        SharedMemoryWeights([5], torch.float32)
