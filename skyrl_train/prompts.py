@@ -128,9 +128,9 @@ class PromptSchedule:
         return self.num_rows % self.batch_size
 
     def epoch(self, step: int) -> int:
-        """Return the epoch of a step, counted from 0."""
-        if not 1 <= step <= self.num_steps:
-            raise ValueError(f"step {step} is not one of the steps 1 to {self.num_steps}")
+        """Return the epoch of a step, counted from 0. Dynamic sampling goes on into further epochs."""
+        if step < 1:
+            raise ValueError(f"step {step}: steps count from 1")
         return (step - 1) // self.steps_per_epoch
 
     def batch(self, step: int) -> list[int]:
@@ -162,7 +162,7 @@ class TrainPrompts:
         }
 
     def take(self, step: int) -> list[Prompt]:
-        """Return the prompts of a step; steps count from 1."""
+        """Return the prompts of a step; steps count from 1. With dynamic sampling a step may take those of several."""
         return [self.dataset[row] for row in self.schedule.batch(step)]
 
 

@@ -29,7 +29,8 @@ NEVER_CALLED: Mapping[str, str] = {
     "compute_advantages_and_returns": ESTIMATOR,
     "train_critic_and_policy": LOSS,
     "_execute_training_step": LOSS,
-    "handle_dynamic_sampling": "filter in postprocess_generator_output by setting loss_masks to 0",
+    "handle_dynamic_sampling": "set trainer.algorithm.dynamic_sampling.type, or set loss_masks to 0 in "
+    "postprocess_generator_output",
     "build_models": "override get_policy(), get_reference(policy) or get_learner(policy) of the experiment",
     "init_weight_sync_state": "the engine reads the learner's weights; drop the method",
     "sync_policy_weights_to_inference_engines": "the engine reads the learner's weights; drop the method",

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,9 +26,11 @@ from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
+from skyrl_train.rollout.dynamic_sampling import DynamicSampling
 from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
 from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
+from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.run.checkpoint import State, random_states, set_random_states
 from skyrl_train.run.metrics import PHASES, rollout_metrics
 from skyrl_train.run.run import Run, RunRefused
@@ -67,6 +69,7 @@ class Trainer:
     users: RayPPOTrainer | None = None  # the user's hook and callbacks, as SkyRL has them
     shape_rewards: Callable[[list[Group]], Any] | None = None  # the experiment's hook
     global_step: int = 0
+    num_batches: int = 0  # of prompts, played so far: one a step, or more with dynamic sampling
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
     standstill: Standstill = field(default_factory=Standstill)
@@ -108,11 +111,10 @@ class Trainer:
 
     async def step(self) -> Metrics:
         """Walk once from prompts to new weights; `global_step` still counts the steps before it."""
-        prompts = self.prompts.take(self.global_step + 1)
-        groups = await self._shaped(await self._collect(prompts))  # prompt -> episode -> trajectory
+        groups, measured = await self._play()  # prompt -> episode -> trajectory
         samples = self._to_samples(groups)  # -> sample
         if not samples:  # no episode sampled a token: the step counts, and there is nothing to update with
-            return rollout_metrics(groups)
+            return measured
         batch = pack(samples)  # -> batch
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
@@ -123,7 +125,7 @@ class Trainer:
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
             await self.weights.push(self.learner, self.engine)
-        return rollout_metrics(groups) | advantage_metrics(batch) | kl_values | metrics | self.weights.metrics
+        return measured | advantage_metrics(batch) | kl_values | metrics | self.weights.metrics
 
     async def timed_step(self) -> Metrics:
         self.timings = {}
@@ -170,6 +172,7 @@ class Trainer:
         return {
             "trainer_state": {
                 "global_step": self.global_step,
+                "num_batches": self.num_batches,
                 "num_tokens": self.num_tokens,
                 "random": random_states(),
                 "kl_controller": self.kl_controller.state_dict(),
@@ -188,6 +191,7 @@ class Trainer:
             self.kl_controller.load_state_dict(saved["kl_controller"])
             set_random_states(saved["random"])
             self.global_step, self.num_tokens = start.step, saved["num_tokens"]
+            self.num_batches = saved.get("num_batches", start.step)
         await self.weights.push(self.learner, self.engine)
 
     async def close(self) -> None:
@@ -196,6 +200,23 @@ class Trainer:
             await self.engine.close()  # behind whatever the compute thread is still doing, an update included
         finally:
             self.learner.close()
+
+    async def _play(self) -> tuple[list[Group], Metrics]:
+        """Return the groups to learn from, and the metrics of all that were played.
+
+        They are those of one batch of prompts, or of as many as dynamic sampling needs.
+        """
+        trainer = self.config.trainer
+        seed = derive_seed("dynamic sampling", trainer.seed, self.global_step + 1)
+        rollout = DynamicSampling(trainer.algorithm.dynamic_sampling, self.prompts.schedule.batch_size, seed)
+        played: list[Group] = []
+        while not rollout.is_done:
+            prompts = self.prompts.take(self.num_batches + 1)
+            self.num_batches += 1
+            groups = await self._collect([replace(prompt, uid=rollout.uid_of(prompt)) for prompt in prompts])
+            played += (shaped := await self._shaped(groups))
+            rollout.add(self._without_pay_for_cuts(shaped))
+        return rollout.groups, rollout_metrics(played) | rollout.metrics()
 
     def _save_learner(self, folder: Path) -> None:
         """Write the learner's files from another thread than the one that computes."""
@@ -210,7 +231,7 @@ class Trainer:
         busy_before = self.engine.busy_seconds
         with self._timed("generate"):
             groups = await self.collector.collect(this_round, on_episode)
-        self.timings["timing/engine"] = self.engine.busy_seconds - busy_before
+        self._add_time("timing/engine", self.engine.busy_seconds - busy_before)
         self.run.keep("train", step, groups)
         return groups
 
@@ -235,13 +256,16 @@ class Trainer:
         self.users.fire(event, CallbackInput(now, epoch, schedule.num_steps, schedule.steps_per_epoch, **fields))
 
     def _to_samples(self, groups: list[Group]) -> list[Sample]:
-        generator = self.config.generator
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        if generator.zero_reward_on_non_stop:
-            trajectories = [zero_reward_on_non_stop(trajectory) for trajectory in trajectories]
         samples = to_samples(trajectories)
         self.num_tokens += sum(sum(sample.loss_mask) for sample in samples)
-        return mask_overlong(samples, trajectories) if generator.apply_overlong_filtering else samples
+        return mask_overlong(samples, trajectories) if self.config.generator.apply_overlong_filtering else samples
+
+    def _without_pay_for_cuts(self, groups: list[Group]) -> list[Group]:
+        """Take the reward of episodes that a length limit ended, if generator.zero_reward_on_non_stop says so."""
+        if not self.config.generator.zero_reward_on_non_stop:
+            return groups
+        return [Group(group.prompt, [zero_reward_on_non_stop(t) for t in group.trajectories]) for group in groups]
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
         """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""
@@ -264,7 +288,10 @@ class Trainer:
         started = time.monotonic()
         with span(PHASES.get(name, name)):
             yield
-        self.timings[f"timing/{name}"] = time.monotonic() - started
+        self._add_time(f"timing/{name}", time.monotonic() - started)
+
+    def _add_time(self, name: str, seconds: float) -> None:
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
 
     def _is_due(self, interval: int) -> bool:
         """Return whether this step ends an interval or is the last one; an interval that is not positive never ends."""

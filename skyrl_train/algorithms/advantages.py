@@ -115,6 +115,13 @@ def rloo(batch: Batch) -> tuple[Tensor, Tensor]:
     return _on_tokens(leave_one_out_advantages(scores, groups), trajectory_of_sample, batch)
 
 
+@register_advantage_estimator("maxrl")
+def maxrl(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean-normalised advantages of the trajectory scores, on every trained token of the trajectory."""
+    scores, groups, trajectory_of_sample = trajectory_scores(batch)
+    return _on_tokens(mean_normalized_advantages(scores, groups), trajectory_of_sample, batch)
+
+
 @register_advantage_estimator("reinforce++")
 def reinforce_plus_plus(batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
     """REINFORCE++ (arXiv 2501.03262): the discounted return of each token, whitened over the trained tokens.
@@ -168,6 +175,22 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     group, size = _groups(group_ids)
     centred = group_relative_advantages(rewards, group_ids, divide_by_std=False)
     return centred * (size / (size - 1).clamp(min=1))[group]
+
+
+def mean_normalized_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """MaxRL (arXiv 2602.02710): A_i = (r_i - mean(r)) / mean(r), so that rare successes weigh more; 0 without any.
+
+    ValueError for a reward below 0: the mean stands for the rate of success.
+    """
+    if (rewards < 0).any():
+        raise ValueError(
+            f"advantage_estimator=maxrl divides by the mean reward of a group, so no episode may score below 0; one "
+            f"scored {float(rewards.min()):g}; use grpo or rloo, or an environment without penalties"
+        )
+    group, size = _groups(group_ids)
+    mean = (rewards.new_zeros(len(size)).index_add(0, group, rewards) / size)[group]
+    centred = group_relative_advantages(rewards, group_ids, divide_by_std=False)
+    return torch.where(mean > 0, centred / mean, 0.0)
 
 
 def has_equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -121,6 +121,46 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     return _masked(-ratio * advantages, loss_mask), metrics
 
 
+@register_policy_loss("dppo")
+def dppo(
+    log_probs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    dppo_divergence: str,
+    dppo_max_divergence: float | None,
+    dppo_max_ratio: float,
+) -> Loss:
+    """DPPO (arXiv 2602.04879): -A sg(min(r, max_ratio)) log p, without the tokens that go on leaving a trust region.
+
+    r and the region are about the engine's distribution: with p and q the learner's and the engine's probability of the
+    sampled token, the divergence is that of two coins,
+        tv  |p - q|      kl  q ln(q / p) + (1 - q) ln((1 - q) / (1 - p))
+    A token is left out if it is above dppo_max_divergence (null: 0.15 for tv, 0.05 for kl) and the advantage would move
+    p further away from q.
+    """
+    log_ratio = _log_ratio(log_probs, rollout_logprobs, loss_mask).detach()
+    p, q = log_probs.detach().exp(), rollout_logprobs.exp()
+    if dppo_divergence == "tv":
+        divergence, bound = (p - q).abs(), 0.15
+    else:
+        others = (1.0 - q) * (_log_of_the_rest(q) - _log_of_the_rest(p))
+        divergence, bound = others - q * log_ratio, 0.05
+    bound = bound if dppo_max_divergence is None else dppo_max_divergence
+    is_left_out = (divergence > bound) & (log_ratio * advantages > 0)
+    weight = safe_exp(log_ratio).clamp(max=dppo_max_ratio)
+    loss = torch.where(is_left_out, 0.0, -advantages * weight * log_probs)
+    return _masked(loss, loss_mask), {
+        "clip_ratio": _share(is_left_out, loss_mask),
+        "divergence": float(masked_mean(divergence, loss_mask)),
+    }
+
+
+def _log_of_the_rest(probability: Tensor) -> Tensor:
+    """Return ln(1 - p), finite for p = 1."""
+    return torch.log1p(-probability.clamp(max=1.0 - 1e-7))
+
+
 def _clip(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Loss:
     free = -ratio * advantages
     clipped = -ratio.clamp(1.0 - low, 1.0 + high) * advantages

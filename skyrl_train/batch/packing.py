@@ -94,7 +94,12 @@ def _token_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = 
 
 
 def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None) -> list[Batch]:
-    """Cut the batch into runs of whole neighbouring samples within both limits, in the order of the batch.
+    """Cut the batch into `micro_cuts`."""
+    return [batch.select(cut) for cut in micro_cuts(batch, max_tokens, max_samples)]
+
+
+def micro_cuts(batch: Batch, max_tokens: int, max_samples: int | None = None) -> list[list[int]]:
+    """Return the samples of each micro batch: whole neighbours within both limits, in the order of the batch.
 
     `max_tokens` counts what a forward pass computes: a prefix that samples share counts once. Samples that share one
     stay together where the limits allow. A sample longer than `max_tokens` goes alone.
@@ -121,4 +126,4 @@ def micro_batches(batch: Batch, max_tokens: int, max_samples: int | None = None)
             num_tokens += own[sample] if cuts[-1] else lengths[sample]
             cuts[-1].append(sample)
             opens = False
-    return [batch.select(cut) for cut in cuts]
+    return cuts

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-OWN_ESTIMATORS = ("grpo", "rloo", "reinforce++", "gae")
+OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "reinforce++", "gae")
 OWN_LOSSES = (
     "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
+    "dppo",
 )  # fmt: skip
 # Names a configuration may use. Registering an estimator or a loss adds its name here, so that names can be checked
 # without importing torch; "package.module:function" works without registering.
 ADVANTAGE_ESTIMATORS: set[str] = set(OWN_ESTIMATORS)
 POLICY_LOSSES: set[str] = set(OWN_LOSSES)
-UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_sampling")  # no off-policy correction
+UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_sampling", "dppo")  # no off-policy correction
 
 
 @dataclass
@@ -115,10 +116,39 @@ class CISPOConfig(Section, at="trainer.algorithm.cispo"):
 
 
 @dataclass
+class DPPOConfig(Section, at="trainer.algorithm.dppo"):
+    """The trust region of DPPO, around the engine's probabilities."""
+
+    dppo_divergence: str = "tv"  # tv: total variation; kl: Kullback-Leibler; of the sampled token against the rest
+    dppo_max_divergence: float | None = None  # tokens beyond do not move on; null: 0.15 for tv, 0.05 for kl
+    dppo_max_ratio: float = 10.0  # cap of a token's importance weight
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.one_of("dppo_divergence", ("tv", "kl"))
+        for key in ("dppo_max_divergence", "dppo_max_ratio"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                yield self.problem(key, "must be above 0")
+
+
+@dataclass
+class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
+    """Sampling until enough prompts have episodes that score differently (DAPO)."""
+
+    type: str | None = None  # filter: drop the others and play more; replace: put these in their place; null: off
+    max_sample_batches: int = 30  # batches of one step; the run ends with an error after so many; <= 0: no limit
+    min_replace_ratio: float = 0.3  # replace: a batch of which no larger share scores differently is dropped
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.one_of("type", (None, "filter", "replace"))
+        if not 0 <= self.min_replace_ratio < 1:
+            yield self.problem("min_replace_ratio", "must be at least 0 and below 1")
+
+
+@dataclass
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
-    advantage_estimator: str = "grpo"  # grpo, rloo, reinforce++, a registered name, or package.module:function
+    advantage_estimator: str = "grpo"  # grpo, rloo, maxrl, reinforce++, a registered name, or package.module:function
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
     use_kl_in_reward: bool = False  # subtract the KL from the token rewards; excludes use_kl_loss
@@ -137,11 +167,13 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     clip_ratio_c: float = 3.0  # dual_clip: bound of the loss where the advantage is negative
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
     kl_cov: KLCovConfig = field(default_factory=KLCovConfig)
     cispo: CISPOConfig = field(default_factory=CISPOConfig)
+    dppo: DPPOConfig = field(default_factory=DPPOConfig)
 
     def rules(self) -> Iterator[Problem]:
         yield from self._known("advantage_estimator", ADVANTAGE_ESTIMATORS)

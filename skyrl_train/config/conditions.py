@@ -12,6 +12,7 @@ from skyrl_train.config.section import Section
 from skyrl_train.config.tree import defaults_of, leaves
 
 LOSS = "trainer.algorithm.policy_loss_type"
+ENDPOINT = "generator.enable_http_endpoint"
 ESTIMATOR = "trainer.algorithm.advantage_estimator"
 CORRECTION = "trainer.algorithm.off_policy_correction"
 Condition = Mapping[str, tuple[Any, ...]]  # key -> values; it holds if any of these keys has any of its values
@@ -38,8 +39,11 @@ ACTS_ONLY_WITH: dict[str, Condition] = {
     "trainer.algorithm.clip_ratio_c": {LOSS: ("dual_clip",)},
     "trainer.algorithm.sapo": {LOSS: ("sapo",)},
     "trainer.algorithm.cispo": {LOSS: ("cispo",)},
+    "trainer.algorithm.dppo": {LOSS: ("dppo",)},
     "trainer.algorithm.clip_cov": {LOSS: ("clip_cov",)},
     "trainer.algorithm.kl_cov": {LOSS: ("kl_cov",)},
+    "generator.http_endpoint_host": {ENDPOINT: (True,)},
+    "generator.http_endpoint_port": {ENDPOINT: (True,)},
     "trainer.algorithm.max_seq_len": {"trainer.algorithm.loss_reduction": ("seq_mean_token_sum_norm",)},
     f"{CORRECTION}.token_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("token",)},
     f"{CORRECTION}.sequence_tis_ratio_clip_high": {f"{CORRECTION}.tis_ratio_type": ("sequence",)},

@@ -104,6 +104,11 @@ class GeneratorConfig(Section, at="generator"):
     eval_n_samples_per_prompt: int = 1  # episodes per prompt in evaluation
     zero_reward_on_non_stop: bool = False  # no reward for an episode cut off by a length limit
     apply_overlong_filtering: bool = False  # episodes cut off by a length limit are left out of the loss
+    agent: str | None = None  # package.module:function that plays an episode with an OpenAI client of its own
+    enable_http_endpoint: bool = False  # serve the policy over HTTP (OpenAI's API) while episodes are played
+    http_endpoint_host: str = "127.0.0.1"  # any but loopback needs an API key: SKYRL_API_KEY, or a printed one
+    http_endpoint_port: int = 8000  # 0: any that is free, as for an agent without enable_http_endpoint
+    served_model_name: str | None = None  # name of the policy at the endpoint; null: the last part of the model's path
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(
@@ -111,6 +116,9 @@ class GeneratorConfig(Section, at="generator"):
             "max_num_batched_tokens", "num_inference_engines", "inference_engine_tensor_parallel_size",
         )  # fmt: skip
         yield from self.at_least(0, "max_env_retries")
+        yield from self.within(0, 65535, "http_endpoint_port")
+        if self.agent is not None and not self.use_conversation_multi_turn:
+            yield self.problem("agent", "sends a message per turn; drop use_conversation_multi_turn=false")
         yield from self._engine_rules()
         for key in ("step_timeout_s", "episode_timeout_s"):
             if getattr(self, key) <= 0:

@@ -24,12 +24,9 @@ NO_CRITIC = "is not possible yet: there is no critic; use trainer.algorithm.adva
 NO_MEGATRON = "is for Megatron, which this project does not have; drop it and use trainer.strategy=fsdp2"
 NO_VLLM = "is for vLLM and is not read; drop it, and use generator.engine_init_kwargs for arguments of vLLM's own"
 NO_REMOTE = "is not possible yet: no remote engine can be used; drop it, engines are started here"
-NO_HTTP = "is not possible yet: the engine is not served over HTTP; use generator.enable_http_endpoint=false"
 NO_ASYNC = (
     "is not possible yet: generation and training take turns; drop it and start skyrl_train.entrypoints.main_base"
 )
-NO_DYNAMIC = "is not possible yet; use trainer.algorithm.dynamic_sampling.type=null, and "
-NO_DYNAMIC += "trainer.algorithm.zero_variance_filter=true to leave groups of equal rewards out of the loss"
 NO_TIS = "is an old name; use trainer.algorithm.off_policy_correction.tis_ratio_type=token and its "
 NO_TIS += "token_tis_ratio_clip_high"
 NO_PADDING = "has nothing to do: samples are always laid end to end without padding; drop it"
@@ -59,7 +56,6 @@ REFUSED: dict[str, str] = {
     "trainer.algorithm.lambd": NO_CRITIC,
     "trainer.algorithm.tis_imp_ratio_cap": NO_TIS,
     "trainer.algorithm.use_tis": NO_TIS,
-    "trainer.algorithm.dynamic_sampling": NO_DYNAMIC,
     "trainer.fully_async": NO_ASYNC,
     "trainer.gradient_checkpointing_use_reentrant": "is not possible: torch's newer, non-reentrant form is always used",
     "trainer.log_path": "is not read: Ray keeps the logs of its workers, and a run's files lie in trainer.ckpt_path; "
@@ -85,10 +81,6 @@ REFUSED: dict[str, str] = {
     "generator.enable_chunked_prefill": NO_VLLM,
     "generator.fully_sharded_loras": NO_VLLM,
     "generator.enable_ray_prometheus_stats": NO_VLLM,
-    "generator.enable_http_endpoint": NO_HTTP,
-    "generator.http_endpoint_host": NO_HTTP,
-    "generator.http_endpoint_port": NO_HTTP,
-    "generator.served_model_name": NO_HTTP,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
     "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
@@ -109,7 +101,6 @@ INSTEAD: dict[str, Callable[[Any], tuple[str, ...]]] = {
         "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
         f"trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high={value}",
     ),
-    "trainer.algorithm.dynamic_sampling.type": lambda value: ("trainer.algorithm.zero_variance_filter=true",),
 }
 
 

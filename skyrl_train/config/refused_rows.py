@@ -79,9 +79,6 @@ ROWS: dict[str, Key] = {
     "trainer.algorithm.tis_imp_ratio_cap": Key(-1.0, "old name of off_policy_correction.token_tis_ratio_clip_high"),
     "trainer.algorithm.use_tis": Key(False, "old name of off_policy_correction.tis_ratio_type=token"),
     "trainer.algorithm.value_clip": Key(0.2, "how far the critic may move; null: plain squared error", float | None),
-    "trainer.algorithm.dynamic_sampling.type": Key(None, "null, filter or replace", str | None),
-    "trainer.algorithm.dynamic_sampling.max_sample_batches": Key(30, "stop after this many batches; <= 0 is no limit"),
-    "trainer.algorithm.dynamic_sampling.min_replace_ratio": Key(0.3, "replace: share of good prompts needed"),
     "trainer.fully_async.max_staleness_steps": Key(4, "how many steps ahead generation may run"),
     "trainer.fully_async.num_parallel_generation_workers": Key(768, "prompts that are played at once"),
     "trainer.gradient_checkpointing_use_reentrant": Key(False, "torch's older variant of gradient checkpointing"),
@@ -107,10 +104,6 @@ ROWS: dict[str, Key] = {
     "generator.fully_sharded_loras": Key(False, "vLLM: adapters sharded"),
     "generator.enable_ray_prometheus_stats": Key(False, "vLLM: metrics through Ray"),
     "generator.remote_inference_engine_urls": Key(["127.0.0.1:8001"], "addresses of remote engines", list[str]),
-    "generator.enable_http_endpoint": Key(False, "serve the engine over HTTP"),
-    "generator.http_endpoint_host": Key("127.0.0.1", "host of the HTTP endpoint"),
-    "generator.http_endpoint_port": Key(8000, "port of the HTTP endpoint"),
-    "generator.served_model_name": Key(None, "model name at the HTTP endpoint", str | None),
     "generator.override_existing_update_group": Key("auto", "remote engines: replace an old weight group"),
     "generator.rope_scaling": Key(
         "${trainer.rope_scaling}", "RoPE scaling of the engine; follows the policy's", MAPPING | None

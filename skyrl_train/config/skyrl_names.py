@@ -31,12 +31,6 @@ class CriticConfig(RefusedSection):
     section_key = "trainer.critic"
 
 
-class DynamicSamplingConfig(RefusedSection):
-    """Sampling until enough prompts have different rewards (DAPO)."""
-
-    section_key = "trainer.algorithm.dynamic_sampling"
-
-
 class FullyAsyncConfig(RefusedSection):
     """Generation that runs ahead of training."""
 

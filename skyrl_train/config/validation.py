@@ -21,6 +21,8 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     """Return the problems that no section can find alone."""
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
+    yield from dynamic_sampling_problems(trainer, generator)
+    yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
@@ -46,6 +48,17 @@ def length_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Itera
         )
 
 
+def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    sampling = trainer.algorithm.dynamic_sampling
+    if sampling.type is not None and generator.n_samples_per_prompt == 1:
+        yield Problem(
+            "trainer.algorithm.dynamic_sampling.type",
+            sampling.type,
+            "compares the episodes of a prompt, and generator.n_samples_per_prompt=1 gives it one; raise that, or drop "
+            "dynamic_sampling.type",
+        )
+
+
 def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     estimator = trainer.algorithm.advantage_estimator
     if estimator == "gae":
@@ -54,12 +67,21 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             estimator,
             "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
         )
-    if estimator in ("grpo", "rloo") and generator.n_samples_per_prompt == 1:
+    if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
             f"gives {estimator} nothing to compare with, so every advantage would be 0; "
             "use at least 2, or trainer.algorithm.advantage_estimator=reinforce++",
+        )
+
+
+def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    if generator.agent is not None and trainer.deterministic:
+        yield Problem(
+            "generator.agent",
+            generator.agent,
+            "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
         )
 
 

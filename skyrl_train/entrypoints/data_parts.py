@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from skyrl_train.entrypoints.model_parts import ModelParts
+from skyrl_train.types import AGENT
 
 if TYPE_CHECKING:
     from skyrl_train.prompts import PromptDataset, PromptSchedule
@@ -70,14 +71,18 @@ class DataParts(ModelParts):
     def _dataset(self, sources: Sequence[str]) -> PromptDataset:
         from skyrl_train.prompts import PromptDataset
 
-        trainer = self.cfg.trainer
+        agent = self.cfg.generator.agent
+        if agent is not None:
+            from skyrl_train.rollout.agents.episode import Agent
+
+            Agent.named(agent)
         return PromptDataset(
             list(sources),
             self.tokenizer,
-            trainer.max_prompt_length,
-            self.cfg.environment.env_class,
+            self.cfg.trainer.max_prompt_length,
+            self.cfg.environment.env_class if agent is None else AGENT,
             self.chat_template.template_kwargs,
-            look_up=look_up_environment,
+            look_up=look_up_environment if agent is None else None,
         )
 
 

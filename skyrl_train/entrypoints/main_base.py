@@ -43,6 +43,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
     from skyrl_train.engine.base import engine_death
     from skyrl_train.learner.base import LearnerDied
     from skyrl_train.policy.refusal import ModelRefused
+    from skyrl_train.rollout.dynamic_sampling import TooManyBatches
     from skyrl_train.rollout.round import EveryEpisodeFailed
     from skyrl_train.run.run import RunRefused
     from skyrl_train.weights.base import PushFailed
@@ -57,7 +58,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
             asyncio.run(result)
     except (RunRefused, ModelRefused) as error:
         return _refused(error)
-    except (EveryEpisodeFailed, PushFailed, LearnerDied) as error:
+    except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied) as error:
         return _stopped(error, cfg.trainer)
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config import SkyRLConfig, env_config_for
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from skyrl_train.generators.base import GeneratorInterface
     from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
     from skyrl_train.policy.model import Policy
+    from skyrl_train.rollout.agents.endpoint import Endpoint
     from skyrl_train.rollout.round import RoundPlayer
 
 
@@ -90,7 +92,26 @@ class RolloutParts(DataParts):
         )
         return await VllmEngine.start(settings, self.tokenizer)
 
-    def get_collector(self, engine: Engine) -> RoundPlayer:
+    def get_endpoint(self, engine: Engine) -> Endpoint | None:
+        """Return the HTTP server in front of the engine, if the configuration asks for one or an agent needs one."""
+        generator = self.cfg.generator
+        if not generator.enable_http_endpoint and generator.agent is None:
+            return None
+        from skyrl_train.rollout.agents.endpoint import Endpoint
+        from skyrl_train.rollout.sampling import sampling_params
+
+        is_on = generator.enable_http_endpoint
+        return Endpoint(
+            engine,
+            self.chat_template,
+            sampling_params(generator.sampling_params),
+            model=generator.served_model_name or Path(self.cfg.trainer.policy.model.path).name,
+            host=generator.http_endpoint_host if is_on else "127.0.0.1",
+            port=generator.http_endpoint_port if is_on else 0,
+        )
+
+    def get_collector(self, engine: Engine, endpoint: Endpoint | None = None) -> RoundPlayer:
+        from skyrl_train.rollout.agents.episode import Agent
         from skyrl_train.rollout.collector import Collector
         from skyrl_train.rollout.episode import EpisodeLimits
 
@@ -111,6 +132,7 @@ class RolloutParts(DataParts):
             max_retries=generator.max_env_retries,
             seed=self.cfg.trainer.seed,
             deterministic=self.cfg.trainer.deterministic,
+            agent=(Agent.named(generator.agent), endpoint) if generator.agent and endpoint else None,
         )
 
     def get_generator(
@@ -130,8 +152,14 @@ class RolloutParts(DataParts):
         client = InferenceEngineClient(
             engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
         )
-        generator = self.get_generator(self.cfg, self.tokenizer, client)
+        generator, endpoint = self.get_generator(self.cfg, self.tokenizer, client), self.get_endpoint(engine)
         if generator is None:
-            return self.get_collector(engine)
-        needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
-        return GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+            player = self.get_collector(engine, endpoint) if endpoint else self.get_collector(engine)
+        else:
+            needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+            player = GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
+        if endpoint is None:
+            return player
+        from skyrl_train.rollout.agents.served import ServedRounds
+
+        return ServedRounds(player, endpoint)

@@ -1,41 +1,31 @@
-"""Forward and backward over a mini batch, in micro batches that fit the memory. They never show in the gradient."""
+"""Forward and backward over a mini batch, in passes that fit the memory. They never show in the gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skyrl_train.batch.packing import micro_batches
 from skyrl_train.learner.objective import Objective
+from skyrl_train.learner.passes import Budget, Pass, passes
+from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
-from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.model import Policy
 from skyrl_train.spans import each_in_a_span, span
 from skyrl_train.types import Batch
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The most that one forward pass may hold: tokens, and samples if limited."""
-
-    max_tokens: int
-    max_samples: int | None = None
-
-    def cut(self, batch: Batch) -> list[Batch]:
-        return micro_batches(batch, self.max_tokens, self.max_samples)
-
-
 @torch.no_grad()
-def logprobs_of(policy: Policy, batch: Batch, *, temperature: float, budget: Budget) -> Tensor:
+def logprobs_of(
+    policy: Policy, batch: Batch, *, temperature: float, budget: Budget, ranks: Ranks = ONE_PROCESS
+) -> Tensor:
     """Return the logprobs [T] on the batch's device, 0 wherever loss_mask is False."""
-    parts = [
-        batch_logprobs(policy, micro, temperature=temperature)[0].to(micro.input_ids.device)
-        for micro in each_in_a_span("micro batch", budget.cut(batch), _size)
-    ]
-    return torch.cat(parts)
+    logprobs, forward = _zeros(batch), ranks.forward(policy)
+    for micro in each_in_a_span("micro batch", passes(batch, budget, ranks), _size):
+        found, _ = forward(micro.batch, temperature=temperature)
+        _put(logprobs, micro, found)
+    return ranks.sum(logprobs)
 
 
 def accumulate_gradient(
@@ -47,43 +37,48 @@ def accumulate_gradient(
     budget: Budget,
     generator: torch.Generator,
     on_tokens: Callable[[int], None],
+    ranks: Ranks = ONE_PROCESS,
 ) -> tuple[Tensor, WeightedMetrics]:
     """Add the gradient of the objective on a mini batch with loss_weights to the parameters.
 
-    Returns the logprobs [T] of the forward pass, and metrics.
+    Returns the logprobs [T] of the forward pass, and metrics. Both are of the whole mini batch on every rank.
     """
-    parts: list[Tensor] = []
+    all_logprobs, forward = _zeros(mini_batch), ranks.forward(policy)
     measured: list[WeightedMetrics] = []
     grad_logprobs: Tensor | None = None
     policy_loss = final_loss = 0.0
     if objective.is_of_whole_mini_batch:
-        logprobs = logprobs_of(policy, mini_batch, temperature=temperature, budget=budget)
-        grad_logprobs, policy_loss, metrics = gradient_of_logprobs(objective, mini_batch, logprobs, generator)
-        measured.append(WeightedMetrics.of(metrics, int(mini_batch.loss_mask.sum())))
-        final_loss = policy_loss
-    start = 0
-    for micro in each_in_a_span("micro batch", budget.cut(mini_batch), _size):
-        here = micro.to(policy.device)
-        logprobs, entropies = batch_logprobs(policy, micro, temperature=temperature, with_entropy=True)
+        logprobs = logprobs_of(policy, mini_batch, temperature=temperature, budget=budget, ranks=ranks)
+        grad_logprobs, loss_of_all, metrics = gradient_of_logprobs(objective, mini_batch, logprobs, generator)
+        if ranks.rank == 0:  # every rank has computed it; it counts once
+            measured.append(WeightedMetrics.of(metrics, int(mini_batch.loss_mask.sum())))
+            policy_loss = final_loss = loss_of_all
+    for micro in each_in_a_span("micro batch", passes(mini_batch, budget, ranks), _size):
+        here = micro.batch.to(policy.device)
+        logprobs, entropies = forward(micro.batch, temperature=temperature, with_entropy=True)
+        if micro.is_padding:
+            ((logprobs.sum() + entropies.sum()) * 0.0).backward()
+            on_tokens(micro.num_tokens)
+            continue
         regularization, metrics = objective.regularization(here, logprobs, entropies)
         if grad_logprobs is None:
             loss, more = objective.policy_loss(here, logprobs, generator)
             metrics |= more
             detached_loss = loss.detach()
         else:
-            own_part = grad_logprobs[start : start + micro.num_tokens]
-            loss = (own_part.to(logprobs.device) * logprobs).sum()
+            loss = (grad_logprobs[micro.places].to(logprobs.device) * logprobs).sum()
             detached_loss = torch.zeros(())
         with span("backward"):
             (loss + regularization).backward()
         policy_loss += float(detached_loss)  # after backward was started: a GPU is waited for here
         final_loss += float(detached_loss) + float(regularization.detach())
-        measured.append(WeightedMetrics.of(metrics, int(micro.loss_mask.sum())))
-        parts.append(logprobs.detach().to(micro.input_ids.device))
-        start += micro.num_tokens
+        measured.append(WeightedMetrics.of(metrics, int(micro.batch.loss_mask.sum())))
+        _put(all_logprobs, micro, logprobs.detach())
         on_tokens(micro.num_tokens)
-    losses = WeightedMetrics.of({"policy_loss": policy_loss, "final_loss": final_loss}, 1)
-    return torch.cat(parts), WeightedMetrics.merged(*measured, losses)
+    pieces = ranks.gathered((WeightedMetrics.merged(*measured), policy_loss, final_loss))
+    losses = {"policy_loss": sum(piece[1] for piece in pieces), "final_loss": sum(piece[2] for piece in pieces)}
+    metrics_of_all = WeightedMetrics.merged(*(piece[0] for piece in pieces), WeightedMetrics.of(losses, 1))
+    return ranks.sum(all_logprobs), metrics_of_all
 
 
 def gradient_of_logprobs(
@@ -100,5 +95,14 @@ def gradient_of_logprobs(
     return gradient, float(loss.detach()), metrics
 
 
-def _size(batch: Batch) -> dict[str, int]:
-    return {"samples": batch.num_samples, "tokens": batch.num_tokens}
+def _zeros(batch: Batch) -> Tensor:
+    return torch.zeros(batch.num_tokens, device=batch.input_ids.device)
+
+
+def _put(all_logprobs: Tensor, micro: Pass, logprobs: Tensor) -> None:
+    if not micro.is_padding:
+        all_logprobs[micro.places] = logprobs.to(all_logprobs.device)
+
+
+def _size(micro: Pass) -> dict[str, int]:
+    return {"samples": micro.batch.num_samples, "tokens": micro.batch.num_tokens}

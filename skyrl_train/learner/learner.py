@@ -15,15 +15,15 @@ from torch import Tensor
 
 from skyrl_train.batch.packing import mini_batches, pack, with_loss_weights
 from skyrl_train.learner.base import OnTokens
-from skyrl_train.learner.gradient import Budget, accumulate_gradient, logprobs_of
+from skyrl_train.learner.gradient import accumulate_gradient, logprobs_of
 from skyrl_train.learner.lost_gradient import refuse_if_lost
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
+from skyrl_train.learner.passes import Budget
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
 from skyrl_train.learner.saved import Part, SavedLearner, write_rank
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora import merged_weights
-from skyrl_train.policy.lora_files import save_merged
 from skyrl_train.policy.model import Policy
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Sample
@@ -133,7 +133,7 @@ class TorchLearner:
         with torch.no_grad():
             ours = self.policy.weights
             for name, weight in self.reference.weights.items():
-                weight.copy_(ours[name])
+                self._ranks.local(weight).copy_(self._ranks.computed(ours[name]))
 
     def save(self, folder: Path) -> None:
         """Write all that the next update depends on: masters, moments, schedule, and a reference that moves."""
@@ -151,7 +151,19 @@ class TorchLearner:
 
     def publish(self, path: Path) -> SharedWeights:
         """Write the weights for engines of other processes, see `Learner`."""
-        return write_shared(merged_weights(self.policy.module), path, self.policy_version)
+        weights = merged_weights(self.policy.module, self._ranks.whole)
+        written: SharedWeights | OSError | None = None
+        if self._ranks.rank == 0:
+            try:
+                written = write_shared(weights, path, self.policy_version)
+            except OSError as error:
+                written = error
+        for _ in weights:
+            pass  # each is gathered from all ranks, whatever becomes of it on rank 0
+        written = self._ranks.gathered(written)[0]
+        if not isinstance(written, SharedWeights):
+            raise written or OSError(f"rank 0 wrote nothing into {path}")
+        return written
 
     def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         """Return the logprobs of ids[1:] at temperature 1."""
@@ -162,8 +174,9 @@ class TorchLearner:
 
     def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy in Hugging Face format (safetensors, config, tokenizer, chat template), adapters merged."""
-        save_merged(self.policy.module, folder)
-        tokenizer.save_pretrained(folder)
+        self._ranks.save_merged(self.policy, folder)
+        if self._ranks.rank == 0:
+            tokenizer.save_pretrained(folder)
 
     def close(self) -> None:
         """Free the gradients and the optimizer. The policy stays for whoever else holds it."""
@@ -190,7 +203,8 @@ class TorchLearner:
 
     def _logprobs(self, policy: Policy, batch: Batch, temperature: float | None = None) -> Tensor:
         budget = Budget(self._trainer.token_budget, self._trainer.micro_forward_batch_size_per_gpu)
-        return logprobs_of(policy, batch, temperature=temperature or self._temperature, budget=budget)
+        temperature = temperature or self._temperature
+        return logprobs_of(policy, batch, temperature=temperature, budget=budget, ranks=self._ranks)
 
     def _reference_parts(self) -> dict[str, Part]:
         """Return this rank's rows of a reference that does not stay as it was loaded."""
@@ -211,6 +225,7 @@ class TorchLearner:
             budget=Budget(self._trainer.token_budget, self._trainer.micro_train_batch_size_per_gpu),
             generator=self._generator(),
             on_tokens=on_tokens,
+            ranks=self._ranks,
         )
 
     def _generator(self) -> torch.Generator:

@@ -162,7 +162,7 @@ class Objective:
     def _settings(self, generator: torch.Generator) -> dict[str, Any]:
         """Return what a loss may ask for beside tensors: the values of the section and of those of single losses."""
         algorithm = self.algorithm
-        sections = (algorithm, algorithm.sapo, algorithm.cispo, algorithm.clip_cov, algorithm.kl_cov)
+        sections = (algorithm, algorithm.sapo, algorithm.cispo, algorithm.clip_cov, algorithm.kl_cov, algorithm.dppo)
         values = {field.name: getattr(section, field.name) for section in sections for field in fields(section)}
         return {**values, "config": algorithm, "generator": generator}
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
+from skyrl_train.policy.logprobs import batch_logprobs
+from skyrl_train.policy.lora_files import save_merged
+from skyrl_train.policy.model import Policy
+
 T = TypeVar("T")
+Forward = Callable[..., tuple[Tensor, Tensor]]  # batch_logprobs of a policy
 
 
 class Ranks:
@@ -15,14 +23,30 @@ class Ranks:
     rank = 0
     size = 1
 
-    def local(self, tensor: Tensor) -> Tensor:
-        """Return what this rank holds of a weight or of its gradient: here all of it.
+    def forward(self, policy: Policy) -> Forward:
+        """Return `batch_logprobs` of this policy."""
+        return partial(batch_logprobs, policy)
 
-        TypeError for a weight that is not spread over ranks as these are.
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the rows that this rank holds of a weight or of its gradient: here all of them.
+
+        TypeError for a weight that is not sharded over these ranks.
         """
         if hasattr(tensor, "to_local"):
             raise TypeError("the weights are sharded, but this learner is of one process: use sharded_learner")
         return tensor
+
+    def computed(self, parameter: Tensor) -> Tensor:
+        """Return the rows that this rank holds, as the policy computes with them: rounded to its type."""
+        return self.local(parameter).detach()
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """Return all rows, as the policy computes with them. Every rank must ask for the same parameter."""
+        return self.computed(parameter)
+
+    def save_merged(self, policy: Policy, folder: Path) -> None:
+        """Write the policy in Hugging Face format, adapters merged."""
+        save_merged(policy.module, folder)
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, all of one shape, on the host."""

@@ -229,11 +229,14 @@ class Ops(Protocol):
         """
         ...
 
-    def round_masters(self, masters: Tensor) -> Tensor:
-        """Return float32 masters in bfloat16, rounded up or down by thresholds of their own, see reference.py."""
+    def round_masters(self, masters: Tensor, first: int = 0) -> Tensor:
+        """Return float32 masters in bfloat16, rounded up or down by thresholds of their own, see reference.py.
+
+        `first`: how many numbers of the whole tensor stand before these, which are a part of it.
+        """
         ...
 
-    def rounded(self, masters: Tensor, dtype: torch.dtype) -> Tensor:
+    def rounded(self, masters: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
         """Return float32 masters in another type: bfloat16 by `round_masters`, any other rounded to the nearest."""
         ...
 

@@ -155,11 +155,11 @@ class TritonOps(CudaOps):
 
         cuda_kernels.into_gradient(*given)
 
-    def round_masters(self, masters: Tensor) -> Tensor:
+    def round_masters(self, masters: Tensor, first: int = 0) -> Tensor:
         from skyrl_train.ops import cuda_kernels
 
         weights = torch.empty(masters.shape, dtype=torch.bfloat16, device=masters.device)
-        cuda_kernels.dither(masters.detach().contiguous().view(-1), weights.view(-1))
+        cuda_kernels.dither(masters.detach().contiguous().view(-1), weights.view(-1), first)
         return weights
 
 

@@ -59,11 +59,12 @@ def into_gradient(
         )
 
 
-def dither(masters: Tensor, weights: Tensor) -> None:
+def dither(masters: Tensor, weights: Tensor, first: int) -> None:
     """Write masters [n] float32 into weights [n] bfloat16, rounded as `Reference.round_masters` says."""
     if len(masters):
+        grid = (triton.cdiv(len(masters), BLOCK),)
         with on(masters.device):
-            _dither[(triton.cdiv(len(masters), BLOCK),)](masters, weights, len(masters), BLOCK=BLOCK, num_warps=8)
+            _dither[grid](masters, weights, len(masters), first, BLOCK=BLOCK, num_warps=8)
 
 
 @triton.jit
@@ -121,10 +122,10 @@ def _into_gradient(
 
 
 @triton.jit
-def _dither(masters, weights, count, BLOCK: tl.constexpr):
+def _dither(masters, weights, count, first, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_weight = places < count
     bits = tl.load(masters + places, mask=is_weight, other=0.0).to(tl.uint32, bitcast=True)
-    threshold = (places.to(tl.uint32) * 2654435761 + 0x80000000) >> 16  # the golden ratio, see reference.py
+    threshold = ((places + first).to(tl.uint32) * 2654435761 + 0x80000000) >> 16  # the golden ratio, see reference.py
     cut_off = (bits + threshold) & 0xFFFF0000
     tl.store(weights + places, cut_off.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=is_weight)

@@ -92,7 +92,7 @@ class Reference:
                 grad -= p * (log_p + entropies[rows, None]) * grad_entropies[rows, None]
             logits[rows] = (grad / temperature).to(logits.dtype)
 
-    def round_masters(self, masters: Tensor) -> Tensor:
+    def round_masters(self, masters: Tensor, first: int = 0) -> Tensor:
         """Round float32 masters to bfloat16 so that small updates are felt at once.
 
         Pretrained weights lie on bfloat16's grid, whose steps are up to 1/128 of a weight. Rounded to the nearest, a
@@ -103,14 +103,15 @@ class Reference:
         section 2, with a fixed sequence in the place of random numbers). A master on the grid is copied as it is.
 
         Number i becomes the master plus u_i of a step, cut off, with u_i = (i / golden ratio + 1/2) mod 1. On echo_env
-        three seeds came to 0.95 of the reward in 9, 8 and 6 updates; rounded to the nearest, one took 18.
+        three seeds came to 0.95 of the reward in 9, 8 and 6 updates; rounded to the nearest, one took 18. The first of
+        the masters is number `first` of the whole tensor, so a shard is rounded as a part of the whole.
         """
         numbers = masters.detach().contiguous().view(-1)
         weights = torch.empty(masters.shape, dtype=torch.bfloat16, device=masters.device)
         flat = weights.view(-1)
         for start in range(0, len(numbers), ROUNDED_AT_ONCE):
             bits = numbers[start : start + ROUNDED_AT_ONCE].view(torch.int32)
-            index = torch.arange(start, start + len(bits), device=bits.device).to(torch.int32)
+            index = torch.arange(first + start, first + start + len(bits), device=bits.device).to(torch.int32)
             thresholds = (index.mul_(GOLDEN).add_(-(2**31)) >> 16) & 0xFFFF
             cut_off = ((bits + thresholds) & -0x10000).view(torch.float32)
             flat[start : start + len(bits)] = cut_off.to(torch.bfloat16)
@@ -146,9 +147,9 @@ class Reference:
             if weight.parameter is not weight.master:
                 weight.parameter.copy_(self.rounded(weight.master, weight.parameter.dtype))
 
-    def rounded(self, masters: Tensor, dtype: torch.dtype) -> Tensor:
+    def rounded(self, masters: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
         """Return float32 masters in another type: bfloat16 by `round_masters`, any other rounded to the nearest."""
-        return self.round_masters(masters) if dtype == torch.bfloat16 else masters.to(dtype)
+        return self.round_masters(masters, first) if dtype == torch.bfloat16 else masters.to(dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)

@@ -165,23 +165,15 @@ def _differs(what: str, worst: float, allowed: float) -> str:
 def _check_long_samples(policy: Policy, longest: int) -> None:
     """Compare long samples that share a prefix, in one layer of each kind at least, by their hidden states."""
     size = min(longest, max([LONG, *(window + window // 4 + 8 for window in _windows(policy) if window < longest)]))
-    rest = size // 4
-    if rest < 2:
+    if (rest := size // 4) < 2:
         return
-    lengths = [size - rest, rest, rest // 2]  # a prefix and two ends of it
-    prefix, *ends = _random_ids(policy, sum(lengths)).split(lengths)
-    offsets = torch.tensor([0, *lengths], device=policy.device).cumsum(0)
-    attention = PackedAttention(offsets, torch.tensor([-1, 0, 0], device=policy.device))
-    starts = [0, len(prefix), len(prefix)]
-    positions = torch.cat([torch.arange(s, s + n, device=policy.device) for s, n in zip(starts, lengths, strict=True)])
+    parts = _prefix_and_ends(policy, size - rest, rest, rest // 2)
     with _few_layers(policy):
-        ours = policy.hidden_states(torch.cat([prefix, *ends]), positions, attention).split(lengths)
-        policy.module.set_attn_implementation("sdpa" if policy.module._supports_sdpa else "eager")
-        base, worst = policy.module.base_model, 0.0
-        for end, part in zip(ends, ours[1:], strict=True):
-            theirs = base(input_ids=torch.cat([prefix, end])[None], use_cache=False).last_hidden_state[0]
-            worst = max(worst, distance(ours[0], theirs[: len(prefix)]), distance(part, theirs[len(prefix) :]))
+        prefix, *ours = _packed_states(policy, parts)
+        theirs = _states_apart(policy, parts)
         policy.module.set_attn_implementation(ATTENTION_NAME)
+    worst = max(distance(prefix, states[: len(prefix)]) for states in theirs)
+    worst = max(worst, *(distance(end, states[len(prefix) :]) for end, states in zip(ours, theirs, strict=True)))
     if worst > (allowed := allowed_distance(policy.compute_dtype)):
         raise ModelRefused(_differs(f"samples of {size} tokens", worst, allowed))
 
@@ -194,26 +186,42 @@ def _check_gradients(policy: Policy, longest: int) -> None:
     trained = [weight for weight in policy.module.parameters() if weight.requires_grad and not weight.is_inference()]
     if size < 4 or not trained:
         return
-    lengths = [size - size // 2, size // 2, size // 4]  # a prefix and two ends of it
-    prefix, *ends = (ids.clone() for ids in _random_ids(policy, sum(lengths)).split(lengths))
-    offsets, parents = torch.tensor([0, *lengths]).cumsum(0), torch.tensor([-1, 0, 0])
-    starts = [0, len(prefix), len(prefix)]
-    positions = torch.cat([torch.arange(s, s + n, device=policy.device) for s, n in zip(starts, lengths, strict=True)])
-    module, base = policy.module, policy.module.base_model
+    parts = _prefix_and_ends(policy, size - size // 2, size // 2, size // 4)
     with _few_layers(policy):
-        weights = [weight for weight in base.parameters() if weight.requires_grad]
-        packed = PackedAttention(offsets, parents, policy.device)
-        ours = policy.hidden_states(torch.cat([prefix, *ends]), positions, packed).split(lengths)[1:]
+        weights = [weight for weight in policy.module.base_model.parameters() if weight.requires_grad]
+        _, *ours = _packed_states(policy, parts)
         generator = torch.Generator().manual_seed(size)
         pulls = [torch.randn(part.shape, generator=generator).to(part.device, part.dtype) for part in ours]
         found = _gradients(ours, pulls, weights)
-        module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
-        theirs = [base(input_ids=torch.cat([prefix, end])[None], use_cache=False).last_hidden_state[0] for end in ends]
-        expected = _gradients([part[len(prefix) :] for part in theirs], pulls, weights)
-        module.set_attn_implementation(ATTENTION_NAME)  # not before: checkpointed layers are recomputed in backward
+        theirs = [states[len(parts[0]) :] for states in _states_apart(policy, parts)]
+        expected = _gradients(theirs, pulls, weights)
+        policy.module.set_attn_implementation(ATTENTION_NAME)  # not before: backward recomputes checkpointed layers
     worst = float((found - expected).norm() / expected.norm().clamp_min(1e-18))
     if not worst <= (allowed := 2 * allowed_distance(policy.compute_dtype)):
         raise ModelRefused(_differs("gradients", worst, allowed))
+
+
+def _prefix_and_ends(policy: Policy, *lengths: int) -> list[Tensor]:
+    """Return the token ids [n] of a prefix and of its ends, by their lengths; the same ones for the same lengths."""
+    return [ids.clone() for ids in _random_ids(policy, sum(lengths)).split(list(lengths))]
+
+
+def _packed_states(policy: Policy, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return our hidden states of a prefix and its ends, which are computed together: the prefix once."""
+    lengths = [len(part) for part in parts]
+    starts = [0, *[lengths[0]] * (len(parts) - 1)]
+    positions = torch.cat([torch.arange(s, s + n, device=policy.device) for s, n in zip(starts, lengths, strict=True)])
+    offsets, parents = torch.tensor([0, *lengths]).cumsum(0), torch.tensor([-1, *[0] * (len(parts) - 1)])
+    attention = PackedAttention(offsets, parents, policy.device)
+    return policy.hidden_states(torch.cat(parts), positions, attention).split(lengths)
+
+
+def _states_apart(policy: Policy, parts: list[Tensor]) -> list[Tensor]:
+    """Return transformers' hidden states of the prefix with each of its ends. Its attention stays switched on."""
+    module, base = policy.module, policy.module.base_model
+    module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
+    prefix, *ends = parts
+    return [base(input_ids=torch.cat([prefix, end])[None], use_cache=False).last_hidden_state[0] for end in ends]
 
 
 def _gradients(parts: Sequence[Tensor], pulls: list[Tensor], weights: list[nn.Parameter]) -> Tensor:

@@ -98,24 +98,31 @@ def adapters_of(module: nn.Module) -> dict[str, LoraLinear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
 
 
-@torch.no_grad()
 def effective_weight(linear: nn.Linear) -> Tensor:
     """Return what the layer multiplies by, [out, in], its adapter included, rounded to the layer's type by ops/."""
-    if not isinstance(linear, LoraLinear):
-        return linear.weight.detach()
-    change = torch.mm(linear.lora_B.float(), linear.lora_A.float())
-    ops = ops_for(linear.weight.device, linear.weight.dtype)
-    return ops.rounded(change.mul_(linear.scale).add_(linear.weight), linear.weight.dtype)
+    return _merged(linear, Tensor.detach) if isinstance(linear, LoraLinear) else linear.weight.detach()
 
 
-def merged_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight that the module computes with, its adapter included; one that has two names comes once."""
+@torch.no_grad()
+def _merged(layer: LoraLinear, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    weight = whole(layer.weight)
+    change = torch.mm(whole(layer.lora_B).float(), whole(layer.lora_A).float())
+    return ops_for(weight.device, weight.dtype).rounded(change.mul_(layer.scale).add_(weight), weight.dtype)
+
+
+def merged_weights(
+    module: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight that the module computes with, its adapter included; one that has two names comes once.
+
+    `whole` returns all rows of a parameter.
+    """
     adapted = adapters_of(module)
     for name, parameter in module.named_parameters():
         layer, _, last = name.rpartition(".")
         if last not in ("lora_A", "lora_B"):
             is_adapted = last == "weight" and layer in adapted
-            yield name, effective_weight(adapted[layer]) if is_adapted else parameter.detach()
+            yield name, _merged(adapted[layer], whole) if is_adapted else whole(parameter)
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:

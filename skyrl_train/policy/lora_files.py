@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,6 +33,28 @@ def save_merged(module: PreTrainedModel, folder: Path) -> None:
     save_adapters(module, adapted, folder / ADAPTER_FOLDER)
 
 
+def save_whole(
+    module: PreTrainedModel,
+    weights: dict[str, Tensor],
+    adapters: dict[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    """Write what `save_merged` would, of a module whose own weights are sharded.
+
+    `weights`: merged and whole, of type `dtype`; `adapters`: lora_A and lora_B by their full names, whole.
+    """
+    kept = module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    with torch.device("meta"):
+        shape_of_it = type(module)(module.config).to(dtype)
+    shape_of_it.generation_config = module.generation_config
+    shape_of_it.save_pretrained(folder, state_dict=weights | buffers)
+    if adapters:
+        adapted = adapters_of(module)
+        write_adapters(module, adapted, adapters, folder / ADAPTER_FOLDER)
+
+
 def merged_state(module: nn.Module, adapted: dict[str, LoraLinear]) -> dict[str, Tensor]:
     """The state that the module would have, had it been trained whole."""
     state = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
@@ -39,11 +62,16 @@ def merged_state(module: nn.Module, adapted: dict[str, LoraLinear]) -> dict[str,
 
 
 def save_adapters(module: PreTrainedModel, adapted: dict[str, LoraLinear], folder: Path) -> None:
+    adapters = {name: p.detach() for name, p in module.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+    write_adapters(module, adapted, adapters, folder)
+
+
+def write_adapters(
+    module: PreTrainedModel, adapted: dict[str, LoraLinear], adapters: dict[str, Tensor], folder: Path
+) -> None:
+    """Write the adapters, by their full names, as PEFT keeps them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, layer in adapted.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    tensors = {f"base_model.model.{name}.weight": adapter.contiguous() for name, adapter in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(_peft_config(module, adapted), indent=2) + "\n")
 

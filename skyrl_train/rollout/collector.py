@@ -14,6 +14,8 @@ from loguru import logger
 import skyrl_gym
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Engine, engine_death
+from skyrl_train.rollout.agents.endpoint import Endpoint
+from skyrl_train.rollout.agents.episode import Agent, AgentEpisode
 from skyrl_train.rollout.attempts import Attempts
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
@@ -43,13 +45,16 @@ class Collector:
         max_retries: int = 2,
         seed: int = 42,
         deterministic: bool = False,
+        agent: tuple[Agent, Endpoint] | None = None,
     ) -> None:
+        """agent: what plays the episodes in the place of environments, and where its calls are answered."""
         self.engine = engine
         self.template = template
         self.limits = limits
         self.max_retries = max_retries
         self.seed = seed
         self.deterministic = deterministic
+        self.agent = agent
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._told: set[Cut] = set()
@@ -137,7 +142,7 @@ class Collector:
         return Trajectory(
             prompt=task.prompt,
             repetition=task.repetition,
-            seed=episode.env.seed,
+            seed=episode.seed,
             messages=episode.messages or task.prompt.messages,
             turns=episode.turns,
             end=EpisodeEnd.ENV_FAILURE,
@@ -145,7 +150,10 @@ class Collector:
             failure=failure,
         )
 
-    def _episode(self, task: EpisodeTask, playing: Playing, attempt: int) -> Episode:
+    def _episode(self, task: EpisodeTask, playing: Playing, attempt: int) -> Episode | AgentEpisode:
+        if self.agent is not None:
+            agent, endpoint = self.agent
+            return AgentEpisode(task, agent, endpoint, self.limits, self._executor, attempt)
         env = EnvCalls(self._make_env, task, self.limits, self._executor)
         return Episode(task, self.engine, self.template, self.limits, env, playing.lockstep, attempt)
 

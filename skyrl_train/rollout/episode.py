@@ -77,6 +77,10 @@ class Episode:
         )
 
     @property
+    def seed(self) -> int:
+        return self.env.seed
+
+    @property
     def _session_id(self) -> str:
         return f"{self.task.round_name}_{self.task.id}_{self.attempt}"
 

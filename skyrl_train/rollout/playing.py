@@ -8,6 +8,7 @@ from collections import Counter
 
 from loguru import logger
 
+from skyrl_train.rollout.agents.episode import AgentEpisode
 from skyrl_train.rollout.episode import Cut, Episode
 from skyrl_train.rollout.failures import Failures
 from skyrl_train.rollout.lockstep import Lockstep
@@ -24,10 +25,10 @@ class Playing:
         self.lockstep = Lockstep(this_round.num_episodes) if in_lockstep else None
         self.failures = Failures()
         self.cuts: Counter[Cut] = Counter()
-        self._episodes: dict[str, Episode] = {}
+        self._episodes: dict[str, Episode | AgentEpisode] = {}
         self._last_end = time.monotonic()
 
-    def begins(self, episode: Episode) -> None:
+    def begins(self, episode: Episode | AgentEpisode) -> None:
         self._episodes[episode.task.id] = episode
 
     def ends(self, episode_id: str) -> None:

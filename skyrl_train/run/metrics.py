@@ -17,7 +17,7 @@ from skyrl_train.batch.samples import num_unplaced_rewards
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.run.run_folder import METRICS
-from skyrl_train.types import EpisodeEnd, Group, Trajectory
+from skyrl_train.types import AGENT, EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
 # Names of SkyRL's timings (timing/...) for people, in the order of the phases.
@@ -157,6 +157,8 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:
     """Return what `aggregate_metrics` of the environment's class makes of its episodes, or the means if it raises."""
+    if env_class == AGENT:
+        return default_aggregate_metrics(episodes)
     outcome = Outcome.of(lambda: checked_metrics(aggregate_for_environment(env_class, episodes)))
     if outcome.error is not None:
         logger.warning(f"{env_class}: aggregate_metrics failed, so means are logged: {words_of(outcome.error)}")

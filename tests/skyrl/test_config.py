@@ -184,7 +184,6 @@ def test_overrides_may_be_a_dictionary():
         ("backend=sglang", "generator.backend=sglang"),
         ("gpu_memory_utilization=0.5", "generator.gpu_memory_utilization=0.5"),
         ("engine_init_kwargs.max_model_len=9", "generator.engine_init_kwargs={max_model_len:9}"),
-        ("enable_http_endpoint=true", "generator.enable_http_endpoint=true"),
     ],
 )
 def test_the_renamed_section_is_refused_as_the_old_one_is(theirs, ours):

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from skyrl_train.algorithms.loss_style import LossReturns, LossStyle
 from skyrl_train.batch.packing import with_loss_weights
 from skyrl_train.config import AlgorithmConfig, ConfigError, load_config
-from skyrl_train.learner.gradient import Budget, accumulate_gradient
+from skyrl_train.learner.gradient import accumulate_gradient
 from skyrl_train.learner.objective import Objective
+from skyrl_train.learner.passes import Budget
 from skyrl_train.types import Batch
 from tests.skyrl_train.batches import random_batch
 from tests.tiny_models import tiny_policy

@@ -39,7 +39,7 @@ def test_a_parents_override_is_found_and_all_are_told_at_once():
         Child(load_config([]))
     first, second = str(caught.value).splitlines()
     assert first.startswith("test_a_parents_override_is_found_and_all_are_told_at_once.<locals>.Parent._setup_trainer")
-    assert "Mixin.get_colocate_pg is never called: one process holds all models" in second
+    assert "Mixin.get_colocate_pg is never called: trainer.placement and its like alone say" in second
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+import torch
 
+from skyrl_gym.envs.registration import deregister, register
+from tests.fakes import EvenEnv
+from tests.tiny_models import save_tiny_model
 from tests.without_compiler import without_compiler
 
 multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -26,3 +32,18 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 def no_compiler() -> Generator[None]:
     with without_compiler():
         yield
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
+    """A folder with a tiny model and four tasks, and a registered environment."""
+    folder = tmp_path_factory.mktemp("given")
+    save_tiny_model(folder / "model")
+    rows = [{"prompt": [{"role": "user", "content": f"task {i} → ☃"}]} for i in range(4)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    register("even", EvenEnv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
+    deregister("even")

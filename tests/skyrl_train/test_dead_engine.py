@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import skyrl_gym
-from skyrl_gym.envs import register
 from skyrl_train.engine.base import Engine, Request, SamplingParams
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.generators.base import GeneratorInterface
 from skyrl_train.policy.model import Policy
-from tests.fakes import EvenEnv
-from tests.tiny_models import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory):
-    """A folder with a tiny model and four tasks, and a registered environment."""
-    folder = tmp_path_factory.mktemp("given")
-    save_tiny_model(folder / "model")
-    rows = [{"prompt": [{"role": "user", "content": f"task {i}"}]} for i in range(4)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    register("even", EvenEnv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield folder
-    torch.set_num_threads(threads)
-    skyrl_gym.envs.deregister("even")
 
 
 class BreaksInStep(BasePPOExp):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import resource
@@ -15,35 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
 from skyrl_train.records.__main__ import main as look
 from skyrl_train.run.checkpoint import Checkpoints
 from skyrl_train.run.metrics import MetricsLog
 from tests.fakes import EvenEnv
-from tests.tiny_models import save_tiny_model
 
 CONTEXT = multiprocessing.get_context("forkserver")  # see conftest.py: children have everything imported
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory):
-    """A folder with a tiny model and two tasks, and a registered environment."""
-    folder = tmp_path_factory.mktemp("given")
-    save_tiny_model(folder / "model")
-    rows = [{"prompt": [{"role": "user", "content": f"task {i} → ☃"}]} for i in range(2)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    register("even", EvenEnv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield folder
-    torch.set_num_threads(threads)
-    skyrl_gym.envs.deregister("even")
-
-
 def arguments(given: Path, run: Path, *more: str) -> list[str]:
-    """Two steps of one task each."""
+    """Two steps of two tasks each."""
     return [
         f"data.train_data=['{given}/data.jsonl']",
         "data.val_data=[]",
@@ -53,8 +35,8 @@ def arguments(given: Path, run: Path, *more: str) -> list[str]:
         "trainer.ckpt_interval=1",
         "trainer.device=cpu",
         "environment.env_class=even",
-        "trainer.train_batch_size=1",
-        "trainer.policy_mini_batch_size=1",
+        "trainer.train_batch_size=2",
+        "trainer.policy_mini_batch_size=2",
         "generator.n_samples_per_prompt=2",
         "generator.sampling_params.max_generate_length=4",
         *more,

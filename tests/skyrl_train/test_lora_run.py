@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import skyrl_gym
-from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
 from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.run.metrics import read_metrics
-from tests.fakes import EvenEnv
-from tests.tiny_models import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory):
-    """A folder with a tiny model and four tasks, and a registered environment."""
-    folder = tmp_path_factory.mktemp("given")
-    save_tiny_model(folder / "model")
-    rows = [{"prompt": [{"role": "user", "content": f"task {i}"}]} for i in range(4)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    register("even", EvenEnv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield folder
-    torch.set_num_threads(threads)
-    skyrl_gym.envs.deregister("even")
 
 
 def train(given: Path, folder: Path, *more: str) -> int:

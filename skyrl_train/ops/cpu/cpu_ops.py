@@ -88,11 +88,11 @@ class CpuOps(Reference):
         pull = torch.zeros_like(normalizers) if grad_logprobs is None else grad_logprobs
         self._passes.logprobs_backward(*given, pull, grad_entropies)
 
-    def round_masters(self, masters: Tensor) -> Tensor:
+    def round_masters(self, masters: Tensor, first: int = 0) -> Tensor:
         if self._passes.dtype != torch.bfloat16:
-            return super().round_masters(masters)
+            return super().round_masters(masters, first)
         weights = torch.empty(masters.shape, dtype=torch.bfloat16)
-        self._passes.dither(masters.detach().contiguous(), weights)
+        self._passes.dither(masters.detach().contiguous(), weights, first)
         return weights
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> float:

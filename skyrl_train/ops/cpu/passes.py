@@ -30,7 +30,7 @@ _ARGUMENTS = {
     "logprobs": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 3 + [_LONG, _INT],
     "logprobs_backward": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 4 + [_LONG, _INT],
     "square_sum": [_POINTER, _LONG],
-    "dither": [_POINTER] * 2 + [_LONG],
+    "dither": [_POINTER] * 2 + [_LONG] * 2,
     "adamw": [_POINTER] * 5 + [_FLOAT] * 8 + [_LONG],
 }
 _OF_TILES = {
@@ -183,9 +183,9 @@ class Passes:
         x = x.contiguous()
         return self.library.square_sum(x.data_ptr(), x.numel())
 
-    def dither(self, x: Tensor, y: Tensor) -> None:
+    def dither(self, x: Tensor, y: Tensor, first: int) -> None:
         """Write x (float) into y, rounded as `Ops.round_masters` says."""
-        self.library.dither(x.data_ptr(), y.data_ptr(), x.numel())
+        self.library.dither(x.data_ptr(), y.data_ptr(), x.numel(), first)
 
     def adamw(self, weight: MasterWeight, settings: AdamWSettings) -> None:
         """Move one master by one step, in one pass over memory, and write it into its parameter."""

@@ -16,6 +16,7 @@ from skyrl_train.algorithms.advantages import (
     group_relative_advantages,
     grpo,
     leave_one_out_advantages,
+    mean_normalized_advantages,
     normalize_advantages,
     reinforce_plus_plus,
     rloo,
@@ -55,6 +56,17 @@ def test_rloo_compares_with_the_mean_of_the_others():
     # 3 - (0 + 1) / 2, 0 - (3 + 1) / 2, 1 - (3 + 0) / 2; no siblings: 0
     advantages = leave_one_out_advantages(tensor([3.0, 0.0, 1.0, 9.0]), tensor([0, 0, 0, 1]))
     assert_close(advantages, tensor([2.5, -2.0, -0.5, 0.0]))
+
+
+def test_maxrl_divides_by_the_mean_so_that_a_rare_success_weighs_more():
+    rewards = tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    groups = tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    # 1 of 4: (1 - 1/4) / (1/4) = 3;   3 of 4: (1 - 3/4) / (3/4) = 1/3;   none: nothing to divide by
+    expected = tensor([3.0, -1.0, -1.0, -1.0, 1 / 3, 1 / 3, 1 / 3, -1.0, 0.0, 0.0])
+    assert_close(mean_normalized_advantages(rewards, groups), expected)
+    assert mean_normalized_advantages(tensor([0.5, 0.5, 2.0]), tensor([0, 0, 1])).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"may score below 0; one scored -0\.5"):
+        mean_normalized_advantages(tensor([1.0, -0.5]), tensor([0, 0]))
 
 
 def test_an_edited_history_counts_all_its_rewards_and_gives_all_its_samples_the_same_advantage():

@@ -1,6 +1,7 @@
 """Losses per token, with numbers that can be checked by hand: low = high = 0.2 throughout, ln 2 = 0.693."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from skyrl_train.algorithms.losses import (
     cispo,
     clipped_surrogate,
     cross_entropy,
+    dppo,
     dual_clip,
     gspo,
     importance_sampling,
@@ -115,6 +117,53 @@ def test_importance_sampling_has_no_clip():
     loss, metrics = importance_sampling(tensor([2.0, 0.5]).log(), zeros(2), tensor([1.0, -1.0]), ALL)
     assert_close(loss, tensor([-2.0, 0.5]))
     assert metrics == {"importance_ratio": 1.25}
+
+
+def region(divergence: str = "tv", largest: float | None = None) -> dict[str, Any]:
+    return {"dppo_divergence": divergence, "dppo_max_divergence": largest, "dppo_max_ratio": 10.0}
+
+
+def test_dppo_leaves_out_tokens_that_go_on_leaving_the_region():
+    p, q = tensor([0.5, 0.5, 0.2, 0.2, 0.3]), tensor([0.3, 0.3, 0.4, 0.4, 0.2])
+    advantages = tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    mask = torch.ones(5, dtype=torch.bool)
+    arguments: dict[str, Any] = {"rollout_logprobs": q.log(), "advantages": advantages, "loss_mask": mask}
+    # p - q: 0.2, A > 0: out; 0.2, A < 0: comes back; -0.2, A < 0: out; -0.2, A > 0: comes back; 0.1: in the region
+    gradient = gradient_of(dppo, p.log(), **arguments, **region())
+    assert_close(gradient, tensor([0.0, 5 / 3, 0.0, -0.5, -1.5]))  # -A p / q on log p
+    loss, metrics = dppo(p.log(), q.log(), advantages, mask, **region())
+    assert_close(loss, gradient * p.log())
+    assert metrics["clip_ratio"] == pytest.approx(0.4)
+    assert metrics["divergence"] == pytest.approx((4 * 0.2 + 0.1) / 5)
+    wider = dppo(p.log(), q.log(), advantages, mask, **region(largest=0.25))
+    assert wider[1]["clip_ratio"] == 0.0
+
+
+def test_dppo_by_kl_and_with_a_capped_weight():
+    p, q = tensor([0.75, 0.02]), tensor([0.99, 0.0001])
+    advantages = tensor([-1.0, 1.0])
+    loss, metrics = dppo(p.log(), q.log(), advantages, ALL, **region("kl"))
+    # 0.99 ln(0.99 / 0.75) + 0.01 ln(0.01 / 0.25) = 0.2427: out;   0.0001 ln(0.005) + 0.9999 ln(0.9999 / 0.98) = 0.0196
+    assert_close(loss, tensor([0.0, -10.0 * math.log(0.02)]))  # the weight would be 200
+    assert metrics["divergence"] == pytest.approx((0.2427 + 0.0196) / 2, abs=1e-4)
+    assert dppo(p.log(), q.log(), advantages, ALL, **region("kl", 0.3))[1]["clip_ratio"] == 0.0
+    certain = dppo(zeros(2), tensor([0.0, -20.0]), advantages, ALL, **region("kl"))
+    assert certain[0].isfinite().all()
+    assert math.isfinite(certain[1]["divergence"])
+
+
+def test_dppo_reads_nothing_outside_the_mask():
+    mask, junk = tensor([False, True, False]), tensor([-torch.inf, -1.0, 500.0])
+    arguments: dict[str, Any] = {
+        "rollout_logprobs": tensor([500.0, -1.0, -torch.inf]),
+        "advantages": tensor([0.0, 1.0, 0.0]),
+    }
+    for divergence in ("tv", "kl"):
+        settings = region(divergence)
+        loss, metrics = dppo(junk, loss_mask=mask, **arguments, **settings)
+        assert_close(loss, tensor([0.0, 1.0, 0.0]))
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert gradient_of(dppo, junk, loss_mask=mask, **arguments, **settings).tolist() == [0.0, -1.0, 0.0]
 
 
 def test_kl_cov_penalizes_the_share_of_tokens_with_the_highest_covariance():

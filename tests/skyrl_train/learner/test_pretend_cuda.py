@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skyrl_train.learner.gradient import Budget, logprobs_of
+from skyrl_train.learner.gradient import logprobs_of
+from skyrl_train.learner.passes import Budget
 from tests.pretend_cuda import PretendCuda
 from tests.skyrl_train.batches import random_batch, shared_batch
 from tests.tiny_models import tiny_policy

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from skyrl_train.config import OptimizerConfig
 from skyrl_train.learner.optimizer import MasterOptimizer
-from skyrl_train.ops import ops_for, reference
+from skyrl_train.ops import REFERENCE, ops_for, reference
 from skyrl_train.ops.base import AdamWSettings, MasterWeight
 from skyrl_train.ops.cpu.passes import passes_for
 from skyrl_train.policy.lora import LoraLinear, effective_weight
@@ -48,6 +48,17 @@ def test_a_weight_is_one_of_its_masters_two_neighbours_and_never_turns_back():
         assert ((weights - masters).abs() < masters.abs() / 128).all()
         assert (weights.abs() >= before.abs()).all()
         before = weights
+
+
+@pytest.mark.parametrize("first", [1, 7, 5000, 2**31 - 3, 2**32 + 11])
+def test_a_part_is_rounded_as_a_part_of_the_whole(first):
+    masters = on_grid() * 1.001
+    ops = ops_for(masters.device, torch.bfloat16)
+    assert torch.equal(ops.rounded(masters, torch.bfloat16, first), REFERENCE.rounded(masters, torch.bfloat16, first))
+    parts = masters[:6000], masters[6000:]
+    joined = torch.cat([rounded(parts[0]), ops.rounded(parts[1], torch.bfloat16, 6000)])
+    assert torch.equal(joined, rounded(masters))
+    assert not torch.equal(rounded(parts[1]), joined[6000:])
 
 
 def test_every_number_counts_from_the_first_of_its_tensor(monkeypatch, no_compiler):

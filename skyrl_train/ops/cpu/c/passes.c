@@ -178,9 +178,10 @@ static inline number dithered(float x, uint32_t i) {
 #endif
 }
 
-void dither(const float *x, number *y, int64_t count) {
+/* x are numbers `before` and following of a tensor. */
+void dither(const float *x, number *y, int64_t count, int64_t before) {
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < count; i++) y[i] = dithered(x[i], (uint32_t)i);
+  for (int64_t i = 0; i < count; i++) y[i] = dithered(x[i], (uint32_t)(before + i));
 }
 
 /* AdamW, Loshchilov and Hutter (2019), algorithm 2, on clip * gradient; first and second are 1 / (1 - beta^step).

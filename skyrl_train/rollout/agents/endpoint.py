@@ -1,0 +1,272 @@
+"""An HTTP server in front of the engine, which speaks OpenAI's API. Calls under a session's address are recorded.
+
+    /v1/...                    anyone's calls: sampled and forgotten
+    /sessions/KEY/v1/...       one agent's calls in one episode: sampled as the run samples, and recorded
+
+So an agent needs nothing but a base URL. Loopback needs no API key; any other host does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import itertools
+import os
+import secrets
+import socket
+from collections.abc import Coroutine, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import uvicorn
+from loguru import logger
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from skyrl_train.engine.base import Engine, EngineDied, Request, SamplingParams
+from skyrl_train.rollout.agents.openai_api import Answer, BadRequest, Body, ChatBody, TextBody, error_body, read_body
+from skyrl_train.rollout.agents.session import Call, Limits, Session
+from skyrl_train.rollout.chat import ChatTemplate
+
+T = TypeVar("T")
+KEY_VARIABLE = "SKYRL_API_KEY"
+MAX_BODY = 64 * 2**20  # bytes
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
+
+
+class Endpoint:
+    """The server. It is bound when it is made and serves after `start`; `close` ends it with all that is under way."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        template: ChatTemplate,
+        sampling: SamplingParams,
+        *,
+        model: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        """port: 0 is any that is free. sampling: of calls outside sessions. OSError if the port is taken."""
+        self.engine, self.template, self.sampling, self.model = engine, template, sampling, model
+        self._sessions: dict[str, Session] = {}
+        self._calls: dict[str, set[asyncio.Task[Any]]] = {}  # under way, by session
+        self._numbers = itertools.count(1)
+        is_local = _is_loopback(host)
+        self.api_key = os.environ.get(KEY_VARIABLE) or ("unused" if is_local else secrets.token_urlsafe(24))
+        self._needs_key = not is_local or KEY_VARIABLE in os.environ
+        self._socket = _bound(host, port)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
+        routes = [
+            Route("/chat/completions", self._chat, methods=["POST"]),
+            Route("/completions", self._text, methods=["POST"]),
+            Route("/models", self._models),
+        ]
+        self._server = _Server(
+            uvicorn.Config(
+                Starlette(
+                    routes=[
+                        Mount("/v1", routes=routes),
+                        Mount("/sessions/{session}/v1", routes=routes),
+                        Route("/health", self._health),
+                    ]
+                ),
+                log_level="warning",
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve from now on, in this event loop. More calls do nothing."""
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+            await self._server.is_up.wait()
+            key = f" with the API key {self.api_key}" if self._needs_key and KEY_VARIABLE not in os.environ else ""
+            logger.info(f"the policy answers as {self.model} at {self.url}/v1 (OpenAI's API){key}")
+
+    def close(self) -> None:
+        """End the server. Its task ends in the event loop, if that goes on."""
+        self._server.should_exit = self._server.force_exit = True
+        if self._serving is None:
+            self._socket.close()
+
+    # Sessions
+
+    def open(self, session: Session) -> str:
+        """Record the calls of a session from now on, and return the base URL that its agent needs."""
+        key = secrets.token_urlsafe(12)
+        self._sessions[key], self._calls[key] = session, set()
+        return f"{self.url}/sessions/{key}/v1"
+
+    async def close_session(self, base_url: str) -> None:
+        """Refuse the agent's calls from now on, end those under way, and free what the engine keeps for it."""
+        key = base_url.rsplit("/", 2)[-2]
+        session = self._sessions.pop(key)
+        calls = self._calls.pop(key)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self.engine.forget(session.id)
+
+    # Requests
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        return await self._answered(request, ChatBody)
+
+    async def _text(self, request: HttpRequest) -> Response:
+        return await self._answered(request, TextBody)
+
+    async def _health(self, request: HttpRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _models(self, request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "skyrl"}]})
+
+    async def _answered(self, request: HttpRequest, kind: type[Body]) -> Response:
+        if not self._may_ask(request):
+            words = "wrong or missing API key: send Authorization: Bearer KEY"
+            return JSONResponse(error_body(words, "authentication_error"), 401)
+        key = request.path_params.get("session")
+        if key is not None and key not in self._sessions:
+            return JSONResponse(error_body("this episode is over", "not_found_error"), 404)
+        try:
+            body = read_body(kind, await _read(request))
+            with self._under_way(key):
+                answer = await _unless_gone(request, self._sampled(body, self._sessions[key] if key else None))
+        except BadRequest as bad:
+            return JSONResponse(bad.body, 400)
+        except EngineDied as death:
+            return JSONResponse(error_body(str(death), "server_error"), 503)
+        except asyncio.CancelledError:
+            if key is None or key in self._sessions:
+                raise
+            return JSONResponse(error_body("this episode is over", "not_found_error"), 404)
+        if answer is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        tokens = [self.template.tokenizer.decode([token]) for token in answer.completion.response_ids]
+        if body.stream:
+            return StreamingResponse(answer.events(tokens), media_type="text/event-stream")
+        return JSONResponse(answer.whole(tokens))
+
+    async def _sampled(self, body: Body, session: Session | None) -> Answer:
+        number = next(self._numbers)
+        recorded = session or self._passing_session(body, number)
+        messages = body.plain_messages if isinstance(body, ChatBody) else []
+        ids = recorded.prompt_of(messages) if messages else self._ids_of(body)
+        sampling = recorded.sampling_of(body, len(ids))
+        try:
+            completion = await self.engine.generate(Request(ids, sampling, recorded.id))
+        except EngineDied as death:
+            recorded.death = death
+            raise
+        except ValueError as error:  # the engine does not take these tokens
+            raise BadRequest(str(error)) from error
+        finally:
+            if session is None:
+                await self.engine.forget(recorded.id)
+        recorded.calls.append(Call(messages, ids, completion))
+        return Answer(body, number, self.model, ids, completion)
+
+    def _passing_session(self, body: Body, number: int) -> Session:
+        """Return a session for one call that belongs to none: it may choose its own sampling and seed."""
+        longest = self.engine.max_model_len
+        chosen = {
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "max_tokens": body.longest_reply,
+        }
+        sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
+        sampling = replace(sampling, min_tokens=min(sampling.min_tokens, sampling.max_tokens))
+        seed = number if body.seed is None else body.seed
+        return Session(f"http_{number}", self.template, sampling, Limits(None, longest, longest), seed)
+
+    def _ids_of(self, body: Body) -> list[int]:
+        assert isinstance(body, TextBody)
+        prompt = body.one_prompt
+        ids = self.template.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise BadRequest("the prompt is empty", param="prompt")
+        return ids
+
+    def _may_ask(self, request: HttpRequest) -> bool:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return not self._needs_key or hmac.compare_digest(given.encode(), self.api_key.encode())
+
+    @contextmanager
+    def _under_way(self, key: str | None) -> Generator[None]:
+        task = asyncio.current_task()
+        if key is None or task is None:
+            yield
+            return
+        calls = self._calls[key]
+        calls.add(task)
+        try:
+            yield
+        finally:
+            calls.discard(task)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals to the run, and says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_up.set()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+async def _read(request: HttpRequest) -> bytes:
+    """Return the body. BadRequest if it is longer than any conversation."""
+    read = bytearray()
+    async for piece in request.stream():
+        read += piece
+        if len(read) > MAX_BODY:
+            raise BadRequest(f"the body is longer than {MAX_BODY} bytes")
+    return bytes(read)
+
+
+async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what the work returns; None, and the work is cancelled, if the client hangs up meanwhile."""
+    working = asyncio.create_task(work)
+    hanging_up = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, hanging_up):
+            task.cancel()
+        await asyncio.gather(working, hanging_up, return_exceptions=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(
+            error.errno, f"cannot serve at {host}:{port} ({error.strerror}); set generator.http_endpoint_port"
+        ) from error
+    return made

@@ -1,0 +1,167 @@
+"""An episode that an agent of the user's plays with a client of its own: its calls are recorded at the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib
+import inspect
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_reward
+from skyrl_gym.core import EnvFailure
+from skyrl_train.rollout.agents.endpoint import Endpoint
+from skyrl_train.rollout.agents.session import Limits, Session
+from skyrl_train.rollout.env_calls import failure
+from skyrl_train.rollout.episode import Cut
+from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
+from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
+
+OFFERED = ("prompt", "extras", "base_url", "api_key", "model", "seed")
+
+
+class Agent:
+    """A function of the user's that plays an episode and returns its reward.
+
+    It is called with those of these that it names: `prompt` (the row's messages), `extras` (its other columns),
+    `base_url`, `api_key` and `model` for the client, and `seed`. It returns the reward, or a dictionary with `reward`
+    and `metrics`. A function that is not async runs in a thread.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        """ValueError if the function needs anything that is not offered."""
+        parameters = inspect.signature(function).parameters.values()
+        self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        self._named = {parameter.name for parameter in parameters}
+        needed = [
+            parameter.name
+            for parameter in parameters
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ]
+        if unknown := [name for name in needed if name not in OFFERED]:
+            raise ValueError(f"generator.agent={name} needs {', '.join(unknown)}; offered are {', '.join(OFFERED)}")
+        self.name, self._function = name, function
+
+    @classmethod
+    def named(cls, name: str) -> Agent:
+        """Return the agent that `package.module:function` names. ValueError if there is none."""
+        module, _, function = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"generator.agent={name} cannot be found as package.module:function: {error}") from error
+        if not callable(found):
+            raise ValueError(f"generator.agent={name} is no function")
+        return cls(name, found)
+
+    async def play(self, offered: dict[str, Any], executor: Executor) -> Any:
+        """Return what the function returns."""
+        taken = offered if self._takes_all else {name: offered[name] for name in self._named & offered.keys()}
+        if inspect.iscoroutinefunction(self._function):
+            return await self._function(**taken)
+        answer = await asyncio.get_running_loop().run_in_executor(executor, partial(self._function, **taken))
+        return await answer if inspect.isawaitable(answer) else answer
+
+
+@dataclass
+class AgentEpisode:
+    """Has the agent play one EpisodeTask once. `waits_for` says at any moment what the episode waits for."""
+
+    task: EpisodeTask
+    agent: Agent
+    endpoint: Endpoint
+    limits: EpisodeLimits
+    executor: Executor
+    attempt: int = 0
+    waits_for: str = "the agent"
+    messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    cut: Cut | None = None
+
+    def __post_init__(self) -> None:
+        self._extras = copy.deepcopy(self.task.prompt.env_extras)
+        own_limit, own_seed = self._extras.pop("max_turns", None), self._extras.pop("seed", None)
+        self._max_calls = self.limits.max_turns if own_limit is None else int(own_limit)
+        self.seed = self.task.env_seed if own_seed is None else int(own_seed)
+
+    async def play(self) -> Trajectory:
+        """Return the episode. EnvFailure if the agent failed, or never asked; EngineDied if the engine did."""
+        started = time.monotonic()
+        session = self._session()
+        base_url = self.endpoint.open(session)
+        try:
+            answer = await self._answer(base_url)
+        except EnvFailure:
+            if session.cut is None or not session.calls:
+                raise
+            answer = 0.0  # the agent broke on the refusal of a call too many: the policy used up its turns or tokens
+        finally:
+            self.messages = next((call.messages for call in session.calls), [])
+            await self.endpoint.close_session(base_url)
+            if session.death is not None:  # whatever the agent made of it
+                raise session.death from session.death.__cause__
+        reward, metrics = _checked(answer, self.agent.name)
+        if not session.calls:
+            raise EnvFailure(f"{self.agent.name}: it returned without a single call of {base_url}")
+        self.turns, self.cut = session.turns(reward), session.cut
+        return Trajectory(
+            prompt=self.task.prompt,
+            repetition=self.task.repetition,
+            seed=self.seed,
+            messages=self.messages,
+            turns=self.turns,
+            end=_end(session),
+            env_metrics=metrics,
+            num_attempts=self.attempt + 1,
+            seconds=time.monotonic() - started,
+        )
+
+    def _session(self) -> Session:
+        limits = Limits(self._max_calls, self.limits.max_input_length, self.limits.max_context)
+        session_id = f"{self.task.round_name}_{self.task.id}_{self.attempt}"
+        return Session(session_id, self.endpoint.template, self.task.sampling, limits, self.task.sampling_seed)
+
+    async def _answer(self, base_url: str) -> Any:
+        offered = {
+            "prompt": copy.deepcopy(self.task.prompt.messages),
+            "extras": self._extras,
+            "base_url": base_url,
+            "api_key": self.endpoint.api_key,
+            "model": self.endpoint.model,
+            "seed": self.seed,
+        }
+        seconds = self.limits.episode_timeout_s
+        playing = asyncio.create_task(self.agent.play(offered, self.executor))
+        try:
+            is_in_time, _ = await asyncio.wait({playing}, timeout=seconds)
+        finally:
+            playing.cancel()
+            [outcome] = await asyncio.gather(playing, return_exceptions=True)
+        if not is_in_time:
+            raise EnvFailure(f"{self.agent.name}: it took longer than {seconds:g} s (generator.episode_timeout_s)")
+        if isinstance(outcome, BaseException):
+            raise failure(outcome, self.agent.name, "the agent") from outcome
+        return outcome
+
+
+def _checked(answer: Any, name: str) -> tuple[float, dict[str, Any]]:
+    """Return reward and metrics of what an agent returned. EnvFailure if that is neither."""
+    reward, metrics = (answer.get("reward"), answer.get("metrics", {})) if isinstance(answer, dict) else (answer, {})
+    outcome = Outcome.of(lambda: (checked_reward(reward), checked_metrics(metrics)))
+    if isinstance(outcome.error, WrongAnswer):
+        raise failure(outcome.error, name, "the agent")
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
+def _end(session: Session) -> EpisodeEnd:
+    if session.cut is Cut.INPUT or session.calls[-1].completion.stop_reason == "length":
+        return EpisodeEnd.OUT_OF_TOKENS
+    return EpisodeEnd.OUT_OF_TURNS if session.cut is Cut.TURNS else EpisodeEnd.FINISHED

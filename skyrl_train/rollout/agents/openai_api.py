@@ -1,0 +1,214 @@
+"""OpenAI's chat completions and completions: what a client sends, checked, and what it gets back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from skyrl_train.engine.base import Completion
+from skyrl_train.types import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+class BadRequest(ValueError):
+    """A request that is refused with status 400. `code` is OpenAI's word for the reason, where it has one."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(str(self), "invalid_request_error", self.param, self.code)
+
+
+class Body(BaseModel):
+    """The fields that both kinds of request share. Null is the same as not given; unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    # Fields that change what is asked for, with the values that ask for nothing we lack.
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (None, 1), "best_of": (None, 1), "logit_bias": (None, {})}
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    return_token_ids: bool | None = None  # vLLM's name: add prompt_token_ids and token_ids to the answer
+
+    @property
+    def longest_reply(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatBody(Body):
+    """A request for the next message of a conversation."""
+
+    only = Body.only | {
+        "tools": (None, []),
+        "functions": (None, []),
+        "response_format": (None, {"type": "text"}),
+        "top_logprobs": (None, 0),
+        "audio": (None,),
+    }
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+
+    @property
+    def longest_reply(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    @property
+    def plain_messages(self) -> list[Message]:
+        """Return role and text of each message. BadRequest for what is no text."""
+        return [_plain(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+
+class TextBody(Body):
+    """A request for what follows a text, or token ids."""
+
+    only = Body.only | {"echo": (None, False), "suffix": (None, "")}
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def one_prompt(self) -> str | list[int]:
+        """Return the only prompt, text or token ids. BadRequest for several."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if self.prompt and all(isinstance(token, int) for token in self.prompt):
+            return [token for token in self.prompt if isinstance(token, int)]
+        if len(self.prompt) != 1 or isinstance(self.prompt[0], int):
+            raise BadRequest(f"one prompt a request, got {len(self.prompt)}; send the others apart", param="prompt")
+        return self.prompt[0]
+
+
+def read_body(kind: type[Body], raw: bytes) -> Any:
+    """Return a checked request. BadRequest says which field is wrong, or which is asked for and not supported."""
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadRequest(f"the body must be a JSON object, got a {type(fields).__name__}")
+    for name, accepted in kind.only.items():
+        if fields.get(name) not in accepted:
+            raise BadRequest(f"{name} is not supported; leave it out", param=name)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadRequest(f"{place}: {first['msg']}", param=place or None) from None
+
+
+def _plain(message: dict[str, Any], place: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise BadRequest(f"{place}.role must be one of {', '.join(ROLES)}, got {role!r}", param=place)
+    if message.get("tool_calls") or message.get("function_call"):
+        raise BadRequest(f"{place}: tool calls are not supported; put them into the text", param=place)
+    parts = content if isinstance(content, list) else [{"type": "text", "text": "" if content is None else content}]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest(f"{place}.content must be a text or a list of text parts", param=place)
+    return {"role": str(role), "content": "".join(text for text in texts if isinstance(text, str))}
+
+
+# Answers
+
+
+class Answer:
+    """The answer to one request, as a whole or as the events of a stream."""
+
+    def __init__(self, body: Body, number: int, model: str, prompt_ids: list[int], completion: Completion) -> None:
+        self.body, self.completion, self.prompt_ids = body, completion, prompt_ids
+        self.is_chat = isinstance(body, ChatBody)
+        self._head = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{number}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._kind = "chat.completion" if self.is_chat else "text_completion"
+
+    def whole(self, tokens: list[str]) -> dict[str, Any]:
+        """Return the body of the answer. tokens: the text of each sampled token, for the logprobs."""
+        text = self.completion.text
+        said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        token_ids = {"prompt_token_ids": self.prompt_ids} if self.body.return_token_ids else {}
+        return {
+            **self._head,
+            "object": self._kind,
+            "choices": [self._choice(said, self.completion.stop_reason, tokens)],
+            "usage": self._usage,
+            **token_ids,
+        }
+
+    def events(self, tokens: list[str]) -> Iterator[str]:
+        """Yield the events of a stream. The engine gives whole replies, so the text comes in one piece."""
+        kind = "chat.completion.chunk" if self.is_chat else self._kind
+        text = self.completion.text
+        said = {"delta": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        end = {"delta": {}} if self.is_chat else {"text": ""}
+        choices = [self._choice(said, None, tokens), {"index": 0, **end, "finish_reason": self.completion.stop_reason}]
+        events: list[dict[str, Any]] = [{"choices": [choice]} for choice in choices]
+        if (self.body.stream_options or {}).get("include_usage"):
+            events.append({"choices": [], "usage": self._usage})
+        yield from (f"data: {json.dumps({**self._head, 'object': kind, **event})}\n\n" for event in events)
+        yield "data: [DONE]\n\n"
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        prompt, reply = len(self.prompt_ids), len(self.completion.response_ids)
+        return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+
+    def _choice(self, said: dict[str, Any], finish_reason: str | None, tokens: list[str]) -> dict[str, Any]:
+        choice = {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
+        if self.body.wants_logprobs:
+            choice["logprobs"] = self._chat_logprobs(tokens) if self.is_chat else self._text_logprobs(tokens)
+        if self.body.return_token_ids:
+            choice["token_ids"] = self.completion.response_ids
+        return choice
+
+    def _chat_logprobs(self, tokens: list[str]) -> dict[str, Any]:
+        pairs = zip(tokens, self.completion.logprobs, strict=True)
+        return {
+            "content": [
+                {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+                for token, logprob in pairs
+            ]
+        }
+
+    def _text_logprobs(self, tokens: list[str]) -> dict[str, Any]:
+        return {"tokens": tokens, "token_logprobs": self.completion.logprobs, "top_logprobs": None}
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
