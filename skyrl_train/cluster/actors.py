@@ -1,4 +1,7 @@
-"""The processes of a cluster: a learner rank, and an engine. Each builds its part and passes calls on to it."""
+"""The processes of a cluster: a learner rank, and an engine. Each builds its part and passes calls on to it.
+
+Heavy imports live in the methods, so that a process says who it is before it loads torch.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyrl_train.cluster.start import Functions, register_all
-from skyrl_train.cluster.travel import Arrays, batch_of
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.cluster.start import Functions
+    from skyrl_train.cluster.travel import Arrays
     from skyrl_train.engine.base import Completion, LoadingEngine, Request
     from skyrl_train.entrypoints.experiment import BasePPOExp
     from skyrl_train.learner.base import Learner
@@ -72,6 +74,8 @@ class LearnerRank:
         import torch
         from torch import distributed
 
+        from skyrl_train.cluster.start import register_all
+
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         register_all(*self._functions)
@@ -85,6 +89,8 @@ class LearnerRank:
 
     def add_logprobs(self, arrays: Arrays) -> Arrays | None:
         """Return what was added to the batch; only rank 0 does, for all ranks have the same."""
+        from skyrl_train.cluster.travel import batch_of
+
         batch = self._built.add_logprobs(batch_of(arrays))
         added = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
         found = {name: tensor.cpu().numpy() for name, tensor in added.items() if tensor is not None}
@@ -92,6 +98,8 @@ class LearnerRank:
 
     def update(self, arrays: Arrays) -> tuple[dict[str, float], int]:
         """Return metrics and policy version."""
+        from skyrl_train.cluster.travel import batch_of
+
         self._tokens = (0, 0)
         metrics = self._built.update(batch_of(arrays), self._reached)
         return metrics, self._built.policy_version

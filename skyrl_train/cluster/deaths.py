@@ -8,6 +8,7 @@ from typing import Any
 
 from skyrl_train.cluster.actors import Identity
 from skyrl_train.cluster.start import import_ray
+from skyrl_train.engine.base import EngineDied
 
 NUM_LINES = 12
 TAIL_BYTES = 20_000
@@ -17,15 +18,21 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 def obituary(name: str, identity: Identity | None, error: BaseException) -> str:
     """Return "learner rank 1 (process 77) died: ...", and what it wrote last."""
     who = name if identity is None else f"{name} (process {identity.pid})"
-    lines = last_lines(identity.log) if identity is not None and identity.log else []
-    said = "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
-    return f"{who} died: {_reason(error)}{said}"
+    return f"{who} died: {_reason(error)}{last_words(identity)}"
 
 
-def last_lines(log: str) -> list[str]:
+def last_words(identity: Identity | None) -> str:
+    """Return what a process wrote last, as the end of a message; nothing if that cannot be read."""
+    logs = [Path(identity.log)] if identity is not None and identity.log else []
+    logs = [log.with_suffix(end) for log in logs for end in (".out", ".err")]  # Ray's two files of a worker
+    lines = [line for log in logs for line in last_lines(log)]
+    return "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+
+
+def last_lines(log: Path) -> list[str]:
     """Return the last lines of a file, without colours and empty lines; none if it cannot be read."""
     try:
-        with Path(log).open("rb") as file:
+        with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
@@ -44,7 +51,8 @@ def _reason(error: BaseException) -> str:
     return (found[1] if found else text).partition(" Some common causes")[0][:400]
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """Return the error that an actor raised, as it was raised there; other errors as they are."""
+def cause_of(error: BaseException, identity: Identity | None = None) -> BaseException:
+    """Return the error that an actor raised, as it was raised there. A death gets what the process wrote last."""
     task_error: Any = import_ray().exceptions.RayTaskError
-    return error.cause if isinstance(error, task_error) and error.cause is not None else error
+    cause = error.cause if isinstance(error, task_error) and error.cause is not None else error
+    return EngineDied(f"{cause}{last_words(identity)}") if isinstance(cause, EngineDied) else cause

@@ -87,4 +87,4 @@ class RayEngine:
         except self._ray.exceptions.RayActorError as error:
             raise EngineDied(obituary(self._name, self._identity, error)) from None
         except self._ray.exceptions.RayTaskError as error:
-            raise cause_of(error) from error
+            raise cause_of(error, self._identity) from error

@@ -19,6 +19,7 @@ from skyrl_train.cluster.session import RaySession
 from skyrl_train.cluster.start import registered_by_users
 from skyrl_train.engine.base import EngineDied, LoadingEngine
 from skyrl_train.engine.pool import EnginePool
+from skyrl_train.run.run import RunRefused
 from skyrl_train.weights.shared_memory import SharedMemoryWeights, proof_ids_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Cluster:
             raise EngineDied(obituary(name, identity, error)) from None
         except exceptions.RayTaskError as error:
             self.session.ray.kill(actor)
-            raise cause_of(error) from error
+            raise cause_of(error, identity) from error
         except BaseException:
             self.session.ray.kill(actor)
             raise
@@ -97,6 +98,7 @@ class Cluster:
 
     def _rank(self, ray: Any, rank: int) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1}}
+        options["scheduling_strategy"] = self.session.here()
         options["runtime_env"] = {"env_vars": self.session.environment(**self._threads())}
         if self.placement.on_gpu:
             options |= {"num_gpus": 1, "scheduling_strategy": self._in_bundle(rank)}
@@ -108,6 +110,7 @@ class Cluster:
         placement, devices = self.placement, self.placement.engines[index]
         variables = self._threads()
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": REQUESTS_AT_ONCE}
+        options["scheduling_strategy"] = self.session.here()
         if placement.on_gpu and set(devices) & set(placement.ranks):
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for d in devices for gpu in self._rank_gpus[d])
             variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
@@ -145,7 +148,10 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
     try:
         learner = await _in_compute_thread(cluster.start_ranks)
         try:
-            engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+            try:
+                engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+            except ValueError as error:  # a setting that only the part itself can refuse
+                raise RunRefused(str(error)) from error
             weights = SharedMemoryWeights(proof_ids_of(exp.tokenizer), exp.compute_dtype)
             yield ComputingParts(learner, engine, weights)
         finally:

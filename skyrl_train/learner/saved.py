@@ -48,6 +48,17 @@ def write_rank(folder: Path, parts: Mapping[str, Part], plain: Mapping[str, Any]
             (folder / INDEX).write_text(index + "\n", encoding="utf-8")
 
 
+def refuse_incomplete(folder: Path) -> None:
+    """Raise FileNotFoundError if the file of a rank is missing, as it is where ranks of other machines wrote theirs."""
+    size = SavedLearner(folder).num_ranks
+    for rank in range(size):
+        if not (path := folder / _file_name(rank, size)).is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, although all {size} ranks have written: the ranks are on machines that do not "
+                "share this folder. Set trainer.ckpt_path to a folder that all machines share"
+            )
+
+
 class SavedLearner:
     """What `write_rank` wrote on all ranks. ValueError, with the file's name, where it is not that."""
 
@@ -55,7 +66,7 @@ class SavedLearner:
         self._folder = folder
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            self._num_ranks = int(index["ranks"])
+            self.num_ranks = int(index["ranks"])
             self.plain: dict[str, Any] = index["plain"]
             self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         except FileNotFoundError as error:
@@ -69,8 +80,8 @@ class SavedLearner:
         num_rows = _with_rows(shape)[0]
         first, stop = rows_of(num_rows, ranks.rank, ranks.size)
         pieces = []
-        for rank in range(self._num_ranks):
-            theirs, end = rows_of(num_rows, rank, self._num_ranks)
+        for rank in range(self.num_ranks):
+            theirs, end = rows_of(num_rows, rank, self.num_ranks)
             start, until = max(first, theirs), min(stop, end)
             if start < until:
                 pieces.append(self._read(name, rank, start - theirs, until - theirs))
@@ -81,11 +92,11 @@ class SavedLearner:
         return self.part(name, Ranks())
 
     def _read(self, name: str, rank: int, start: int, stop: int) -> Tensor:
-        path = self._folder / _file_name(rank, self._num_ranks)
+        path = self._folder / _file_name(rank, self.num_ranks)
         try:
             with naming(path), safe_open(path, framework="pt", device="cpu") as file:
                 return file.get_slice(name)[start:stop]
-        except SafetensorError as error:
+        except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} does not hold the rows of {name} ({error})") from error
 
 

@@ -24,6 +24,7 @@ import torch
 from loguru import logger
 
 from skyrl_train.files import remove_folder, remove_leftovers, whole_folder, write_whole
+from skyrl_train.learner.saved import refuse_incomplete
 from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
@@ -62,6 +63,7 @@ class Checkpoints:
                 write_part(value, unfinished / f"{name}{SUFFIX}")
             if save_learner is not None:
                 save_learner(unfinished / LEARNER)
+                refuse_incomplete(unfinished / LEARNER)
             write_digests(unfinished, _HEADER.format(FORMAT))
         write_whole(self.folder / LATEST, str(step).encode())
         self._remove_old()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
+
 from skyrl_gym.envs import register
+from skyrl_train.run.metrics import read_metrics
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 
@@ -18,7 +23,7 @@ TWO = ["trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2",
 
 def write_given(folder: Path) -> Path:
     """Write a tiny model and tiny data."""
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", head_dim=32)  # vLLM's attention on a CPU knows no smaller one
     rows = [{"prompt": [{"role": "user", "content": f"task {i}"}]} for i in range(2 * NUM_STEPS)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -48,6 +53,41 @@ def arguments(given: Path, run_folder: Path) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the variables of a run's process: one thread each, for the tests share the cores with it."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "0"}
+
+
+def start(given: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run in `given`/run."""
+    command = [sys.executable, "-m", "tests.skyrl_train.cluster.runs", *arguments(given, given / "run"), *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def family_after_step(step: int, run_folder: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the run's processes, once it has made this step."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = read_metrics(run_folder / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate()[0][-3000:]}")
+
+
+def title(process: psutil.Process) -> str:
+    """Return "ray::LearnerRank", also while it runs a method and is called after that."""
+    try:
+        return process.cmdline()[0].partition(".")[0] if process.cmdline() else ""
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def nothing_is_left(family: list[psutil.Process]) -> bool:
+    """Return whether none of these lives after ten seconds, and no memory that a run shares."""
+    _, alive = psutil.wait_procs(family, timeout=10)
+    shared = [path.name for path in Path("/dev/shm").glob("*") if "skyrl" in path.name or "plasma" in path.name]
+    return not alive and not shared
 
 
 if __name__ == "__main__":

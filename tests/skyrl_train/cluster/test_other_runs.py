@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from skyrl_train.run.metrics import read_metrics
-from tests.skyrl_train.cluster.runs import NUM_STEPS, ROOT, TWO, arguments, environment, write_given
+from tests.skyrl_train.cluster.runs import NUM_STEPS, TWO, family_after_step, nothing_is_left, start, title, write_given
 
 pytest.importorskip("ray", reason="needs Ray: uv sync --inexact --extra cluster")
 VLLM = [
@@ -24,37 +21,52 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
+@pytest.mark.timeout(400)
+def test_a_killed_driver_of_one_learner_and_two_engines_apart_leaves_no_process_and_no_shared_memory(tmp_path):
+    apart = [
+        "trainer.placement.colocate_all=false",
+        "generator.num_inference_engines=2",
+        "trainer.dump_data_batch=true",
+    ]
+    process = start(write_given(tmp_path), *apart, "trainer.epochs=1000")
+    family = family_after_step(2, tmp_path / "run", process)
+    names = [title(child) for child in family]
+    process.kill()
+    output, _ = process.communicate()
+    assert nothing_is_left(family)
+    assert (names.count("ray::LearnerRank"), names.count("ray::EngineActor")) == (1, 2)
+    assert "CPU device 0: rank 0; CPU device 1: engine 0; CPU device 2: engine 1 (1 thread each)" in output
+    check(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    batch = load_file(tmp_path / "run" / "exports" / "dumped_data" / "global_step_2.safetensors")
+    assert batch["input_ids"].numel() == batch["advantages"].numel() == int(batch["offsets"][-1])
+
+
+@needs_vllm
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("overrides", "counted"),
+    ("overrides", "placed"),
     [
-        (
-            ["trainer.placement.colocate_all=false", "generator.num_inference_engines=2"],
-            "CPU device 0: rank 0; CPU device 1: engine 0; CPU device 2: engine 1",
-        ),
-        pytest.param(VLLM, "CPU device 0: rank 0 and engine 0", marks=needs_vllm),
-        pytest.param(
-            [*TWO, *VLLM],
-            "CPU device 0: rank 0 and engine 0; CPU device 1: rank 1 and engine 1",
-            marks=needs_vllm,
-        ),
+        ([], "CPU device 0: rank 0 and engine 0 (1 thread each)"),
+        (TWO, "CPU device 0: rank 0 and engine 0; CPU device 1: rank 1 and engine 1 (1 thread each)"),
     ],
-    ids=["one process and two torch engines apart", "one process and vLLM", "two ranks and two vLLM engines"],
+    ids=["one process and vLLM", "two ranks and two vLLM engines"],
 )
-def test_it_trains_and_every_push_is_proven(overrides, counted, tmp_path):
-    given = write_given(tmp_path)
-    command = [sys.executable, "-m", "tests.skyrl_train.cluster.runs", *arguments(given, tmp_path / "run"), *overrides]
-    done = subprocess.run(
-        [*command, "trainer.dump_data_batch=true"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert re.search(rf"one process for each: {counted} \(", done.stdout + done.stderr)
+def test_vllm_engines_train_and_leave_nothing(overrides, placed, tmp_path):
+    process = start(write_given(tmp_path), *VLLM, *overrides)
+    family = family_after_step(1, tmp_path / "run", process)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert placed in output
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
-    for line in lines:
+    assert lines[-1]["step"] == NUM_STEPS
+    check(lines)
+    assert nothing_is_left(family)
+
+
+def check(lines: list[dict[str, float]]) -> None:
+    """Check that every step has learned something, and that every push was proven."""
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    for line in lines[1:]:
         assert line["policy/grad_norm"] > 0
         assert line["weights/max_logprob_difference"] < 1e-4
         assert line["weights/push_seconds"] > 0
-    batch = load_file(tmp_path / "run" / "exports" / "dumped_data" / "global_step_2.safetensors")
-    assert batch["input_ids"].numel() == batch["advantages"].numel() == int(batch["offsets"][-1])

@@ -17,7 +17,7 @@ import torch
 from loguru import logger
 
 from skyrl_train.files import whole_folder
-from skyrl_train.learner.ranks import ONE_PROCESS
+from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
 from skyrl_train.learner.saved import Part, write_rank
 from skyrl_train.run.checkpoint import Checkpoints, random_states, set_random_states
 from skyrl_train.run.digests import write_digests
@@ -128,6 +128,17 @@ def test_the_newest_checkpoint_wins_over_the_text_file_which_is_said(tmp_path, l
         logged.clear()
         assert checkpoints.latest() == 4
         assert "latest_ckpt_global_step.txt says" in logged[0]
+
+
+def test_a_checkpoint_of_ranks_that_do_not_share_the_folder_is_no_checkpoint(tmp_path):
+    def save_rank_0_alone(folder: Path) -> None:
+        ranks = Ranks()
+        ranks.size = 2  # the other one has written its file on another machine
+        write_rank(folder, {"masters/w": Part(torch.randn(25, 50), (50, 50))}, {}, ranks)
+
+    with pytest.raises(FileNotFoundError, match=r"rank_1_of_2.safetensors is missing.*trainer.ckpt_path to a folder"):
+        Checkpoints(tmp_path).save(1, state(1), save_rank_0_alone)
+    assert list(tmp_path.iterdir()) == []
 
 
 def flipped(path: Path, bit: int) -> bytes:
