@@ -126,9 +126,8 @@ async def test_half_a_list_of_weights_is_never_sampled_from(untied):
 
 def scheduler_of_vllm() -> psutil.Process:
     """Return vLLM's process EngineCore, of the engine that is still up."""
-    [found] = [
-        child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())
-    ]
+    alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    [found] = [child for child in alive if "EngineCore" in " ".join(child.cmdline())]
     return found
 
 
