@@ -98,6 +98,7 @@ class Cluster:
 
     def _rank(self, ray: Any, rank: int) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1}}
+        options["scheduling_strategy"] = self.session.here()
         options["runtime_env"] = {"env_vars": self.session.environment(**self._threads())}
         if self.placement.on_gpu:
             options |= {"num_gpus": 1, "scheduling_strategy": self._in_bundle(rank)}
@@ -109,6 +110,7 @@ class Cluster:
         placement, devices = self.placement, self.placement.engines[index]
         variables = self._threads()
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": REQUESTS_AT_ONCE}
+        options["scheduling_strategy"] = self.session.here()
         if placement.on_gpu and set(devices) & set(placement.ranks):
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for d in devices for gpu in self._rank_gpus[d])
             variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"

@@ -34,8 +34,14 @@ class RaySession:
             self._init(num_gpus)
 
     def _init(self, num_gpus: int | None) -> None:
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address.startswith("ray://"):
+            raise ValueError(
+                f"RAY_ADDRESS={address} is for a client of a cluster, but the driver shares memory with its ranks and "
+                "engines; start the run on a machine of the cluster, with RAY_ADDRESS=auto"
+            )
         options: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False}
-        if not os.environ.get("RAY_ADDRESS"):
+        if not address:
             options |= {
                 "address": "local",  # else Ray would join whatever was started last on this machine
                 "include_dashboard": False,
@@ -59,17 +65,24 @@ class RaySession:
             **variables,
         }
 
+    def here(self) -> Any:
+        """Return the scheduling strategy of actors on the driver's machine, whose memory brings them new weights."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
+
     def group(self, bundles: list[dict[str, float]]) -> Any:
-        """Return a placement group on one machine once it is ready. ValueError with the numbers if it does not fit."""
+        """Return a placement group on the driver's machine, once it is ready. ValueError if it does not fit."""
         ray = self.ray
         needed, there = sum(bundle.get("GPU", 0) for bundle in bundles), ray.cluster_resources().get("GPU", 0)
         if needed > there:
             raise ValueError(f"{needed:.0f} GPUs are needed, and Ray's cluster has {there:.0f}; use fewer")
+        bundles = [bundles[0] | {f"node:{ray.util.get_node_ip_address()}": 0.001}, *bundles[1:]]
         group = ray.util.placement_group(bundles, strategy="STRICT_PACK")
         if not group.wait(GROUP_S):
             free = ray.available_resources().get("GPU", 0)
             raise ValueError(
-                f"{needed:.0f} GPUs of one machine are needed, and Ray's cluster had {free:.0f} free in {GROUP_S} s "
+                f"{needed:.0f} GPUs of this machine are needed, and Ray's cluster had {free:.0f} free in {GROUP_S} s "
                 f"(of {there:.0f}); end what holds them, or use fewer"
             )
         return group

@@ -18,6 +18,7 @@ from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRL
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
 from skyrl_train.config.load import is_resolved, load_config, validate_cfg
 from skyrl_train.config.models import (
+    FSDPConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -32,7 +33,6 @@ from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     CriticConfig,
-    FSDPConfig,
     FullyAsyncConfig,
     SamplingParams,
     SkyRLLoraConfig,

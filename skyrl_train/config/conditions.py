@@ -24,6 +24,7 @@ VLLM_ALONE = (
 
 ACTS_ONLY_WITH: dict[str, Condition] = {
     **{f"generator.{key}": {"generator.backend": ("vllm",)} for key in VLLM_ALONE},
+    "trainer.policy.fsdp_config": {"trainer.strategy": ("fsdp2", "fsdp")},
     "trainer.ref": KL_ON,
     "trainer.update_ref_every_epoch": KL_ON,
     "trainer.algorithm.kl_estimator_type": KL_ON,

@@ -86,11 +86,19 @@ class OptimizerConfig(Section, at="trainer.policy.optimizer_config"):
 
 
 @dataclass
+class FSDPConfig(Section, at="trainer.policy.fsdp_config"):
+    """The sharding of the policy over ranks."""
+
+    cpu_offload: bool = False  # each rank's rows of weights and optimizer rest in host memory
+
+
+@dataclass
 class PolicyConfig(Section, at="trainer.policy"):
     """The model that learns."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
     model_config_kwargs: dict[str, Any] = field(default_factory=dict)  # overrides of the Hugging Face model config
 
 

@@ -16,6 +16,7 @@ REFERENCE_PLACE = "is not possible: the reference policy lies on the devices of 
 ONE_ENGINE = "is not possible yet: only tensor parallelism splits an engine; drop it, and set "
 ONE_ENGINE += "generator.num_inference_engines or generator.inference_engine_tensor_parallel_size"
 NO_SYNC = "has nothing to do: an engine reads the learner's weights, or copies them from shared memory; drop it"
+SHARDED_SO = "is not possible: all ranks share the policy block by block, with float32 masters; drop it"
 NO_SHARDING = "is not possible yet; drop it, and bound memory with trainer.max_tokens_per_microbatch and "
 NO_SHARDING += "trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
@@ -41,7 +42,10 @@ REFUSED: dict[str, str] = {
     "trainer.policy.sequence_parallel_size": ONE_SEQUENCE,
     "trainer.policy.model.lora.lora_sync_path": NO_SYNC,
     "trainer.policy.optimizer_config.offload_after_step": NO_SHARDING,
-    "trainer.policy.fsdp_config": NO_SHARDING,
+    "trainer.policy.fsdp_config.reshard_after_forward": SHARDED_SO,
+    "trainer.policy.fsdp_config.fsdp_size": SHARDED_SO,
+    "trainer.policy.fsdp_config.mixed_precision": SHARDED_SO,
+    "trainer.policy.fsdp_config.wrap_policy": SHARDED_SO,
     "trainer.policy.use_torch_compile": "is not possible yet; drop it",
     "trainer.policy.record_memory": "is not possible yet; drop it",
     "trainer.policy.megatron_config": NO_MEGATRON,

@@ -53,7 +53,7 @@ ROWS: dict[str, Key] = {
     "trainer.sequence_parallel_backend": Key("ulysses", "how one sequence is shared by GPUs"),
     "trainer.policy.model.lora.lora_sync_path": ADAPTERS["lora_sync_path"],
     "trainer.policy.optimizer_config.offload_after_step": OFFLOAD,
-    **_under("trainer.policy.fsdp_config", SHARDING),
+    **_under("trainer.policy.fsdp_config", {name: row for name, row in SHARDING.items() if name != "cpu_offload"}),
     "trainer.policy.sequence_parallel_size": ONE_SEQUENCE,
     "trainer.policy.use_torch_compile": Key(False, "compile the entropy computation"),
     "trainer.policy.record_memory": Key(False, "write CUDA memory snapshots"),

@@ -19,12 +19,6 @@ SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
 
 
-class FSDPConfig(RefusedSection):
-    """The sharding of a model over GPUs."""
-
-    section_key = "trainer.policy.fsdp_config"
-
-
 class CriticConfig(RefusedSection):
     """The model that predicts returns."""
 

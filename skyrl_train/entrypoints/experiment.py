@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,7 +80,7 @@ class BasePPOExp(RolloutParts):
         else:
             from skyrl_train.learner.fsdp import sharded_learner
 
-            make = sharded_learner
+            make = partial(sharded_learner, offload=self.cfg.trainer.policy.fsdp_config.cpu_offload)
         return make(
             policy,
             self.trainer_section,

@@ -221,7 +221,7 @@ def _refusal(model: ModelMemory, demands: Demands, device: Device) -> str:
         f"{setting} (passes of {plan.token_budget:,} tokens)" for setting, plan in _what_fits(model, demands, device)
     ]
     least = _least_total(model, demands, device)
-    fits.append(f"a GPU of {_gib(least)} GiB (sharing a model between GPUs is not built yet)")
+    fits.append(f"a GPU of {_gib(least)} GiB (ranks that share the model are not counted on)")
     return (
         f"{kind} of {model.num_weights / 1e9:.1f} billion weights does not fit {device.name}: it holds "
         f"{_gib(sum(states.values()))} GiB ({listed}), with a pass and a cache for samples of "

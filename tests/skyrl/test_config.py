@@ -289,6 +289,7 @@ def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is()
             "trainer.strategy=single is one learner, but the placement asks for 2 ranks; use trainer.strategy=fsdp2",
         ),
         (["trainer.strategy=megatron"], "use trainer.strategy=fsdp2"),
+        (["trainer.policy.fsdp_config.cpu_offload=true"], "has no effect with trainer.strategy=single"),
         (["trainer.placement.policy_num_nodes=2"], "use trainer.placement.policy_num_nodes=1"),
         (
             ["trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2",

@@ -185,8 +185,9 @@ def test_sections_of_skyrl_are_made_with_their_defaults_only():
     sampling: Any = DynamicSamplingConfig(max_sample_batches=30)
     critic: Any = CriticConfig()
     assert (sampling.type, critic.model.path) == (None, None)
-    with pytest.raises(ConfigError, match=r"trainer.policy.fsdp_config.cpu_offload=true is not possible yet"):
-        FSDPConfig(cpu_offload=True)
+    section: Any = FSDPConfig
+    with pytest.raises(ConfigError, match=r"trainer.policy.fsdp_config.fsdp_size=2 is not possible"):
+        section(fsdp_size=2)
     config: Any = load_config([])
     config.trainer.critic = CriticConfig()
     with pytest.raises(ConfigError, match=r"trainer.critic"):
