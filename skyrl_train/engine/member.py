@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
+AGREE = 0.1  # nats: logprobs of one token by two engines with the same weights, whatever their type of number
 
 
 class OpenWeights:
@@ -32,9 +33,13 @@ class OpenWeights:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """The state that every engine of a pool is brought to. None: as the engine was started."""
+    """The state that every engine of a pool is brought to. None: as the engine was started.
+
+    proof: token ids and the logprobs that engines with these weights give them.
+    """
 
     weights: OpenWeights | None = None
+    proof: tuple[list[int], list[float]] | None = None
     policy_version: int | None = None
     is_paused: bool = False
 
@@ -43,6 +48,9 @@ class EngineState:
         await engine.pause()
         if self.weights is not None and self.weights is not loaded:
             await engine.load_weights(self.weights.shared)
+        if self.weights is not None and self.proof is not None:
+            ids, logprobs = self.proof
+            refuse_unequal([logprobs, await engine.logprobs_of_tokens(ids)])
         if self.policy_version is not None:
             await engine.weights_changed(self.policy_version)
         if not self.is_paused:
@@ -111,6 +119,13 @@ class Member:
         if signs != self._signs or is_paused or not self._requests:
             self._signs, self._last_sign = signs, now
         return now - self._last_sign
+
+
+def refuse_unequal(found: Sequence[list[float]]) -> None:
+    """Raise RuntimeError if the logprobs that engines give the same tokens differ by more than rounding."""
+    apart = max((max(place) - min(place) for place in zip(*found, strict=True)), default=0.0)
+    if not apart <= AGREE:
+        raise RuntimeError(f"engines differ by {apart:.3g} nats in one token's logprob: their weights are not equal")
 
 
 async def outcome_of(call: Awaitable[T], timeout_s: float) -> T | BaseException:

@@ -15,7 +15,15 @@ from zlib import crc32
 from loguru import logger
 
 from skyrl_train.engine.base import Completion, EngineDied, LoadingEngine, Request
-from skyrl_train.engine.member import EngineState, Member, OpenWeights, StartEngine, outcome_of, outcomes_of
+from skyrl_train.engine.member import (
+    EngineState,
+    Member,
+    OpenWeights,
+    StartEngine,
+    outcome_of,
+    outcomes_of,
+    refuse_unequal,
+)
 
 if TYPE_CHECKING:
     from skyrl_train.weights.shared_memory import SharedWeights
@@ -29,7 +37,6 @@ START_S = 900.0  # for starting an engine and loading the weights into it
 FIRST_PAUSE_S = 0.5  # before a replacement that follows one which completed no request; doubled each time
 MAX_REPLACEMENTS = 3  # in one place, one after the other, without a completed request
 LOOKS = 8  # how often the pool looks at each engine within `silent_s`
-AGREE = 0.1  # nats: logprobs of one token by two engines with the same weights, whatever their type of number
 
 
 class EnginePool:
@@ -96,7 +103,7 @@ class EnginePool:
         An engine that does not take them is replaced. If none takes them, the first one's error is raised.
         """
         self._refuse_if_stopped()
-        before, self._wanted = self._wanted, replace(self._wanted, weights=OpenWeights(shared))
+        before, self._wanted = self._wanted, replace(self._wanted, weights=OpenWeights(shared), proof=None)
         timeout_s = self._call_s + shared.num_bytes / BYTES_PER_S
         members, outcomes = await self._outcomes(lambda engine: engine.load_weights(shared), timeout_s)
         errors = [outcome for _, outcome in outcomes if isinstance(outcome, BaseException)]
@@ -122,11 +129,8 @@ class EnginePool:
             while not self._up():
                 await self._changed.wait()
                 self._refuse_if_stopped()
-        apart = max(max(place) - min(place) for place in zip(*found, strict=True)) if ids[1:] else 0.0
-        if not apart <= AGREE:
-            raise RuntimeError(
-                f"engines differ by {apart:.3g} nats in one token's logprob: their weights are not equal"
-            )
+        refuse_unequal(found)
+        self._wanted = replace(self._wanted, proof=(ids, found[0]))
         return found[0]
 
     async def resume(self) -> None:

@@ -125,7 +125,7 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         """Return the tokens of the template's text of these messages."""
-        return self.encode_text(self.render(messages, add_generation_prompt=add_generation_prompt))
+        return self.encode_text.again(self.render(messages, add_generation_prompt=add_generation_prompt))
 
     @cached_property
     def closes_turns(self) -> bool:

@@ -75,7 +75,7 @@ class Collector:
         ended: asyncio.Queue[asyncio.Task[Trajectory]] = asyncio.Queue()
         place: dict[asyncio.Task[Trajectory], int] = {}  # of an episode's prompt in the round
         found: list[list[Trajectory]] = [[] for _ in this_round.prompts]
-        with rare_collections():
+        with rare_collections(this_round.num_episodes):
             for i, prompt in enumerate(this_round.prompts):
                 for repetition in range(this_round.samples_per_prompt):
                     task = self._task(this_round, prompt, repetition)

@@ -9,6 +9,7 @@ _OF_TRANSFORMERS = {
     "encode": "transformers.tokenization_utils_base",
     "_encode_plus": "transformers.tokenization_utils_tokenizers",
 }
+NUM_RECENT = 128  # texts whose ids are kept
 
 
 class Encoder:
@@ -17,7 +18,18 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         is_plain = all(_defined_in(tokenizer, name) == module for name, module in _OF_TRANSFORMERS.items())
+        self._recent: dict[tuple[str, bool | None], list[int]] = {}
         self._rust = tokenizer.backend_tokenizer if is_plain else None
+
+    def again(self, text: str) -> list[int]:
+        """Encode a text that was probably encoded a moment ago, such as the prompt of a group's other episodes."""
+        key = text, self._tokenizer.split_special_tokens if self._rust is not None else None
+        ids = self._recent.get(key)
+        if ids is None:
+            if len(self._recent) == NUM_RECENT:
+                del self._recent[next(iter(self._recent))]
+            ids = self._recent[key] = self(text)
+        return ids.copy()
 
     def __call__(self, text: str) -> list[int]:
         rust = self._rust

@@ -6,16 +6,17 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-# Collections of the middle generation between two of everything. Python's own number is 10: with 4,096 episodes under
-# way a quarter of the driver's time went into collections that found nothing, each of which held up every episode.
-MIDDLE_COLLECTIONS = 100
+# With Python's own numbers (700, 10, 10) and 4,096 episodes under way a third of the driver's time went into
+# collections that found nothing, each of which held up every episode. What a collection costs is the lists of tokens.
+NEW_PER_EPISODE, MOST_NEW = 10, 50_000  # objects that may be new before they are looked at
+YOUNG_COLLECTIONS = 50  # of the new objects, before those that outlived one are looked at as well
 
 _num_rounds = 0
 _before: tuple[int, int, int] = gc.get_threshold()
 
 
 @contextmanager
-def rare_collections() -> Generator[None]:
+def rare_collections(num_episodes: int) -> Generator[None]:
     """Leave out, until the block ends, the objects that exist now (the libraries' above all), and collect less often.
 
     Blocks may overlap: the first one begins it and the last one ends it. Then everything is looked at again.
@@ -24,8 +25,10 @@ def rare_collections() -> Generator[None]:
     if _num_rounds == 0:
         _before = gc.get_threshold()
         gc.freeze()
-        gc.set_threshold(_before[0], _before[1], max(_before[2], MIDDLE_COLLECTIONS))
     _num_rounds += 1
+    new = min(NEW_PER_EPISODE * num_episodes, MOST_NEW)
+    if _before[0] > 0:  # 0: somebody has turned it off
+        gc.set_threshold(max(new, gc.get_threshold()[0]), max(_before[1], YOUNG_COLLECTIONS), _before[2])
     try:
         yield
     finally:

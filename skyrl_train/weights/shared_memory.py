@@ -196,8 +196,8 @@ class SharedMemoryWeights:
             is_proven = True
             return differences
         finally:
-            if not is_proven:
-                await engine.close()
+            if not is_proven:  # an engine that is silent may not even close
+                await asyncio.wait((asyncio.ensure_future(engine.close()),), timeout=self._deadline_s)
 
     async def _proof(self, learner: Learner, engine: LoadingEngine) -> list[float]:
         ids = self._proof_ids[: engine.max_model_len - 1]

@@ -25,7 +25,7 @@ from skyrl_train.engine.vllm.worker import SharedFile
 from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
-CLOSE_S = 20.0  # what vLLM's processes get to end by themselves
+CLOSE_S = 20.0  # what healthy processes of vLLM get to end by themselves
 
 
 class VllmEngine:
@@ -103,20 +103,25 @@ class VllmEngine:
         if self._running.is_set():
             return await self._answer(self._prompt_logprobs(ids))
         await self._answer(self._llm.resume_generation())
+        logprobs: list[float] | None = None
         try:
-            return await self._answer(self._prompt_logprobs(ids))
+            logprobs = await self._answer(self._prompt_logprobs(ids))
         finally:
-            await self.pause()
+            if logprobs is None:  # pausing what gives no answer would take for ever
+                self._stop("it gave no logprobs of its prompt while it was paused")
+        await self.pause()
+        return logprobs
 
     async def forget(self, session_id: str) -> None:
         pass
 
     async def close(self) -> None:
         """End vLLM's processes. Requests in flight fail with `EngineDied`."""
+        patience_s = 0.0 if self._stopped.done() else CLOSE_S
         self._stop("the engine was closed before this request was finished")
         if self._llm.output_handler is not None:  # it would log the end of vLLM's processes as an error
             self._llm.output_handler.cancel()
-        await asyncio.to_thread(self._llm.shutdown, CLOSE_S)
+        await asyncio.to_thread(self._llm.shutdown, patience_s)
 
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped.done():
@@ -144,12 +149,14 @@ class VllmEngine:
 
     async def _answer(self, call: Coroutine[Any, Any, T]) -> T:
         """Return what a call of vLLM returns. EngineDied as soon as the engine has stopped, whatever it waits for."""
+        if self._stopped.done():
+            call.close()
+            raise self._refusal()
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait((task, self._stopped), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not task.done():
-                task.cancel()
+            task.cancel()
         if self._stopped.done():
             raise self._refusal()
         try:

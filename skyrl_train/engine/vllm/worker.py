@@ -55,7 +55,10 @@ class SharedFile(WeightTransferUpdateInfo):
 
 
 class SharedMemoryTransfer(WeightTransferEngine[NoInfo, SharedFile]):
-    """Replaces all weights by those of one file. An update is a single chunk, and holds the whole model."""
+    """Replaces all weights by those of one file. An update is a single chunk, and holds the whole model.
+
+    On a GPU the model copies them from the host's memory; neither CUDA IPC nor NCCL is used.
+    """
 
     init_info_cls, update_info_cls = NoInfo, SharedFile
 

@@ -222,6 +222,39 @@ def test_sessions_are_spread_and_stay_until_they_are_forgotten():
     assert sorted(second[3:]) == ["s1", "s3", "s5"]
 
 
+def test_new_sessions_go_to_a_new_engine_until_it_has_as_many_and_moved_ones_stay():
+    engines, new = [SlowEngine(), SlowEngine()], SlowEngine()
+
+    async def scenario(pool: EnginePool) -> None:
+        await asyncio.gather(*(pool.generate(request(number)) for number in range(6)))
+        engines[0].die("an error")
+        await pool.generate(request(0))
+        await asyncio.sleep(1)
+        await asyncio.gather(*(pool.generate(request(number)) for number in range(10, 14)))
+        await pool.generate(request(0))
+
+    run_with(engines, lambda index: new if index == 0 else never(index), scenario)
+    assert sorted(sent.session_id for sent in new.requests) == ["s10", "s11", "s12", "s13"]
+    assert [sent.session_id for sent in engines[1].requests][3:] == ["s0", "s0"]
+
+
+def test_an_engine_that_starts_during_a_pause_waits_for_its_end():
+    engine, new = SlowEngine(), SlowEngine()
+
+    async def scenario(pool: EnginePool) -> None:
+        waits = asyncio.create_task(pool.generate(request(0)))
+        await asyncio.sleep(0)
+        await pool.pause()
+        engine.die("an error")
+        await asyncio.sleep(500)
+        assert new.calls.count("generate") == 1
+        assert not waits.done()
+        await pool.resume()
+        assert (await waits).response_ids == [-1, 0, 1, 0]
+
+    run_with([engine], lambda _: new, scenario)
+
+
 def test_rounds_go_where_their_sessions_name_says_whatever_the_load():
     engines = [SlowEngine(), SlowEngine()]
 
@@ -290,6 +323,25 @@ def test_an_engine_that_alone_refuses_weights_is_replaced(tmp_path):
 
     run_with([SlowEngine(), refusing], lambda _: new, scenario)
     assert refusing.dead
+
+
+class Stale(SlowEngine):
+    async def load_weights(self, shared: SharedWeights) -> None:
+        """Take nothing, without a word."""
+
+
+def test_a_new_engine_that_does_not_compute_with_the_weights_it_took_gets_no_request(tmp_path):
+    made = [Stale(), SlowEngine()]
+    starts = iter(made)
+
+    async def scenario(pool: EnginePool) -> None:
+        await push(pool, tmp_path, 5)
+        first.die("an error")
+        assert (await pool.generate(request(0))).response_ids[0] == 5
+
+    first = SlowEngine()
+    run_with([first], lambda _: next(starts), scenario)
+    assert made[0].requests == []
 
 
 def dying() -> SlowEngine:

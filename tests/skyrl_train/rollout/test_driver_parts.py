@@ -7,7 +7,7 @@ import gc
 
 import pytest
 
-from skyrl_train.rollout.garbage import MIDDLE_COLLECTIONS, rare_collections
+from skyrl_train.rollout.garbage import rare_collections
 from skyrl_train.rollout.waiting import is_done_within
 from tests.simulated_time import in_simulated_time
 
@@ -44,13 +44,24 @@ def test_waiting_for_a_future_that_fails_raises_nothing_and_one_who_waits_can_be
 
 
 def test_collections_are_rare_until_the_last_of_overlapping_rounds_ends():
-    before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    first, second = rare_collections(), rare_collections()
+    before = gc.get_threshold()
+    first, second = rare_collections(1000), rare_collections(100)
     first.__enter__()
-    assert gc.get_threshold() == (*before[:2], MIDDLE_COLLECTIONS)
-    assert gc.get_freeze_count() > frozen + 1000
+    assert gc.get_threshold() == (10_000, 50, before[2])
+    assert gc.get_freeze_count() > 10_000
     second.__enter__()
     first.__exit__(None, None, None)
-    assert gc.get_threshold()[2] == MIDDLE_COLLECTIONS
+    assert gc.get_threshold() == (10_000, 50, before[2])
     second.__exit__(None, None, None)
     assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+
+
+def test_a_few_episodes_leave_the_collector_at_what_somebody_set():
+    with rare_collections(8):
+        assert gc.get_threshold()[0] == 700
+    gc.set_threshold(0)
+    try:
+        with rare_collections(1000):
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(700, 10, 10)

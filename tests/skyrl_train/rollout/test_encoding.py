@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from skyrl_train.rollout.encoding import Encoder
+from skyrl_train.rollout.encoding import NUM_RECENT, Encoder
 from tests.real_templates import byte_tokenizer, llama3_tokenizer, qwen_tokenizer, space_tokenizer
 from tests.tiny_models import tiny_tokenizer
 
@@ -30,7 +30,9 @@ TEXTS = st.lists(st.one_of(PIECES, st.text(max_size=5))).map("".join)
 def test_the_short_way_gives_the_ids_of_the_long_one(tokenizer, text):
     encoder = Encoder(tokenizer)
     assert encoder._rust is not None
-    assert encoder(text) == tokenizer.encode(text, add_special_tokens=False)
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    encoder.again(text).append(-1)  # the caller's own list
+    assert encoder(text) == encoder.again(text) == expected
 
 
 def test_what_other_calls_left_in_the_tokenizer_does_not_matter():
@@ -43,8 +45,9 @@ def test_what_other_calls_left_in_the_tokenizer_does_not_matter():
     assert encoder(text) == expected
     tokenizer(text, split_special_tokens=True)
     assert encoder(text) == expected
+    assert encoder.again(text) == expected
     tokenizer.split_special_tokens = True
-    assert encoder(text) == tokenizer.encode(text, add_special_tokens=False) != expected
+    assert encoder.again(text) == encoder(text) == tokenizer.encode(text, add_special_tokens=False) != expected
 
 
 def test_a_tokenizer_with_an_encode_of_its_own_is_asked_itself():
@@ -59,3 +62,10 @@ def test_a_tokenizer_with_an_encode_of_its_own_is_asked_itself():
     patched = tiny_tokenizer()
     patched.encode = lambda text, **kwargs: [1]
     assert Encoder(patched)("a") == [1]
+
+
+def test_texts_that_are_kept_are_few():
+    encoder = Encoder(tiny_tokenizer())
+    for number in range(3 * NUM_RECENT):
+        assert encoder.again(str(number)) == encoder(str(number))
+    assert len(encoder._recent) == NUM_RECENT

@@ -6,8 +6,7 @@ The last tests end the engines, so their order counts.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from skyrl_train.engine.base import EngineDied
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.weights.base import PushFailed
-from skyrl_train.weights.shared_memory import SharedWeights, write_shared
+from skyrl_train.weights.shared_memory import SharedMemoryWeights, SharedWeights, proof_ids_of, write_shared
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.skyrl_train.engine.vllm.conftest import learner_of, policy_of, started, weights_of
+from tests.tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 LONG: dict[str, Any] = {"min_tokens": 300, "max_tokens": 300}
@@ -124,12 +124,35 @@ async def test_half_a_list_of_weights_is_never_sampled_from(untied):
         await untied.generate(ask("b"))
 
 
+def scheduler_of_vllm() -> psutil.Process:
+    """Return vLLM's process EngineCore, of the engine that is still up."""
+    [found] = [
+        child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())
+    ]
+    return found
+
+
+async def test_an_engine_that_is_silent_for_a_while_takes_the_next_push(vllm_engine):
+    impatient = SharedMemoryWeights(proof_ids_of(tiny_tokenizer()), torch.float32, deadline_s=1.0)
+    learner = learner_of(policy_of(6, tie_word_embeddings=True), 8)
+    running = asyncio.create_task(vllm_engine.generate(ask("a", **LONG)))
+    await asyncio.sleep(0.1)
+    scheduler_of_vllm().suspend()
+    started_at = time.monotonic()
+    with pytest.raises(PushFailed, match="pausing the engine took longer than 1 seconds"):
+        await impatient.push(learner, vllm_engine)
+    assert time.monotonic() - started_at < 5
+    scheduler_of_vllm().resume()
+    await asyncio.sleep(0.3)
+    assert not running.done()  # it stays paused
+    await weights_of().push(learner, vllm_engine)
+    assert len((await running).response_ids) == 300
+
+
 async def test_the_death_of_vllms_processes_reaches_everyone_who_waits(vllm_engine):
     running = [asyncio.create_task(vllm_engine.generate(ask("a", f"{i}", **LONG))) for i in range(12)]
     await asyncio.sleep(0.2)
-    for process in psutil.Process().children(recursive=True):
-        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
+    scheduler_of_vllm().kill()
     async with asyncio.timeout(10):
         outcomes = await asyncio.gather(*running, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {EngineDied}
