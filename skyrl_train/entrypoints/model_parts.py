@@ -121,6 +121,12 @@ class ModelParts:
         if not placement.in_process:
             refuse_missing_packages(self.cfg)
             logger.info(f"one process for each: {placement}")
+            if placement.on_gpu and self.cfg.trainer.placement.colocate_all:
+                share = self.cfg.generator.gpu_memory_utilization
+                logger.warning(
+                    f"vLLM keeps generator.gpu_memory_utilization={share} of each GPU while the policy trains on it; "
+                    "lower it until both fit, or use trainer.placement.colocate_all=false"
+                )
         return placement
 
     def for_other_processes(self) -> Self:
