@@ -12,7 +12,7 @@ from typing import Any
 def main() -> None:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)  # by default it leaves one without work
-    from vllm import LLM, SamplingParams, TokensPrompt  # ty: ignore[import-not-found]
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     settings: dict[str, Any] = json.loads(sys.argv[1])
     llm = LLM(
