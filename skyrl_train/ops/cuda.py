@@ -58,8 +58,8 @@ def flash_attention(
 
 @cache
 def has_triton() -> bool:
-    """Return whether kernels can be written in Triton, which comes with torch's CUDA builds."""
-    return find_spec("triton") is not None
+    """Return whether Triton's kernels can run: it comes with torch's CUDA builds, and with vLLM where no GPU is."""
+    return torch.cuda.is_available() and find_spec("triton") is not None
 
 
 def decode_attention(
