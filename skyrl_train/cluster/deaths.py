@@ -1,4 +1,4 @@
-"""What is said of a process that died: its name, the reason, and the last lines of its output."""
+"""The words about a process that died: its name, the reason, and the last lines of its output."""
 
 from __future__ import annotations
 

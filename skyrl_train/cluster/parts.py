@@ -1,4 +1,4 @@
-"""What computes with the policy's weights, as the driver sees it: in its own process, or in others."""
+"""The parts that compute with the policy's weights, as the driver sees them: in its own process, or in others."""
 
 from __future__ import annotations
 

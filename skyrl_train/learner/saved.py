@@ -60,7 +60,7 @@ def refuse_incomplete(folder: Path) -> None:
 
 
 class SavedLearner:
-    """What `write_rank` wrote on all ranks. ValueError, with the file's name, where it is not that."""
+    """Reads what `write_rank` wrote on all ranks. ValueError names the file that is something else."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

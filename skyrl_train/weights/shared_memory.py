@@ -30,7 +30,7 @@ ALIGNMENT = 64  # bytes; a tensor that is mapped begins where vector loads like 
 
 
 class SharedTensor(NamedTuple):
-    """Where one tensor lies in the file. `dtype` is torch's name of it, such as "bfloat16"."""
+    """The place of one tensor in the file. `dtype` is torch's name of it, such as "bfloat16"."""
 
     name: str
     dtype: str

@@ -21,7 +21,7 @@ OURS = {
 
 
 class Sampling(Protocol):
-    """What decides whose logprobs are returned: of the engine's SamplingParams, and of the configuration's section."""
+    """The settings that decide which logprobs vLLM returns; the engine's SamplingParams and the configuration have them."""
 
     @property
     def min_tokens(self) -> int: ...
