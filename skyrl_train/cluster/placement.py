@@ -1,4 +1,4 @@
-"""The choice of the device on which each process computes: a pure function of the configuration and of what the machine has."""
+"""The device of each process: a pure function of the configuration and of what the machine has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROCESS_GB = 0.8  # a process with torch and transformers, without any weights
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The resources of the machine, or of the cluster that the run joins. `memory_gb`: of this machine; None if unknown."""
+    """The resources of the machine, or of the cluster that the run joins. `memory_gb`: this machine's; None if unknown."""
 
     num_gpus: int
     num_cores: int

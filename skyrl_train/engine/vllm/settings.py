@@ -21,7 +21,7 @@ OURS = {
 
 
 class Sampling(Protocol):
-    """The settings that decide which logprobs vLLM returns; the engine's SamplingParams and the configuration have them."""
+    """The settings that decide which logprobs vLLM returns, in SamplingParams and in the configuration alike."""
 
     @property
     def min_tokens(self) -> int: ...
