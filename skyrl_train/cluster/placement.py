@@ -13,7 +13,7 @@ PROCESS_GB = 0.8  # a process with torch and transformers, without any weights
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The resources of the machine, or of the cluster that the run joins. `memory_gb`: this machine's; None if unknown."""
+    """The resources of the machine, or of the cluster that is joined. `memory_gb`: of this machine; None if unknown."""
 
     num_gpus: int
     num_cores: int
