@@ -147,6 +147,23 @@ class LoadingEngine(Engine, Protocol):
         ...
 
 
+def refuse_impossible_prompt(request: Request, max_model_len: int, vocab_size: int) -> None:
+    """Raise ValueError for a prompt that no engine of this model can read: empty, too long, or of unknown tokens."""
+    prompt, who = request.prompt_ids, f"session {request.session_id}"
+    if not prompt:
+        raise ValueError(f"{who}: the prompt is empty")
+    if len(prompt) >= max_model_len:
+        raise ValueError(
+            f"{who}: the prompt has {len(prompt)} tokens, but prompt and response together may have "
+            f"{max_model_len} (max_model_len); shorten the prompt or end the episode earlier"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise ValueError(
+            f"{who}: token ids run from {min(prompt)} to {max(prompt)}, but the model's vocabulary from 0 to "
+            f"{vocab_size - 1}; is the tokenizer the model's own?"
+        )
+
+
 def engine_death(error: BaseException) -> EngineDied | None:
     """Return the EngineDied that is behind an error: itself, a member of its group, or what it was raised from.
 

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from skyrl_train import compute
-from skyrl_train.engine.base import Completion, EngineDied, Request
+from skyrl_train.engine.base import Completion, EngineDied, Request, refuse_impossible_prompt
 from skyrl_train.engine.torch.scheduler import EngineStats, Scheduler, Sequence
 from skyrl_train.policy.model import Policy
 
@@ -171,23 +171,11 @@ class TorchEngine:
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped is not None:
             raise self._refusal()
-        prompt, who = request.prompt_ids, f"session {request.session_id}"
-        if not prompt:
-            raise ValueError(f"{who}: the prompt is empty")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"{who}: the prompt has {len(prompt)} tokens, but prompt and response together may have "
-                f"{self.max_model_len} (max_model_len); shorten the prompt or end the episode earlier"
-            )
+        refuse_impossible_prompt(request, self.max_model_len, self._vocab_size)
         if (room := self._scheduler.room_for(request)) > self._scheduler.max_cached_tokens:
             raise ValueError(
-                f"{who}: prompt and response need a cache of {room} tokens, but there is memory for "
-                f"{self._scheduler.max_cached_tokens} (kv_cache_bytes); ask for fewer max_tokens or a shorter prompt"
-            )
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            raise ValueError(
-                f"{who}: token ids run from {min(prompt)} to {max(prompt)}, but the model's vocabulary from 0 to "
-                f"{self._vocab_size - 1}; is the tokenizer the model's own?"
+                f"session {request.session_id}: prompt and response need a cache of {room} tokens, but there is memory "
+                f"for {self._scheduler.max_cached_tokens} (kv_cache_bytes); ask for fewer max_tokens or a shorter prompt"
             )
 
     def _hand_over(self) -> None:

@@ -18,7 +18,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from skyrl_train.engine.base import Completion, EngineDied, Request, StopReason
+from skyrl_train.engine.base import Completion, EngineDied, Request, StopReason, refuse_impossible_prompt
 from skyrl_train.engine.vllm.arguments import arguments_of, proof_params, vllm_params
 from skyrl_train.engine.vllm.settings import VllmSettings, fits
 from skyrl_train.engine.vllm.worker import SharedFile
@@ -126,21 +126,10 @@ class VllmEngine:
     def _refuse_impossible(self, request: Request) -> None:
         if self._stopped.done():
             raise self._refusal()
-        prompt, who = request.prompt_ids, f"session {request.session_id}"
+        who = f"session {request.session_id}"
         if self._version is None:
             raise RuntimeError(f"{who}: the engine has no weights yet; push some first")
-        if not prompt:
-            raise ValueError(f"{who}: the prompt is empty")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"{who}: the prompt has {len(prompt)} tokens, but prompt and response together may have "
-                f"{self.max_model_len} (max_model_len); shorten the prompt or end the episode earlier"
-            )
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            raise ValueError(
-                f"{who}: token ids run from {min(prompt)} to {max(prompt)}, but the model's vocabulary from 0 to "
-                f"{self._vocab_size - 1}; is the tokenizer the model's own?"
-            )
+        refuse_impossible_prompt(request, self.max_model_len, self._vocab_size)
         if not fits(request.sampling, self._settings.logprobs_mode):
             raise ValueError(
                 f"{who}: this engine returns {self._settings.logprobs_mode}, which are not those that the learner "
