@@ -172,10 +172,11 @@ class TorchEngine:
         if self._stopped is not None:
             raise self._refusal()
         refuse_impossible_prompt(request, self.max_model_len, self._vocab_size)
-        if (room := self._scheduler.room_for(request)) > self._scheduler.max_cached_tokens:
+        room, most = self._scheduler.room_for(request), self._scheduler.max_cached_tokens
+        if room > most:
             raise ValueError(
                 f"session {request.session_id}: prompt and response need a cache of {room} tokens, but there is memory "
-                f"for {self._scheduler.max_cached_tokens} (kv_cache_bytes); ask for fewer max_tokens or a shorter prompt"
+                f"for {most} (kv_cache_bytes); ask for fewer max_tokens or a shorter prompt"
             )
 
     def _hand_over(self) -> None:
