@@ -311,14 +311,14 @@ def not_finite() -> tuple[float, float, bool]:
     before = {name: master.clone() for name, master in learner._optimizer.masters.items()}
     original = learner._optimizer._take_gradients
 
-    def spoilt() -> None:
+    def take_gradients_and_put_in_a_nan() -> None:
         original()
         if dist.get_rank() == 1:
             gradient = next(iter(learner._optimizer.masters.values())).grad
             assert gradient is not None
             gradient[0] = float("nan")
 
-    vars(learner._optimizer)["_take_gradients"] = spoilt
+    vars(learner._optimizer)["_take_gradients"] = take_gradients_and_put_in_a_nan
     metrics = learner.update(batch)
     is_same = all(torch.equal(before[name], master) for name, master in learner._optimizer.masters.items())
     return metrics["policy/num_skipped_steps"], metrics["policy/policy_version"], is_same
