@@ -63,7 +63,7 @@ def top_level_imports(source: str) -> set[str]:
 
 
 def names_in(requirements: list[str]) -> set[str]:
-    """Canonical names without our own: `skyrl[cluster]` stands for an extra that is read anyway."""
+    """Canonical names without our own: `skyrl-train[cluster]` stands for an extra that is read anyway."""
     names = {re.split(r"[\[=<>!~; ]", requirement)[0] for requirement in requirements}
     return {re.sub(r"[-_.]+", "-", name).lower() for name in names} - {PROJECT["project"]["name"]}
 

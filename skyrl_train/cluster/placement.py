@@ -132,7 +132,7 @@ def refuse_missing_packages(config: SkyRLConfig) -> None:
     if importlib.util.find_spec("ray") is None:
         raise ValueError(
             "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
-            "(pip install 'skyrl[cluster]')"
+            "(pip install 'skyrl-train[cluster]')"
         )
     if config.generator.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError(

@@ -65,8 +65,8 @@ def import_ray() -> Any:
             raise
         raise ModuleNotFoundError(
             "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
-            "(pip install 'skyrl[cluster]'); python -m skyrl_train.entrypoints.main_base with one device and the torch "
-            "engine needs no Ray",
+            "(pip install 'skyrl-train[cluster]'); python -m skyrl_train.entrypoints.main_base with one device and the "
+            "torch engine needs no Ray",
             name="ray",
         ) from None
     return ray
