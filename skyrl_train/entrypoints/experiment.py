@@ -58,6 +58,7 @@ class BasePPOExp(RolloutParts):
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
+        self.reward = self.get_reward()
         self.check_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
 
@@ -203,12 +204,12 @@ class BasePPOExp(RolloutParts):
         """Train from wherever the run stands, and return its Summary; a subclass's may be a coroutine of anything."""
         import torch
 
-        from skyrl_train.run.run import Run, run_info
+        from skyrl_train.run.run import Run, environment_of, run_info
 
         assert self.train_dataset is not None
         assert self.schedule is not None
         total_steps = self.schedule.num_steps
-        environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
+        environment = environment_of(self.train_dataset)
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}{self.placement.counted()}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)

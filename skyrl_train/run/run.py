@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
 from skyrl_train.run.resume import RunStart, order_of_sums, start_run
 from skyrl_train.run.run_folder import run_lock
 from skyrl_train.run.tracking import Tracking
-from skyrl_train.types import Batch, Group, Sample
+from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.visible import log_to
 
 # A resumed run may differ in these, too, but then it adds up its numbers in another order.
@@ -52,7 +52,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.gradient_checkpointing", "trainer.dump_data_batch",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
-    "environment.skyrl_gym.max_env_workers",
+    "environment.skyrl_gym.max_env_workers", "environment.env_classes", "environment.trust_dataset_code",
     *CHANGES_THE_ORDER_OF_SUMS,
     *REFUSED,  # the checkpoint of an older version names keys that could only have their default
 )  # fmt: skip
@@ -169,6 +169,11 @@ def require_writable(key: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{key}={folder} cannot be written into ({error.strerror}); give another folder") from error
+
+
+def environment_of(prompts: Iterable[Prompt]) -> str:
+    """Return what the prompts are about: their data sources, and for rows without one their environments."""
+    return ", ".join(sorted({str(p.env_extras.get("data_source") or p.env_class) for p in prompts}))
 
 
 def run_info(config: SkyRLConfig, model: str, environment: str, device: str, total_steps: int) -> RunInfo:
