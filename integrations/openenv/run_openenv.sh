@@ -220,7 +220,6 @@ exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
   trainer.policy.model.path="${MODEL:-auto}" \
   trainer.ckpt_path="$CKPT_PATH" \
   trainer.export_path="$CKPT_PATH/exports" \
-  trainer.run_name="$ENV_ID" \
   trainer.device="$DEVICE" \
   trainer.logger="${LOGGER:-console}" \
   generator.backend="$INFERENCE_BACKEND" \
