@@ -119,6 +119,7 @@ class Trainer:
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, kl_values = self._add_advantages(batch)
+        self.run.keep_advantages(self.global_step + 1, samples, batch)
         if self.config.trainer.dump_data_batch:
             await asyncio.to_thread(dump_batch, batch, self.config.trainer.export_path, self.global_step + 1)
         self.run.progress.phase("update", batch.num_tokens, "tokens")

@@ -49,6 +49,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "runs",
         "cluster",
         "entrypoints",
+        "view",
+        "commands",
+        "__main__",
     ),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")

@@ -92,7 +92,7 @@ class LearnerRank:
         from skyrl_train.cluster.travel import batch_of
 
         batch = self._built.add_logprobs(batch_of(arrays))
-        added = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
+        added = {name: getattr(batch, name) for name in ("old_logprobs", "ref_logprobs", "values")}
         found = {name: tensor.cpu().numpy() for name, tensor in added.items() if tensor is not None}
         return found if self.rank == 0 else None
 

@@ -62,11 +62,20 @@ def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig
 
 def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     estimator = trainer.algorithm.advantage_estimator
-    if estimator == "gae":
+    if estimator == "gae" and not trainer.critic.is_on:
         yield Problem(
             "trainer.algorithm.advantage_estimator",
             estimator,
-            "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
+            "compares with the values of a critic, and there is none; use trainer.critic.model.path="
+            f"{trainer.policy.model.path} for one of its own, or trainer.critic.shares_policy=true for a head alone",
+            (f"trainer.critic.model.path={trainer.policy.model.path}",),
+        )
+    if trainer.critic.shares_policy and trainer.strategy != "single":
+        yield Problem(
+            "trainer.critic.shares_policy",
+            True,
+            f"is not possible with trainer.strategy={trainer.strategy}; "
+            f"use trainer.critic.model.path={trainer.policy.model.path}",
         )
     if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(

@@ -84,6 +84,8 @@ class DataParts(ModelParts):
             contents["trainer.ref.model.path"] = policy
         elif needs_reference(trainer.algorithm):
             contents["trainer.ref.model.path"] = model_contents(resolve_model(trainer.ref.model.path))
+        if self.critic_path is not None:
+            contents["trainer.critic.model.path"] = model_contents(self.critic_path)
         return contents
 
     def _dataset(self, sources: Sequence[str]) -> PromptDataset:

@@ -51,6 +51,7 @@ class BasePPOExp(RolloutParts):
         self.placement = self.get_placement()
         self.model_path = self.get_model_path()
         self.num_embeddings = self.get_num_embeddings()
+        self.critic_path = self.get_critic_path()
         self.memory = self.get_memory_plan()
         self.tokenizer = self.get_tokenizer()
         self.chat_template = self.get_chat_template()
@@ -88,6 +89,7 @@ class BasePPOExp(RolloutParts):
             num_training_steps=self.schedule.num_steps,
             temperature=self.cfg.generator.sampling_params.temperature,
             reference=self.get_reference(policy),
+            critic=self.get_critic(policy),
         )
 
     def get_trainer(

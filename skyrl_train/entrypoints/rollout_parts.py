@@ -67,19 +67,16 @@ class RolloutParts(DataParts):
 
     async def get_vllm_engine(self) -> LoadingEngine:
         from skyrl_train.engine.vllm.engine import VllmEngine
-        from skyrl_train.engine.vllm.settings import VllmSettings, logprobs_mode
+        from skyrl_train.engine.vllm.settings import VllmSettings
         from skyrl_train.policy.model_files import load_config
-        from skyrl_train.rollout.sampling import sampling_params
 
         generator, changes = self.cfg.generator, self.cfg.trainer.policy.model_config_kwargs
         context = load_config(self.model_path, changes).get_text_config().max_position_embeddings
-        sampled = (sampling_params(params) for params in (generator.sampling_params, generator.eval_sampling_params))
         settings = VllmSettings(
             model=self.model_path,
             dtype=str(self.compute_dtype).removeprefix("torch."),
             max_num_seqs=generator.max_num_seqs,
             max_num_batched_tokens=generator.max_num_batched_tokens,
-            logprobs_mode=logprobs_mode(*sampled),
             max_model_len=min(self.max_length, context),
             tensor_parallel_size=generator.inference_engine_tensor_parallel_size,
             gpu_memory_utilization=generator.gpu_memory_utilization,

@@ -26,6 +26,7 @@ from skyrl_gym.contract import (
     checked_metrics,
     checked_reward,
     checked_step,
+    checked_tool_schemas,
     short,
 )
 from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
@@ -105,6 +106,14 @@ class EnvCalls:
         else:
             call = self._threaded(partial(env.init, prompt), checked_init)
         return await self._answer("init", call, env.init_timeout_s)
+
+    async def tool_schemas(self) -> list[dict[str, Any]]:
+        """Return the tools that the environment offers in this episode; most offer none and are not asked."""
+        env = self._env
+        assert env is not None
+        if type(env).tool_schemas is BaseTextEnv.tool_schemas:
+            return []
+        return await self._answer("tool_schemas", self._threaded(lambda: env.tool_schemas, checked_tool_schemas))
 
     async def step(self, action: str) -> Step:
         assert self._env is not None

@@ -28,7 +28,7 @@ from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
 from skyrl_train.run.resume import RunStart, order_of_sums, start_run
 from skyrl_train.run.run_folder import run_lock
 from skyrl_train.run.tracking import Tracking
-from skyrl_train.types import Group, Prompt
+from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.visible import log_to
 
 # A resumed run may differ in these, too, but then it adds up its numbers in another order.
@@ -129,8 +129,14 @@ class Run:
     def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:
         self.trajectories.add(phase, step, [trajectory for group in groups for trajectory in group.trajectories])
 
+    def keep_advantages(self, step: int, samples: list[Sample], batch: Batch) -> None:
+        self.trajectories.add_advantages(step, samples, batch)
+
     def log(self, step: int, metrics: Metrics) -> None:
+        """Log a step. After an evaluation the report is written anew, so that an interrupted run has one."""
         self.metrics.log(step, metrics)
+        if any(key.startswith("eval/") for key in metrics):
+            self.trajectories.then(self._report)
         self.tracking.log(metrics, step, commit=True)
         self.progress.step_done(step, metrics)
 
@@ -144,6 +150,12 @@ class Run:
         """Begin a new line of progress. The returned function counts one more, whatever it is called with."""
         self.progress.phase(name, total, unit)
         return lambda *_: self.progress.advance()
+
+    def _report(self) -> None:
+        try:
+            write_report(self.folder)
+        except (ValueError, OSError) as error:
+            logger.warning(f"the report of this evaluation was not written: {error}")
 
     def finish(self) -> Summary:
         """Write report and summary from what is on the disk, and return the summary."""

@@ -39,9 +39,15 @@ class Page:
             path.write_text(text)
 
 
+def words_of(command: str) -> list[str]:
+    """Return the words of a command. `skyrl` is run as its module, which needs no installed script."""
+    words = shlex.split(command)
+    return ["python", "-m", "skyrl_train", *words[1:]] if words[0] == "skyrl" else words
+
+
 def typed(command: str, folder: Path, *more: str, lines: str = "") -> str:
     """Run a command of a page in the folder, with `more` arguments at its end; return what it printed."""
-    program, *arguments = shlex.split(command)
+    program, *arguments = words_of(command)
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     done = subprocess.run(
@@ -54,7 +60,7 @@ def typed(command: str, folder: Path, *more: str, lines: str = "") -> str:
 
 def typed_here(command: str, folder: Path, *more: str) -> None:
     """Run `python -m MODULE ...` or `python FILE` in this process, which has torch loaded already."""
-    _, *arguments = [*shlex.split(command), *more]
+    _, *arguments = [*words_of(command), *more]
     is_module = arguments[0] == "-m"
     modules, path, argv = set(sys.modules), list(sys.path), sys.argv
     sys.path.insert(0, str(folder))
