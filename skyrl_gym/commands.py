@@ -30,11 +30,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("env", metavar="ENV", help="a class of yours as my_module:MyEnv, or a registered id")
+    add_rows(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_rows(parser: argparse._ActionsContainer) -> None:
+    """Add the arguments that say which rows are played."""
     parser.add_argument("--data", metavar="FILE", help="rows to play: .jsonl, .json or .parquet")
     parser.add_argument("--row", metavar="JSON", help="""one row to play, for example '{"answer": "42"}'""")
     parser.add_argument("--prompt-column", default="prompt", help="column of the rows that holds the prompt")
-    parser.add_argument("-n", "--num-rows", type=int, default=3, help="how many rows of the file are played")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--num-rows", type=int, default=3, metavar="N", help="how many rows of the file are played")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -46,6 +46,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "dataset",
         "utils",
         "records",
+        "runs",
         "cluster",
         "entrypoints",
         "view",

@@ -58,7 +58,7 @@ class TrainerConfig(Section, at="trainer"):
     eval_interval: int = 5  # steps between evaluations, one more at the end; <= 0 is off
     max_prompt_length: int = 512  # tokens; rows with a longer prompt are dropped and counted
     project_name: str = "skyrl"  # project in the tracker
-    run_name: str = "test_run"  # run in the tracker
+    run_name: str = ""  # run in the tracker; empty: environment, model and date
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
     profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
     dump_data_batch: bool = False  # write every training batch as tensors (safetensors) into export_path/dumped_data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from skyrl_train.run.metrics import Metrics, MetricsLog
 from skyrl_train.run.progress import RunProgress
 from skyrl_train.run.records.profile import Profile
 from skyrl_train.run.records.report import write_report
-from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
+from skyrl_train.run.records.run_info import RunInfo, changed_settings, read_run_info, recorded_start, run_name
 from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
 from skyrl_train.run.resume import RunStart, order_of_sums, start_run
@@ -107,9 +107,12 @@ class Run:
         start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)
         notes = order_of_sums(start.state.get("trainer_state", {}).get("config", {}), flat, CHANGES_THE_ORDER_OF_SUMS)
         start = replace(start, notes=(*start.notes, *notes))
-        write_run_info(folder, info)
+        earlier = RunInfo()
+        with suppress(ValueError):  # a damaged one is written anew
+            earlier = read_run_info(folder)
+        info = replace(info, name=trainer.run_name or earlier.name or run_name(info), starts=earlier.starts)
         tracking = Tracking(
-            trainer.project_name, trainer.run_name, trainer.loggers, flat, folder=folder, resumed_at=start.step
+            trainer.project_name, info.name, trainer.loggers, flat, folder=folder, resumed_at=start.step
         )
         closing.callback(tracking.close)
         metrics = MetricsLog(folder)
@@ -121,6 +124,7 @@ class Run:
         closing.enter_context(progress)
         closing.enter_context(_logs_above_the_bars(progress))
         profile = Profile(folder, enabled=trainer.profile)
+        closing.enter_context(recorded_start(folder, info, start.step))
         return cls(folder, start, flat, contents, checkpoints, metrics, trajectories, tracking, progress, profile)
 
     def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:

@@ -18,6 +18,8 @@ import math
 import os
 import re
 import shutil
+import struct
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,20 @@ def run_lock(folder: Path) -> Generator[None]:
             yield
         finally:
             fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def writing_process(folder: Path) -> int | None:
+    """Return the process that holds the run's folder, which it does until it ends; None if there is none.
+
+    The lock is only looked at, never taken, so that a trainer that starts meanwhile is not refused.
+    """
+    path = folder / LOCK
+    if not path.is_file() or sys.platform != "linux":
+        return None
+    with path.open("r+b") as file:
+        asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return None if answer[0] == fcntl.F_UNLCK else answer[4]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

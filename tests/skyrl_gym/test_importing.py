@@ -90,7 +90,7 @@ def test_check_plays_a_class_of_the_current_folder(tmp_path):
         (["arithmetic", "--row", "{"], "--row is no JSON"),
         (["arithmetic", "--row", "[1]"], "must be a JSON object"),
         (["arithmetic", "--data", "gone.jsonl"], "No such file"),
-        (["arithmetic", "-n", "0"], "--num-rows=0 must be at least 1"),
+        (["arithmetic", "--num-rows", "0"], "--num-rows=0 must be at least 1"),
     ],
 )
 def test_rows_that_are_none_are_refused(arguments, words, capsys):
