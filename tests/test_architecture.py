@@ -39,7 +39,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("learner", "engine", "rollout", "weights"),
     ("run",),
     ("prompts", "trainer", "evaluate"),
-    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", "records", "cluster", "entrypoints", "view"),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
+    ("records", "view", "cluster", "entrypoints"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 
