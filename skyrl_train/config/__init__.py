@@ -13,6 +13,7 @@ from skyrl_train.config.algorithm import (
     OffPolicyCorrectionConfig,
     SAPOConfig,
 )
+from skyrl_train.config.critic import CriticConfig
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRLGymConfig, env_config_for
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
@@ -32,7 +33,6 @@ from skyrl_train.config.section import Section
 from skyrl_train.config.settings import as_settings
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
-    CriticConfig,
     FullyAsyncConfig,
     SamplingParams,
     SkyRLLoraConfig,
