@@ -158,7 +158,8 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
             "; use fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
         )
     num_engines = placement.node_of_engines.count(0)
-    num_processes = ranks + num_engines
+    # vLLM has a worker on each device, and two processes more
+    num_processes = ranks + num_engines * (1 if config.generator.backend == "torch" else 2 + split)
     least = num_processes * PROCESS_GB
     if not placement.on_gpu and resources.memory_gb is not None and least > resources.memory_gb:
         raise ValueError(

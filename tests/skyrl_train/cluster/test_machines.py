@@ -63,6 +63,34 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_given(tmp_path_factory.mktemp("machines"))
 
 
+@pytest.mark.timeout(900)
+def test_a_dead_machine_ends_the_run_with_its_name_and_the_same_command_goes_on(machines, given):
+    process = start(given, *ON_TWO, "trainer.epochs=1000")
+    family = family_after_step(2, given / "run", process)
+    machines.cluster.remove_node(machines.second, allow_graceful=False)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    print(f"ended after {seconds:.1f} s")
+    assert process.returncode == 1
+    assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
+    assert "stopped: learner rank 1 of 2 on machine " in output, output[-2000:]
+    assert "Traceback" not in output
+    assert seconds < 10
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    machines.second = added(machines.cluster)
+    steps = read_metrics(given / "run" / "metrics.jsonl")[-1]["step"]
+    process = start(given, *ON_TWO, f"trainer.epochs={-(-steps // NUM_STEPS) + 1}")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    assert "resuming after step" in output
+    lines = read_metrics(given / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert all(line["weights/max_logprob_difference"] < 1e-4 for line in lines[1:])
+    assert all(line["policy/grad_norm"] > 0 for line in lines[1:])
+
+
 class UnsharedMachine(Machine):
     """A machine on which `folder` is another one: an empty file system of its own lies over it."""
 
@@ -120,31 +148,3 @@ async def test_what_a_machine_must_have_and_gets(joined, tmp_path, monkeypatch):
         assert {name: tensor.tolist() for name, tensor in read_shared(there)} == {
             name: tensor.tolist() for name, tensor in named.items()
         }
-
-
-@pytest.mark.timeout(900)
-def test_a_dead_machine_ends_the_run_with_its_name_and_the_same_command_goes_on(machines, given):
-    process = start(given, *ON_TWO, "trainer.epochs=1000")
-    family = family_after_step(2, given / "run", process)
-    machines.cluster.remove_node(machines.second, allow_graceful=False)
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    seconds = time.monotonic() - began
-    print(f"ended after {seconds:.1f} s")
-    assert process.returncode == 1
-    assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
-    assert "stopped: learner rank 1 of 2 on machine " in output, output[-2000:]
-    assert "Traceback" not in output
-    assert seconds < 10
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-    machines.second = added(machines.cluster)
-    steps = read_metrics(given / "run" / "metrics.jsonl")[-1]["step"]
-    process = start(given, *ON_TWO, f"trainer.epochs={-(-steps // NUM_STEPS) + 1}")
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    assert "resuming after step" in output
-    lines = read_metrics(given / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(len(lines)))
-    assert all(line["weights/max_logprob_difference"] < 1e-4 for line in lines[1:])
-    assert all(line["policy/grad_norm"] > 0 for line in lines[1:])

@@ -125,6 +125,11 @@ def test_the_sentence_for_the_log_says_who_shares_a_device():
             False,
             "48 processes of at least 0.8 GB each = 38.4 GB without any weights, and this machine has 32.0 GB",
         ),
+        (
+            [*ranks(16), *engines(8), *VLLM, *SPLIT],
+            False,
+            "16 learner ranks and 8 engines are 48 processes of at least 0.8 GB each = 38.4 GB",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_arithmetic(overrides, on_gpu, says):
