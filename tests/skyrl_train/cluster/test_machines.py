@@ -64,14 +64,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_a_dead_machine_ends_the_run_with_its_name_and_the_same_command_goes_on(machines, given):
+def test_a_dead_machine_ends_the_run_with_its_name_and_nothing_is_left(machines, given):
     process = start(given, *ON_TWO, "trainer.epochs=1000")
     family = family_after_step(2, given / "run", process)
     machines.cluster.remove_node(machines.second, allow_graceful=False)
     began = time.monotonic()
     output, _ = process.communicate(timeout=60)
     seconds = time.monotonic() - began
-    print(f"ended after {seconds:.1f} s")
     assert process.returncode == 1
     assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
     assert "stopped: learner rank 1 of 2 on machine " in output, output[-2000:]
@@ -79,6 +78,11 @@ def test_a_dead_machine_ends_the_run_with_its_name_and_the_same_command_goes_on(
     assert seconds < 10
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+@pytest.mark.timeout(900)
+def test_the_same_command_goes_on_once_there_are_as_many_machines_again(machines, given):
+    """After the run of the test above."""
     machines.second = added(machines.cluster)
     steps = read_metrics(given / "run" / "metrics.jsonl")[-1]["step"]
     process = start(given, *ON_TWO, f"trainer.epochs={-(-steps // NUM_STEPS) + 1}")
