@@ -57,7 +57,7 @@ def _on_cpu(settings: VllmSettings) -> dict[str, Any]:
     )
     longest = settings.max_model_len or config.get_text_config().max_position_embeddings
     return {
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes // settings.tensor_parallel_size,  # of each worker
         "block_size": CPU_BLOCK,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(settings.max_num_batched_tokens, longest),

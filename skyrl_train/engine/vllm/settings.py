@@ -26,7 +26,7 @@ class VllmSettings:
 
     model: a folder with config.json and the tokenizer's files; weights in it are not read.
     max_model_len: None is the model's context.
-    kv_cache_bytes: memory for keys and values on a CPU, where gpu_memory_utilization has no effect.
+    kv_cache_bytes: memory of all workers for keys and values on a CPU, where gpu_memory_utilization has no effect.
     threads: of one worker on a CPU. model_config_kwargs: what the learner's model has other than its config.json.
     engine_init_kwargs: further arguments of vLLM's AsyncEngineArgs.
     """

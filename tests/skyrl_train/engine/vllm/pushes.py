@@ -32,7 +32,9 @@ LONG: dict[str, Any] = {"min_tokens": 300, "max_tokens": 300}
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def untied(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
-    engine = await started(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+    """An engine whose two workers share each layer."""
+    folder = tmp_path_factory.mktemp("untied")
+    engine = await started(folder, tie_word_embeddings=False, tensor_parallel_size=2)
     yield engine
     await engine.close()
 
