@@ -178,7 +178,7 @@ def read_source(source: str) -> Iterator[tuple[str, Row]]:
     path = Path(source).expanduser()
     if path.suffix in FILE_TYPES:
         if not path.is_file():
-            raise DataError(f"there is no file {path} (given in data.train_data or data.val_data)")
+            raise DataError(f"there is no file {path} (given in data.train_data, data.val_data or trainer.sft.data)")
         rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     elif path.exists():
         raise DataError(f"{path} is not a {', '.join(FILE_TYPES)} file; name the file itself, or convert it")
@@ -230,16 +230,20 @@ def row_messages(place: str, row: Row) -> list[Message]:
     if not isinstance(row, dict) or "prompt" not in row:
         found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f'{place} has no column "prompt"; it has {found}')
-    messages = row["prompt"]
+    return checked_conversation(place, "prompt", row["prompt"])
+
+
+def checked_conversation(place: str, column: str, messages: Any) -> list[Message]:
+    """Return checked messages. DataError names the row and the column that holds something else."""
     is_list = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
     if not is_list or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
         wanted = '[{"role": "user", "content": "..."}, ...]'
-        raise DataError(f"{place}: prompt must be a list of messages {wanted}, got {str(messages)[:80]!r}")
+        raise DataError(f"{place}: {column} must be a list of messages {wanted}, got {str(messages)[:80]!r}")
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         return checked_messages(plain)
     except WrongAnswer as wrong:  # half a surrogate pair, a nested value that is no JSON
-        raise DataError(f"{place}: prompt: {wrong}") from None
+        raise DataError(f"{place}: {column}: {wrong}") from None
 
 
 def row_prompt(place: str, row: Row, default_env_class: str) -> Prompt:

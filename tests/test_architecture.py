@@ -38,7 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("learner", "engine", "rollout", "weights"),
     ("run",),
-    ("prompts", "trainer", "evaluate"),
+    ("prompts", "conversations", "trainer", "evaluate"),
     ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", "records", "cluster", "entrypoints"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")

@@ -31,6 +31,7 @@ from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import Section
 from skyrl_train.config.settings import as_settings
+from skyrl_train.config.sft import SFTConfig
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     FullyAsyncConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "Problem",
     "RefConfig",
     "SAPOConfig",
+    "SFTConfig",
     "SamplingConfig",
     "SamplingParams",
     "Section",
