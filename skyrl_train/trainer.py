@@ -28,7 +28,12 @@ from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.base import Learner
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.rollout.dynamic_sampling import DynamicSampling
-from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
+from skyrl_train.rollout.filters import (
+    mask_overlong,
+    overlong_metrics,
+    with_overlong_penalties,
+    zero_reward_on_non_stop,
+)
 from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.rollout.seeds import derive_seed
@@ -240,7 +245,8 @@ class Trainer:
             groups = await self._collect([replace(prompt, uid=rollout.uid_of(prompt)) for prompt in prompts])
             played += (shaped := await self._shaped(groups))
             rollout.add(self._without_pay_for_cuts(shaped))
-        return rollout.groups, rollout_metrics(played) | rollout.metrics()
+        groups, penalties = self._penalized(rollout.groups)
+        return groups, rollout_metrics(played) | rollout.metrics() | penalties
 
     def _save_learner(self, folder: Path) -> None:
         """Write the learner's files from another thread than the one that computes."""
@@ -290,6 +296,15 @@ class Trainer:
         if not self.config.generator.zero_reward_on_non_stop:
             return groups
         return [Group(group.prompt, [zero_reward_on_non_stop(t) for t in group.trajectories]) for group in groups]
+
+    def _penalized(self, groups: list[Group]) -> tuple[list[Group], Metrics]:
+        """Take DAPO's penalty for length from the rewards. Dynamic sampling has compared those without it."""
+        buffer, generator = self.config.trainer.algorithm.overlong_buffer, self.config.generator
+        if buffer.len == 0:
+            return groups, {}
+        limit = generator.sampling_params.max_generate_length
+        penalized = with_overlong_penalties(groups, limit, buffer.len, buffer.penalty_factor)
+        return penalized, overlong_metrics(groups, penalized)
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
         """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""

@@ -11,6 +11,7 @@ from skyrl_train.config.algorithm import (
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
+    OverlongBufferConfig,
     SAPOConfig,
 )
 from skyrl_train.config.critic import CriticConfig
@@ -71,6 +72,7 @@ __all__ = [
     "ModelConfig",
     "OffPolicyCorrectionConfig",
     "OptimizerConfig",
+    "OverlongBufferConfig",
     "PlacementConfig",
     "PolicyConfig",
     "Problem",
