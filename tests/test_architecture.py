@@ -38,7 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("learner", "engine", "rollout", "weights"),
     ("run",),
-    ("prompts", "trainer", "evaluate"),
+    ("prompts", "conversations", "trainer", "evaluate"),
     ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
     ("records", "runs", "view", "cluster", "entrypoints"),
     ("commands", "__main__"),

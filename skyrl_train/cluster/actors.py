@@ -99,12 +99,13 @@ class LearnerRank:
         found = {name: tensor.cpu().numpy() for name, tensor in added.items() if tensor is not None}
         return found if self.rank == 0 else None
 
-    def update(self, arrays: Arrays) -> tuple[dict[str, float], int]:
+    def update(self, arrays: Arrays, is_imitation: bool = False) -> tuple[dict[str, float], int]:
         """Return metrics and policy version."""
         from skyrl_train.cluster.travel import batch_of
 
         self._tokens = (0, 0)
-        metrics = self._built.update(batch_of(arrays), self._reached)
+        call = self._built.imitate if is_imitation else self._built.update
+        metrics = call(batch_of(arrays), self._reached)
         return metrics, self._built.policy_version
 
     def tokens_done(self) -> tuple[int, int]:

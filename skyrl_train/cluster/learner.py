@@ -57,8 +57,14 @@ class RayLearner:
         return replace(batch, **{name: torch.tensor(array) for name, array in found.items()})
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=False)
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=True)
+
+    def _trained(self, batch: Batch, on_tokens: OnTokens | None, *, is_imitation: bool) -> dict[str, float]:
         arrays = self._ray.put(arrays_of(batch))
-        calls = [rank.update.remote(arrays) for rank in self._ranks]
+        calls = [rank.update.remote(arrays, is_imitation) for rank in self._ranks]
         metrics, self._policy_version = self.answers(calls, self._progress(on_tokens))[0]
         return metrics
 

@@ -145,6 +145,22 @@ class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
 
 
 @dataclass
+class OverlongBufferConfig(Section, at="trainer.algorithm.overlong_buffer"):
+    """The soft penalty of DAPO for replies that come near the length limit."""
+
+    # length penalty: of a reply's last tokens before max_generate_length, each costs penalty_factor / len; 0: none
+    len: int = 0
+    penalty_factor: float = 1.0  # what a reply of max_generate_length tokens loses
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.at_least(0, "len")
+        if self.penalty_factor <= 0:
+            yield self.problem("penalty_factor", "is taken from the reward, so it must be above 0")
+        elif self.len == 0 and self.penalty_factor != 1.0:
+            yield self.problem("penalty_factor", "has no effect with overlong_buffer.len=0; drop it, or set len")
+
+
+@dataclass
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
@@ -171,6 +187,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)

@@ -23,6 +23,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
     yield from dynamic_sampling_problems(trainer, generator)
+    yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
@@ -57,6 +58,17 @@ def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig
             sampling.type,
             "compares the episodes of a prompt, and generator.n_samples_per_prompt=1 gives it one; raise that, or drop "
             "dynamic_sampling.type",
+        )
+
+
+def overlong_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    size, longest = trainer.algorithm.overlong_buffer.len, generator.sampling_params.max_generate_length
+    if size > longest:
+        yield Problem(
+            "trainer.algorithm.overlong_buffer.len",
+            size,
+            f"is more than a reply can have (generator.sampling_params.max_generate_length={longest}), so an empty one "
+            f"would be penalised; use less than {longest}",
         )
 
 
