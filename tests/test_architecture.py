@@ -39,20 +39,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("learner", "engine", "rollout", "weights"),
     ("run",),
     ("prompts", "trainer", "evaluate"),
-    (
-        "generators",
-        "inference_engines",
-        "ray_ppo_trainer",
-        "dataset",
-        "utils",
-        "records",
-        "runs",
-        "cluster",
-        "entrypoints",
-        "view",
-        "commands",
-        "__main__",
-    ),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
+    ("records", "runs", "view", "cluster", "entrypoints"),
+    ("commands", "__main__"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 

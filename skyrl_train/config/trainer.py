@@ -40,6 +40,7 @@ class TrainerConfig(Section, at="trainer"):
     max_ckpts_to_keep: int = -1  # keep the newest N; negative keeps all
     ckpt_interval: int = 10  # steps between checkpoints, one more at the end; <= 0 writes none
     hf_save_interval: int = -1  # steps between exports in Hugging Face format, one more at the end; <= 0 writes none
+    save_model: bool = True  # at the end, write the model as a Hugging Face folder, in bfloat16, to ckpt_path/model
     export_path: str = "~/exports/"  # exports and evaluation results, a local folder
     bf16: bool | None = None  # compute in bfloat16; null: where the device is fast at it
     epochs: int = 1  # passes over the training data

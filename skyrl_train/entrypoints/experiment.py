@@ -221,7 +221,15 @@ class BasePPOExp(RolloutParts):
                 )
             else:
                 asyncio.run(self._train(run))
+            self.keep_model(run)
             return run.finish()
+
+    def keep_model(self, run: Run) -> None:
+        """Write the trained model as a Hugging Face folder into the run's folder, from the newest checkpoint."""
+        from skyrl_train.run.model_folder import export_at_the_end
+
+        if self.cfg.trainer.save_model:
+            run.progress.print(f"model: {export_at_the_end(run.folder)}")
 
     async def _train(self, run: Run) -> None:
         from skyrl_train import compute

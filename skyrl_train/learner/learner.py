@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
@@ -22,7 +23,7 @@ from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.passes import Budget
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
-from skyrl_train.learner.saved import Part, SavedLearner, write_rank
+from skyrl_train.learner.saved import Part, SavedLearner, Writer
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.policy.model import Policy
@@ -77,6 +78,7 @@ class TorchLearner:
         self._trainer = trainer
         self._temperature = temperature or 1.0
         self._ranks = ranks
+        self._writer = Writer()
         steps_per_update = math.ceil(trainer.train_batch_size / trainer.policy_mini_batch_size)
         self._optimizer = MasterOptimizer(
             policy.module.named_parameters(),
@@ -94,6 +96,7 @@ class TorchLearner:
         `old_logprobs` stays None when nobody needs it before the update and the update is a single optimizer step: then
         the policy does not move before it is used, and the update's own logprobs are the old ones.
         """
+        self._writer.wait()  # adapters change places with the reference's
         needs_old = (
             self._num_steps(batch) > 1 or self._trainer.algorithm.use_kl_in_reward or self.objective.rejects_samples
         )
@@ -109,6 +112,7 @@ class TorchLearner:
             raise ValueError("the batch has no advantages: call add_advantages first")
         if batch.old_logprobs is None and self._num_steps(batch) > 1:
             raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
+        self._writer.wait()
         measured = [WeightedMetrics.of({"response_length": _mean_response_length(batch)}, 1)]
         whole, (batch, metrics) = batch, self.objective.without_rejected(batch)
         measured.append(WeightedMetrics.of(metrics, 1))
@@ -138,20 +142,22 @@ class TorchLearner:
         """Make the policy as it is now the reference."""
         if self.reference is None:
             return
+        self._writer.wait()
         with torch.no_grad():
             ours = self.policy.weights
             for name, weight in self.reference.weights.items():
                 self._ranks.local(weight).copy_(self._ranks.computed(ours[name]))
 
-    def save(self, folder: Path) -> None:
-        """Write all that the next update depends on: masters, moments, schedule, and a reference that moves."""
+    def save(self, folder: Path) -> Future[None]:
+        """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves."""
         plain = {"policy_version": self.policy_version, "optimizer": self._optimizer.plain_state()}
-        write_rank(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
         if self._critic is not None:
             self._critic.save(folder)
+        return self._writer.begin(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        self._writer.wait()
         saved = SavedLearner(folder)
         self._optimizer.load(saved)
         if self._critic is not None:
@@ -192,6 +198,7 @@ class TorchLearner:
 
     def close(self) -> None:
         """Free the gradients and the optimizer. The policy stays for whoever else holds it."""
+        self._writer.close()
         self._optimizer.zero_grad()
         del self._optimizer
         if self._critic is not None:

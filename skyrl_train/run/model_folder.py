@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skyrl_train.config import LoraConfig
-from skyrl_train.files import naming, whole_folder
+from skyrl_train.files import byte_size, folder_bytes, naming, whole_folder
 from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.ops import ops_for
 from skyrl_train.policy.lora import adapters_of, add_adapters
@@ -25,7 +25,6 @@ from skyrl_train.policy.model_files import load_module, load_tokenizer
 from skyrl_train.run.contents import template_contents
 from skyrl_train.run.run_folder import MODEL
 from skyrl_train.run.saved_run import SavedRun, read_run
-from skyrl_train.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +46,7 @@ class Exported:
     num_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.folder} ({size(self.num_bytes)}, {self.dtype})"
+        return f"{self.folder} ({byte_size(self.num_bytes)}, {self.dtype})"
 
 
 def export_model(
@@ -113,11 +112,15 @@ def trained_module(saved: SavedRun, dtype: torch.dtype, *, base: Path | str | No
 
 
 def export_at_the_end(folder: Path) -> str:
-    """Write the model of a run's newest checkpoint into its folder, and return where it is, or why not."""
+    """Write the model of a run's newest checkpoint into its folder, unless it is there. Return its place."""
     try:
-        return str(export_model(read_run(folder)))
+        saved = read_run(folder)
+        there = read_origin(folder / MODEL)
+        if there is not None and there[0] == saved.step:
+            return f"{folder / MODEL}"
+        return str(export_model(saved))
     except ValueError as error:
-        return f"none: {visible(str(error))}"
+        return f"none: {error}"
 
 
 def read_origin(folder: Path) -> tuple[int, dict[str, Any]] | None:
@@ -129,14 +132,6 @@ def read_origin(folder: Path) -> tuple[int, dict[str, Any]] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / ORIGIN} is damaged ({error}); remove it, or export the model again") from error
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _refuse_other_folder(folder: Path) -> None:

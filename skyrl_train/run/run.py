@@ -47,6 +47,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.val_data",
     "trainer.ckpt_path", "trainer.export_path", "trainer.resume_mode", "trainer.resume_path",
     "trainer.ckpt_interval", "trainer.max_ckpts_to_keep", "trainer.hf_save_interval", "trainer.epochs",
+    "trainer.save_model",
     "trainer.eval_interval", "trainer.eval_before_train", "trainer.eval_batch_size", "trainer.dump_eval_results",
     "trainer.logger", "trainer.profile", "trainer.project_name", "trainer.run_name",
     "trainer.gradient_checkpointing", "trainer.dump_data_batch",

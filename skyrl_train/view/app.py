@@ -106,7 +106,7 @@ def _answering(ask: Callable[..., Any]) -> Answer:
             return _json({"error": str(error)}, 400)
         except KeyError as error:
             return _json({"error": f"there is no {error.args[0]}"}, 404)
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError, TypeError, AttributeError) as error:  # of files made by others
             return _json({"error": str(error) or type(error).__name__}, 409)
         except sqlite3.Error as error:
             return _json({"error": f"the index cannot be read now ({error}); it is built anew"}, 503)

@@ -91,6 +91,7 @@ def _read(run: RunFolder, database: sqlite3.Connection, file: File, with_words: 
             place += 1
     except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
         problem = clean(str(error) or type(error).__name__)[:500]
+        problem = problem if file.name.rpartition("/")[2] in problem else f"{file.name} is damaged ({problem})"
     database.execute("UPDATE files SET num_episodes = ?, problem = ? WHERE id = ?", (place, problem, added.lastrowid))
 
 
@@ -102,13 +103,13 @@ def _add(
         clean(episode.data_source), _real(episode.reward), str(episode.end), len(episode.turns), episode.num_sampled,
         _real(episode.seconds), _whole(episode.num_attempts),
     )  # fmt: skip
-    number = database.execute(INSERT, values).lastrowid
     asked = clean(episode.messages[-1].get("content", "")) if episode.messages else ""
     said = clean(episode.turns[0].text) if episode.turns else clean(episode.failure or "")
+    body = spaced(words_of(episode)[:MAX_WORDS]) if words else ""  # whatever may be wrong is so before a row is added
+    number = database.execute(INSERT, values).lastrowid
     glimpses = (number, asked[:GLIMPSE], said[:GLIMPSE])
     database.execute("INSERT INTO glimpses (id, asked, said) VALUES (?, ?, ?)", glimpses)
     if words:
-        body = spaced(words_of(episode)[:MAX_WORDS])
         database.execute("INSERT INTO words (rowid, body) VALUES (?, ?)", (number, body))
 
 

@@ -48,7 +48,8 @@ def has_words() -> bool:
 def index_path(run_folder: Path) -> Path:
     """Return the file of the index: in the run's folder, or in the user's cache if that folder cannot be written."""
     beside = run_folder / NAME
-    if not beside.is_symlink() and _can_be_written(run_folder):
+    is_free = not beside.is_symlink() and (beside.is_file() or not beside.exists())
+    if is_free and _can_be_written(run_folder):
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skyrl-view"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)

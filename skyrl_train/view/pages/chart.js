@@ -4,6 +4,7 @@ import { el, num, svg } from "./dom.js";
 
 export const COLOURS = ["#0d9488", "#d9641c", "#6366f1", "#c026a3", "#4d7c0f", "#0284c7", "#b45309", "#7c3aed", "#be123c", "#64748b"];
 const DASHES = [[], [6, 4], [2, 3], [10, 3, 2, 3]];
+const LARGEST = 1e30, SMALLEST = 1e-30;  // beyond them uPlot has no distance between ticks
 const WIDTH = 132, HEIGHT = 30;
 
 /** The look of the n-th run: colours first, then dashes. */
@@ -57,7 +58,7 @@ export class Chart {
   }
 
   draw(lines, { weight = 0, log = false } = {}) {
-    const positive = (ys) => (log ? ys.map((y) => (y > 0 ? y : null)) : ys);
+    const positive = (ys) => ys.map((y) => (Math.abs(y) < LARGEST && (!log || y > SMALLEST) ? y : null));
     const drawn = [];
     for (const line of lines) {
       const ys = positive(line.ys);
@@ -83,7 +84,7 @@ export class Chart {
       legend: { show: false },
       padding: [10, 10, 0, 0],
       cursor: { sync: { key: "curves" }, points: { size: 6 }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? undefined : padded } },
+      scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? decades : padded } },
       axes: [
         { ...axis, size: 28, space: 60, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : num(tick, 1))) },
         { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : num(tick))) },
@@ -115,10 +116,19 @@ export class Chart {
   }
 }
 
+/** Return the range of an axis; differences of rounding alone are none, and uPlot could not put ticks between them. */
 function padded(_, low, high) {
   if (low === null || low === undefined) return [0, 1];
-  const space = (high - low || Math.abs(high) || 1) * 0.06;
+  const size = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const space = (high - low > size * 1e-6 ? high - low : size) * 0.06;
   return [low - space, high + space];
+}
+
+/** Return whole powers of ten around the values. */
+function decades(_, low, high) {
+  if (!(low > 0)) return [0.1, 1];
+  const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  return [10 ** from, 10 ** Math.max(to, from + 1)];
 }
 
 /** Return the newest value up to a place: runs were not measured at each other's steps. */

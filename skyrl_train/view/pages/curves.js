@@ -106,7 +106,7 @@ export class Curves {
     if (kept.axis === "step") return { xs: steps, ys: values };
     const [at, places] = this.series[run]?.[kept.axis] || [[], []];
     const by = new Map(at.map((step, i) => [step, places[i] / (kept.axis === "elapsed_s" ? 3600 : 1e6)]));
-    const points = steps.map((step, i) => [by.get(step), values[i]]).filter(([x]) => x !== undefined).sort((a, b) => a[0] - b[0]);
+    const points = steps.map((step, i) => [by.get(step), values[i]]).filter(([x]) => Math.abs(x) < 1e12).sort((a, b) => a[0] - b[0]);
     return { xs: points.map(([x]) => x), ys: points.map(([, y]) => y) };
   }
 

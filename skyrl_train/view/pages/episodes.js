@@ -40,7 +40,7 @@ export class Episodes {
   draw(row) {
     return el("div", { class: "episode-row" },
       el("span", { class: "pill number " + mood(row.reward) }, num(row.reward)),
-      el("div", { class: "glimpse" }, el("span", { class: "mono" }, row.said || "–"), el("span", { class: "soft" }, row.asked || "")),
+      el("div", { class: "glimpse" }, el("span", { class: "mono" }, row.said || "–"), el("span", { class: "soft" }, el("span", { class: "narrow" }, `${row.phase === "eval" ? "eval" : "step"} ${row.step} · prompt ${row.uid} · `), row.asked || "")),
       el("div", { class: "about number" },
         el("span", {}, el("b", {}, row.phase === "eval" ? "eval " : "step "), row.step, el("span", { class: "soft" }, `  prompt ${row.uid} · ${row.repetition ?? ""}`)),
         el("span", { class: "soft" }, endBadge(row.end), ` ${row.turns} ${row.turns === 1 ? "turn" : "turns"} · ${row.tokens} tok`)));

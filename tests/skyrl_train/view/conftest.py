@@ -58,7 +58,19 @@ def write_step(folder: Path, step: int, store: TrajectoryStore, log: MetricsLog)
     batch = pack(samples)
     store.add_advantages(step, samples, replace(batch, advantages=torch.arange(batch.num_tokens) / batch.num_tokens))
     groups = [group(*episodes[i : i + NUM_SAMPLES]) for i in range(0, len(episodes), NUM_SAMPLES)]
-    log.log(step, rollout_metrics(groups) | {f"environment/{EVIL}": 1.0 * step, "policy/grad_norm": 1.0 / step})
+    log.log(step, rollout_metrics(groups) | odd_metrics(step) | {"policy/grad_norm": 1.0 / step})
+
+
+def odd_metrics(step: int) -> dict[str, float]:
+    """Return numbers that a chart may not choke on: huge, tiny, equal but for rounding, not finite."""
+    return {
+        f"environment/{EVIL}": 1.0 * step,
+        "odd/huge": 1e300 * (-1) ** step,
+        "odd/tiny": 1e-320 * step,
+        "odd/noise": 1 / 3 + (step % 2) * 6e-17,
+        "odd/nan": float("nan"),
+        "odd/infinite": float("inf") if step % 2 else -1.0,
+    }
 
 
 def write_run(folder: Path, *, num_steps: int = NUM_STEPS, lr: object = 1e-6) -> Path:
