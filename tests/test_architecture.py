@@ -38,9 +38,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("learner", "engine", "rollout", "weights"),
     ("run",),
-    ("prompts", "trainer", "evaluate"),
-    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
-    ("records", "view", "cluster", "entrypoints"),
+    ("prompts", "conversations", "trainer", "evaluate"),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils")
+    + ("records", "runs", "view", "cluster", "entrypoints"),
+    ("commands", "__main__"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 

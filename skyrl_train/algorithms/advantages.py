@@ -55,7 +55,7 @@ def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]
         "config": algorithm,
         "grpo_norm_by_std": algorithm.grpo_norm_by_std,
         "gamma": algorithm.gamma,
-        "lambd": algorithm["lambd"],  # a key that may only keep its default until there is a critic
+        "lambd": algorithm.lambd,
     }
     if is_skyrl_style(estimator):
         return call_estimator(estimator, batch, settings)

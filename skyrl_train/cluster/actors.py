@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
 
     from skyrl_train.cluster.start import Functions
@@ -52,6 +54,7 @@ class LearnerRank:
         self._num_threads, self._functions = num_threads, functions
         self._learner: Learner | None = None
         self._tokens = (0, 0)
+        self._saving: Future[None] | None = None
 
     def identity(self) -> Identity:
         return identity()
@@ -92,16 +95,17 @@ class LearnerRank:
         from skyrl_train.cluster.travel import batch_of
 
         batch = self._built.add_logprobs(batch_of(arrays))
-        added = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
+        added = {name: getattr(batch, name) for name in ("old_logprobs", "ref_logprobs", "values")}
         found = {name: tensor.cpu().numpy() for name, tensor in added.items() if tensor is not None}
         return found if self.rank == 0 else None
 
-    def update(self, arrays: Arrays) -> tuple[dict[str, float], int]:
+    def update(self, arrays: Arrays, is_imitation: bool = False) -> tuple[dict[str, float], int]:
         """Return metrics and policy version."""
         from skyrl_train.cluster.travel import batch_of
 
         self._tokens = (0, 0)
-        metrics = self._built.update(batch_of(arrays), self._reached)
+        call = self._built.imitate if is_imitation else self._built.update
+        metrics = call(batch_of(arrays), self._reached)
         return metrics, self._built.policy_version
 
     def tokens_done(self) -> tuple[int, int]:
@@ -112,7 +116,13 @@ class LearnerRank:
         self._built.update_reference()
 
     def save(self, folder: Path) -> None:
-        self._built.save(folder)
+        """Begin to write. `saved` answers when it is done."""
+        self._saving = self._built.save(folder)
+
+    def saved(self) -> None:
+        """Return when the files are there, or raise why not. It answers beside the calls that come after `save`."""
+        assert self._saving is not None, "save comes first"
+        self._saving.result()
 
     def load(self, folder: Path) -> int:
         """Return the policy version."""

@@ -145,10 +145,27 @@ class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
 
 
 @dataclass
+class OverlongBufferConfig(Section, at="trainer.algorithm.overlong_buffer"):
+    """The soft penalty of DAPO for replies that come near the length limit."""
+
+    # length penalty: of a reply's last tokens before max_generate_length, each costs penalty_factor / len; 0: none
+    len: int = 0
+    penalty_factor: float = 1.0  # what a reply of max_generate_length tokens loses
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.at_least(0, "len")
+        if self.penalty_factor <= 0:
+            yield self.problem("penalty_factor", "is taken from the reward, so it must be above 0")
+        elif self.len == 0 and self.penalty_factor != 1.0:
+            yield self.problem("penalty_factor", "has no effect with overlong_buffer.len=0; drop it, or set len")
+
+
+@dataclass
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
-    advantage_estimator: str = "grpo"  # grpo, rloo, maxrl, reinforce++, a registered name, or package.module:function
+    # grpo, rloo, maxrl, reinforce++, gae, a registered name, or package.module:function
+    advantage_estimator: str = "grpo"
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
     use_kl_in_reward: bool = False  # subtract the KL from the token rewards; excludes use_kl_loss
@@ -161,13 +178,16 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     loss_reduction: str = "token_mean"  # of the policy loss: token_mean, sequence_mean or seq_mean_token_sum_norm
     grpo_norm_by_std: bool = True  # divide GRPO advantages by the group's standard deviation (Dr. GRPO: false)
     zero_variance_filter: bool = False  # leave groups whose rewards are all equal out of the loss
-    gamma: float = 1.0  # discount of later token rewards (reinforce++)
+    gamma: float = 1.0  # discount of later token rewards (reinforce++, gae)
+    lambd: float = 1.0  # gae: 1 trusts the rewards alone, 0 the critic's values alone
+    value_clip: float | None = 0.2  # how far an update may move a value before its gain ends; null: plain squared error
     eps_clip_low: float = 0.2  # the ratio is kept above 1 - this
     eps_clip_high: float = 0.2  # the ratio is kept below 1 + this; DAPO's "clip higher" uses 0.28
     clip_ratio_c: float = 3.0  # dual_clip: bound of the loss where the advantage is negative
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
@@ -180,9 +200,11 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
         yield from self._known("policy_loss_type", POLICY_LOSSES)
         yield from self.one_of("kl_estimator_type", ("k1", "k2", "k3", "abs"))
         yield from self.one_of("loss_reduction", ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"))
-        yield from self.within(0, 1, "gamma", "eps_clip_low")
+        yield from self.within(0, 1, "gamma", "lambd", "eps_clip_low")
         yield from self.at_least(0, "eps_clip_high", "kl_loss_coef", "entropy_loss_coef")
         yield from self.at_least(1, "max_seq_len")
+        if self.value_clip is not None and self.value_clip <= 0:
+            yield self.problem("value_clip", "must be above 0; null is no clipping")
         if self.clip_ratio_c <= 1:
             yield self.problem("clip_ratio_c", "must be above 1, else it would cut the unclipped loss")
         if self.use_kl_in_reward and self.use_kl_loss:

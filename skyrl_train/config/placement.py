@@ -10,7 +10,10 @@ from omegaconf import II
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-FOLLOWERS = {"critic": "there is no critic", "ref": "the reference policy lies on the devices of the policy"}
+FOLLOWERS = {
+    "critic": "the critic lies on the devices of the policy",
+    "ref": "the reference policy lies on the devices of the policy",
+}
 
 
 @dataclass

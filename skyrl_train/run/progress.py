@@ -20,6 +20,8 @@ COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward/avg_raw_reward",), "6.3f"),
     ("eval", ("eval/all/avg_score",), "6.3f"),
     ("tokens/s", ("tokens/s",), "6.0f"),
+    ("sft loss", ("sft/loss",), "7.4f"),
+    ("explained", ("critic/explained_variance",), "5.2f"),
     ("kl", ("policy/policy_kl", "loss/avg_kl"), "7.4f"),
     ("entropy", ("policy/policy_entropy",), "5.2f"),
     ("grad", ("policy/grad_norm",), "6.2f"),

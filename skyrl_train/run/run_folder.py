@@ -5,6 +5,7 @@ metrics.jsonl                                     one line per step (metrics.py)
 trajectories/{train,eval}_step_N.jsonl.zst        every episode (records/trajectories.py)
 trajectories/advantages_step_N.jsonl.zst          of its tokens (records/advantages.py)
 profile/step_N.json.gz                            where its time went, with trainer.profile (records/profile.py)
+model/                                            the model in Hugging Face format (model_folder.py)
 run.json  report.html  summary.json  tensorboard/
 previous/<n>/                                     an earlier run that was moved aside
 """
@@ -17,6 +18,8 @@ import math
 import os
 import re
 import shutil
+import struct
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,7 @@ LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
     "latest_ckpt_global_step.txt", "metrics.jsonl", "trajectories", "report.html", "summary.json",
 )  # fmt: skip
 RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
+MODEL = "model"
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
 ADVANTAGES_NAME = re.compile(r"advantages_step_(\d+)\.jsonl\.zst")
@@ -55,6 +59,20 @@ def run_lock(folder: Path) -> Generator[None]:
             yield
         finally:
             fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def writing_process(folder: Path) -> int | None:
+    """Return the process that holds the run's folder, which it does until it ends; None if there is none.
+
+    The lock is only looked at, never taken, so that a trainer that starts meanwhile is not refused.
+    """
+    path = folder / LOCK
+    if not path.is_file() or sys.platform != "linux":
+        return None
+    with path.open("r+b") as file:
+        asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return None if answer[0] == fcntl.F_UNLCK else answer[4]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -92,7 +110,7 @@ def _numbered(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
 def move_aside(folder: Path) -> Path | None:
     """Move an earlier run's files into `previous/<n>/`. Return that folder, or None if there was no run."""
     checkpoints = sorted(p for p in folder.glob("global_step_*") if CHECKPOINT_NAME.fullmatch(p.name))
-    names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD, PROFILE)
+    names = (METRICS, TRAJECTORIES, RUN_INFO, REPORT, SUMMARY, TENSORBOARD, PROFILE, MODEL)
     # Checkpoints last: a move that is killed half-way still shows a run that can be resumed.
     present = [path for path in (*(folder / name for name in names), *checkpoints, folder / LATEST) if path.exists()]
     if not present:
