@@ -25,7 +25,7 @@ from skyrl_train.conversations import Conversations
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
-from skyrl_train.learner.base import Learner
+from skyrl_train.learner.base import Learner, LearnerDied
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.rollout.dynamic_sampling import DynamicSampling
 from skyrl_train.rollout.filters import (
@@ -80,6 +80,7 @@ class Trainer:
     num_batches: int = 0  # of prompts, played so far: one a step, or more with dynamic sampling
     num_tokens: int = 0  # sampled for training, over the whole run
     timings: Metrics = field(default_factory=dict)
+    saving: asyncio.Future[None] | None = None  # of a checkpoint that is not on the disk yet
     standstill: Standstill = field(default_factory=Standstill)
 
     @property
@@ -106,6 +107,7 @@ class Trainer:
             while self.global_step < self.total_training_steps:
                 with self.run.profile.step(self.global_step + 1):
                     await self.recorded_step()
+            await self._saved()
             self._fire("on_train_end")
         finally:
             await self.close()
@@ -136,6 +138,7 @@ class Trainer:
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, kl_values = self._add_advantages(batch)
+        self.run.keep_advantages(self.global_step + 1, samples, batch)
         if self.config.trainer.dump_data_batch:
             await asyncio.to_thread(dump_batch, batch, self.config.trainer.export_path, self.global_step + 1)
         self.run.progress.phase("update", batch.num_tokens, "tokens")
@@ -180,12 +183,22 @@ class Trainer:
         return metrics
 
     async def save(self) -> None:
-        """Write checkpoint and export, if this step is due for them. All records are on the disk before."""
+        """Begin a checkpoint and write an export, if this step is due for them. All records are on the disk before.
+
+        The checkpoint is written while the next step runs. An error ends the run at the end of the step in which it
+        came. A callback that listens to on_save waits for the checkpoint, and the next step waits for the callback.
+        """
         trainer = self.config.trainer
+        if self.saving is not None and self.saving.done():
+            await self._saved()
         if self._is_due(trainer.ckpt_interval) or (self.users and self.users.control.should_save):
+            is_awaited = self.users is not None and self.users.listens_to("on_save")
             with span("checkpoint"):
-                await asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state(), self._save_learner)
-            self._fire("on_save", ckpt_path=str(self.run.checkpoints.path(self.global_step)))
+                await self._begin_saving()
+                if is_awaited:
+                    await self._saved()
+            if is_awaited:
+                self._fire("on_save", ckpt_path=str(self.run.checkpoints.path(self.global_step)))
         if self.users is not None:
             self.users.control.reset()
         if self._is_due(trainer.hf_save_interval):
@@ -229,6 +242,10 @@ class Trainer:
             self.collector.close()
             await self.engine.close()  # behind whatever the compute thread is still doing, an update included
         finally:
+            try:
+                await self._saved()
+            except (OSError, LearnerDied) as error:  # what ended the run is raised, and not this
+                logger.warning(f"the last checkpoint was not written: {error}")
             self.learner.close()
 
     async def _play(self) -> tuple[list[Group], Metrics]:
@@ -249,9 +266,32 @@ class Trainer:
         groups, penalties = self._penalized(rollout.groups)
         return groups, rollout_metrics(played) | rollout.metrics() | penalties
 
-    def _save_learner(self, folder: Path) -> None:
-        """Write the learner's files from another thread than the one that computes."""
-        compute.submit(self.learner.save, folder).result()
+    async def _begin_saving(self) -> None:
+        """Let a thread write a checkpoint. Returns when it no longer matters to it what the next step changes."""
+        await self._saved()
+        loop, has_begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def save_learner(folder: Path) -> None:
+            written = compute.submit(self.learner.save, folder).result()
+            loop.call_soon_threadsafe(has_begun.set)
+            written.result()
+
+        writing = asyncio.to_thread(self.run.save_checkpoint, self.global_step, self.state(), save_learner)
+        self.saving, begun = asyncio.ensure_future(writing), asyncio.ensure_future(has_begun.wait())
+        try:
+            await asyncio.wait((self.saving, begun), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            begun.cancel()
+        if self.saving.done():
+            await self._saved()
+
+    async def _saved(self) -> None:
+        """Wait until the last checkpoint is on the disk, and raise what has stopped it."""
+        if (saving := self.saving) is None:
+            return
+        await asyncio.wait((saving,))  # whoever is cancelled here leaves it to `close`
+        self.saving = None
+        saving.result()
 
     async def _collect(self, prompts: list[Prompt]) -> list[Group]:
         generator, step = self.config.generator, self.global_step + 1

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
 
     from skyrl_train.cluster.start import Functions
@@ -52,6 +54,7 @@ class LearnerRank:
         self._num_threads, self._functions = num_threads, functions
         self._learner: Learner | None = None
         self._tokens = (0, 0)
+        self._saving: Future[None] | None = None
 
     def identity(self) -> Identity:
         return identity()
@@ -113,7 +116,13 @@ class LearnerRank:
         self._built.update_reference()
 
     def save(self, folder: Path) -> None:
-        self._built.save(folder)
+        """Begin to write. `saved` answers when it is done."""
+        self._saving = self._built.save(folder)
+
+    def saved(self) -> None:
+        """Return when the files are there, or raise why not. It answers beside the calls that come after `save`."""
+        assert self._saving is not None, "save comes first"
+        self._saving.result()
 
     def load(self, folder: Path) -> int:
         """Return the policy version."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +81,7 @@ class Cluster:
     async def start_engines(self) -> EnginePool:
         """Start all engines at the same time."""
         count = len(self.placement.engines)
-        return EnginePool(await asyncio.gather(*map(self.start_engine, range(count))), self.start_engine)
+        return EnginePool(await _together(*map(self.start_engine, range(count))), self.start_engine)
 
     def close(self) -> None:
         """End every process of the run, also where Ray itself is another's and goes on."""
@@ -97,7 +97,7 @@ class Cluster:
         return [{"GPU": 1.0} for _ in placement.ranks] + [{"GPU": float(len(engine))} for engine in apart]
 
     def _rank(self, ray: Any, rank: int) -> Any:
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1}}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1, "saving": 1}}
         options["scheduling_strategy"] = self.session.here()
         options["runtime_env"] = {"env_vars": self.session.environment(**self._threads())}
         if self.placement.on_gpu:
@@ -149,7 +149,7 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
         learner = await _in_compute_thread(cluster.start_ranks)
         try:
             try:
-                engine, _ = await asyncio.gather(cluster.start_engines(), _in_compute_thread(learner.build, exp))
+                engine, _ = await _together(cluster.start_engines(), _in_compute_thread(learner.build, exp))
             except ValueError as error:  # a setting that only the part itself can refuse
                 raise RunRefused(str(error)) from error
             weights = SharedMemoryWeights(proof_ids_of(exp.tokenizer), exp.compute_dtype)
@@ -159,6 +159,17 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
             await _in_compute_thread(lambda: None)  # a call that was under way there has ended, and asks Ray no more
     finally:
         cluster.close()
+
+
+async def _together(*calls: Awaitable[Any]) -> list[Any]:
+    """Return all results. After an error nothing goes on: it would ask Ray, which has ended by then and starts anew."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _in_compute_thread(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:

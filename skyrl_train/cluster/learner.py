@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class RayLearner:
         self._ray = import_ray()
         self._ranks, self._identities = list(ranks), list(identities)
         self._policy_version = 0
+        self._saving = ThreadPoolExecutor(1, "checkpoint")
         self._is_closed = False
 
     @property
@@ -69,9 +71,13 @@ class RayLearner:
     def update_reference(self) -> None:
         self.answers([rank.update_reference.remote() for rank in self._ranks])
 
-    def save(self, folder: Path) -> None:
-        """Let every rank write its part into the folder. Returns when all of them are done."""
+    def save(self, folder: Path) -> Future[None]:
+        """Let every rank begin to write its part into the folder. The future is done when all of them are."""
         self.answers([rank.save.remote(folder) for rank in self._ranks])
+        return self._saving.submit(self._saved)
+
+    def _saved(self) -> None:
+        self.answers([rank.saved.options(concurrency_group="saving").remote() for rank in self._ranks])
 
     def load(self, folder: Path) -> None:
         self._policy_version = self.answers([rank.load.remote(folder) for rank in self._ranks])[0]
@@ -91,6 +97,7 @@ class RayLearner:
         self._is_closed = True
         for rank in ranks:
             self._ray.kill(rank)
+        self._saving.shutdown()  # it has ended, and asks Ray no more
 
     def _progress(self, on_tokens: OnTokens | None) -> Callable[[], None] | None:
         if on_tokens is None:

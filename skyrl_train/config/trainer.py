@@ -42,6 +42,7 @@ class TrainerConfig(Section, at="trainer"):
     max_ckpts_to_keep: int = -1  # keep the newest N; negative keeps all
     ckpt_interval: int = 10  # steps between checkpoints, one more at the end; <= 0 writes none
     hf_save_interval: int = -1  # steps between exports in Hugging Face format, one more at the end; <= 0 writes none
+    save_model: bool = True  # at the end, write the model as a Hugging Face folder, in bfloat16, to ckpt_path/model
     export_path: str = "~/exports/"  # exports and evaluation results, a local folder
     bf16: bool | None = None  # compute in bfloat16; null: where the device is fast at it
     epochs: int = 1  # passes over the training data
@@ -59,7 +60,7 @@ class TrainerConfig(Section, at="trainer"):
     eval_interval: int = 5  # steps between evaluations, one more at the end; <= 0 is off
     max_prompt_length: int = 512  # tokens; rows with a longer prompt are dropped and counted
     project_name: str = "skyrl"  # project in the tracker
-    run_name: str = "test_run"  # run in the tracker
+    run_name: str = ""  # run in the tracker; empty: environment, model and date
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
     profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
     dump_data_batch: bool = False  # write every training batch as tensors (safetensors) into export_path/dumped_data

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from skyrl_train.config.data import DataConfig
+from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
@@ -111,6 +112,15 @@ def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterat
             "generator.agent",
             generator.agent,
             "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
+        )
+
+
+def reward_problems(environment: EnvironmentConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    if environment.reward is not None and generator.agent is not None:
+        yield Problem(
+            "environment.reward",
+            environment.reward,
+            f"is never called: generator.agent={generator.agent} pays its own episodes; drop one of the two",
         )
 
 

@@ -59,6 +59,7 @@ class BasePPOExp(RolloutParts):
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
+        self.reward = self.get_reward()
         self.check_conversations()
         self.conversations = self.get_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
@@ -212,12 +213,12 @@ class BasePPOExp(RolloutParts):
         """Train from wherever the run stands, and return its Summary; a subclass's may be a coroutine of anything."""
         import torch
 
-        from skyrl_train.run.run import Run, run_info
+        from skyrl_train.run.run import Run, environment_of, run_info
 
         assert self.train_dataset is not None
         assert self.schedule is not None
         total_steps = self.num_steps
-        environment = ", ".join(sorted({prompt.data_source for prompt in self.train_dataset}))
+        environment = environment_of(self.train_dataset)
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}{self.placement.counted()}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, total_steps)
@@ -229,7 +230,15 @@ class BasePPOExp(RolloutParts):
                 )
             else:
                 asyncio.run(self._train(run))
+            self.keep_model(run)
             return run.finish()
+
+    def keep_model(self, run: Run) -> None:
+        """Write the trained model as a Hugging Face folder into the run's folder, from the newest checkpoint."""
+        from skyrl_train.run.model_folder import export_at_the_end
+
+        if self.cfg.trainer.save_model:
+            run.progress.print(f"model: {export_at_the_end(run.folder)}")
 
     async def _train(self, run: Run) -> None:
         from skyrl_train import compute

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -48,8 +49,12 @@ class Learner(Protocol):
         """Make the policy as it is now the reference, if there is one."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write everything that later updates depend on into files of `folder`. Each rank writes its own."""
+    def save(self, folder: Path) -> Future[None]:
+        """Begin to write everything that later updates depend on into files of `folder`. Each rank writes its own.
+
+        The future is done when the files are there, and holds the error if one was not written. They hold the state of
+        this moment: a later call that would change it waits until they are written.
+        """
         ...
 
     def load(self, folder: Path) -> None:

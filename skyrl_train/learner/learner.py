@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
@@ -23,7 +24,7 @@ from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.passes import Budget
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
-from skyrl_train.learner.saved import Part, SavedLearner, write_rank
+from skyrl_train.learner.saved import Part, SavedLearner, Writer
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.policy.model import Policy
@@ -81,6 +82,7 @@ class TorchLearner:
         self._trainer = trainer
         self._temperature = temperature or 1.0
         self._ranks = ranks
+        self._writer = Writer()
         steps_per_update = math.ceil(trainer.train_batch_size / trainer.policy_mini_batch_size)
         self._optimizer = MasterOptimizer(
             policy.module.named_parameters(),
@@ -98,6 +100,7 @@ class TorchLearner:
         `old_logprobs` stays None when nobody needs it before the update and the update is a single optimizer step: then
         the policy does not move before it is used, and the update's own logprobs are the old ones.
         """
+        self._writer.wait()  # adapters change places with the reference's
         algorithm = self._trainer.algorithm
         is_compared = algorithm.use_kl_in_reward or algorithm.distills or self.objective.rejects_samples
         needs_old = is_compared or self._num_steps(batch) > 1
@@ -111,11 +114,12 @@ class TorchLearner:
         """Train on the batch: epochs x mini batches, one optimizer step each. Metrics have SkyRL's names."""
         if batch.advantages is None:
             raise ValueError("the batch has no advantages: call add_advantages first")
+        if batch.old_logprobs is None and self._num_steps(batch) > 1:
+            raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
+        self._writer.wait()
         if self._imitated:  # moments of another loss say nothing about this one
             self._optimizer.forget_moments()
             self._imitated = False
-        if batch.old_logprobs is None and self._num_steps(batch) > 1:
-            raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
         measured = [WeightedMetrics.of({"response_length": _mean_response_length(batch)}, 1)]
         whole, (batch, metrics) = batch, self.objective.without_rejected(batch)
         measured.append(WeightedMetrics.of(metrics, 1))
@@ -143,6 +147,7 @@ class TorchLearner:
 
     def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
         """Make one optimizer step on conversations, with the rate of trainer.sft (see imitation.py)."""
+        self._writer.wait()
         progress = _Progress(on_tokens, batch.num_tokens)
         metrics = imitate(
             self.policy, self._optimizer, self._trainer, batch, progress.advance, self._generator(), self._ranks
@@ -155,21 +160,23 @@ class TorchLearner:
         """Make the policy as it is now the reference."""
         if self.reference is None:
             return
+        self._writer.wait()
         with torch.no_grad():
             ours = self.policy.weights
             for name, weight in self.reference.weights.items():
                 self._ranks.local(weight).copy_(self._ranks.computed(ours[name]))
 
-    def save(self, folder: Path) -> None:
-        """Write all that the next update depends on: masters, moments, schedule, and a reference that moves."""
+    def save(self, folder: Path) -> Future[None]:
+        """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves."""
         optimizer = self._optimizer.plain_state()
         plain = {"policy_version": self.policy_version, "optimizer": optimizer, "imitated": self._imitated}
-        write_rank(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
         if self._critic is not None:
             self._critic.save(folder)
+        return self._writer.begin(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        self._writer.wait()
         saved = SavedLearner(folder)
         self._optimizer.load(saved)
         if self._critic is not None:
@@ -211,6 +218,7 @@ class TorchLearner:
 
     def close(self) -> None:
         """Free the gradients and the optimizer. The policy stays for whoever else holds it."""
+        self._writer.close()
         self._optimizer.zero_grad()
         del self._optimizer
         if self._critic is not None:

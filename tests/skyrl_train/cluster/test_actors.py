@@ -116,7 +116,7 @@ async def test_an_error_of_the_other_process_arrives_as_it_was_raised(started):
 
 
 def test_what_the_ranks_write_one_process_reads(started, tmp_path):
-    started.learner.save(tmp_path / "saved")
+    started.learner.save(tmp_path / "saved").result()
     alone = one_process(started.exp)
     alone.load(tmp_path / "saved")
     assert alone.policy_version == started.learner.policy_version == 1

@@ -166,7 +166,7 @@ def save(case: Case, folder: Path) -> Outcome:
     learner = learner_of(case, is_sharded=True)
     learner.update(prepared(learner, case, batch_of("random")))
     learner.update_reference()
-    learner.save(folder)
+    learner.save(folder).result()
     return _trained_on(learner, case)
 
 
@@ -175,7 +175,7 @@ def resume(case: Case, folder: Path, is_sharded: bool, saved_again: Path | None 
     learner = learner_of(case, is_sharded=is_sharded, seed=7)
     learner.load(folder)
     if saved_again is not None:
-        learner.save(saved_again)
+        learner.save(saved_again).result()
     return _trained_on(learner, case)
 
 
