@@ -39,8 +39,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("learner", "engine", "rollout", "weights"),
     ("run",),
     ("prompts", "conversations", "trainer", "evaluate"),
-    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
-    ("records", "runs", "view", "cluster", "entrypoints"),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils")
+    + ("records", "runs", "view", "cluster", "entrypoints"),
     ("commands", "__main__"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
