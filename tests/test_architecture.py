@@ -39,10 +39,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("learner", "engine", "rollout", "weights"),
     ("run",),
     ("prompts", "conversations", "trainer", "evaluate"),
-    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils")
-    + ("records", "runs", "view", "cluster", "entrypoints"),
+    (
+        "generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", "records", "runs", "view", "cluster",
+        "entrypoints",
+    ),
     ("commands", "__main__"),
-)
+)  # fmt: skip
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 
 Finding = tuple[int, str]  # line, what is wrong there
