@@ -152,10 +152,10 @@ class RayLearner:
 
     def _raise_if_dead(self, rank: int, call: Any) -> None:
         try:
+            self._ray.get(call)
+        except self._ray.exceptions.RayActorError:
             self._result(rank, call)
-        except LearnerDied:
-            raise
-        except Exception:  # noqa: BLE001 (an error of its own: the first one's is raised)
+        except self._ray.exceptions.RayTaskError:  # an error of its own: the first one's is raised
             return
 
     def _result(self, rank: int, call: Any) -> Any:
