@@ -88,6 +88,16 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return leftovers
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder and below; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def byte_size(num_bytes: int) -> str:
+    """Return a number of bytes for people: "0.27 GB" or "1.4 MB"."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def sync_tree(folder: Path) -> None:
     """Bring every file and folder below `folder`, and `folder` itself, to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):

@@ -23,8 +23,8 @@ COMMANDS = {
 }
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m integrations.openenv", description="OpenEnv environments.")
+def main(words: Sequence[str] | None = None, prog: str = "python -m integrations.openenv") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="OpenEnv environments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:]))

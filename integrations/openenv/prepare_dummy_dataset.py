@@ -21,7 +21,8 @@ from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_train.visible import make_errors_visible, visible
 
-MADE_FOR = "openenv_env_names="  # run_openenv.sh looks for it in the file
+MADE_FOR = "openenv_env_names="  # recipe.py looks for it in the file
+NUM_TRAIN, NUM_VALIDATION, SEED = 64, 32, 0  # also of the data set that training makes if it is missing
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def task_of_row(row: Mapping[str, Any]) -> Task:
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the file whole or not at all. Its metadata name the environments, which run_openenv.sh reads."""
+    """Write the file whole or not at all. Its metadata name the environments, which recipe.py reads."""
     import pyarrow
     import pyarrow.parquet
 
@@ -142,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write datasets of made-up tasks for OpenEnv environments.")
     parser.add_argument("--output_dir", default="~/data/openenv", help="where the two files go")
     parser.add_argument("--env_name", help=f"{', '.join(CATALOG)}; {FORMS}; without it, the catalog")
-    parser.add_argument("--num_train", type=_positive, default=64)
-    parser.add_argument("--num_validation", type=_positive, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_train", type=_positive, default=NUM_TRAIN)
+    parser.add_argument("--num_validation", type=_positive, default=NUM_VALIDATION)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the environment, e.g. game=catch"
     )

@@ -25,6 +25,13 @@ refuse() { # arguments: what is wrong, then what to do; one line each
   exit 2
 }
 
+for word in "$@"; do
+  if [[ "$word" == -h || "$word" == --help ]]; then # the lines at the top of this file
+    sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+  fi
+done
+
 # --- What cannot work here is refused before anything is installed ---------------------------------------------------
 
 ENV_NAME="${ENV_NAME:-echo_env}"
@@ -91,17 +98,6 @@ known=$(sed -n 's/^    name: ClassVar\[str\] = "\(.*\)"$/\1/p' "$ROOT"/integrati
   refuse "ENV_NAME=$ENV_NAME is not an environment of the catalog" \
     "known: $known; or an address, a folder (./my_env), an app (package.module:app) or an image"
 
-# Where the data set lies, and whether it is this environment's: prepare_dummy_dataset.py leaves a note in its files.
-made_for() { grep -aom1 'openenv_env_names=[a-z0-9_,]*' "$1/train.parquet" 2>/dev/null | cut -d= -f2; }
-if [[ -z "${DATA_DIR:-}" ]]; then
-  DATA_DIR="$HOME/data/openenv"
-  [[ "$(made_for "$DATA_DIR")" == "$ENV_ID" ]] || DATA_DIR="$HOME/data/openenv/$ENV_ID"
-fi
-if [[ -n "$(made_for "$DATA_DIR")" && ",$(made_for "$DATA_DIR")," != *",$ENV_ID,"* ]]; then
-  refuse "DATA_DIR=$DATA_DIR holds tasks for $(made_for "$DATA_DIR"), not for ENV_NAME=$ENV_NAME" \
-    "leave DATA_DIR out, or name another folder: a missing data set is made there"
-fi
-
 # --- uv: the one that is here, else one of our own --------------------------------------------------------------------
 
 find_uv() {
@@ -165,62 +161,22 @@ if [[ "$CPU_TORCH" == 1 && "$torch_build" != cpu ]]; then
   uv_run+=(--no-sync) # uv run would put PyPI's build in its place
 fi
 
-# --- Data set and training --------------------------------------------------------------------------------------------
+# --- Data set and training: integrations/openenv/recipe.py knows both --------------------------------------------------
 
-CKPT_PATH="${CKPT_PATH:-$HOME/ckpts/openenv/$ENV_ID}"
-
-if [[ ! -f "$DATA_DIR/train.parquet" || ! -f "$DATA_DIR/validation.parquet" ]]; then
-  "${uv_run[@]}" "$ROOT/integrations/openenv/prepare_dummy_dataset.py" \
-    --output_dir "$DATA_DIR" --env_name "$ENV_NAME"
-fi
-
-# What a small model needs to learn these tasks in minutes; every other option keeps its default.
-prompts=$((NUM_GPUS > 4 ? NUM_GPUS : 4)) # a prompt's episodes stay on one rank
-recipe=(
-  trainer.train_batch_size="$prompts"
-  trainer.policy_mini_batch_size="$prompts"
-  generator.n_samples_per_prompt=8
-  trainer.policy.optimizer_config.lr=1e-5
-  trainer.algorithm.use_kl_loss=false
-  trainer.eval_interval=5
-  trainer.max_ckpts_to_keep=1
-)
-if [[ "$DEVICE" == cpu ]]; then
-  # With 135M weights a run holds 3.7 GiB at 2048 tokens a pass and at most 4.8 at 4096, which is about 7% faster.
-  memory_kb="$(awk '/^MemTotal:/ {print $2}' /proc/meminfo 2>/dev/null || true)"
-  recipe+=(trainer.gradient_checkpointing=false
-    trainer.max_tokens_per_microbatch=$((${memory_kb:-0} >= 12000000 * (NUM_GPUS > 1 ? NUM_GPUS : 1) ? 4096 : 2048)))
-fi # on a GPU the memory plan decides both
-if ((NUM_GPUS > 1)); then # a learner rank and an engine on each device; they take turns
-  recipe+=(trainer.strategy=fsdp2
-    trainer.placement.policy_num_gpus_per_node="$NUM_GPUS" generator.num_inference_engines="$NUM_GPUS")
-fi
-case "$ENV_NAME" in
-  echo_env) recipe+=(generator.sampling_params.max_generate_length=24) ;;
-  coding_env) recipe+=(generator.sampling_params.max_generate_length=32) ;;
-  openspiel_env) # catch: nine moves; the first reply that is no move ends the episode
-    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
-      environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
-  atari_env) # twelve turns of about 30 tokens, 50 where the action cannot be read
-    recipe+=(generator.max_turns=12 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12) ;;
-  sumo_rl_env) # eight decisions; the first reply that names no road ends the episode
-    recipe+=(generator.max_turns=8 generator.max_input_length=1024 generator.sampling_params.max_generate_length=12
-      environment.openenv.max_invalid_actions=0 trainer.policy.optimizer_config.lr=2e-5) ;;
-  finrl_env) # eight turns of about 95 tokens behind a prompt of 230
-    recipe+=(generator.max_turns=8 generator.max_input_length=1280 generator.sampling_params.max_generate_length=16
-      environment.openenv.max_invalid_actions=0) ;;
-  *[/:]*) # ten turns of unknown length; if moves cost, a reply without an action must cost more
-    recipe+=(generator.max_turns=10 generator.max_input_length=1536 generator.sampling_params.max_generate_length=64
-      environment.openenv.invalid_action_penalty=1 "environment.openenv.env_names=['$ENV_NAME']") ;;
-esac
+quoted() { printf "'%s'" "${1//\'/\\\'}"; } # as Hydra's grammar reads a text
+keys=(trainer.device="$DEVICE" generator.backend="$INFERENCE_BACKEND")
+[[ -z "${MODEL:-}" ]] || keys+=(trainer.policy.model.path="$(quoted "$MODEL")")
+[[ -z "${CKPT_PATH:-}" ]] || keys+=(trainer.ckpt_path="$(quoted "$CKPT_PATH")")
+[[ -z "${LOGGER:-}" ]] || keys+=(trainer.logger="$LOGGER")
+[[ -z "${MAX_TURNS:-}" ]] || keys+=(generator.max_turns="$MAX_TURNS")
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
+<<<<<<< HEAD
   "data.train_data=['$DATA_DIR/train.parquet']" \
   "data.val_data=['$DATA_DIR/validation.parquet']" \
   trainer.policy.model.path="${MODEL:-auto}" \
   trainer.ckpt_path="$CKPT_PATH" \
   trainer.export_path="$CKPT_PATH/exports" \
-  trainer.run_name="$ENV_ID" \
   trainer.device="$DEVICE" \
   trainer.logger="${LOGGER:-console}" \
   generator.backend="$INFERENCE_BACKEND" \
@@ -228,3 +184,6 @@ exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
   "${recipe[@]}" \
   ${MAX_TURNS:+generator.max_turns="$MAX_TURNS"} \
   "$@"
+=======
+  --env "$ENV_NAME" --gpus "$NUM_GPUS" ${DATA_DIR:+--data-dir "$DATA_DIR"} "${keys[@]}" "$@"
+>>>>>>> main

@@ -22,28 +22,27 @@ from skyrl_train.types import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.cluster.session import Node
     from skyrl_train.entrypoints.experiment import BasePPOExp
     from skyrl_train.weights.shared_memory import SharedWeights
 
+DEATH_S = 8.0  # for a death that explains why another rank lost its connection
 LOOK_S = 0.5  # between two looks at the progress of an update
-DEATH_S = 5.0  # for the news of a death, which may come after the errors that it gives the other ranks
 
 
 class RayLearner:
     """Passes every call to all ranks, and returns what rank 0 answers. A rank that dies ends the call: LearnerDied."""
 
     def __init__(
-        self,
-        ranks: Sequence[Any],
-        identities: Sequence[Identity | None] | None = None,
-        *,
-        silent_s: float = SILENT_S,
-        stuck_s: float = STUCK_S,
+        self, ranks: Sequence[Any], nodes: Sequence[Node], *, silent_s: float = SILENT_S, stuck_s: float = STUCK_S
     ) -> None:
-        """ranks: handles of LearnerRank actors. `identify` and `build` come first. silent_s, stuck_s: see watch.py."""
+        """ranks: handles of LearnerRank actors, on these machines. silent_s, stuck_s: see watch.py.
+
+        `identify` and `build` come first.
+        """
         self._ray = import_ray()
-        self._ranks = list(ranks)
-        self._identities: list[Identity | None] = list(identities or [None] * len(ranks))
+        self._ranks, self._nodes = list(ranks), list(nodes)
+        self._identities: list[Identity | None] = [None] * len(self._ranks)
         self._silent_s, self._stuck_s = silent_s, stuck_s
         self._policy_version = 0
         self._saving = ThreadPoolExecutor(1, "checkpoint")
@@ -52,6 +51,10 @@ class RayLearner:
     @property
     def policy_version(self) -> int:
         return self._policy_version
+
+    @property
+    def _has_machines(self) -> bool:
+        return len(set(self._nodes)) > 1
 
     @property
     def num_ranks(self) -> int:
@@ -63,9 +66,10 @@ class RayLearner:
 
     def build(self, exp: BasePPOExp) -> None:
         """Let the ranks meet, load the policy and make their learners. LearnerDied, or what one of them raised."""
-        port = self.answers([self._ranks[0].open_store.remote()], starts=True)[0]
+        address = self._nodes[0].address if self._has_machines else "127.0.0.1"
+        port = self.answers([self._ranks[0].open_store.remote(address)], starts=True)[0]
         reference = self._ray.put(exp)
-        self.answers([rank.build.remote(reference, port) for rank in self._ranks], starts=True)
+        self.answers([rank.build.remote(reference, address, port) for rank in self._ranks], starts=True)
 
     def add_logprobs(self, batch: Batch) -> Batch:
         arrays = self._ray.put(arrays_of(batch))
@@ -73,8 +77,14 @@ class RayLearner:
         return replace(batch, **{name: torch.tensor(array) for name, array in found.items()})
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=False)
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=True)
+
+    def _trained(self, batch: Batch, on_tokens: OnTokens | None, *, is_imitation: bool) -> dict[str, float]:
         arrays = self._ray.put(arrays_of(batch))
-        calls = [rank.update.remote(arrays) for rank in self._ranks]
+        calls = [rank.update.remote(arrays, is_imitation) for rank in self._ranks]
         metrics, self._policy_version = self.answers(calls, on_tokens)[0]
         return metrics
 
@@ -124,34 +134,41 @@ class RayLearner:
                 raise LearnerDied("the learner was closed")
             done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
             for call in done:
-                found[call] = self._result(calls, call)
+                found[call] = self._result_of(calls.index(call), call, calls, waiting)
             watch.look([calls.index(call) for call in waiting])
             if on_tokens is not None and (sign := watch.signs.get(0)) is not None and sign.tokens[1]:
                 on_tokens(*sign.tokens)
         return [found[call] for call in calls]
 
-    def _result(self, calls: Sequence[Any], call: Any) -> Any:
+    def _result_of(self, rank: int, call: Any, calls: Sequence[Any], waiting: list[Any]) -> Any:
+        """Return a rank's answer. Where it lost the connection to another rank, that one's death is what is raised."""
+        try:
+            return self._result(rank, call)
+        except LearnerDied:
+            raise
+        except RuntimeError:
+            deadline = time.monotonic() + DEATH_S  # Ray learns of a lost machine later than the other ranks
+            while waiting and not self._is_closed and time.monotonic() < deadline:
+                done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
+                for other in done:
+                    self._raise_if_dead(calls.index(other), other)
+            raise
+
+    def _raise_if_dead(self, rank: int, call: Any) -> None:
+        """Raise LearnerDied if that is why a rank did not answer. An error of its own comes after the first one's."""
+        try:
+            self._ray.get(call)
+        except self._ray.exceptions.RayActorError:
+            self._result(rank, call)
+        except self._ray.exceptions.RayTaskError:
+            return
+
+    def _result(self, rank: int, call: Any) -> Any:
         try:
             return self._ray.get(call)
         except self._ray.exceptions.RayActorError as error:
-            rank = calls.index(call)
             name = f"learner rank {rank} of {self.num_ranks}"
+            name += f" on {self._nodes[rank].name}" if self._has_machines else ""
             raise LearnerDied(obituary(name, self._identities[rank], error)) from None
         except self._ray.exceptions.RayTaskError as error:
-            if type(cause := cause_of(error)) is RuntimeError:
-                self._raise_death([other for other in calls if other is not call], calls)
-            raise cause from error
-
-    def _raise_death(self, others: Sequence[Any], calls: Sequence[Any]) -> None:
-        """Raise LearnerDied if a rank has died: the others see of it that a connection was closed."""
-        died = self._ray.exceptions.RayActorError
-        deadline = time.monotonic() + DEATH_S
-        while others and (left_s := deadline - time.monotonic()) > 0:
-            done, others = self._ray.wait(list(others), num_returns=1, timeout=left_s)
-            for other in done:
-                try:
-                    self._ray.get(other)
-                except died:
-                    self._result(calls, other)
-                except self._ray.exceptions.RayTaskError:
-                    continue
+            raise cause_of(error) from error

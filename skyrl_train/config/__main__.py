@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
+from dataclasses import asdict
 
 from skyrl_train.config.reference import MOST_USED, Entry, entries, refused_entries
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.console import lasting_output
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m skyrl_train.config") -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m skyrl_train.config",
+        prog=prog,
         description="Print every key that does something, with its default and meaning, the most used first.",
     )
     parser.add_argument(
@@ -21,10 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--all", action="store_true", help="also the keys of SkyRL that may only keep their default, with the reason"
     )
+    parser.add_argument("--json", action="store_true", help="print a JSON list of keys, defaults and meanings")
     options = parser.parse_args(arguments)
     words = " ".join(options.search)
     with lasting_output():
-        print(table(words, with_refused=options.all))
+        if options.json:
+            print(json.dumps([asdict(entry) for entry in found(words, with_refused=options.all)], indent=2))
+        else:
+            print(table(words, with_refused=options.all))
     return 0 if found(words, with_refused=options.all) else 1
 
 

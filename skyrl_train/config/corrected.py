@@ -46,10 +46,18 @@ def _is_about(problem: Problem, override: str) -> bool:
 
 
 def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
-    """Return the command line of this process with other overrides, or the overrides alone if they were not on it."""
+    """Return the command line of this process with other overrides, or the overrides alone if they were not on it.
+
+    The overrides at the end of the command line may come behind others, of a recipe, which its first words stand for.
+    """
     typed = sys.argv[1:]
-    if typed and list(instead_of) == typed and sys.orig_argv[-len(typed) :] == typed:
-        return shlex.join([*sys.orig_argv[: -len(typed)], *overrides])
+    num_typed = 0
+    while num_typed < min(len(typed), len(instead_of)) and typed[-1 - num_typed] == instead_of[-1 - num_typed]:
+        num_typed += 1
+    num_before = len(instead_of) - num_typed
+    is_kept = list(overrides[:num_before]) == list(instead_of[:num_before])
+    if num_typed and is_kept and sys.orig_argv[-num_typed:] == typed[-num_typed:]:
+        return shlex.join([*sys.orig_argv[:-num_typed], *overrides[num_before:]])
     return shlex.join(overrides)
 
 

@@ -30,9 +30,28 @@ def main(
     root: type[SkyRLConfig] = SkyRLConfig,
 ) -> int:
     """Train or evaluate, and return the exit status (process.Exit). What breaks otherwise shows its traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with lasting_output():
         make_errors_visible()
-        return _main(sys.argv[1:] if arguments is None else arguments, experiment, root)
+        if any(word in ("-h", "--help") for word in arguments):
+            print(usage())
+            return Exit.DONE
+        return _main(arguments, experiment, root)
+
+
+def usage() -> str:
+    """Return what --help prints: how this program is called, what it is for, and where its keys are."""
+    program = sys.modules["__main__"]
+    spec = getattr(program, "__spec__", None)
+    called = f"python -m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+    return (
+        f"usage: {called} key=value ...\n\n{(program.__doc__ or 'Train a model.').strip()}\n\n"
+        "Every key, with its default and meaning: python -m skyrl_train.config [--search WORD]\n"
+        "Exit status: 0 done, 1 broken off, 2 refused before anything began, 130 interrupted."
+    )
+
+
+EXPERIMENT, ROOT = BasePPOExp, SkyRLConfig  # what `main` trains with
 
 
 def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[SkyRLConfig]) -> int:

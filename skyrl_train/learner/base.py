@@ -34,11 +34,15 @@ class Learner(Protocol):
         ...
 
     def add_logprobs(self, batch: Batch) -> Batch:
-        """Return the batch with `old_logprobs` and `ref_logprobs`, where the coming update needs them."""
+        """Return the batch with `old_logprobs`, `ref_logprobs` and `values`, where the coming update needs them."""
         ...
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
-        """Train on a batch with advantages. Return SkyRL's metrics, `policy/...`."""
+        """Train on a batch with advantages. Return SkyRL's metrics, `policy/...` and `critic/...`."""
+        ...
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        """Make one optimizer step of cross entropy on the batch's trained tokens. Return metrics, `sft/...`."""
         ...
 
     def update_reference(self) -> None:

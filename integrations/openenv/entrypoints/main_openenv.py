@@ -1,13 +1,14 @@
-"""`python -m integrations.openenv.entrypoints.main_openenv key=value ...`: train in OpenEnv environments.
+"""`python -m integrations.openenv.entrypoints.main_openenv [--env ENV] key=value ...`: train in OpenEnv environments.
 
-It adds to `skyrl_train.entrypoints.main_base` the environment "openenv", its section of the configuration, and the
-shutdown of the environments' servers.
+With --env the keys of recipe.py come first. It adds to `skyrl_train.entrypoints.main_base` the environment "openenv",
+its section of the configuration, and the shutdown of the environments' servers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from integrations.openenv.client.errors import OpenEnvError
@@ -15,8 +16,11 @@ from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import OpenEnv, register_openenv
 from integrations.openenv.hosting.launch import preflight
 from integrations.openenv.pool.server_pool import close_shared_pools, num_server_restarts
+from integrations.openenv.recipe import with_recipe
 from skyrl_train.config import EnvironmentConfig, SkyRLConfig
-from skyrl_train.entrypoints.main_base import BasePPOExp, main
+from skyrl_train.entrypoints import main_base
+from skyrl_train.entrypoints.main_base import BasePPOExp
+from skyrl_train.visible import visible
 
 
 @dataclass
@@ -69,6 +73,20 @@ class OpenEnvExp(BasePPOExp):
         await close_shared_pools()
 
 
-if __name__ == "__main__":
+EXPERIMENT, ROOT = OpenEnvExp, OpenEnvRunConfig
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train, and return the exit status."""
+    words = sys.argv[1:] if words is None else words
     register_openenv()
-    sys.exit(main(experiment=OpenEnvExp, root=OpenEnvRunConfig))
+    try:
+        keys = with_recipe(words)
+    except (ValueError, OpenEnvError) as refused:
+        print(visible(f"refused: {refused}"), file=sys.stderr)
+        return main_base.Exit.REFUSED
+    return main_base.main(keys, experiment=OpenEnvExp, root=OpenEnvRunConfig)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

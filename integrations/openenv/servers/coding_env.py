@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 from openenv.core.env_server.types import EnvironmentMetadata
 
-from integrations.openenv.servers.programs import WORKER_MODULE, Session
+from integrations.openenv.servers.programs import WORKER_MODULE, ProgramSession
 from integrations.openenv.servers.serving import serve
 from skyrl_gym.walls.memory import memory_of_programs
 from skyrl_gym.walls.nursery import Nursery
@@ -57,7 +57,7 @@ class CodingEnvironment(Environment[CodeAction, CodeObservation, CodeState]):
     def __init__(self, nursery: Nursery, wall: Wall) -> None:
         super().__init__()
         self._wall = wall
-        self._session = Session(nursery)
+        self._session = ProgramSession(nursery)
         self._state = CodeState(episode_id=str(uuid.uuid4()))
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> CodeObservation:

@@ -22,7 +22,7 @@ PATIENCE_S = 2 * WALL_LIMIT_S  # the server's own limit: an escaped program can 
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProgramOutcome:
     """The result of a program. exit_code 1: it raised, or exceeded a limit."""
 
     stdout: str
@@ -30,7 +30,7 @@ class Outcome:
     exit_code: int
 
 
-class Session:
+class ProgramSession:
     """Runs programs one after another in one worker, and in a new worker after the last one died."""
 
     def __init__(self, nursery: Nursery) -> None:
@@ -38,7 +38,7 @@ class Session:
         self._worker: Worker | None = None
         self._seed: int | None = None
 
-    def run(self, code: str) -> Outcome:
+    def run(self, code: str) -> ProgramOutcome:
         if self._worker is None:
             self._worker = self._nursery.worker(self._seed)
         start = time.monotonic()
@@ -49,7 +49,7 @@ class Session:
         self.close()
         if self._nursery.has_died(within_s=0.1):
             raise RuntimeError("the process that workers are forked from died, and they with it")
-        return Outcome(
+        return ProgramOutcome(
             stdout="",
             stderr=f"The program was stopped after {seconds:.1f} s: it may use {CPU_LIMIT_S:g} s of CPU time, "
             f"{WALL_LIMIT_S:g} s in all and {MEMORY_LIMIT_BYTES // 2**20} MB, and all sessions together "
@@ -68,11 +68,11 @@ class Session:
             worker.close()
 
 
-def checked_outcome(answer: Any) -> Outcome | None:
-    """Return a worker's answer as an Outcome; None if it has another form, which only an escaped program sends."""
+def checked_outcome(answer: Any) -> ProgramOutcome | None:
+    """Return a worker's answer, checked; None if it has another form, which only an escaped program sends."""
     match answer:
         case {"stdout": str(stdout), "stderr": str(stderr), "exit_code": 0 | 1 as exit_code}:
-            outcome = Outcome(_printable(stdout), _printable(stderr), int(exit_code))
+            outcome = ProgramOutcome(_printable(stdout), _printable(stderr), int(exit_code))
             return outcome if max(len(stdout), len(stderr)) <= MAX_OUTPUT_CHARS + 100 else None
         case _:
             return None

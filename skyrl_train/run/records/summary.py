@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from skyrl_train.files import write_whole
+from skyrl_train.files import byte_size, folder_bytes, write_whole
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.progress import clock
 from skyrl_train.run.records.profile import VIEWER
 from skyrl_train.run.records.run_info import read_run_info
-from skyrl_train.run.run_folder import METRICS, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
+from skyrl_train.run.run_folder import METRICS, MODEL, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
 
 EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
 
@@ -42,6 +43,8 @@ class Summary:
     report: str | None
     profile: str | None  # the newest step's
     steps_without_learning: int = 0  # in which no optimizer step had a gradient
+    model_folder: str | None = None  # in Hugging Face format
+    model_bytes: int = 0
 
 
 def summarise(run_folder: Path | str) -> Summary:
@@ -66,6 +69,8 @@ def summarise(run_folder: Path | str) -> Summary:
         report=str(folder / REPORT) if (folder / REPORT).exists() else None,
         profile=profiles[-1] if profiles else None,
         steps_without_learning=num_steps_without_learning(lines),
+        model_folder=str(folder / MODEL) if (folder / MODEL).is_dir() else None,
+        model_bytes=folder_bytes(folder / MODEL),
     )
 
 
@@ -93,8 +98,11 @@ def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float |
     return None, None, "training"
 
 
-def closing_panel(summary: Summary) -> Panel:
-    """Return the panel that a rich console prints at the end of a run."""
+def closing_panel(summary: Summary) -> Group:
+    """Return what a rich console prints at the end of a run, with soft_wrap: paths and commands stay whole.
+
+    They stand outside the box, where a terminal's own wrapping does not break what is copied.
+    """
     headline = Text(f"{summary.model} on {summary.environment}", style="bold")
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
@@ -103,19 +111,22 @@ def closing_panel(summary: Summary) -> Panel:
         headline.append(f"\nnothing could be learned in {summary.steps_without_learning} of them", style="yellow")
     folder = Path(summary.metrics).parent
     rows = [
+        ("model", _model(summary)),
         ("checkpoint", summary.checkpoint or "none (trainer.ckpt_interval)"),
         ("metrics", summary.metrics),
         ("trajectories", summary.trajectories),
         ("report", summary.report or "none yet"),
         *([("profile", f"{summary.profile}, one file per step: open it at {VIEWER}")] if summary.profile else []),
-        ("next", f"uv run python -m skyrl_train.records show {folder} --worst 3"),
+        *([("talk to it", f"uv run skyrl chat {shlex.quote(str(folder))}")] if summary.model_folder else []),
+        ("next", f"uv run python -m skyrl_train.records show {shlex.quote(str(folder))} --worst 3"),
     ]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value, style="cyan" if name == "next" else ""))
-    content = Table.grid(padding=(0, 0, 1, 0))
-    content.add_row(headline)
-    content.add_row(table)
-    return Panel(content, title="done", border_style="green", expand=False)
+    width = max(len(name) for name, _ in rows)
+    commands = ("next", "talk to it")
+    lines = [Text.assemble((f"{n:{width}}  ", "dim"), (v, "cyan" if n in commands else "")) for n, v in rows]
+    return Group(Panel(headline, title="done", border_style="green", expand=False), *lines)
+
+
+def _model(summary: Summary) -> str:
+    if summary.model_folder is None:
+        return "none (skyrl export writes it from a checkpoint)"
+    return f"{summary.model_folder} ({byte_size(summary.model_bytes)}, Hugging Face format)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from integrations.openenv.entrypoints.main_openenv import OpenEnvExp, OpenEnvRunConfig
 from integrations.openenv.env import register_openenv
+from integrations.openenv.recipe import with_recipe
 from skyrl_train.entrypoints.main_base import main
 
 
@@ -16,4 +17,4 @@ def train(experiment: type[OpenEnvExp], overrides: Sequence[str] = ()) -> int:
     Leaves out the command line's last word (settings).
     """
     register_openenv()
-    return main([*sys.argv[1:-1], *overrides], experiment=experiment, root=OpenEnvRunConfig)
+    return main([*with_recipe(sys.argv[1:-1]), *overrides], experiment=experiment, root=OpenEnvRunConfig)

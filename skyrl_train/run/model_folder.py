@@ -1,0 +1,155 @@
+"""The model of a run as a Hugging Face folder, made from a checkpoint, whichever ranks wrote it.
+
+{run}/model/config.json, generation_config.json, tokenizer.json, chat_template.jinja, model.safetensors
+            adapter/       the adapters alone, as PEFT keeps them, of a run that trained adapters
+            skyrl.json     the step, and the settings of the run, which `skyrl chat`, `eval`, `play` and `serve` read
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skyrl_train.config import LoraConfig
+from skyrl_train.files import byte_size, folder_bytes, naming, whole_folder
+from skyrl_train.learner.saved import SavedLearner
+from skyrl_train.ops import ops_for
+from skyrl_train.policy.lora import adapters_of, add_adapters
+from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_merged
+from skyrl_train.policy.model import Policy
+from skyrl_train.policy.model_files import load_module, load_tokenizer
+from skyrl_train.run.contents import template_contents
+from skyrl_train.run.run_folder import MODEL
+from skyrl_train.run.saved_run import SavedRun, read_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ORIGIN = "skyrl.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MASTERS, LORA = "masters/", "trainer.policy.model.lora."
+TEMPLATE = "generator.chat_template.name_or_path"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A folder with a model. `kind`: model, or adapter."""
+
+    folder: str
+    step: int
+    kind: str
+    dtype: str
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.folder} ({byte_size(self.num_bytes)}, {self.dtype})"
+
+
+def export_model(
+    saved: SavedRun,
+    folder: Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    adapter: bool = False,
+    base: Path | str | None = None,
+) -> Exported:
+    """Write the model of a checkpoint, adapters merged, or with `adapter` the adapters alone.
+
+    folder: default `model` (or `adapter`) in the run's folder; an older export there is replaced, once the
+    new one is complete. base: where the model
+    that the run began with lies, if it was moved.
+    """
+    if adapter and saved.lora_rank == 0:
+        raise ValueError(
+            f"the run in {saved.folder} trained the whole model, so it has no adapter; leave out --adapter"
+        )
+    kind = ADAPTER_FOLDER if adapter else MODEL
+    folder = saved.folder / kind if folder is None else folder
+    _refuse_other_folder(folder)
+    tokenizer = load_tokenizer(saved.base_model(base))
+    template = _template(saved)
+    module = trained_module(saved, DTYPES[dtype], base=base)
+    with naming(folder), whole_folder(folder) as unfinished:
+        if adapter:
+            save_adapters(module, adapters_of(module), unfinished)
+        else:
+            save_merged(module, unfinished)
+        if template is not None:
+            setattr(tokenizer, "chat_template", template)  # noqa: B010 (its type is not declared)
+        tokenizer.save_pretrained(unfinished)
+        origin = {"step": saved.step, "settings": saved.settings}
+        (unfinished / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    return Exported(str(folder), saved.step, kind, dtype, folder_bytes(folder))
+
+
+def trained_module(saved: SavedRun, dtype: torch.dtype, *, base: Path | str | None = None) -> PreTrainedModel:
+    """Return the model with the weights of the checkpoint, rounded as the learner rounds them; adapters stay apart."""
+    settings = saved.settings
+    prefix = "trainer.policy.model_config_kwargs."
+    changes = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    module = load_module(saved.base_model(base), dtype, changes)
+    if saved.lora_rank:
+        lora = {
+            field.name: settings[LORA + field.name] for field in fields(LoraConfig) if LORA + field.name in settings
+        }
+        add_adapters(Policy(module), LoraConfig(**lora), seed=0)
+    learner, ops = SavedLearner(saved.learner), ops_for(torch.device("cpu"), dtype)
+    trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    masters = {name.removeprefix(MASTERS) for name in learner.shapes if name.startswith(MASTERS)}
+    if different := sorted(trained.keys() ^ masters):
+        raise ValueError(
+            f"the checkpoint in {saved.learner.parent} and the model differ in {len(different)} weights, e.g. "
+            f"{different[0]}: it was written by a run with a model of its own (get_policy)"
+        )
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight.copy_(ops.rounded(learner.whole(MASTERS + name), dtype))
+    return module
+
+
+def export_at_the_end(folder: Path) -> str:
+    """Write the model of a run's newest checkpoint into its folder, unless it is there. Return its place."""
+    try:
+        saved = read_run(folder)
+        there = read_origin(folder / MODEL)
+        if there is not None and there[0] == saved.step:
+            return f"{folder / MODEL}"
+        return str(export_model(saved))
+    except ValueError as error:
+        return f"none: {error}"
+
+
+def read_origin(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Return step and settings of the run that an exported model comes from; None for any other model's folder."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        return int(origin["step"]), dict(origin["settings"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ORIGIN} is damaged ({error}); remove it, or export the model again") from error
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that holds something that is not an earlier export."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
+        raise ValueError(f"{folder} holds other files, which would be replaced; give a new or empty folder")
+
+
+def _template(saved: SavedRun) -> str | None:
+    """Return the Jinja text that the run took in the place of the tokenizer's own template; None if it took that."""
+    path = saved.settings.get(TEMPLATE)
+    if path is None:
+        return None
+    from skyrl_train.rollout.chat import read_chat_template
+
+    text = read_chat_template("file", path)
+    if template_contents(text) != saved.contents.get(TEMPLATE, template_contents(text)):
+        raise ValueError(f"{TEMPLATE}={path} is not the template that the run began with; put that back")
+    return text
