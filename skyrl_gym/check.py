@@ -58,6 +58,7 @@ class Fact:
 class CheckReport:
     env: str
     facts: tuple[Fact, ...]
+    rewards: tuple[float, ...] = ()  # of the episodes that came to their end
 
     @property
     def passed(self) -> bool:
@@ -102,7 +103,8 @@ def check_env(
     # A separate thread, because asyncio.run is refused in a thread whose event loop is already running.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, check.run(gold_actions, list(bad_actions))).result()
-    return CheckReport(name, tuple(Fact(fact, not seen, "; ".join(seen)) for fact, seen in check.seen.items()))
+    facts = tuple(Fact(fact, not seen, "; ".join(seen)) for fact, seen in check.seen.items())
+    return CheckReport(name, facts, tuple(check.rewards))
 
 
 def example_extras(env_id: str) -> list[dict[str, Any]]:
@@ -145,6 +147,7 @@ class _Check:
         self.factory, self.extras, self.prompt, self.env_config = factory, extras, prompt, env_config
         self.given: tuple[Any, Any] = (env_config, extras)  # what the latest environment was made from
         self.seen: dict[str, list[str]] = {}  # of the facts that were looked at
+        self.rewards: list[float] = []
 
     async def run(self, gold_actions: Sequence[str] | None, bad_actions: list[str]) -> None:
         env = await self.make()
@@ -158,6 +161,8 @@ class _Check:
         first, second = await self.play(actions), await self.play(actions)
         if first is not None and second is not None:
             self.expect(self.SEED, first == second, f"{short(first)} and then {short(second)}")
+        if not gold and not self.seen.get(self.GOLD):
+            self.seen.pop(self.GOLD, None)  # nothing was seen of it
         if gold and first is not None:
             total, wanted = sum(first.rewards), type(env).max_reward
             self.expect(self.GOLD, math.isclose(total, wanted, abs_tol=1e-6), f"earned {total}, not {wanted}")
@@ -242,6 +247,7 @@ class _Check:
             rewards.append(float(output["reward"]))
             if output["done"]:
                 break
+        self.rewards.append(sum(rewards))
         self.expect(self.ENDS, output["done"], f"not done after {len(rewards)} turns of {short(actions[-1])}")
         return _Episode(observations, rewards)
 

@@ -133,6 +133,13 @@ def checked_close(answer: Any) -> None:
     _refuse_coroutine(answer, "close")
 
 
+def checked_tool_schemas(schemas: Any) -> list[dict[str, Any]]:
+    """Return a copy of the tools that an environment offers, [] for None; WrongAnswer if one is no function."""
+    if not isinstance(schemas, list | tuple | None):
+        raise WrongAnswer(f"tool_schemas must be a list or None, not {short(schemas)}")
+    return [_tool_schema(schema) for schema in schemas or ()]
+
+
 def checked_messages(messages: Any) -> Messages:
     """Return a copy of a list of messages, because an environment may go on changing its own."""
     if not isinstance(messages, list | tuple):
@@ -175,6 +182,14 @@ def _message(message: Any) -> dict[str, Any]:
         raise WrongAnswer(f"role must be one of {sorted(_ROLES)} and content a string: {short(message)}")
     given = {str(key): value for key, value in message.items() if value is not None}
     return {key: _text(v, key) if isinstance(v, str) else _plain(v, f"message field {key}") for key, v in given.items()}
+
+
+def _tool_schema(schema: Any) -> dict[str, Any]:
+    function = schema.get("function") if isinstance(schema, dict) and schema.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        words = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+        raise WrongAnswer(f"each of tool_schemas must be {words}, not {short(schema)}")
+    return _plain(schema, f"tool {short(function['name'])}")
 
 
 def _text(text: str, what: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from skyrl_gym.error import Error
+from skyrl_gym.importing import import_named
 
 if TYPE_CHECKING:
     from typing import Self
@@ -133,17 +133,13 @@ class EnvSpec:
 def load_entry_point(entry_point: EntryPoint | None) -> Callable[..., Any]:
     """Return the class or factory that an entry point names, imported if it is a string.
 
-    skyrl_gym.error.Error: it is neither a callable nor "package.module:Class", or the module has no such name.
+    skyrl_gym.error.Error: it is neither a callable nor "package.module:Class", or there is no such module or name.
     """
     if callable(entry_point):
         return entry_point
-    module, _, name = (entry_point or "").partition(":")
-    if not module or not name:
+    if not entry_point:
         raise Error(f"entry point {entry_point!r} must be a callable or 'package.module:Class'")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except AttributeError as missing:
-        raise Error(f"entry point {entry_point!r}: module {module} has no {name}") from missing
+    return import_named(entry_point)
 
 
 def print_or_return(text: str, disable_print: bool) -> str | None:

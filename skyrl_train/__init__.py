@@ -1,6 +1,16 @@
 """Training. torch has not been imported yet when this runs, and reads what is set here when it loads and allocates."""
 
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skyrl_train.entrypoints.library import train
+
+__all__ = ["__version__", "train"]
+__version__ = "0.1.0"
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in pages of 2 MiB: less than half as long to get
 # Waiting threads of OpenMP spin half a millisecond, which covers the pauses between two kernels, and then sleep.
@@ -11,3 +21,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # met: by default 1024 each, which is most of what a long run grows by.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
+
+
+def __getattr__(name: str) -> Any:
+    """Load `train` when it is asked for, so that importing this package stays cheap."""
+    if name == "train":
+        return importlib.import_module("skyrl_train.entrypoints.library").train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

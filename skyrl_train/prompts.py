@@ -37,8 +37,8 @@ class PromptDataset(Sequence[Prompt]):
     """The rows of all sources in order, without those whose prompt is too long.
 
     sources: .parquet, .json or .jsonl files, or names on the hub as name[:split] (split "train" if left out). A row
-    has `prompt` (a list of {role, content}), perhaps `env_class`, `max_turns` and `seed`, and any other columns, which
-    the environment gets. In these four null is the same as not given.
+    has a `prompt_column` (a list of {role, content}, or the text of one message), perhaps `env_class`, `max_turns` and
+    `seed`, and any other columns, which the environment gets. In these four null is the same as not given.
     The length of a prompt is counted in tokens of the chat template, generation prompt included; `template_kwargs`
     are further arguments of apply_chat_template (`generator.chat_template_kwargs`, or a `chat_template`). A prompt's
     uid is its position among the rows that were kept. `look_up` raises for an env_class that is no environment; it is
@@ -53,6 +53,7 @@ class PromptDataset(Sequence[Prompt]):
         default_env_class: str,
         template_kwargs: Mapping[str, Any] | None = None,
         look_up: Callable[[str], Any] | None = None,
+        prompt_column: str = "prompt",
     ) -> None:
         rows = [(place, row) for source in sources for place, row in read_source(source)]
         names = ", ".join(sources)
@@ -60,7 +61,7 @@ class PromptDataset(Sequence[Prompt]):
             raise DataError("the model's tokenizer has no chat template; take an instruct model, or give a template")
         if not rows:
             raise DataError(f"no rows in {names or 'an empty list of sources'}")
-        prompts = [(place, row_prompt(place, row, default_env_class)) for place, row in rows]
+        prompts = [(place, row_prompt(place, row, default_env_class, prompt_column)) for place, row in rows]
         if look_up is not None:
             refuse_unknown_environments(prompts, look_up)
         self._prompts: list[Prompt] = []
@@ -178,7 +179,7 @@ def read_source(source: str) -> Iterator[tuple[str, Row]]:
     path = Path(source).expanduser()
     if path.suffix in FILE_TYPES:
         if not path.is_file():
-            raise DataError(f"there is no file {path} (given in data.train_data or data.val_data)")
+            raise DataError(f"there is no file {path} (given in data.train_data, data.val_data or trainer.sft.data)")
         rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     elif path.exists():
         raise DataError(f"{path} is not a {', '.join(FILE_TYPES)} file; name the file itself, or convert it")
@@ -225,26 +226,34 @@ def hub_rows(source: str) -> Iterator[Row]:
     yield from (dict(row) for row in rows)
 
 
-def row_messages(place: str, row: Row) -> list[Message]:
-    """Return the checked messages of a row's prompt."""
-    if not isinstance(row, dict) or "prompt" not in row:
+def row_messages(place: str, row: Row, column: str = "prompt") -> list[Message]:
+    """Return the checked messages of a row's prompt; a text is one message of the user."""
+    if not isinstance(row, dict) or column not in row:
         found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise DataError(f'{place} has no column "prompt"; it has {found}')
-    messages = row["prompt"]
+        hint = "; data.prompt_column names another" if isinstance(row, dict) else ""
+        raise DataError(f'{place} has no column "{column}"; it has {found}{hint}')
+    messages = row[column]
+    if isinstance(messages, str) and messages.strip():
+        messages = [{"role": "user", "content": messages}]
+    return checked_conversation(place, column, messages)
+
+
+def checked_conversation(place: str, column: str, messages: Any) -> list[Message]:
+    """Return checked messages. DataError names the row and the column that holds something else."""
     is_list = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
     if not is_list or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-        wanted = '[{"role": "user", "content": "..."}, ...]'
-        raise DataError(f"{place}: prompt must be a list of messages {wanted}, got {str(messages)[:80]!r}")
+        wanted = 'a text, or a list of messages [{"role": "user", "content": "..."}, ...]'
+        raise DataError(f"{place}: {column} must be {wanted}, got {str(messages)[:80]!r}")
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         return checked_messages(plain)
     except WrongAnswer as wrong:  # half a surrogate pair, a nested value that is no JSON
-        raise DataError(f"{place}: prompt: {wrong}") from None
+        raise DataError(f"{place}: {column}: {wrong}") from None
 
 
-def row_prompt(place: str, row: Row, default_env_class: str) -> Prompt:
-    """Return the row as a prompt that has no uid yet."""
-    messages = row_messages(place, row)
+def row_prompt(place: str, row: Row, default_env_class: str, prompt_column: str = "prompt") -> Prompt:
+    """Return the row as a prompt that has no uid yet. A prompt column of another name stays among the extras."""
+    messages = row_messages(place, row, prompt_column)
     given = None if _is_null(row.get("env_class")) else row["env_class"]
     env_class = given or default_env_class
     if not isinstance(env_class, str):

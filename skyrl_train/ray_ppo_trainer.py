@@ -86,6 +86,10 @@ class RayPPOTrainer:
         check_output(answer, num_episodes_in(groups))
         return with_output(groups, answer)
 
+    def listens_to(self, event: str) -> bool:
+        """Return whether a callback overrides the event."""
+        return any(getattr(type(one), event) is not getattr(TrainingCallback, event) for one in self.callbacks)
+
     def fire(self, event: str, where: CallbackInput) -> None:
         """Call the event of every callback, in their order."""
         for callback in self.callbacks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 AGENT = "agent"  # env_class of rows that an agent of the user's plays and that name no environment
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": ..., "content": ...}; a call of tools has "tool_calls" as well, in OpenAI's form
 
 
 class EpisodeEnd(StrEnum):

@@ -80,7 +80,11 @@ class OpenEnv(BaseTextEnv):
             raise EnvGivenUp(f"{self.env_name}: {given_up}") from given_up
         except OpenEnvError as failed:
             raise EnvFailure(f"{self.env_name}: {failed}") from failed
-        return with_observation(prompt, text), {"env_name": self.env_name}
+        return with_observation(self.translator.opening(prompt), text), {"env_name": self.env_name}
+
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]] | None:
+        return self.translator.tool_schemas
 
     @property
     def reset_kwargs(self) -> dict[str, Any]:
@@ -108,7 +112,7 @@ class OpenEnv(BaseTextEnv):
         complaint = ""
         try:
             try:
-                fields = self._get_openenv_action(self.env_name, _between_tags(action, self.entry.max_action_chars))
+                fields = self._get_openenv_action(self.env_name, self._action_in(action))
             except InvalidAction as invalid:
                 idle = self.translator.idle_action()
                 if idle is None:
@@ -137,6 +141,12 @@ class OpenEnv(BaseTextEnv):
         if lease is not None:
             await lease.release()
 
+    def _action_in(self, reply: str) -> str:
+        """Return the part of a reply that is the action: with tools all of it, which may hold a call."""
+        if self.tool_schemas:
+            return within(reply, self.entry.max_action_chars)
+        return _between_tags(reply, self.entry.max_action_chars)
+
     def _get_openenv_action(self, env_name: str, action: str) -> dict[str, Any]:
         """Return the fields of the environment's action, from the text between the tags.
 
@@ -156,12 +166,12 @@ class OpenEnv(BaseTextEnv):
 
     def gold_actions(self) -> list[str] | None:
         """Return the one action that solves the task; None if it takes several (see `gold_action`)."""
-        return None if self.task.solution is None else [f"{OPEN}{self.task.solution}{CLOSE}"]
+        return None if self.task.solution is None else [self.translator.reply_with(self.task.solution)]
 
     def gold_action(self) -> str | None:
         """Return what the catalog's gold player replies now; None if it has none."""
         gold = self.translator.gold_action()
-        return None if gold is None else f"{OPEN}{gold}{CLOSE}"
+        return None if gold is None else self.translator.reply_with(gold)
 
     @classmethod
     def example_extras(cls) -> list[dict[str, Any]]:
@@ -187,7 +197,7 @@ class OpenEnv(BaseTextEnv):
         self._done = ended or stopped or out_of_turns
         last = self.last
         return {
-            "observations": [{"role": "user", "content": text}] if text else [],
+            "observations": [{"role": "tool" if self.tool_schemas else "user", "content": text}] if text else [],
             "reward": reward,
             "done": self._done,
             "truncated": out_of_turns and not (ended or stopped),
@@ -223,7 +233,11 @@ def _between_tags(reply: str, max_chars: int) -> str:
     end = reply.find(CLOSE, start)
     if end < 0:
         raise InvalidAction(f"Your action does not end. Write {CLOSE} behind it.")
-    action = reply[reply.rfind(OPEN, start, end) + len(OPEN) : end]
+    return within(reply[reply.rfind(OPEN, start, end) + len(OPEN) : end], max_chars)
+
+
+def within(action: str, max_chars: int) -> str:
+    """Return the action as text that can be sent. InvalidAction: it is too long."""
     if len(action) > max_chars:
         raise InvalidAction(f"Your action has {len(action)} characters; at most {max_chars} are allowed.")
     return action.encode(errors="replace").decode()  # lone surrogates cannot be sent to a server
@@ -240,7 +254,7 @@ def _reasons(refused: ServerError) -> str:
 
 
 def with_observation(prompt: ConversationType, text: str) -> ConversationType:
-    """Return a copy of the prompt with the first observation appended to its last message."""
+    """Return the messages with the first observation appended to the last one."""
     messages = [dict(message) for message in prompt]
     if text and messages:
         messages[-1]["content"] = f"{messages[-1]['content']}\n\n{text}"

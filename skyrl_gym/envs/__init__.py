@@ -11,4 +11,5 @@ register("gsm8k_multi_turn", "skyrl_gym.envs.gsm8k.multi_turn_env:GSM8kMultiTurn
 register("lcb", "skyrl_gym.envs.lcb.env:LCBEnv")
 register("search", "skyrl_gym.envs.search.env:SearchEnv")
 register("searchcode", "skyrl_gym.envs.searchcode.env:SearchCodeEnv")
+register("single_turn", "skyrl_gym.envs.single_turn:SingleTurnEnv")
 register("text2sql", "skyrl_gym.envs.sql.env:SQLEnv")

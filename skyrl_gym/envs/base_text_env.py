@@ -9,7 +9,7 @@ from skyrl_gym.core import Env
 from skyrl_gym.episode_metrics import default_aggregate_metrics
 from skyrl_gym.tools.core import ToolGroup
 
-MessageType = dict[str, str]  # {"role": ..., "content": ...}
+MessageType = dict[str, Any]  # {"role": ..., "content": ...}
 ConversationType = list[MessageType]
 
 
@@ -77,6 +77,16 @@ class BaseTextEnv(Env[ConversationType, str]):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         """Play the model's decoded text (without special tokens) as one turn."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]] | None:
+        """Return the tools of this episode, [{"type": "function", "function": {"name", "description", "parameters"}}].
+
+        Read once, after `init`. The chat template prints them in the model's own form, `step` gets the reply as it was
+        written, and `skyrl_gym.tool_calls.read_tool_calls` reads the calls in it. What a tool returned is an
+        observation with the role "tool".
+        """
+        return None
 
     def cut_short(self) -> float:
         """Return what is added to the last turn's reward when the run has no tokens left for another turn.

@@ -7,6 +7,7 @@ from typing import Any
 
 from skyrl_gym.core import EntryPoint, Env, EnvSpec, load_entry_point, print_or_return
 from skyrl_gym.error import Error, RegistrationError
+from skyrl_gym.importing import import_named, is_import_path
 
 # EnvSpec and load_entry_point are defined in core.py and importable from here, where SkyRL has them.
 __all__ = ["EnvSpec", "deregister", "load_entry_point", "make", "pprint_registry", "register", "registry", "spec"]
@@ -25,19 +26,30 @@ def register(id: str, entry_point: EntryPoint | None = None, kwargs: dict[str, A
 
 def deregister(id: str) -> None:
     """Remove `id` from the registry; Error if it is not registered."""
-    spec(id)
-    del registry[id]
+    if registry.pop(id, None) is None:
+        raise _unknown(id)
 
 
 def spec(id: str) -> EnvSpec:
-    """Return the spec registered under `id`; Error, with the known ids, if there is none."""
-    if id not in registry:
-        known = ", ".join(sorted(registry)) or "none"
-        raise Error(
-            f"no environment {id!r} is registered; known: {known} (pprint_registry() prints them). "
-            "Yours becomes known with skyrl_gym.register(id, entry_point) before the run starts"
-        )
-    return registry[id]
+    """Return the spec registered under `id`, or one for the class at the import path "package.module:Class".
+
+    Error, with the known ids, if it is neither.
+    """
+    if id in registry:
+        return registry[id]
+    if is_import_path(id):
+        return EnvSpec(id, id)
+    if ":" in id:
+        import_named(id)  # it says what is wrong with the path
+    raise _unknown(id)
+
+
+def _unknown(id: str) -> Error:
+    known = ", ".join(sorted(registry)) or "none"
+    return Error(
+        f"no environment {id!r} is registered; known: {known} (pprint_registry() prints them). "
+        "A class of your own needs no registration: name it as my_module:MyEnv"
+    )
 
 
 def make(id: str | EnvSpec, **kwargs: Any) -> Env:

@@ -11,8 +11,10 @@ from skyrl_train.config.algorithm import (
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
+    OverlongBufferConfig,
     SAPOConfig,
 )
+from skyrl_train.config.critic import CriticConfig
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig, EnvSettings, SkyRLGymConfig, env_config_for
 from skyrl_train.config.generator import ChatTemplateConfig, EvalSamplingConfig, GeneratorConfig, SamplingConfig
@@ -30,9 +32,9 @@ from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import Section
 from skyrl_train.config.settings import as_settings
+from skyrl_train.config.sft import SFTConfig
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
-    CriticConfig,
     FullyAsyncConfig,
     SamplingParams,
     SkyRLLoraConfig,
@@ -70,11 +72,13 @@ __all__ = [
     "ModelConfig",
     "OffPolicyCorrectionConfig",
     "OptimizerConfig",
+    "OverlongBufferConfig",
     "PlacementConfig",
     "PolicyConfig",
     "Problem",
     "RefConfig",
     "SAPOConfig",
+    "SFTConfig",
     "SamplingConfig",
     "SamplingParams",
     "Section",

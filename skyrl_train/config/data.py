@@ -18,12 +18,15 @@ class DataConfig(Section, at="data"):
     train_data: list[str] = field(default_factory=lambda: ["~/data/gsm8k/train.parquet"])
     # Sources of evaluation prompts; [] means no evaluation.
     val_data: list[str] = field(default_factory=lambda: ["~/data/gsm8k/validation.parquet"])
+    prompt_column: str = "prompt"  # a list of {role, content}, or a text, which becomes one message of the user
 
     def settle(self) -> None:
         self.train_data = [os.path.expanduser(source) for source in self.train_data]
         self.val_data = [os.path.expanduser(source) for source in self.val_data]
 
     def rules(self) -> Iterator[Problem]:
+        if not self.prompt_column:
+            yield self.problem("prompt_column", "is empty; name the column that holds the prompt")
         for key in ("train_data", "val_data"):
             for source in getattr(self, key):
                 if "://" in source:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from skyrl_gym.importing import is_import_path
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section, is_section
 from skyrl_train.config.settings import EnvSettings, as_settings
+
+SINGLE_TURN = "single_turn"
 
 
 @dataclass
@@ -55,18 +58,42 @@ class SkyRLGymConfig(Section, at="environment.skyrl_gym"):
 class EnvironmentConfig(Section, at="environment"):
     """The environments."""
 
-    env_class: str = "gsm8k"  # id of the environment for rows that name none
+    # of rows that name none: id of a registered environment, or a class of yours as my_module:MyEnv
+    env_class: str = "gsm8k"
+    # my_module:my_function decides what a turn earns, in the place of the environment (skyrl_train/rollout/reward.py)
+    reward: str | None = None
+    env_classes: list[str] = field(default_factory=list)  # further classes (my_module:MyEnv) that rows may name
+    trust_dataset_code: bool = False  # let rows name any class that can be imported: it runs as your own code
     skyrl_gym: SkyRLGymConfig = field(default_factory=SkyRLGymConfig)
+
+    def settle(self) -> None:
+        if self.reward and self.env_class == "gsm8k":  # the default: rows without an environment take one reply
+            self.env_class = SINGLE_TURN
 
     def rules(self) -> Iterator[Problem]:
         if not self.env_class:
-            yield self.problem("env_class", "is empty; name a registered environment")
+            yield self.problem("env_class", "is empty; name a registered environment, or a class as my_module:MyEnv")
+        if self.env_class == SINGLE_TURN and not self.reward:
+            yield self.problem("env_class", "pays nothing by itself; set environment.reward=my_module:my_function, too")
+        if self.reward is not None and not is_import_path(self.reward):
+            yield self.problem("reward", "must name a function as my_module:my_function")
+        for name in self.env_classes:
+            if not is_import_path(name):
+                yield self.problem("env_classes", f"must name classes as my_module:MyEnv; {name!r} has another form")
+
+    def trusts(self, env_class: str) -> bool:
+        """Return whether a data set's row may name this environment: a registered one, or one that is named here."""
+        named = (self.env_class, *self.env_classes)
+        return self.trust_dataset_code or not is_import_path(env_class) or env_class in named
 
 
 def env_config_for(environment: EnvironmentConfig, env_id: str) -> EnvSettings:
-    """Return the settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none."""
+    """Return the settings of one environment: environment.skyrl_gym.<id>, else environment.<id>, else none.
+
+    The settings of the class my_module:MyEnv stand under MyEnv.
+    """
     for section in (environment.skyrl_gym, environment):
-        settings = vars(section).get(env_id)
+        settings = vars(section).get(env_id.rpartition(":")[2])
         if isinstance(settings, dict) or is_section(settings):
             return as_settings(settings)
     return EnvSettings()

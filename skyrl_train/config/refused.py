@@ -21,7 +21,7 @@ NO_SHARDING = "is not possible yet; drop it, and bound memory with trainer.max_t
 NO_SHARDING += "trainer.gradient_checkpointing=true"
 NO_REF_LORA = "is not possible: the reference is the policy's base without adapters; drop it and use "
 NO_REF_LORA += "trainer.policy.model.lora"
-NO_CRITIC = "is not possible yet: there is no critic; use trainer.algorithm.advantage_estimator=grpo, which needs none"
+CRITIC_SO = "is not possible: the critic is sharded as the policy is, by trainer.policy.fsdp_config; drop it"
 NO_MEGATRON = "is for Megatron, which this project does not have; drop it and use trainer.strategy=fsdp2"
 NO_VLLM = "is for vLLM and is not read; drop it, and use generator.engine_init_kwargs for arguments of vLLM's own"
 NO_REMOTE = "is not possible yet: no remote engine can be used; drop it, engines are started here"
@@ -53,11 +53,11 @@ REFUSED: dict[str, str] = {
     "trainer.ref.model.lora": NO_REF_LORA,
     "trainer.ref.fsdp_config": NO_SHARDING,
     "trainer.ref.megatron_config": NO_MEGATRON,
-    "trainer.critic": NO_CRITIC,
-    "trainer.critic_mini_batch_size": NO_CRITIC,
-    "trainer.algorithm.value_head_prefix": NO_CRITIC,
-    "trainer.algorithm.value_clip": NO_CRITIC,
-    "trainer.algorithm.lambd": NO_CRITIC,
+    "trainer.critic.model.lora.lora_sync_path": NO_SYNC,
+    "trainer.critic.optimizer_config.offload_after_step": NO_SHARDING,
+    "trainer.critic.fsdp_config": CRITIC_SO,
+    "trainer.critic.sequence_parallel_size": ONE_SEQUENCE,
+    "trainer.algorithm.value_head_prefix": "is not read: the critic's head is called value_head; drop it",
     "trainer.algorithm.tis_imp_ratio_cap": NO_TIS,
     "trainer.algorithm.use_tis": NO_TIS,
     "trainer.fully_async": NO_ASYNC,

@@ -19,12 +19,6 @@ SkyRLLoraConfig = LoraConfig
 SamplingParams = SamplingConfig
 
 
-class CriticConfig(RefusedSection):
-    """The model that predicts returns."""
-
-    section_key = "trainer.critic"
-
-
 class FullyAsyncConfig(RefusedSection):
     """Generation that runs ahead of training."""
 

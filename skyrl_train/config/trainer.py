@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyrl_train.config.algorithm import AlgorithmConfig
+from skyrl_train.config.critic import CriticConfig
 from skyrl_train.config.models import PolicyConfig, RefConfig
 from skyrl_train.config.placement import PlacementConfig
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
+from skyrl_train.config.sft import SFTConfig
 
 STRATEGIES = ("single", "fsdp2", "fsdp")
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "trackio", "swanlab")
@@ -27,6 +29,8 @@ class TrainerConfig(Section, at="trainer"):
     strategy: str = "single"  # single: one learner holds the whole policy; fsdp2: ranks share it; fsdp: the same
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ref: RefConfig = field(default_factory=RefConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     # compute activations again in backward: less memory, more time; null: yes, on a GPU where that is faster
     gradient_checkpointing: bool | None = None
@@ -45,6 +49,7 @@ class TrainerConfig(Section, at="trainer"):
     update_epochs_per_batch: int = 1  # passes over each step's samples
     train_batch_size: int = 1024  # prompts per step
     policy_mini_batch_size: int = 256  # prompts per optimizer step
+    critic_mini_batch_size: int = 256  # prompts per optimizer step of the critic; the whole step, if it has fewer
     # memory per pass: tokens, a shared prefix once; changes no gradient; null: 8192, on a GPU what is fastest and fits
     max_tokens_per_microbatch: int | None = None
     micro_train_batch_size_per_gpu: int | None = None  # samples per forward and backward at most; null: no limit
@@ -55,7 +60,7 @@ class TrainerConfig(Section, at="trainer"):
     eval_interval: int = 5  # steps between evaluations, one more at the end; <= 0 is off
     max_prompt_length: int = 512  # tokens; rows with a longer prompt are dropped and counted
     project_name: str = "skyrl"  # project in the tracker
-    run_name: str = "test_run"  # run in the tracker
+    run_name: str = ""  # run in the tracker; empty: environment, model and date
     logger: Any = "console"  # console, tensorboard, wandb, mlflow, trackio, swanlab, or a list of them
     profile: bool = False  # write where each step's time went: files in {ckpt_path}/profile that Perfetto opens
     dump_data_batch: bool = False  # write every training batch as tensors (safetensors) into export_path/dumped_data
@@ -80,6 +85,11 @@ class TrainerConfig(Section, at="trainer"):
         """Return whether the reference policy is the model that the policy starts from."""
         policy = self.policy
         return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
+
+    @property
+    def reference_moves(self) -> bool:
+        """Return whether the reference does not stay as it was loaded: it follows an epoch, or the imitation."""
+        return self.update_ref_every_epoch or (self.sft.is_on and self.reference_is_base)
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("device", ("auto", "cpu", "cuda"))
@@ -107,7 +117,7 @@ class TrainerConfig(Section, at="trainer"):
             yield self.problem("logger", "must be one of " + ", ".join(LOGGERS) + ", or a list of them")
 
     def _strategy_rules(self) -> Iterator[Problem]:
-        ranks = self.placement.policy_num_gpus_per_node
+        ranks = self.placement.num_ranks
         if self.strategy == "megatron":
             yield self.problem(
                 "strategy",
@@ -120,15 +130,15 @@ class TrainerConfig(Section, at="trainer"):
             yield self.problem(
                 "strategy",
                 f"is one learner, but the placement asks for {ranks} ranks; use trainer.strategy=fsdp2, or "
-                "trainer.placement.policy_num_gpus_per_node=1",
+                "trainer.placement with one machine and one device",
                 ("trainer.strategy=fsdp2",),
             )
 
     def _batch_rules(self) -> Iterator[Problem]:
         yield from self.at_least(
-            1, "epochs", "update_epochs_per_batch", "train_batch_size", "policy_mini_batch_size", "eval_batch_size",
-            "max_prompt_length", "max_tokens_per_microbatch", "micro_train_batch_size_per_gpu",
-            "micro_forward_batch_size_per_gpu",
+            1, "epochs", "update_epochs_per_batch", "train_batch_size", "policy_mini_batch_size",
+            "critic_mini_batch_size", "eval_batch_size", "max_prompt_length", "max_tokens_per_microbatch",
+            "micro_train_batch_size_per_gpu", "micro_forward_batch_size_per_gpu",
         )  # fmt: skip
         train, mini = self.train_batch_size, self.policy_mini_batch_size
         if train < 1 or mini < 1:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from skyrl_train.config.data import DataConfig
+from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
@@ -22,6 +23,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
     yield from dynamic_sampling_problems(trainer, generator)
+    yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
@@ -59,13 +61,41 @@ def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig
         )
 
 
+def overlong_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    size, longest = trainer.algorithm.overlong_buffer.len, generator.sampling_params.max_generate_length
+    if size > longest:
+        yield Problem(
+            "trainer.algorithm.overlong_buffer.len",
+            size,
+            f"is more than a reply can have (generator.sampling_params.max_generate_length={longest}), so an empty one "
+            f"would be penalised; use less than {longest}",
+        )
+
+
 def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     estimator = trainer.algorithm.advantage_estimator
-    if estimator == "gae":
+    if estimator == "gae" and not trainer.critic.is_on:
         yield Problem(
             "trainer.algorithm.advantage_estimator",
             estimator,
-            "is not possible yet: it needs a critic; use grpo, rloo or reinforce++",
+            "compares with the values of a critic, and there is none; use trainer.critic.model.path="
+            f"{trainer.policy.model.path} for one of its own, or trainer.critic.shares_policy=true for a head alone",
+            (f"trainer.critic.model.path={trainer.policy.model.path}",),
+        )
+    if estimator == "distillation" and trainer.reference_is_base:
+        yield Problem(
+            "trainer.algorithm.advantage_estimator",
+            estimator,
+            "needs a teacher; set trainer.ref.model.path to another model with the policy's tokenizer",
+        )
+    if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
+        estimator = "grpo"  # it compares the episodes of a prompt, too
+    if trainer.critic.shares_policy and trainer.strategy != "single":
+        yield Problem(
+            "trainer.critic.shares_policy",
+            True,
+            f"is not possible with trainer.strategy={trainer.strategy}; "
+            f"use trainer.critic.model.path={trainer.policy.model.path}",
         )
     if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(
@@ -82,6 +112,15 @@ def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterat
             "generator.agent",
             generator.agent,
             "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
+        )
+
+
+def reward_problems(environment: EnvironmentConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    if environment.reward is not None and generator.agent is not None:
+        yield Problem(
+            "environment.reward",
+            environment.reward,
+            f"is never called: generator.agent={generator.agent} pays its own episodes; drop one of the two",
         )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
+from skyrl_train.config import EnvironmentConfig
+from skyrl_train.config.environment import SINGLE_TURN
 from skyrl_train.entrypoints.model_parts import ModelParts
 from skyrl_train.types import AGENT
 
 if TYPE_CHECKING:
+    from skyrl_train.conversations import Conversations
     from skyrl_train.prompts import PromptDataset, PromptSchedule
+    from skyrl_train.rollout.reward import RewardFunction
 
 
 class DataParts(ModelParts):
@@ -17,6 +24,8 @@ class DataParts(ModelParts):
 
     train_dataset: PromptDataset | None  # None where nothing is trained
     eval_dataset: PromptDataset | None
+    reward: RewardFunction | None  # of the user's, in the place of the environments'
+    conversations: Conversations | None  # to imitate first
 
     def get_train_dataset(self) -> PromptDataset | None:
         return self._dataset(self.cfg.data.train_data)
@@ -26,6 +35,17 @@ class DataParts(ModelParts):
         if self.cfg.trainer.eval_interval <= 0 or not self.cfg.data.val_data:
             return None
         return self._dataset(self.cfg.data.val_data)
+
+    def get_reward(self) -> RewardFunction | None:
+        """Return the function that pays the turns, tried on the data; None where environments do it themselves."""
+        name = self.cfg.environment.reward
+        if name is None:
+            return None
+        from skyrl_train.rollout.reward import RewardFunction
+
+        reward = RewardFunction.named(name)
+        reward.check([*(self.train_dataset or []), *(self.eval_dataset or [])], self.cfg.generator.step_timeout_s)
+        return reward
 
     def check_conversations(self) -> None:
         """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
@@ -37,6 +57,16 @@ class DataParts(ModelParts):
             kinds.add((tuple(message["role"] for message in prompt.messages), max_turns != 1))
         for roles, grows in sorted(kinds):
             self.chat_template.check(roles, grows=grows)
+
+    def get_conversations(self) -> Conversations | None:
+        """Return the conversations that are imitated before RL; None without any. DataError for a row that is none."""
+        from skyrl_train.conversations import Conversations, read_conversations
+
+        sft = self.cfg.trainer.sft
+        if not sft.is_on or self.train_dataset is None:
+            return None
+        samples = read_conversations(sft.data, self.chat_template, self.max_length)
+        return Conversations(samples, sft.batch_size, sft.epochs, self.cfg.trainer.seed)
 
     def get_schedule(self) -> PromptSchedule | None:
         """Return which prompts each step takes; None without training data. ValueError for less than a batch."""
@@ -51,7 +81,7 @@ class DataParts(ModelParts):
         """Return what the files hold that the settings name (contents.py): a run is resumed only with the same."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.policy.pretrained import resolve_model
-        from skyrl_train.run.contents import model_contents, prompt_contents, template_contents
+        from skyrl_train.run.contents import model_contents, prompt_contents, sample_contents, template_contents
 
         trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
         policy = model_contents(self.model_path)
@@ -62,10 +92,14 @@ class DataParts(ModelParts):
         for key, prompts in (("data.train_data", self.train_dataset), ("data.val_data", self.eval_dataset)):
             if prompts is not None:
                 contents[key] = prompt_contents(prompts)
+        if self.conversations is not None:
+            contents["trainer.sft.data"] = sample_contents(self.conversations.samples)
         if trainer.ref.model.path == trainer.policy.model.path:
             contents["trainer.ref.model.path"] = policy
         elif needs_reference(trainer.algorithm):
             contents["trainer.ref.model.path"] = model_contents(resolve_model(trainer.ref.model.path))
+        if self.critic_path is not None:
+            contents["trainer.critic.model.path"] = model_contents(self.critic_path)
         return contents
 
     def _dataset(self, sources: Sequence[str]) -> PromptDataset:
@@ -82,12 +116,27 @@ class DataParts(ModelParts):
             self.cfg.trainer.max_prompt_length,
             self.cfg.environment.env_class if agent is None else AGENT,
             self.chat_template.template_kwargs,
-            look_up=look_up_environment if agent is None else None,
+            look_up=partial(look_up_environment, self.cfg.environment) if agent is None else None,
+            prompt_column=self.cfg.data.prompt_column,
         )
 
 
-def look_up_environment(env_class: str) -> None:
-    """Raise if no environment is registered under this id, or if what is registered cannot be imported."""
+def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
+    """Raise if this is no environment, cannot be imported or made, or is code that only the data set names."""
     from skyrl_gym.envs.registration import load_entry_point, spec
 
-    load_entry_point(spec(env_class).entry_point)
+    if not environment.trusts(env_class):
+        raise ValueError(
+            "the data set's row names code to run, and the configuration does not: "
+            f"environment.env_classes=['{env_class}'] allows it; environment.trust_dataset_code=true trusts all rows"
+        )
+    if env_class == SINGLE_TURN and not environment.reward:
+        raise ValueError("it pays nothing by itself; set environment.reward=my_module:my_function, too")
+    made = load_entry_point(spec(env_class).entry_point)
+    if not callable(made):
+        raise TypeError(f"it is a {type(made).__name__}, not a class of environments")
+    with suppress(ValueError):  # a callable without a signature that can be read
+        try:
+            inspect.signature(made).bind(env_config={}, extras={})
+        except TypeError as wrong:
+            raise TypeError(f"it is made as {env_class}(env_config=..., extras=...), and there: {wrong}") from None

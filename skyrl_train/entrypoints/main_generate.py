@@ -40,10 +40,10 @@ class EvalOnlyEntrypoint(BasePPOExp):
         """Evaluate, log the metrics at step 0, and return them. Files stand under dumped_evals/eval_only."""
         from pathlib import Path
 
-        from skyrl_train.run.run import Run, run_info
+        from skyrl_train.run.run import Run, environment_of, run_info
 
         assert self.eval_dataset is not None
-        environment = ", ".join(sorted({prompt.data_source for prompt in self.eval_dataset}))
+        environment = environment_of(self.eval_dataset)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}"
         info = run_info(self.cfg, Path(self.model_path).name, environment, device, 0)
         with Run.open(self.cfg, self.tokenizer, info, self.get_contents()) as run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from skyrl_train.config import SkyRLConfig, TrainerConfig
+from skyrl_train.config import LoraConfig, SkyRLConfig, TrainerConfig
 from skyrl_train.entrypoints.process import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from skyrl_train.cluster.placement import Placement
     from skyrl_train.policy.memory_plan import MemoryPlan
     from skyrl_train.policy.model import Policy
+    from skyrl_train.policy.value_head import Critic
     from skyrl_train.rollout.chat import ChatTemplate
 
 
 BUILT_IN_OTHER_PROCESSES = (
-    "cfg", "device", "compute_dtype", "placement", "model_path", "num_embeddings", "memory", "tokenizer", "schedule",
+    "cfg", "device", "compute_dtype", "placement", "model_path", "critic_path", "num_embeddings", "memory", "tokenizer",
+    "schedule",
 )  # fmt: skip
 
 
@@ -34,6 +36,7 @@ class ModelParts:
     compute_dtype: torch.dtype
     placement: Placement
     model_path: str
+    critic_path: str | None
     num_embeddings: int
     memory: MemoryPlan | None  # None on a CPU
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +62,21 @@ class ModelParts:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))
+
+    def check_teacher(self) -> None:
+        """Refuse a teacher that reads other tokens than the policy: its logprobs would be of other texts."""
+        from skyrl_train.policy.model_files import load_tokenizer
+
+        if not self.cfg.trainer.algorithm.distills:
+            return
+        teacher = load_tokenizer(self.get_reference_path()).get_vocab()
+        ours = self.tokenizer.get_vocab()
+        if teacher != ours:
+            num_different = sum(teacher.get(token) != number for token, number in ours.items())
+            raise ValueError(
+                f"trainer.ref.model.path={self.cfg.trainer.ref.model.path} is the teacher, and {num_different} of the "
+                f"policy's {len(ours)} tokens are others there: take a teacher with the policy's tokenizer"
+            )
 
     def get_chat_template(self) -> ChatTemplate:
         from jinja2 import TemplateError
@@ -145,10 +163,14 @@ class ModelParts:
 
         trainer, generator = self.cfg.trainer, self.cfg.generator
         module = meta_module(self.model_path, self.compute_dtype, trainer.policy.model_config_kwargs)
+        critic = None
+        if self.critic_path is not None:
+            critic = meta_module(self.critic_path, self.compute_dtype, trainer.critic.model_config_kwargs)
+        references = self.num_reference_weights()
         try:
-            return plan_of_run(module, trainer, generator, self.device, reference_weights=self.num_reference_weights())
+            return plan_of_run(module, trainer, generator, self.device, reference_weights=references, critic=critic)
         except NoSuchModules as error:
-            raise ValueError(f"trainer.policy.model.lora: {error}") from error
+            raise ValueError(f"model.lora: {error}") from error
 
     def num_reference_weights(self) -> int:
         """Return the number of weights of a reference policy that must be loaded beside the policy; else 0."""
@@ -189,22 +211,66 @@ class ModelParts:
             max_length=self.max_length,
         )
         if trainer.policy.model.lora.rank > 0:
-            self.add_adapters(policy)
+            self.add_adapters(policy, trainer.policy.model.lora, "trainer.policy.model.lora")
         return policy
 
-    def add_adapters(self, policy: Policy) -> None:
+    def add_adapters(self, policy: Policy, lora: LoraConfig, section: str) -> None:
+        """Give a model the adapters of this section. RunRefused for modules that it does not have."""
         from loguru import logger
 
         from skyrl_train.policy.lora import NoSuchModules, add_adapters
         from skyrl_train.run.run import RunRefused
 
-        trainer = self.cfg.trainer
         try:
-            add_adapters(policy, trainer.policy.model.lora, seed=trainer.seed)
+            add_adapters(policy, lora, seed=self.cfg.trainer.seed)
         except NoSuchModules as error:
-            raise RunRefused(f"trainer.policy.model.lora: {error}") from error
+            raise RunRefused(f"{section}: {error}") from error
         trained = sum(weight.numel() for weight in policy.weights.values() if weight.requires_grad)
-        logger.info(f"training adapters of {trained:,} weights; the model itself stays as it is")
+        logger.info(f"{section}: training adapters of {trained:,} weights; the model itself stays as it is")
+
+    def get_critic_path(self) -> str | None:
+        """Return a folder on this machine, or None without a trunk of its own.
+
+        ValueError for a model that does not know all of the policy's tokens.
+        """
+        from skyrl_train.policy.model_files import load_config
+        from skyrl_train.policy.pretrained import resolve_model
+
+        critic, policy = self.cfg.trainer.critic, self.cfg.trainer.policy
+        if critic.model.path in (None, policy.model.path):
+            return critic.model.path and self.model_path
+        path = str(resolve_model(critic.model.path))
+        num_tokens = load_config(path, critic.model_config_kwargs).get_text_config().vocab_size
+        if num_tokens < self.num_embeddings:
+            raise ValueError(
+                f"trainer.critic.model.path={critic.model.path} knows {num_tokens} tokens, the policy "
+                f"{self.num_embeddings}: it reads the policy's tokens, so take a model with the same tokenizer, or "
+                f"{policy.model.path} itself"
+            )
+        return path
+
+    def get_critic(self, policy: Policy) -> Critic | None:
+        """Return the critic, with a trunk of its own or on the policy's hidden states; None where none is asked for."""
+        from skyrl_train.policy.model import load_policy
+        from skyrl_train.policy.value_head import Critic
+
+        trainer = self.trainer_section
+        critic = trainer.critic
+        if critic.shares_policy:
+            return Critic.on(policy)
+        if self.critic_path is None:
+            return None
+        trunk = load_policy(
+            self.critic_path,
+            device=policy.device,
+            compute_dtype=policy.compute_dtype,
+            model_config_kwargs=critic.model_config_kwargs,
+            gradient_checkpointing=bool(trainer.gradient_checkpointing),
+            max_length=self.max_length,
+        )
+        if critic.model.lora.rank > 0:
+            self.add_adapters(trunk, critic.model.lora, "trainer.critic.model.lora")
+        return Critic.of(trunk)
 
     def get_reference_path(self) -> str:
         """Return a folder on this machine, fetched if need be; the policy's own where they are the same."""

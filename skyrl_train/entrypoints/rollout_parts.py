@@ -67,19 +67,16 @@ class RolloutParts(DataParts):
 
     async def get_vllm_engine(self) -> LoadingEngine:
         from skyrl_train.engine.vllm.engine import VllmEngine
-        from skyrl_train.engine.vllm.settings import VllmSettings, logprobs_mode
+        from skyrl_train.engine.vllm.settings import VllmSettings
         from skyrl_train.policy.model_files import load_config
-        from skyrl_train.rollout.sampling import sampling_params
 
         generator, changes = self.cfg.generator, self.cfg.trainer.policy.model_config_kwargs
         context = load_config(self.model_path, changes).get_text_config().max_position_embeddings
-        sampled = (sampling_params(params) for params in (generator.sampling_params, generator.eval_sampling_params))
         settings = VllmSettings(
             model=self.model_path,
             dtype=str(self.compute_dtype).removeprefix("torch."),
             max_num_seqs=generator.max_num_seqs,
             max_num_batched_tokens=generator.max_num_batched_tokens,
-            logprobs_mode=logprobs_mode(*sampled),
             max_model_len=min(self.max_length, context),
             tensor_parallel_size=generator.inference_engine_tensor_parallel_size,
             gpu_memory_utilization=generator.gpu_memory_utilization,
@@ -133,6 +130,7 @@ class RolloutParts(DataParts):
             seed=self.cfg.trainer.seed,
             deterministic=self.cfg.trainer.deterministic,
             agent=(Agent.named(generator.agent), endpoint) if generator.agent and endpoint else None,
+            reward=self.reward,
         )
 
     def get_generator(
@@ -155,6 +153,11 @@ class RolloutParts(DataParts):
         generator, endpoint = self.get_generator(self.cfg, self.tokenizer, client), self.get_endpoint(engine)
         if generator is None:
             player = self.get_collector(engine, endpoint) if endpoint else self.get_collector(engine)
+        elif self.reward is not None:
+            raise ValueError(
+                f"environment.reward={self.reward.name} is never called: the generator of get_generator pays the "
+                "episodes; drop the key"
+            )
         else:
             needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
             player = GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)

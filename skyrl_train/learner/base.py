@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,19 +34,27 @@ class Learner(Protocol):
         ...
 
     def add_logprobs(self, batch: Batch) -> Batch:
-        """Return the batch with `old_logprobs` and `ref_logprobs`, where the coming update needs them."""
+        """Return the batch with `old_logprobs`, `ref_logprobs` and `values`, where the coming update needs them."""
         ...
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
-        """Train on a batch with advantages. Return SkyRL's metrics, `policy/...`."""
+        """Train on a batch with advantages. Return SkyRL's metrics, `policy/...` and `critic/...`."""
+        ...
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        """Make one optimizer step of cross entropy on the batch's trained tokens. Return metrics, `sft/...`."""
         ...
 
     def update_reference(self) -> None:
         """Make the policy as it is now the reference, if there is one."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write everything that later updates depend on into files of `folder`. Each rank writes its own."""
+    def save(self, folder: Path) -> Future[None]:
+        """Begin to write everything that later updates depend on into files of `folder`. Each rank writes its own.
+
+        The future is done when the files are there, and holds the error if one was not written. They hold the state of
+        this moment: a later call that would change it waits until they are written.
+        """
         ...
 
     def load(self, folder: Path) -> None:

@@ -33,12 +33,13 @@ from torch.distributed.tensor import DTensor
 
 from skyrl_train.learner.base import Learner
 from skyrl_train.learner.learner import TorchLearner
-from skyrl_train.learner.ranks import Forward, Ranks, rows_of
+from skyrl_train.learner.ranks import Forward, Ranks, Values, rows_of
 from skyrl_train.ops import ops_for
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora import BaseUnderAdapters, merged_weights
 from skyrl_train.policy.lora_files import save_whole
 from skyrl_train.policy.model import Policy
+from skyrl_train.policy.value_head import Critic, batch_values
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def sharded_learner(
     num_training_steps: int,
     temperature: float,
     reference: Policy | None,
+    critic: Critic | None = None,
     offload: bool = False,
 ) -> Learner:
     """Shard the policy and its reference over all ranks of torch.distributed, and return this rank's learner.
@@ -80,6 +82,7 @@ def sharded_learner(
         num_training_steps=num_training_steps,
         temperature=temperature,
         reference=theirs,
+        critic=None if critic is None else shard_critic(critic, offload=offload),
         ranks=ranks,
     )
 
@@ -95,6 +98,11 @@ class ShardedRanks(Ranks):
         if not isinstance(policy, ShardedPolicy):
             raise TypeError("the policy is not sharded, and its ranks would compute with weights of their own")
         return policy.logprobs_of_batch
+
+    def values_of(self, critic: Critic) -> Values:
+        if not isinstance(critic, ShardedCritic):
+            raise TypeError("the critic is not sharded, and its ranks would compute with weights of their own")
+        return critic.root
 
     def local(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
@@ -209,6 +217,29 @@ class LogprobsOfBatch(nn.Module):
         return batch_logprobs(self.policy, batch, temperature=temperature, with_entropy=with_entropy)
 
 
+@dataclass(frozen=True)
+class ShardedCritic(Critic):
+    """A critic whose weights, the head's among them, are rows on every rank."""
+
+    root: ValuesOfBatch = field(kw_only=True)
+    computes_on: torch.device = field(kw_only=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.computes_on
+
+
+class ValuesOfBatch(nn.Module):
+    """The root of a critic's sharded modules: its forward is a whole pass."""
+
+    def __init__(self, critic: Critic) -> None:
+        super().__init__()
+        self.module, self.critic = critic.module, critic
+
+    def forward(self, batch: Batch) -> Tensor:
+        return batch_values(self.critic, self.critic.head, batch)
+
+
 class RoundedShard(Tensor):
     """Rows of float32 masters. They are gathered as what one process would compute with: rounded by `Ops.rounded`.
 
@@ -238,6 +269,27 @@ class RoundedShard(Tensor):
 
 def shard(policy: Policy, *, offload: bool = False) -> ShardedPolicy:
     """Return the policy with its weights sharded, block by block; those that are trained become float32 masters."""
+    device, dtype, root = policy.device, policy.compute_dtype, LogprobsOfBatch(policy)
+    _shard_weights(policy, root, offload=offload)
+    sharded = ShardedPolicy(policy.module, policy.gradient_checkpointing, root=root, dtype=dtype, computes_on=device)
+    root.policy = sharded
+    return sharded
+
+
+def shard_critic(critic: Critic, *, offload: bool = False) -> ShardedCritic:
+    """Return the critic with its weights sharded likewise. ValueError for one that reads the policy's hidden states."""
+    if not critic.owns_trunk:
+        raise ValueError("a critic on the policy's hidden states cannot be sharded; give it a trunk of its own")
+    device, root = critic.device, ValuesOfBatch(critic)
+    _shard_weights(critic, root, offload=offload)
+    sharded = ShardedCritic(
+        critic.module, critic.gradient_checkpointing, head=critic.head, owns_trunk=True, root=root, computes_on=device
+    )
+    root.critic = sharded
+    return sharded
+
+
+def _shard_weights(policy: Policy, root: nn.Module, *, offload: bool) -> None:
     device, dtype = policy.device, policy.compute_dtype
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     trained = [parameter for parameter in policy.module.parameters() if parameter.requires_grad]
@@ -247,7 +299,6 @@ def shard(policy: Policy, *, offload: bool = False) -> ShardedPolicy:
     if dtype != torch.float32:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    root = LogprobsOfBatch(policy)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
     for module in (*_blocks(policy), root):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offloading)
@@ -260,9 +311,6 @@ def shard(policy: Policy, *, offload: bool = False) -> ShardedPolicy:
         for parameter in policy.module.parameters():
             if parameter.requires_grad and isinstance(parameter, DTensor):
                 parameter._local_tensor = parameter._local_tensor.as_subclass(RoundedShard)
-    sharded = ShardedPolicy(policy.module, policy.gradient_checkpointing, root=root, dtype=dtype, computes_on=device)
-    root.policy = sharded
-    return sharded
 
 
 def _base_under_adapters(policy: ShardedPolicy) -> ShardedBase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from skyrl_train.batch.packing import mini_batches, pack, with_loss_weights
 from skyrl_train.learner.base import OnTokens
+from skyrl_train.learner.critic import CriticLearner, with_values
 from skyrl_train.learner.gradient import accumulate_gradient, logprobs_of
+from skyrl_train.learner.imitation import imitate
 from skyrl_train.learner.lost_gradient import refuse_if_lost
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.passes import Budget
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
-from skyrl_train.learner.saved import Part, SavedLearner, write_rank
+from skyrl_train.learner.saved import Part, SavedLearner, Writer
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.policy.model import Policy
+from skyrl_train.policy.value_head import Critic
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Sample
 from skyrl_train.weights.shared_memory import SharedWeights, write_shared
@@ -63,17 +67,22 @@ class TorchLearner:
         num_training_steps: int,
         temperature: float = 1.0,
         reference: Policy | None = None,
+        critic: Critic | None = None,
         ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.policy = policy
         self.reference = reference
         self.objective = Objective(trainer.algorithm)
         if self.objective.needs_reference and reference is None:
-            raise ValueError("a KL term is on, so the learner needs a reference policy (or set use_kl_loss=false)")
+            raise ValueError(
+                "a KL term or a teacher is on, so the learner needs a reference policy (or set use_kl_loss=false)"
+            )
         self.policy_version = 0  # optimizer steps so far
+        self._imitated = False  # whether the optimizer's moments are those of imitation
         self._trainer = trainer
         self._temperature = temperature or 1.0
         self._ranks = ranks
+        self._writer = Writer()
         steps_per_update = math.ceil(trainer.train_batch_size / trainer.policy_mini_batch_size)
         self._optimizer = MasterOptimizer(
             policy.module.named_parameters(),
@@ -81,21 +90,25 @@ class TorchLearner:
             num_training_steps * steps_per_update * trainer.update_epochs_per_batch,
             ranks,
         )
+        self._critic: CriticLearner | None = None
+        if critic is not None:
+            self._critic = CriticLearner(critic, trainer, num_training_steps=num_training_steps, ranks=ranks)
 
     def add_logprobs(self, batch: Batch) -> Batch:
-        """Return the batch with what the coming update compares with: `old_logprobs` and `ref_logprobs`.
+        """Return the batch with what the coming update compares with: `old_logprobs`, `ref_logprobs`, `values`.
 
         `old_logprobs` stays None when nobody needs it before the update and the update is a single optimizer step: then
         the policy does not move before it is used, and the update's own logprobs are the old ones.
         """
-        needs_old = (
-            self._num_steps(batch) > 1 or self._trainer.algorithm.use_kl_in_reward or self.objective.rejects_samples
-        )
+        self._writer.wait()  # adapters change places with the reference's
+        algorithm = self._trainer.algorithm
+        is_compared = algorithm.use_kl_in_reward or algorithm.distills or self.objective.rejects_samples
+        needs_old = is_compared or self._num_steps(batch) > 1
         old_logprobs = self._logprobs(self.policy, batch) if needs_old else None
         ref_logprobs = None
         if self.reference is not None and self.objective.needs_reference:
             ref_logprobs = self._logprobs(self.reference, batch)
-        return replace(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+        return with_values(replace(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs), self._critic)
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
         """Train on the batch: epochs x mini batches, one optimizer step each. Metrics have SkyRL's names."""
@@ -103,12 +116,18 @@ class TorchLearner:
             raise ValueError("the batch has no advantages: call add_advantages first")
         if batch.old_logprobs is None and self._num_steps(batch) > 1:
             raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
+        self._writer.wait()
+        if self._imitated:  # moments of another loss say nothing about this one
+            self._optimizer.forget_moments()
+            self._imitated = False
         measured = [WeightedMetrics.of({"response_length": _mean_response_length(batch)}, 1)]
-        batch, metrics = self.objective.without_rejected(batch)
+        whole, (batch, metrics) = batch, self.objective.without_rejected(batch)
         measured.append(WeightedMetrics.of(metrics, 1))
         first_epoch = self._weighed_mini_batches(batch)
         steps = first_epoch * self._trainer.update_epochs_per_batch
-        progress = _Progress(on_tokens, sum(step.num_tokens for step in steps))
+        critic_steps = self._critic.mini_batches(whole) if self._critic else []
+        progress = _Progress(on_tokens, sum(step.num_tokens for step in [*steps, *critic_steps]))
+        of_critic = self._critic.update(whole, critic_steps, progress.advance) if self._critic else {}
         outcomes: Counter[Stepped] = Counter()
         for i, mini_batch in enumerate(steps):
             logprobs, metrics_of_pass = self._accumulate_gradient(mini_batch, progress.advance)
@@ -124,27 +143,46 @@ class TorchLearner:
             "policy_version": float(self.policy_version),
         }
         means = WeightedMetrics.merged(*measured, WeightedMetrics.of(counts, 1)).means()
-        return {f"policy/{name}": value for name, value in means.items()}
+        return {f"policy/{name}": value for name, value in means.items()} | of_critic
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        """Make one optimizer step on conversations, with the rate of trainer.sft (see imitation.py)."""
+        self._writer.wait()
+        progress = _Progress(on_tokens, batch.num_tokens)
+        metrics = imitate(
+            self.policy, self._optimizer, self._trainer, batch, progress.advance, self._generator(), self._ranks
+        )
+        self._imitated = True
+        self.policy_version += not metrics["sft/num_skipped_steps"]
+        return metrics
 
     def update_reference(self) -> None:
         """Make the policy as it is now the reference."""
         if self.reference is None:
             return
+        self._writer.wait()
         with torch.no_grad():
             ours = self.policy.weights
             for name, weight in self.reference.weights.items():
                 self._ranks.local(weight).copy_(self._ranks.computed(ours[name]))
 
-    def save(self, folder: Path) -> None:
-        """Write all that the next update depends on: masters, moments, schedule, and a reference that moves."""
-        plain = {"policy_version": self.policy_version, "optimizer": self._optimizer.plain_state()}
-        write_rank(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
+    def save(self, folder: Path) -> Future[None]:
+        """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves."""
+        optimizer = self._optimizer.plain_state()
+        plain = {"policy_version": self.policy_version, "optimizer": optimizer, "imitated": self._imitated}
+        if self._critic is not None:
+            self._critic.save(folder)
+        return self._writer.begin(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        self._writer.wait()
         saved = SavedLearner(folder)
         self._optimizer.load(saved)
+        if self._critic is not None:
+            self._critic.load(folder)
         self.policy_version = saved.plain["policy_version"]
+        self._imitated = saved.plain.get("imitated", False)
         for name, part in self._reference_parts().items():
             if name in saved.shapes:
                 part.rows.copy_(saved.part(name, self._ranks))
@@ -180,8 +218,11 @@ class TorchLearner:
 
     def close(self) -> None:
         """Free the gradients and the optimizer. The policy stays for whoever else holds it."""
+        self._writer.close()
         self._optimizer.zero_grad()
         del self._optimizer
+        if self._critic is not None:
+            self._critic.close()
 
     def _num_steps(self, batch: Batch) -> int:
         """Return the number of optimizer steps of one update."""
@@ -208,7 +249,7 @@ class TorchLearner:
 
     def _reference_parts(self) -> dict[str, Part]:
         """Return this rank's rows of a reference that does not stay as it was loaded."""
-        if self.reference is None or not self._trainer.update_ref_every_epoch:
+        if self.reference is None or not self._trainer.reference_moves:
             return {}
         weights = self.reference.weights
         return {f"reference/{name}": Part(self._ranks.local(w), tuple(w.shape)) for name, w in weights.items()}

@@ -12,9 +12,12 @@ from torch import Tensor
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora_files import save_merged
 from skyrl_train.policy.model import Policy
+from skyrl_train.policy.value_head import Critic, batch_values
+from skyrl_train.types import Batch
 
 T = TypeVar("T")
 Forward = Callable[..., tuple[Tensor, Tensor]]  # batch_logprobs of a policy
+Values = Callable[[Batch], Tensor]  # batch_values of a critic
 
 
 class Ranks:
@@ -26,6 +29,10 @@ class Ranks:
     def forward(self, policy: Policy) -> Forward:
         """Return `batch_logprobs` of this policy."""
         return partial(batch_logprobs, policy)
+
+    def values_of(self, critic: Critic) -> Values:
+        """Return `batch_values` of this critic."""
+        return partial(batch_values, critic, critic.head, learns_trunk=critic.owns_trunk)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return the rows that this rank holds of a weight or of its gradient: here all of them.

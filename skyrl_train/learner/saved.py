@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from skyrl_train.files import naming
 from skyrl_train.learner.ranks import Ranks, rows_of
+from skyrl_train.spans import span
 
 INDEX = "index.json"
 
@@ -37,15 +40,39 @@ class Part:
 def write_rank(folder: Path, parts: Mapping[str, Part], plain: Mapping[str, Any], ranks: Ranks) -> None:
     """Write this rank's rows, and on rank 0 the index. `plain`: what JSON can hold, equal on every rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _file_name(ranks.rank, ranks.size)
-    tensors = {name: part.rows.detach().reshape(_with_rows(part.rows.shape)) for name, part in parts.items()}
-    with naming(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     if ranks.rank == 0:
         shapes = {name: list(part.shape) for name, part in parts.items()}
         index = json.dumps({"ranks": ranks.size, "plain": dict(plain), "shapes": shapes}, indent=1)
         with naming(folder / INDEX):
             (folder / INDEX).write_text(index + "\n", encoding="utf-8")
+    path = folder / _file_name(ranks.rank, ranks.size)
+    tensors = {name: part.rows.detach().reshape(_with_rows(part.rows.shape)) for name, part in parts.items()}
+    with naming(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+class Writer:
+    """Writes a rank's state from the live tensors in a thread of its own, so nothing is copied."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def begin(self, folder: Path, parts: Mapping[str, Part], plain: Mapping[str, Any], ranks: Ranks) -> Future[None]:
+        """Call `write_rank`. Until the returned future is done no tensor may change: call `wait` before."""
+        self.wait()
+        self._writing = self._thread.submit(write_rank, folder, parts, deepcopy(dict(plain)), ranks)
+        return self._writing
+
+    def wait(self) -> None:
+        """Return once nothing reads the tensors any more. An error is for the owner of the future."""
+        if self._writing is not None:
+            with span("waiting for the checkpoint"):
+                wait([self._writing])
+            self._writing = None
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
 def refuse_incomplete(folder: Path) -> None:

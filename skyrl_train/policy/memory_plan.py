@@ -1,6 +1,7 @@
 """The memory plan of a run on a GPU, from numbers alone: it chooses what fits and refuses what cannot.
 
     held = weights (+ reference) + float32 masters + moments + gradient      the whole time
+         + critic, the same of its own                                       the whole time
          + activations of a pass + logits                                    in an update
          + keys and values of sequences in flight and of waiting episodes    the whole time
 
@@ -53,6 +54,22 @@ class ModelMemory:
         """Bytes of the cache per token."""
         return self.num_layers * self.layer_kv_bytes
 
+    def as_critic(self, *, is_tied: bool) -> ModelMemory:
+        """The same model as the trunk of a critic, which makes no logits; a head that is the embedding, too, stays."""
+        head = 0 if is_tied else self.head_weights
+        weights, trained = self.num_weights - head, self.num_trained - head
+        return replace(self, num_weights=weights, num_trained=trained, head_weights=0, vocab_size=1)
+
+    @property
+    def states(self) -> dict[str, int]:
+        """Bytes of what stays while it is trained: float32 weights are their own masters (see learner/optimizer.py)."""
+        return {
+            "weights": self.num_weights * self.itemsize,
+            "masters": 4 * self.num_trained if self.itemsize < 4 else 0,
+            "moments": 8 * self.num_trained,
+            "gradient": 4 * self.num_trained,
+        }
+
     def with_adapters(self, rank: int) -> ModelMemory:
         """The same model, frozen, with adapters of this rank on all linear layers but the head."""
         adapters = rank * self.linear_sides
@@ -70,6 +87,7 @@ class Demands:
     token_budget: int | None = None  # None: whatever is fastest and fits
     gradient_checkpointing: bool | None = None  # likewise
     reference_weights: int = 0  # of a reference model of its own
+    critic: ModelMemory | None = None  # of a critic with a trunk of its own
 
     @classmethod
     def of(cls, trainer: TrainerConfig, generator: GeneratorConfig, context: int, reference_weights: int) -> Demands:
@@ -156,7 +174,9 @@ def _plan(model: ModelMemory, demands: Demands, device: Device, token_budget: in
     """The plan for this choice, with a cache of what is left, possibly less than nothing."""
     parts = _states(model, demands)
     kept = sum(parts.values())
-    activations, logits = _pass(model, demands, device, max(token_budget, demands.longest_sample), checkpointing)
+    num_tokens = max(token_budget, demands.longest_sample)
+    trained = [model] if demands.critic is None else [model, demands.critic]  # their passes come one after the other
+    activations, logits = max((_pass(m, demands, device, num_tokens, checkpointing) for m in trained), key=sum)
     reserve = int(RESERVE_BYTES + RESERVE_SHARE * device.total)
     in_update = device.available - reserve - kept - activations - logits
     # While sampling there is no gradient; a cache that grows lies beside the old one, half as large.
@@ -174,13 +194,13 @@ def _most_cache(model: ModelMemory, demands: Demands) -> int:
 
 
 def _states(model: ModelMemory, demands: Demands) -> dict[str, int]:
-    """Bytes of what stays: float32 weights are their own masters (see learner/optimizer.py)."""
+    """Bytes of what stays."""
+    states = model.states
     return {
-        "weights": model.num_weights * model.itemsize,
+        "weights": states.pop("weights"),
         "reference": demands.reference_weights * model.itemsize,
-        "masters": 4 * model.num_trained if model.itemsize < 4 else 0,
-        "moments": 8 * model.num_trained,
-        "gradient": 4 * model.num_trained,
+        **states,
+        "critic": sum(demands.critic.states.values()) if demands.critic else 0,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,19 +44,28 @@ def plan_of_run(
     device: torch.device,
     *,
     reference_weights: int,
+    critic: PreTrainedModel | None = None,
 ) -> MemoryPlan:
-    """Return the memory plan of a run with this model (on the meta device), and log it. Raises `DoesNotFit`."""
-    model = model_memory(
-        module,
-        trainer.policy.model.lora,
-        has_flash=cuda.has_flash(device, module.dtype, head_dim(module.config.get_text_config())),
-        is_fused=cuda.has_fused_blocks(),
-    )
+    """Return the memory plan of a run with this model (on the meta device), and log it. Raises `DoesNotFit`.
+
+    critic: the model of a critic with a trunk of its own.
+    """
+    model = _memory_on(device, module, trainer.policy.model.lora)
     context = module.config.get_text_config().max_position_embeddings
     here = gpu(device, whole=trainer.deterministic)
-    plan = memory_plan(model, Demands.of(trainer, generator, context, reference_weights), here)
+    demands = Demands.of(trainer, generator, context, reference_weights)
+    if critic is not None:
+        is_tied = critic.config.get_text_config().tie_word_embeddings
+        trunk = _memory_on(device, critic, trainer.critic.model.lora).as_critic(is_tied=is_tied)
+        demands = replace(demands, critic=trunk)
+    plan = memory_plan(model, demands, here)
     logger.info(plan.line(here))
     return plan
+
+
+def _memory_on(device: torch.device, module: PreTrainedModel, lora: LoraConfig) -> ModelMemory:
+    has_flash = cuda.has_flash(device, module.dtype, head_dim(module.config.get_text_config()))
+    return model_memory(module, lora, has_flash=has_flash, is_fused=cuda.has_fused_blocks())
 
 
 def num_weights(module: nn.Module) -> int:

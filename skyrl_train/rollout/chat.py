@@ -8,6 +8,7 @@ replies is cut out of a conversation that goes on; template_check.py compares th
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,12 +25,15 @@ from skyrl_train.rollout.template_check import (
     check_growth,
     check_observation,
     check_opening,
+    prints_tools,
     ways_out,
 )
+from skyrl_train.rollout.tools_in_words import with_tools_in_words
 from skyrl_train.types import Message
 
 # A placeholder for the reply: its place in the template's text is the place of the reply.
 REPLY = "reply7c1e"
+MAX_TOOL_SETS = 1000  # that are remembered; every episode may offer other tools
 _CLOSED_TURN: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": REPLY}]
 # Exceptions of a Jinja template that was not written for the given conversation.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -92,16 +96,23 @@ class ChatTemplate:
         own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.end_ids = own_end if end_ids is None else tuple(end_ids)
         self.keep_thinking = keep_thinking
+        self._grows = grows
         self._observations: set[tuple[str, ...]] = set()  # roles of observations that were checked
+        self._offering: dict[str, Self] = {}  # by the tools
+        self._prints_tools: bool | None = None
+        self._tools_in_words: list[dict[str, Any]] = []  # tools that stand in plain text
         self.check(["user"], grows=grows)
 
-    def check(self, roles: Sequence[str], *, grows: bool) -> None:
-        """Raise TemplateRefused if conversations that begin with messages of these roles are not printed exactly."""
+    def check(self, roles: Sequence[str], *, grows: bool, answers: str = "user") -> None:
+        """Raise TemplateRefused if conversations that begin with messages of these roles are not printed exactly.
+
+        answers: the role of what the environment says behind a reply.
+        """
         check_opening(self, roles)
         if self.one_message or not grows:
             return
         try:
-            check_growth(self, roles)
+            check_growth(self, roles, answers)
         except TemplateRefused as error:
             raise TemplateRefused(f"turns cannot be appended: {error}. {ways_out(self, roles)}") from error
 
@@ -113,8 +124,33 @@ class ChatTemplate:
         other.__dict__.pop("closes_turns", None)
         return other
 
+    def offering(self, tools: list[dict[str, Any]]) -> Self:
+        """Return the same template with tools for the model to call.
+
+        Where the template prints tools and appends their answers, these are in the model's own form, else they stand
+        in plain text. That is found out with the first tools. TemplateRefused: neither way can be appended to.
+        """
+        key = json.dumps(tools)
+        if (known := self._offering.get(key)) is not None:
+            return known
+        if self._prints_tools is None:
+            self._prints_tools = prints_tools(self._with_tools(tools, in_words=False), tools)
+            self._with_tools(tools, in_words=not self._prints_tools).check(["user"], grows=self._grows, answers="tool")
+        other = self._with_tools(tools, in_words=not self._prints_tools)
+        if len(self._offering) < MAX_TOOL_SETS:
+            self._offering[key] = other
+        return other
+
+    def _with_tools(self, tools: list[dict[str, Any]], *, in_words: bool) -> Self:
+        other = self.changed({} if in_words else {"tools": tools}, keep_thinking=self.keep_thinking)
+        other._tools_in_words = tools if in_words else []
+        other._observations = set()
+        return other
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return the template's text of these messages."""
+        if self._tools_in_words:
+            messages = with_tools_in_words(messages, self._tools_in_words)
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **self.template_kwargs
@@ -164,6 +200,18 @@ class ChatTemplate:
     def between(self, observation: Sequence[Message]) -> list[int]:
         """Return the tokens that the template prints between two replies, the end of the first one's turn included."""
         return self.from_end(self._behind_reply(observation, add_generation_prompt=True))
+
+    def said(self, text: str, observation: Sequence[Message] | None) -> list[int]:
+        """Return the tokens that a policy would sample to say this text: the text, and the end of its turn.
+
+        observation: what follows, None behind the last reply. Within one message only the last reply has an end.
+        """
+        ids = self.encode_text(text)
+        if self.one_message and observation is not None:
+            return ids
+        follows = observation or [{"role": "user", "content": "question"}]
+        behind = self._behind_reply(follows, add_generation_prompt=True)
+        return [*ids, behind[self._position_of_end(behind) or 0]]
 
     def from_end(self, ids: list[int]) -> list[int]:
         """Return what is printed behind a reply without the white space that the reply itself ends with."""

@@ -23,6 +23,7 @@ from skyrl_train.rollout.episode import Cut, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.failures import Failures
 from skyrl_train.rollout.garbage import rare_collections
 from skyrl_train.rollout.playing import Playing
+from skyrl_train.rollout.reward import RewardFunction
 from skyrl_train.rollout.round import EveryEpisodeFailed, OnEpisode, Round
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
@@ -46,8 +47,12 @@ class Collector:
         seed: int = 42,
         deterministic: bool = False,
         agent: tuple[Agent, Endpoint] | None = None,
+        reward: RewardFunction | None = None,
     ) -> None:
-        """agent: what plays the episodes in the place of environments, and where its calls are answered."""
+        """agent: what plays the episodes in the place of environments, and where its calls are answered.
+
+        reward: what pays the turns in the place of the environments.
+        """
         self.engine = engine
         self.template = template
         self.limits = limits
@@ -55,6 +60,7 @@ class Collector:
         self.seed = seed
         self.deterministic = deterministic
         self.agent = agent
+        self.reward = reward
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._told: set[Cut] = set()
@@ -154,7 +160,7 @@ class Collector:
         if self.agent is not None:
             agent, endpoint = self.agent
             return AgentEpisode(task, agent, endpoint, self.limits, self._executor, attempt)
-        env = EnvCalls(self._make_env, task, self.limits, self._executor)
+        env = EnvCalls(self._make_env, task, self.limits, self._executor, self.reward)
         return Episode(task, self.engine, self.template, self.limits, env, playing.lockstep, attempt)
 
     def _make_env(self, env_class: str, extras: dict[str, Any]) -> Any:

@@ -9,8 +9,9 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -25,6 +26,7 @@ from skyrl_gym.contract import (
     checked_metrics,
     checked_reward,
     checked_step,
+    checked_tool_schemas,
     short,
 )
 from skyrl_gym.core import EnvFailure, EnvGivenUp, EnvLost
@@ -35,6 +37,9 @@ from skyrl_train.rollout.waiting import is_done_within
 from skyrl_train.spans import span
 from skyrl_train.types import Message
 from skyrl_train.visible import shortened, visible
+
+if TYPE_CHECKING:
+    from skyrl_train.rollout.reward import RewardFunction
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
 MAX_WORDS = 1000  # characters of a failure that are kept
@@ -63,7 +68,15 @@ class EnvCalls:
     A thread that hangs cannot be ended from outside; its episode goes on without it.
     """
 
-    def __init__(self, make_env: MakeEnv, task: EpisodeTask, limits: EpisodeLimits, executor: Executor) -> None:
+    def __init__(
+        self,
+        make_env: MakeEnv,
+        task: EpisodeTask,
+        limits: EpisodeLimits,
+        executor: Executor,
+        reward: RewardFunction | None = None,
+    ) -> None:
+        """reward: a function of the user's that pays the turns, in the place of the environment."""
         extras = _Extras(copy.deepcopy(task.prompt.env_extras))  # so that no episode sees another's edits
         own_limit, own_seed = extras.pop("max_turns", None), extras.pop("seed", None)  # null means not given
         self.max_turns = limits.max_turns if own_limit is None else int(own_limit)
@@ -78,6 +91,7 @@ class EnvCalls:
         self._in_thread: Future[Any] | None = None  # the last call that was given to the executor
         self._step_timeout_s = limits.step_timeout_s
         self._seconds_left = limits.episode_timeout_s
+        self._reward, self._prompt, self._num_steps, self._metadata = reward, task.prompt, 0, {}
 
     @property
     def waits_for_others(self) -> bool:
@@ -93,16 +107,42 @@ class EnvCalls:
             call = self._threaded(partial(env.init, prompt), checked_init)
         return await self._answer("init", call, env.init_timeout_s)
 
+    async def tool_schemas(self) -> list[dict[str, Any]]:
+        """Return the tools that the environment offers in this episode; most offer none and are not asked."""
+        env = self._env
+        assert env is not None
+        if type(env).tool_schemas is BaseTextEnv.tool_schemas:
+            return []
+        return await self._answer("tool_schemas", self._threaded(lambda: env.tool_schemas, checked_tool_schemas))
+
     async def step(self, action: str) -> Step:
         assert self._env is not None
         if self._env.is_async:
-            call = self._awaited(partial(self._env.step_async, action), checked_step)
+            call = self._awaited(partial(self._env.step_async, action), self._checked_step)
         else:
-            call = self._threaded(partial(self._env.step, action), checked_step)
-        return await self._answer("step", call)
+            call = self._threaded(partial(self._env.step, action), self._checked_step)
+        step = await self._answer("step", call)
+        return step if self._reward is None else replace(step, reward=await self._judged(self._reward, action, step))
+
+    def _checked_step(self, answer: Any) -> Step:
+        step = checked_step(answer)
+        metadata = answer.get("metadata")
+        self._metadata = metadata if isinstance(metadata, dict) else {}
+        return step
+
+    async def _judged(self, reward: RewardFunction, action: str, step: Step) -> float:
+        """Return what the user's function pays for a step."""
+        self._num_steps += 1
+        prompt = copy.deepcopy(self._prompt)  # the function may change what it is given
+        facts = {"turn": self._num_steps, "done": step.done, "reward": step.reward, "metadata": self._metadata}
+        pay = partial(reward.of_turn, prompt, action, observations=copy.deepcopy(step.observations), **facts)
+        call = self._awaited(pay, checked_reward) if reward.is_async else self._threaded(pay, checked_reward)
+        return await self._answer(f"environment.reward={reward.name}", call)
 
     async def cut_short(self) -> float:
         assert self._env is not None
+        if self._reward is not None:  # it alone decides
+            return 0.0
         return await self._answer("cut_short", self._threaded(self._env.cut_short, checked_reward))
 
     async def metrics(self) -> dict[str, Any]:

@@ -54,8 +54,10 @@ class Episode:
             self.waits_for = "the environment's init"
             async with self._beginning():
                 self.messages = await self.env.init(self.task.prompt.messages)
+                tools = await self.env.tool_schemas()
             with self._rendering(self.messages):
-                chat = self.template.start(self.messages)
+                template = self.template.offering(tools) if tools else self.template
+                chat = template.start(self.messages)
             end = await self._turns(chat)
             self.waits_for = "the environment's metrics"
             metrics = await self.env.metrics()

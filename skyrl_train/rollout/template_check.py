@@ -47,13 +47,26 @@ def check_observation(template: ChatTemplate, roles: Sequence[str]) -> None:
     _check_all_are_in(template.tokenizer.decode(template.between(messages)), messages)
 
 
-def check_growth(template: ChatTemplate, roles: Sequence[str]) -> None:
-    """Raise TemplateRefused if a conversation that begins with these roles does not grow as the template prints it."""
+def prints_tools(template: ChatTemplate, tools: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the template prints these tools, which are among its arguments, and appends what they answer."""
+    try:
+        printed = template.render(_opening(["user"]), add_generation_prompt=True)
+        check_growth(template, ["user"], "tool")
+    except TemplateRefused:
+        return False
+    return all(tool["function"]["name"] in printed for tool in tools)
+
+
+def check_growth(template: ChatTemplate, roles: Sequence[str], answers: str = "user") -> None:
+    """Raise TemplateRefused if a conversation that begins with these roles does not grow as the template prints it.
+
+    answers: the role of what follows a reply.
+    """
     messages = _opening(roles)
     read = template.render(messages, add_generation_prompt=True)
     for turn in range(NUM_TURNS):
         closed = template.render(messages, add_generation_prompt=False)
-        reply, observation = f"reply{turn}q7", [{"role": "user", "content": f"observation{turn}q7"}]
+        reply, observation = f"reply{turn}q7", [{"role": answers, "content": f"observation{turn}q7"}]
         messages = [*messages, {"role": "assistant", "content": reply}, *observation]
         printed = template.render(messages, add_generation_prompt=True)
         _check_all_are_in(printed, messages)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from skyrl_train.run.metrics import Metrics, MetricsLog
 from skyrl_train.run.progress import RunProgress
 from skyrl_train.run.records.profile import Profile
 from skyrl_train.run.records.report import write_report
-from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
+from skyrl_train.run.records.run_info import RunInfo, changed_settings, read_run_info, recorded_start, run_name
 from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
 from skyrl_train.run.resume import RunStart, order_of_sums, start_run
 from skyrl_train.run.run_folder import run_lock
 from skyrl_train.run.tracking import Tracking
-from skyrl_train.types import Group
+from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.visible import log_to
 
 # A resumed run may differ in these, too, but then it adds up its numbers in another order.
@@ -53,7 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.gradient_checkpointing", "trainer.dump_data_batch",
     "generator.eval_sampling_params", "generator.eval_n_samples_per_prompt", "generator.max_env_retries",
     "generator.step_timeout_s", "generator.episode_timeout_s", "environment.openenv",
-    "environment.skyrl_gym.max_env_workers",
+    "environment.skyrl_gym.max_env_workers", "environment.env_classes", "environment.trust_dataset_code",
     *CHANGES_THE_ORDER_OF_SUMS,
     *REFUSED,  # the checkpoint of an older version names keys that could only have their default
 )  # fmt: skip
@@ -107,9 +107,12 @@ class Run:
         start = start_run(checkpoints, trainer.resume_mode, trainer.resume_path, flat, MAY_CHANGE_ON_RESUME, contents)
         notes = order_of_sums(start.state.get("trainer_state", {}).get("config", {}), flat, CHANGES_THE_ORDER_OF_SUMS)
         start = replace(start, notes=(*start.notes, *notes))
-        write_run_info(folder, info)
+        earlier = RunInfo()
+        with suppress(ValueError):  # a damaged one is written anew
+            earlier = read_run_info(folder)
+        info = replace(info, name=trainer.run_name or earlier.name or run_name(info), starts=earlier.starts)
         tracking = Tracking(
-            trainer.project_name, trainer.run_name, trainer.loggers, flat, folder=folder, resumed_at=start.step
+            trainer.project_name, info.name, trainer.loggers, flat, folder=folder, resumed_at=start.step
         )
         closing.callback(tracking.close)
         metrics = MetricsLog(folder)
@@ -121,13 +124,20 @@ class Run:
         closing.enter_context(progress)
         closing.enter_context(_logs_above_the_bars(progress))
         profile = Profile(folder, enabled=trainer.profile)
+        closing.enter_context(recorded_start(folder, info, start.step))
         return cls(folder, start, flat, contents, checkpoints, metrics, trajectories, tracking, progress, profile)
 
     def keep(self, phase: Phase, step: int, groups: list[Group]) -> None:
         self.trajectories.add(phase, step, [trajectory for group in groups for trajectory in group.trajectories])
 
+    def keep_advantages(self, step: int, samples: list[Sample], batch: Batch) -> None:
+        self.trajectories.add_advantages(step, samples, batch)
+
     def log(self, step: int, metrics: Metrics) -> None:
+        """Log a step. After an evaluation the report is written anew, so that an interrupted run has one."""
         self.metrics.log(step, metrics)
+        if any(key.startswith("eval/") for key in metrics):
+            self.trajectories.then(self._report)
         self.tracking.log(metrics, step, commit=True)
         self.progress.step_done(step, metrics)
 
@@ -142,12 +152,18 @@ class Run:
         self.progress.phase(name, total, unit)
         return lambda *_: self.progress.advance()
 
+    def _report(self) -> None:
+        try:
+            write_report(self.folder)
+        except (ValueError, OSError) as error:
+            logger.warning(f"the report of this evaluation was not written: {error}")
+
     def finish(self) -> Summary:
         """Write report and summary from what is on the disk, and return the summary."""
         self.trajectories.flush()
         write_report(self.folder)
         summary = write_summary(self.folder)
-        self.progress.console.print(closing_panel(summary))
+        self.progress.console.print(closing_panel(summary), soft_wrap=True)
         return summary
 
 
@@ -158,6 +174,11 @@ def require_writable(key: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{key}={folder} cannot be written into ({error.strerror}); give another folder") from error
+
+
+def environment_of(prompts: Iterable[Prompt]) -> str:
+    """Return what the prompts are about: their data sources, and for rows without one their environments."""
+    return ", ".join(sorted({str(p.env_extras.get("data_source") or p.env_class) for p in prompts}))
 
 
 def run_info(config: SkyRLConfig, model: str, environment: str, device: str, total_steps: int) -> RunInfo:

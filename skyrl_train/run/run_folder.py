@@ -3,6 +3,7 @@
 global_step_N/  latest_ckpt_global_step.txt      checkpoints (checkpoint.py)
 metrics.jsonl                                     one line per step (metrics.py)
 trajectories/{train,eval}_step_N.jsonl.zst        every episode (records/trajectories.py)
+trajectories/advantages_step_N.jsonl.zst          of its tokens (records/advantages.py)
 profile/step_N.json.gz                            where its time went, with trainer.profile (records/profile.py)
 model/                                            the model in Hugging Face format (model_folder.py)
 run.json  report.html  summary.json  tensorboard/
@@ -17,6 +18,8 @@ import math
 import os
 import re
 import shutil
+import struct
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,7 @@ RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "pro
 MODEL = "model"
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
+ADVANTAGES_NAME = re.compile(r"advantages_step_(\d+)\.jsonl\.zst")
 PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
 
 
@@ -57,6 +61,20 @@ def run_lock(folder: Path) -> Generator[None]:
             fcntl.lockf(file, fcntl.LOCK_UN)
 
 
+def writing_process(folder: Path) -> int | None:
+    """Return the process that holds the run's folder, which it does until it ends; None if there is none.
+
+    The lock is only looked at, never taken, so that a trainer that starts meanwhile is not refused.
+    """
+    path = folder / LOCK
+    if not path.is_file() or sys.platform != "linux":
+        return None
+    with path.open("r+b") as file:
+        asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return None if answer[0] == fcntl.F_UNLCK else answer[4]
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Return the steps with a checkpoint, ascending. A damaged one counts, so that loading it reports the damage."""
     found = [(path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("global_step_*")]
@@ -75,7 +93,16 @@ def trajectory_steps(folder: Path) -> dict[Path, tuple[str, int]]:
 
 def profile_steps(folder: Path) -> dict[Path, int]:
     """Return every profile trace of the run with its step, ordered by step."""
-    found = {path: PROFILE_NAME.fullmatch(path.name) for path in (folder / PROFILE).glob("*")}
+    return _numbered(folder / PROFILE, PROFILE_NAME)
+
+
+def advantages_steps(folder: Path) -> dict[Path, int]:
+    """Return every file of advantages of the run with its step, ordered by step."""
+    return _numbered(folder / TRAJECTORIES, ADVANTAGES_NAME)
+
+
+def _numbered(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
+    found = {path: name.fullmatch(path.name) for path in folder.glob("*")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return dict(sorted(steps.items(), key=lambda item: item[1]))
 
@@ -104,7 +131,7 @@ def rewind(folder: Path, step: int | None) -> Path | None:
     later = [s for s in checkpoint_steps(folder) if s > last]
     target = _next_previous(folder) if later else None
     episodes = {path: path_step for path, (_, path_step) in trajectory_steps(folder).items()}
-    for path, path_step in (episodes | profile_steps(folder)).items():
+    for path, path_step in (episodes | advantages_steps(folder) | profile_steps(folder)).items():
         if path_step > last:
             if target:
                 (target / path.parent.name).mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ from skyrl_train.algorithms.advantages import estimated
 from skyrl_train.algorithms.kl import token_kl
 from skyrl_train.algorithms.padded import sample_rows
 from skyrl_train.algorithms.registry import FunctionRegistry as BaseFunctionRegistry
+from skyrl_train.algorithms.values import value_loss
 from skyrl_train.batch.packing import LOSS_REDUCTIONS
 from skyrl_train.config import AlgorithmConfig
 from skyrl_train.types import Batch
@@ -37,6 +38,7 @@ __all__ = [
     "compute_advantages_and_returns",
     "compute_approx_kl",
     "masked_mean",
+    "ppo_critic_loss",
     "reduce_loss",
     "register_advantage_estimator",
     "register_policy_loss",
@@ -105,6 +107,15 @@ def compute_approx_kl(
     """The KL per token, 0 outside the mask, with a gradient to `log_probs`."""
     mask = torch.ones_like(log_probs, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
     return token_kl(log_probs, log_probs_base, mask, kl_estimator_type)
+
+
+def ppo_critic_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, config: AlgorithmConfig, loss_mask: Tensor | None = None
+) -> tuple[Tensor, float | None]:
+    """(loss, share of clipped values): the mean over rows of the row mean of the clipped value loss."""
+    mask = torch.ones_like(values, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    token_loss, metrics = value_loss(values, old_values, returns, mask, config.value_clip)
+    return reduce_loss(token_loss, mask, "sequence_mean"), metrics.get("values_clipfrac")
 
 
 def compute_advantages_and_returns(

@@ -17,6 +17,7 @@ from skyrl_train.learner.gradient import accumulate_gradient
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.passes import Budget
 from skyrl_train.types import Batch
+from skyrl_train.utils.ppo_utils import ppo_critic_loss
 from tests.skyrl_train.batches import random_batch
 from tests.tiny_models import tiny_policy
 
@@ -241,3 +242,13 @@ def test_the_start_of_a_run_refuses_it_before_the_model(capsys):
 def test_a_name_that_is_none_is_still_refused():
     with pytest.raises(ConfigError, match="is not known"):
         AlgorithmConfig(policy_loss_type="my loss")
+
+
+def test_the_critics_loss_is_that_of_padded_rows():
+    values, old, returns = torch.tensor([[0.5, 9.0], [0.1, 0.5]]), torch.zeros(2, 2), torch.tensor([[1.0, 0], [1, -1]])
+    mask = torch.tensor([[1, 0], [1, 1]])
+    loss, clip_ratio = ppo_critic_loss(values, old, returns, AlgorithmConfig(value_clip=0.2), mask)
+    # row 1: (0.2 - 1)^2 = 0.64;  row 2: (0.9^2 + 1.5^2) / 2 = 1.53;  0.5 * (0.64 + 1.53) / 2
+    assert loss.item() == pytest.approx(0.5425)
+    assert clip_ratio == pytest.approx(1 / 3)
+    assert ppo_critic_loss(values, old, returns, AlgorithmConfig(value_clip=None))[1] is None

@@ -128,9 +128,9 @@ def test_a_full_disk_says_so_and_which_file(given, tmp_path, capfd, monkeypatch,
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("/dev/full")
 
-    from skyrl_train.run import run
+    from skyrl_train.run.records import run_info
 
-    monkeypatch.setattr(run, "write_run_info", lambda folder, info: settled(folder))
+    monkeypatch.setattr(run_info, "write_run_info", lambda folder, info: settled(folder))
     assert main(arguments(given, tmp_path, *more)) == 1
     said = capfd.readouterr().err
     assert f"broken off: cannot write {tmp_path}/{name.removesuffix('.writing')}: No space left on device" in said

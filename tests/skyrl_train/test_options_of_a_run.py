@@ -155,3 +155,46 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_and_the_random_states_o
     for line in lines:  # each of the two turns has four tokens, which pay for the KL
         paid = line["loss/kl_loss_coef"] * 8 * line["loss/avg_kl"]
         assert line["loss/avg_final_rewards"] == pytest.approx(line["reward/avg_raw_reward"] - paid, abs=1e-5)
+
+
+def test_the_length_penalty_is_trained_and_not_recorded(run, tmp_path):
+    """Replies have at most 3 tokens, and each costs 0.1 with a buffer of 3: a cut one loses 0.3."""
+    buffer = ("trainer.algorithm.overlong_buffer.len=3", "trainer.algorithm.overlong_buffer.penalty_factor=0.3")
+    first = run(tmp_path, *OFTEN_CUT, *buffer)[0]
+    plain = run(tmp_path / "plain", *OFTEN_CUT)[0]
+    assert first["reward/avg_raw_reward"] == plain["reward/avg_raw_reward"]
+    cost = -0.1 * first["generate/num_sampled_tokens"] / 8
+    assert first["overlong/mean_penalty"] == pytest.approx(cost)
+    assert first["overlong/penalized_share"] == 1.0
+    assert first["loss/avg_final_rewards"] == pytest.approx(plain["loss/avg_final_rewards"] + cost)
+    assert "overlong/mean_penalty" not in plain
+
+
+GAE = ("trainer.algorithm.advantage_estimator=gae", "trainer.critic.optimizer_config.lr=1e-2")
+
+
+def test_a_critic_is_trained_saved_and_taken_up_again_bit_for_bit(run, tmp_path):
+    model = ["trainer.critic.model.path=${trainer.policy.model.path}", "trainer.algorithm.lambd=0.9"]
+    settings = (*GAE, *model, "trainer.ckpt_interval=1", "trainer.policy.optimizer_config.lr=1e-3")
+    unbroken = run(tmp_path / "unbroken", *settings)
+    assert all(line["critic/critic_loss"] > 0 and line["critic/grad_norm"] > 0 for line in unbroken)
+    assert unbroken[0]["critic/values_mean"] == 0.0  # the head begins at zero
+    assert unbroken[1]["critic/values_mean"] != 0.0
+    assert abs(unbroken[0]["loss/avg_raw_advantages"]) < 1e-6  # whitened
+    begun = tmp_path / "unbroken" / "global_step_1"
+    digests = (begun / "digests.txt").read_text()
+    assert "policy/critic/index.json" in digests
+    resumed = run(tmp_path / "resumed", *settings, "trainer.resume_mode=from_path", f"trainer.resume_path={begun}")
+    critic = {key for key in unbroken[1] if key.startswith(("critic/", "policy/"))}
+    assert {key: resumed[-1][key] for key in critic} == {key: unbroken[1][key] for key in critic}
+    (damaged := begun / "policy/critic/rank_0_of_1.safetensors").write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(AssertionError):  # main refuses it with status 2
+        run(tmp_path / "again", *settings, "trainer.resume_mode=from_path", f"trainer.resume_path={begun}")
+
+
+def test_a_critic_that_does_not_know_the_policys_tokens_is_refused_before_anything_is_loaded(run, tmp_path, capsys):
+    config = save_tiny_model(tmp_path / "small") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 64}))
+    with pytest.raises(AssertionError):
+        run(tmp_path / "run", *GAE, f"trainer.critic.model.path={tmp_path}/small")
+    assert "knows 64 tokens, the policy 258" in capsys.readouterr().err

@@ -54,6 +54,13 @@ def test_parquet_written_by_pandas_gives_plain_python_values(tmp_path):
     assert type(prompt.env_extras["extra_info"]["index"]) is int
 
 
+def test_a_text_is_one_message_and_any_column_may_hold_it(tmp_path):
+    rows = [{"question": "2 + 3?", "answer": "5", "prompt": "kept out"}]
+    [prompt] = dataset(write(tmp_path / "x.jsonl", *rows), prompt_column="question")
+    assert prompt.messages == [{"role": "user", "content": "2 + 3?"}]
+    assert prompt.env_extras == {"question": "2 + 3?", "answer": "5"}
+
+
 @pytest.mark.parametrize("null", [None, float("nan")])
 def test_null_means_not_given_in_every_column_that_the_trainer_reads(tmp_path, null):
     given = row("a", env_class="mine", max_turns=3, seed=7, data_source="math", hint="h")
@@ -123,9 +130,10 @@ def test_a_set_without_a_usable_prompt_says_how_far_off_it_is(tmp_path):
     ("content", "says"),
     [
         ('{"question": "a"}', 'row 0 of .* has no column "prompt"; it has question'),
-        ('{"prompt": "a"}', "row 0 of .*: prompt must be a list of messages .* got 'a'"),
-        ('{"prompt": []}', "prompt must be a list of messages"),
-        ('{"prompt": [{"role": "user"}]}', "prompt must be a list of messages"),
+        ('{"prompt": 7}', "row 0 of .*: prompt must be a text, or a list of messages .* got '7'"),
+        ('{"prompt": " "}', "row 0 of .*: prompt must be a text, or a list of messages .* got ' '"),
+        ('{"prompt": []}', "prompt must be a text, or a list of messages"),
+        ('{"prompt": [{"role": "user"}]}', "prompt must be a text, or a list of messages"),
         ('{"prompt": [{"role": "user", "content": "a"}], "env_class": 3}', "env_class must be the name .* got 3"),
         ("{oops", "is neither a JSON array nor one JSON object per line"),
         ("", "no rows in"),

@@ -122,7 +122,7 @@ def test_every_unknown_environment_is_named_in_one_line(model, tmp_path, capsys)
     said = refusal(settings(model, tmp_path, [tmp_path / "x.jsonl"]), capsys)
     assert "env_class='a1'" in said
     assert "env_class='b2'" in said
-    assert "skyrl_gym.register(id, entry_point)" in said
+    assert "name it as my_module:MyEnv" in said
 
 
 def test_a_missing_shard_is_named(model, tmp_path, capsys):

@@ -71,13 +71,29 @@ class Translator(ABC):
     success: bool = False  # the task is solved
     gold_reward: float | None = None  # the least that an episode of gold actions earns; None: unknown
 
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]] | None:
+        """Return the tools whose calls are actions: `action` then gets whole replies. None: actions stand in tags."""
+        return None
+
+    def opening(self, prompt: Messages) -> list[dict[str, Any]]:
+        """Return the first messages for the model, without the environment's first text."""
+        return [dict(message) for message in prompt]
+
+    def reply_with(self, action: str) -> str:
+        """Return the reply of a model that takes this action."""
+        return action if self.tool_schemas else f"<action>{action}</action>"
+
     @abstractmethod
     def first_text(self, first: StepResult) -> str:
         """Return the text of reset's answer that is appended to the prompt; "" if there is none."""
 
     @abstractmethod
     def action(self, text: str) -> dict[str, Any]:
-        """Return the fields of the action that the text of an <action> tag means; InvalidAction if it means none."""
+        """Return the fields of the action that the text of an <action> tag means; InvalidAction if it means none.
+
+        With `tool_schemas` the text is the whole reply.
+        """
 
     def idle_action(self) -> dict[str, Any] | None:
         """Return the fields of the action to send in a turn whose action cannot be read, as a running game needs.

@@ -1,4 +1,7 @@
-"""`check`: play an environment before training in it, and report what would make training fail."""
+"""`check`: play an environment before training in it, and report what would make training fail.
+
+A class of the user's (my_module:MyEnv) or a registered id is checked as skyrl_gym.commands does, any other as OpenEnv.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,31 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+import skyrl_gym
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.commands.arguments import add_environment, environment_config, shown, task_rows
 from integrations.openenv.commands.findings import Report, Returns, report
 from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measurements, descendants, measure
+from skyrl_gym import commands as gym_commands
+from skyrl_gym.contract import Outcome
+from skyrl_gym.envs.base_text_env import BaseTextEnv
+from skyrl_gym.error import Error
+from skyrl_gym.importing import import_named, is_import_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_environment(parser)
     parser.add_argument("-n", "--num-episodes", type=int, default=20, help="episodes of each player")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    of_class = parser.add_argument_group("for a class of yours, as my_module:MyEnv")
+    gym_commands.add_rows(of_class)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Play, print the report, and return 0 if nothing in it would make training fail, else 1."""
+    if is_text_environment(arguments.env):
+        return gym_commands.run(arguments)
     if arguments.num_episodes < 1:
         raise ValueError(f"--num-episodes={arguments.num_episodes} must be at least 1")
     config = environment_config(arguments, max_sessions=4 * MAX_SESSIONS_TRIED)
@@ -39,6 +52,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(checked, Console(highlight=False))
     return 0 if checked.passed else 1
+
+
+def is_text_environment(name: str) -> bool:
+    """Return whether this is an environment of skyrl_gym: a registered id, or a class that can be imported."""
+    if name in skyrl_gym.registry and name != "openenv":
+        return True
+    if not is_import_path(name):
+        return False
+    found = Outcome.of(lambda: import_named(name))
+    if isinstance(found.error, Error):  # there is no such module or name: "echo_env:latest" is an image
+        return False
+    if found.error is not None:
+        raise ValueError(f"{name} cannot be imported: {type(found.error).__name__}: {found.error}") from found.error
+    return isinstance(found.value, type) and issubclass(found.value, BaseTextEnv)
 
 
 def show(checked: Report, console: Console) -> None:

@@ -189,7 +189,7 @@ def random_player(random: Random, form: ActionForm | None) -> Player:
     def reply(env: WatchedEnv) -> str | None:
         text = env.translator.random_action(random)
         if text is not None:
-            return f"{OPEN}{text}{CLOSE}"
+            return env.translator.reply_with(text)
         if form is None:
             return None
         legal = legal_actions(env.last.observation if env.last else {})

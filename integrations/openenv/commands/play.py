@@ -72,7 +72,7 @@ async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
         elif not line:
             console.print(f"[dim]{HELP}[/]")
         else:
-            output = await env.step_async(line if OPEN in line else f"{OPEN}{line}{CLOSE}")
+            output = await env.step_async(line if OPEN in line else env.translator.reply_with(line))
             earned += output["reward"] or 0.0
             for message in output["observations"]:
                 console.print(shown(message["content"]))

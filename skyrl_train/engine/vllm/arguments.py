@@ -30,7 +30,7 @@ def arguments_of(settings: VllmSettings) -> AsyncEngineArgs:
         "model": str(settings.model),
         "dtype": settings.dtype,
         "load_format": "dummy",
-        "logprobs_mode": settings.logprobs_mode,
+        "max_logprobs": -1,  # of one request, the check of the sampler's
         "worker_extension_cls": f"{SharedWeightsWorker.__module__}.{SharedWeightsWorker.__qualname__}",
         "hf_overrides": dict(settings.model_config_kwargs),
         "weight_transfer_config": {"backend": BACKEND},
@@ -98,4 +98,17 @@ def proof_params() -> vllm.SamplingParams:
     """Return the settings of a request for the logprobs of its prompt: vLLM always samples a token behind it."""
     return vllm.SamplingParams(
         max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def whole_distribution(temperature: float, **changes: Any) -> vllm.SamplingParams:
+    """Return the settings of a request for the logprobs of every token behind its prompt."""
+    return vllm.SamplingParams(
+        max_tokens=1,
+        temperature=temperature,
+        seed=0,
+        logprobs=-1,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **changes,
     )

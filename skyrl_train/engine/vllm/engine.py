@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import vllm
 from transformers import PreTrainedTokenizerBase
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -19,12 +20,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from skyrl_train.engine.base import Completion, EngineDied, Request, StopReason, refuse_impossible_prompt
-from skyrl_train.engine.vllm.arguments import arguments_of, proof_params, vllm_params
-from skyrl_train.engine.vllm.settings import VllmSettings, fits
-from skyrl_train.engine.vllm.worker import SharedFile
+from skyrl_train.engine.vllm.arguments import arguments_of, proof_params, vllm_params, whole_distribution
+from skyrl_train.engine.vllm.settings import LEAST_TEMPERATURE, VllmSettings
+from skyrl_train.engine.vllm.worker import SharedFile, SharedWeightsWorker
 from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
+FEW = 8  # tokens: too few for a block of the prefix cache, so that both passes of a comparison compute the same
+OTHER = 0.6  # a temperature
+CUTS: dict[str, Any] = {"top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5, "min_tokens": 1}
 CLOSE_S = 20.0  # what healthy processes of vLLM get to end by themselves
 
 
@@ -39,15 +43,16 @@ class VllmEngine:
     for a moment, and what it samples then counts only once the weights are confirmed.
     """
 
-    def __init__(self, llm: AsyncLLM, settings: VllmSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, llm: AsyncLLM, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use `start`."""
-        self._llm, self._settings, self._tokenizer = llm, settings, tokenizer
+        self._llm, self._tokenizer = llm, tokenizer
         self.max_model_len: int = llm.model_config.max_model_len
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why, once it has
         self._running = asyncio.Event()  # not paused
         self._running.set()
         self._version: int | None = None  # of the weights; None before there are any
+        self._is_tempered = False  # whether `_check_logprobs` has seen the logprobs that the learner computes
         self._request_ids = itertools.count()
         self.tokens_reused = 0  # of prompts, out of the prefix cache
         self._num_in_flight, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
@@ -55,8 +60,14 @@ class VllmEngine:
     @classmethod
     async def start(cls, settings: VllmSettings, tokenizer: PreTrainedTokenizerBase) -> VllmEngine:
         """Start vLLM's processes, and return once they have computed something: the first pass is a slow one."""
-        engine = cls(await asyncio.to_thread(AsyncLLM.from_engine_args, arguments_of(settings)), settings, tokenizer)
-        await engine._answer(engine._prompt_logprobs([0, 0]))
+        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments_of(settings))
+        engine = cls(llm, tokenizer)
+        try:
+            await engine._answer(llm.collective_rpc(SharedWeightsWorker.return_learners_logprobs.__name__))
+            await engine._answer(engine._prompt_logprobs([0, 0]))
+        except BaseException:
+            await engine.close()
+            raise
         return engine
 
     @property
@@ -99,13 +110,16 @@ class VllmEngine:
         self._running.set()
 
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
-        """Return the logprobs of ids[1:]. A paused engine computes meanwhile, and is paused again."""
+        """Return the logprobs of ids[1:]. A paused engine computes meanwhile, and is paused again.
+
+        The first time also checks the logprobs of sampled tokens: EngineDied if they are not the learner's.
+        """
         if self._running.is_set():
-            return await self._answer(self._prompt_logprobs(ids))
+            return await self._answer(self._proof(ids))
         await self._answer(self._llm.resume_generation())
         logprobs: list[float] | None = None
         try:
-            logprobs = await self._answer(self._prompt_logprobs(ids))
+            logprobs = await self._answer(self._proof(ids))
         finally:
             if logprobs is None:  # pausing what gives no answer would take for ever
                 self._stop("it gave no logprobs of its prompt while it was paused")
@@ -130,10 +144,9 @@ class VllmEngine:
         if self._version is None:
             raise RuntimeError(f"{who}: the engine has no weights yet; push some first")
         refuse_impossible_prompt(request, self.max_model_len, self._vocab_size)
-        if not fits(request.sampling, self._settings.logprobs_mode):
+        if 0 < request.sampling.temperature < LEAST_TEMPERATURE:
             raise ValueError(
-                f"{who}: this engine returns {self._settings.logprobs_mode}, which are not those that the learner "
-                f"computes for {request.sampling}"
+                f"{who}: vLLM would sample at temperature {LEAST_TEMPERATURE} instead of {request.sampling.temperature}"
             )
 
     async def _answer(self, call: Coroutine[Any, Any, T]) -> T:
@@ -180,6 +193,34 @@ class VllmEngine:
             async for output in self._llm.generate(tokens_input(list(prompt_ids)), params, str(next(self._request_ids)))
         ]
         return output
+
+    async def _proof(self, ids: list[int]) -> list[float]:
+        if self._version is not None and not self._is_tempered:
+            await self._check_logprobs(ids[:FEW])
+        return await self._prompt_logprobs(ids)
+
+    async def _check_logprobs(self, ids: list[int]) -> None:
+        """Compare the logprobs of all tokens at another temperature, cut and penalised, with those at temperature 1.
+
+        A sampler that vLLM has changed, or that samplers.py has left as it was, is found out here.
+        """
+        plain = await self._distribution(ids, whole_distribution(1.0))
+        found = await self._distribution(ids, whole_distribution(OTHER, **CUTS))
+        expected = (plain / OTHER).log_softmax(0)
+        apart, would_be = (found - expected).abs().max().item(), (plain - expected).abs().max().item()
+        if not apart <= 1e-3 + would_be / 20:
+            self._stop(
+                f"vLLM {vllm.__version__} returns logprobs at temperature {OTHER} that are {apart:.2g} nats from "
+                "softmax(logits / temperature), which the learner computes"
+            )
+            raise self._refusal()
+        self._is_tempered = True
+
+    async def _distribution(self, ids: list[int], params: vllm.SamplingParams) -> torch.Tensor:
+        """Return the logprobs [vocab] of the token behind the prompt."""
+        [sampled] = (await self._sample(ids, params)).outputs
+        assert sampled.logprobs is not None
+        return torch.tensor([sampled.logprobs[0][token].logprob for token in range(self._vocab_size)])
 
     async def _prompt_logprobs(self, ids: list[int]) -> list[float]:
         found = (await self._sample(ids, proof_params())).prompt_logprobs or []

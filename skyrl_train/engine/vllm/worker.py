@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from skyrl_train.engine.vllm.samplers import temper
 from skyrl_train.weights.shared_memory import SharedTensor, SharedWeights, read_shared
 
 BACKEND = "skyrl_shared_memory"
@@ -95,6 +96,11 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInfo, SharedFile]):
 
 class SharedWeightsWorker:
     """Added to the bases of vLLM's worker. Importing this module has registered the transfer."""
+
+    model_runner: Any
+
+    def return_learners_logprobs(self) -> None:
+        temper(self.model_runner)
 
 
 def check_whole(shared: SharedWeights, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -28,8 +28,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from skyrl_train.engine.base import Engine, EngineDied, Request, SamplingParams
-from skyrl_train.rollout.agents.openai_api import Answer, BadRequest, Body, ChatBody, TextBody, error_body, read_body
-from skyrl_train.rollout.agents.session import Call, Limits, Session
+from skyrl_train.rollout.agents.openai_api import BadRequest, Body, ChatBody, Reply, TextBody, error_body, read_body
+from skyrl_train.rollout.agents.session import AgentSession, Call, SessionLimits
 from skyrl_train.rollout.chat import ChatTemplate
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Endpoint:
     ) -> None:
         """port: 0 is any that is free. sampling: of calls outside sessions. OSError if the port is taken."""
         self.engine, self.template, self.sampling, self.model = engine, template, sampling, model
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, AgentSession] = {}
         self._calls: dict[str, set[asyncio.Task[Any]]] = {}  # under way, by session
         self._numbers = itertools.count(1)
         is_local = _is_loopback(host)
@@ -98,7 +98,7 @@ class Endpoint:
 
     # Sessions
 
-    def open(self, session: Session) -> str:
+    def open(self, session: AgentSession) -> str:
         """Record the calls of a session from now on, and return the base URL that its agent needs."""
         key = secrets.token_urlsafe(12)
         self._sessions[key], self._calls[key] = session, set()
@@ -154,11 +154,11 @@ class Endpoint:
             return StreamingResponse(answer.events(tokens), media_type="text/event-stream")
         return JSONResponse(answer.whole(tokens))
 
-    async def _sampled(self, body: Body, session: Session | None) -> Answer:
+    async def _sampled(self, body: Body, session: AgentSession | None) -> Reply:
         number = next(self._numbers)
         recorded = session or self._passing_session(body, number)
-        messages = body.plain_messages if isinstance(body, ChatBody) else []
-        ids = recorded.prompt_of(messages) if messages else self._ids_of(body)
+        messages, tools = (body.plain_messages, body.offered_tools) if isinstance(body, ChatBody) else ([], [])
+        ids = recorded.prompt_of(messages, tools) if messages else self._ids_of(body)
         sampling = recorded.sampling_of(body, len(ids))
         try:
             completion = await self.engine.generate(Request(ids, sampling, recorded.id))
@@ -170,10 +170,10 @@ class Endpoint:
         finally:
             if session is None:
                 await self.engine.forget(recorded.id)
-        recorded.calls.append(Call(messages, ids, completion))
-        return Answer(body, number, self.model, ids, completion)
+        recorded.calls.append(Call(messages, ids, completion, tools))
+        return Reply(body, number, self.model, ids, completion)
 
-    def _passing_session(self, body: Body, number: int) -> Session:
+    def _passing_session(self, body: Body, number: int) -> AgentSession:
         """Return a session for one call that belongs to none: it may choose its own sampling and seed."""
         longest = self.engine.max_model_len
         chosen = {
@@ -184,7 +184,7 @@ class Endpoint:
         sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
         sampling = replace(sampling, min_tokens=min(sampling.min_tokens, sampling.max_tokens))
         seed = number if body.seed is None else body.seed
-        return Session(f"http_{number}", self.template, sampling, Limits(None, longest, longest), seed)
+        return AgentSession(f"http_{number}", self.template, sampling, SessionLimits(None, longest, longest), seed)
 
     def _ids_of(self, body: Body) -> list[int]:
         assert isinstance(body, TextBody)

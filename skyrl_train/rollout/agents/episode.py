@@ -16,7 +16,7 @@ from typing import Any
 from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_reward
 from skyrl_gym.core import EnvFailure
 from skyrl_train.rollout.agents.endpoint import Endpoint
-from skyrl_train.rollout.agents.session import Limits, Session
+from skyrl_train.rollout.agents.session import AgentSession, SessionLimits
 from skyrl_train.rollout.env_calls import failure
 from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
@@ -122,10 +122,10 @@ class AgentEpisode:
             seconds=time.monotonic() - started,
         )
 
-    def _session(self) -> Session:
-        limits = Limits(self._max_calls, self.limits.max_input_length, self.limits.max_context)
+    def _session(self) -> AgentSession:
+        limits = SessionLimits(self._max_calls, self.limits.max_input_length, self.limits.max_context)
         session_id = f"{self.task.round_name}_{self.task.id}_{self.attempt}"
-        return Session(session_id, self.endpoint.template, self.task.sampling, limits, self.task.sampling_seed)
+        return AgentSession(session_id, self.endpoint.template, self.task.sampling, limits, self.task.sampling_seed)
 
     async def _answer(self, base_url: str) -> Any:
         offered = {
@@ -161,7 +161,7 @@ def _checked(answer: Any, name: str) -> tuple[float, dict[str, Any]]:
     return outcome.value
 
 
-def _end(session: Session) -> EpisodeEnd:
+def _end(session: AgentSession) -> EpisodeEnd:
     if session.cut is Cut.INPUT or session.calls[-1].completion.stop_reason == "length":
         return EpisodeEnd.OUT_OF_TOKENS
     return EpisodeEnd.OUT_OF_TURNS if session.cut is Cut.TURNS else EpisodeEnd.FINISHED

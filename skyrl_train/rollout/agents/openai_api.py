@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
+from skyrl_gym.tool_calls import ToolCall, UnreadableCall, read_tool_calls, without_tool_calls
 from skyrl_train.engine.base import Completion
 from skyrl_train.types import Message
 
@@ -61,7 +63,7 @@ class ChatBody(Body):
     """A request for the next message of a conversation."""
 
     only = Body.only | {
-        "tools": (None, []),
+        "tool_choice": (None, "auto", "none"),
         "functions": (None, []),
         "response_format": (None, {"type": "text"}),
         "top_logprobs": (None, 0),
@@ -69,6 +71,8 @@ class ChatBody(Body):
     }
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[Any] | None = None
+    tool_choice: str | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
 
@@ -81,8 +85,16 @@ class ChatBody(Body):
         return bool(self.logprobs)
 
     @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the model may call. BadRequest for what is no function."""
+        try:
+            return checked_tool_schemas(None if self.tool_choice == "none" else self.tools)
+        except WrongAnswer as wrong:
+            raise BadRequest(str(wrong).replace("tool_schemas", "tools"), param="tools") from None
+
+    @property
     def plain_messages(self) -> list[Message]:
-        """Return role and text of each message. BadRequest for what is no text."""
+        """Return role, text and calls of tools of each message. BadRequest for what is no text."""
         return [_plain(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
 
 
@@ -133,19 +145,50 @@ def _plain(message: dict[str, Any], place: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise BadRequest(f"{place}.role must be one of {', '.join(ROLES)}, got {role!r}", param=place)
-    if message.get("tool_calls") or message.get("function_call"):
-        raise BadRequest(f"{place}: tool calls are not supported; put them into the text", param=place)
+    if message.get("function_call"):
+        raise BadRequest(f"{place}: function_call is not supported; use tool_calls", param=place)
     parts = content if isinstance(content, list) else [{"type": "text", "text": "" if content is None else content}]
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise BadRequest(f"{place}.content must be a text or a list of text parts", param=place)
-    return {"role": str(role), "content": "".join(text for text in texts if isinstance(text, str))}
+    plain: Message = {"role": str(role), "content": "".join(text for text in texts if isinstance(text, str))}
+    if isinstance(message.get("tool_call_id"), str):
+        plain["tool_call_id"] = message["tool_call_id"]
+    if calls := message.get("tool_calls"):
+        plain["tool_calls"] = _plain_calls(calls, f"{place}.tool_calls")
+    return plain
+
+
+def _plain_calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    """Return calls of tools as chat templates read them: with their arguments as an object, not as a text."""
+    return [_plain_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _plain_call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    try:
+        read = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(name, str) or not isinstance(read, dict):
+        raise BadRequest(f"{place} must be functions with a name and arguments, a JSON object as text", param=place)
+    return {"id": str(call.get("id")), "type": "function", "function": {"name": name, "arguments": read}}
+
+
+def said_in(text: str, *, may_call: bool) -> tuple[str, list[ToolCall]]:
+    """Return the words of a reply, and its calls of tools if it could make any. Calls that cannot be read are words."""
+    try:
+        calls = read_tool_calls(text) if may_call else []
+    except UnreadableCall:
+        calls = []
+    return (without_tool_calls(text), calls) if calls else (text, [])
 
 
 # Answers
 
 
-class Answer:
+class Reply:
     """The answer to one request, as a whole or as the events of a stream."""
 
     def __init__(self, body: Body, number: int, model: str, prompt_ids: list[int], completion: Completion) -> None:
@@ -157,16 +200,18 @@ class Answer:
             "model": model,
         }
         self._kind = "chat.completion" if self.is_chat else "text_completion"
+        self._words, calls = said_in(completion.text, may_call=isinstance(body, ChatBody) and bool(body.offered_tools))
+        self._calls = [_call_body(call, f"call_{number}_{place}") for place, call in enumerate(calls)]
+        self._finish_reason = "tool_calls" if calls and completion.stop_reason == "stop" else completion.stop_reason
 
     def whole(self, tokens: list[str]) -> dict[str, Any]:
         """Return the body of the answer. tokens: the text of each sampled token, for the logprobs."""
-        text = self.completion.text
-        said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        said = {"message": self._message(self._calls)} if self.is_chat else {"text": self._words}
         token_ids = {"prompt_token_ids": self.prompt_ids} if self.body.return_token_ids else {}
         return {
             **self._head,
             "object": self._kind,
-            "choices": [self._choice(said, self.completion.stop_reason, tokens)],
+            "choices": [self._choice(said, self._finish_reason, tokens)],
             "usage": self._usage,
             **token_ids,
         }
@@ -174,15 +219,19 @@ class Answer:
     def events(self, tokens: list[str]) -> Iterator[str]:
         """Yield the events of a stream. The engine gives whole replies, so the text comes in one piece."""
         kind = "chat.completion.chunk" if self.is_chat else self._kind
-        text = self.completion.text
-        said = {"delta": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        calls = [{"index": place, **call} for place, call in enumerate(self._calls)]
+        said = {"delta": self._message(calls)} if self.is_chat else {"text": self._words}
         end = {"delta": {}} if self.is_chat else {"text": ""}
-        choices = [self._choice(said, None, tokens), {"index": 0, **end, "finish_reason": self.completion.stop_reason}]
+        choices = [self._choice(said, None, tokens), {"index": 0, **end, "finish_reason": self._finish_reason}]
         events: list[dict[str, Any]] = [{"choices": [choice]} for choice in choices]
         if (self.body.stream_options or {}).get("include_usage"):
             events.append({"choices": [], "usage": self._usage})
         yield from (f"data: {json.dumps({**self._head, 'object': kind, **event})}\n\n" for event in events)
         yield "data: [DONE]\n\n"
+
+    def _message(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        said = {"role": "assistant", "content": self._words}
+        return {**said, "content": self._words or None, "tool_calls": calls} if calls else said
 
     @property
     def _usage(self) -> dict[str, int]:
@@ -208,6 +257,11 @@ class Answer:
 
     def _text_logprobs(self, tokens: list[str]) -> dict[str, Any]:
         return {"tokens": tokens, "token_logprobs": self.completion.logprobs, "top_logprobs": None}
+
+
+def _call_body(call: ToolCall, name: str) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments)}
+    return {"id": name, "type": "function", "function": function}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

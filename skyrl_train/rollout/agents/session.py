@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion, EngineDied, SamplingParams
-from skyrl_train.rollout.agents.openai_api import BadRequest, Body
+from skyrl_train.rollout.agents.openai_api import BadRequest, Body, said_in
 from skyrl_train.rollout.chat import Chat, ChatTemplate
 from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.rollout.template_check import TemplateRefused
 from skyrl_train.types import Message, Turn
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SessionLimits:
     """The limits of a session's calls. None: as many as the agent likes."""
 
     max_calls: int | None
@@ -25,15 +27,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One finished call. messages: what the agent sent; empty for a call with a plain text."""
+    """One finished call. messages: what the agent sent; empty for a call with a plain text. tools: what it offered."""
 
     messages: list[Message]
     prompt_ids: list[int]
     completion: Completion
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
-class Session:
+class AgentSession:
     """The calls of one agent in one episode. `sampling` is the run's: what the agent asks for itself is not read.
 
     For the learner's logprobs are those of the run's temperature, and its token limit bounds a step's memory. Only a
@@ -43,26 +46,29 @@ class Session:
     id: str
     template: ChatTemplate
     sampling: SamplingParams
-    limits: Limits
+    limits: SessionLimits
     seed: int
     calls: list[Call] = field(default_factory=list)
     num_begun: int = 0
     cut: Cut | None = None  # the limit at which a call was refused
     death: EngineDied | None = None  # of the engine, during a call
 
-    def prompt_of(self, messages: list[Message]) -> list[int]:
-        """Return the tokens of a conversation. BadRequest if the template does not print it.
+    def prompt_of(self, messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of a conversation with these tools. BadRequest if the template does not print it.
 
         Where it goes on from an earlier call, its reply included, these are the tokens that were read and sampled then,
         and what the template prints behind them: nothing that was sampled is encoded again.
         """
         try:
+            template = self.template.offering(tools) if tools else self.template
             for call in reversed(self.calls):
-                if (news := _continues(call, messages)) is not None:
-                    chat = Chat(self.template, call.prompt_ids)
+                if call.tools == tools and (news := _continues(call, messages)) is not None:
+                    chat = Chat(template, call.prompt_ids)
                     chat.append(call.completion.response_ids, news)
                     return chat.ids
-            return self.template.start(messages).ids
+            return template.start(messages).ids
+        except TemplateRefused as error:
+            raise BadRequest(str(error), param="tools") from error
         except EnvFailure as error:
             raise BadRequest(str(error), param="messages") from error
 
@@ -118,5 +124,8 @@ def _continues(call: Call, messages: Sequence[Message]) -> list[Message] | None:
     if not call.messages or len(messages) <= place + 1 or list(messages[:place]) != call.messages:
         return None
     reply, news = messages[place], list(messages[place + 1 :])
-    is_same = reply["role"] == "assistant" and reply["content"].strip() == call.completion.text.strip()
+    words, calls = said_in(call.completion.text, may_call=bool(call.tools))
+    again = [(said["function"]["name"], said["function"]["arguments"]) for said in reply.get("tool_calls", ())]
+    is_same = reply["role"] == "assistant" and reply["content"].strip() == words.strip()
+    is_same = is_same and again == [(said.name, said.arguments) for said in calls]
     return news if is_same and all(message["role"] != "assistant" for message in news) else None

@@ -1,6 +1,7 @@
 """The store of every episode: one compressed file per step, written by a thread of its own.
 
 trajectories/train_step_000001.jsonl.zst    trajectories/eval_step_000000.jsonl.zst
+trajectories/advantages_step_000001.jsonl.zst (advantages.py)
 
 A file ends with the number of its episodes, in a frame that zstd skips; without it, a file that was cut between two
 frames would look whole.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,10 +19,11 @@ from typing import Any, BinaryIO, Literal
 import zstandard
 
 from skyrl_train.files import write_whole
+from skyrl_train.run.records.advantages import advantages_path, write_advantages
 from skyrl_train.run.records.episode import EpisodeRecord, episode_record
 from skyrl_train.run.records.tokens import TokenTexts
 from skyrl_train.run.run_folder import TRAJECTORIES, trajectory_steps
-from skyrl_train.types import Trajectory
+from skyrl_train.types import Batch, Sample, Trajectory
 
 Phase = Literal["train", "eval"]
 _END = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little")  # a skippable frame (RFC 8878, 3.1.2) of 8 bytes: the number
@@ -40,9 +42,21 @@ class TrajectoryStore:
 
     def add(self, phase: Phase, step: int, trajectories: list[Trajectory]) -> None:
         """Keep these trajectories of a step. Returns before they are written, unless the disk lags far behind."""
+        self._later(self._write, phase, step, list(trajectories))
+
+    def add_advantages(self, step: int, samples: list[Sample], batch: Batch) -> None:
+        """Keep the advantages of the step's samples, as `add` keeps its episodes."""
+        names = [sample.trajectory_id for sample in samples]
+        self._later(write_advantages, advantages_path(self.folder.parent, step), names, batch)
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do this in the store's thread, after everything that was added before is written."""
+        self._later(work)
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
         while self.waiting and (self.waiting[0].done() or len(self.waiting) >= MAX_WAITING):
             self.waiting.popleft().result()
-        self.waiting.append(self.thread.submit(self._write, phase, step, list(trajectories)))
+        self.waiting.append(self.thread.submit(work, *arguments))
 
     def flush(self) -> None:
         """Wait until everything is on the disk. Call it before a checkpoint is written."""

@@ -36,8 +36,11 @@ def refusal(*overrides: str) -> str:
         "trainer.placement.ref_num_gpus_per_node=2",
         "trainer.placement.critic_num_gpus_per_node=2",
         "trainer.ref.model.lora.rank=8",
-        "trainer.critic.model.lora.rank=8",
+        "trainer.critic.fsdp_config.cpu_offload=true",
         "trainer.critic.model.path=gpt2",
+        "trainer.critic_mini_batch_size=8",
+        "trainer.algorithm.lambd=0.9",
+        "trainer.algorithm.value_head_prefix=head",
         "trainer.algorithm.advantage_estimator=gae",
         "trainer.fully_async.max_staleness_steps=2",
         "trainer.policy.fsdp_config.fsdp_size=2",
@@ -94,7 +97,6 @@ def test_a_key_that_follows_another_must_not_leave_it():
         ("trainer.algorithm.entropy_loss_coef=0.1", "set trainer.algorithm.use_entropy_loss=true"),
         ("trainer.algorithm.sapo.tau_pos=2.0", "set trainer.algorithm.policy_loss_type=sapo"),
         ("trainer.algorithm.clip_ratio_c=10.0", "set trainer.algorithm.policy_loss_type=dual_clip"),
-        ("trainer.algorithm.gamma=0.9", "set trainer.algorithm.advantage_estimator=reinforce++"),
         ("trainer.algorithm.kl_ctrl.type=adaptive", "set trainer.algorithm.use_kl_in_reward=true"),
         ("trainer.algorithm.max_seq_len=9", "set trainer.algorithm.loss_reduction=seq_mean_token_sum_norm"),
     ],
@@ -132,6 +134,95 @@ def test_adapter_keys_need_a_rank_and_a_reference_that_is_to_follow_needs_the_sa
     load_config([rank, follow])
     load_config([rank, "trainer.ref.model.path=other"])
     assert "drop trainer.ref.model.path" in refusal(rank, follow, "trainer.ref.model.path=other")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("len=2000", "len=2000 is more than a reply can have"),
+        ("len=-1", "len=-1 must be at least 0"),
+        ("penalty_factor=2", "penalty_factor=2.0 has no effect with overlong_buffer.len=0"),
+        ("penalty_factor=0", "penalty_factor=0.0 is taken from the reward, so it must be above 0"),
+    ],
+)
+def test_a_length_penalty_that_cannot_be_is_refused(setting, says):
+    assert f"trainer.algorithm.overlong_buffer.{says}" in refusal(f"trainer.algorithm.overlong_buffer.{setting}")
+    load_config(["+trainer.algorithm.overlong_buffer.len=512", "+trainer.algorithm.overlong_buffer.penalty_factor=2.0"])
+
+
+GAE = "trainer.algorithm.advantage_estimator=gae"
+ONE = "generator.n_samples_per_prompt=1"
+
+
+def test_a_discount_needs_an_estimator_that_has_time_steps():
+    gamma = "trainer.algorithm.gamma=0.9"
+    assert "set trainer.algorithm.advantage_estimator=reinforce++|gae" in refusal(gamma)
+    load_config([gamma, "trainer.algorithm.advantage_estimator=reinforce++"])
+
+
+DISTILLATION = "trainer.algorithm.advantage_estimator=distillation"
+NO_KL = "trainer.algorithm.use_kl_loss=false"
+TEACHER = "trainer.ref.model.path=other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([DISTILLATION, TEACHER], "measures the policy against the teacher already"),
+        ([DISTILLATION, NO_KL], "advantage_estimator=distillation needs a teacher"),
+        ([NO_KL, TEACHER], "trainer.ref.model.path=other has no effect with"),
+        (
+            [NO_KL, TEACHER, "trainer.algorithm.advantage_estimator=my.mod:fn"],
+            "trainer.ref.model.path=other has no eff",
+        ),
+        (["trainer.algorithm.distillation.reward_weight=1"], "reward_weight=1.0 has no effect with"),
+        (
+            [DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1", ONE],
+            "generator.n_samples_per_prompt=1 gives grpo nothing to compare with",
+        ),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(settings, says):
+    assert says in refusal(*settings)
+    load_config([DISTILLATION, NO_KL, TEACHER, ONE])
+    load_config([DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([GAE], "advantage_estimator=gae compares with the values of a critic, and there is none"),
+        (
+            [GAE, "trainer.critic.model.path=m", "trainer.critic.shares_policy=true"],
+            "trainer.critic.model.path=m is not read with trainer.critic.shares_policy=true",
+        ),
+        (
+            [GAE, "trainer.critic.model.lora.rank=8", "trainer.critic.shares_policy=true"],
+            "trainer.critic.model.lora.rank=8 has no trunk to adapt",
+        ),
+        (
+            [GAE, "trainer.critic.model_config_kwargs={a:1}", "trainer.critic.shares_policy=true"],
+            "trainer.critic.model_config_kwargs={a:1} has no model to change",
+        ),
+        (
+            [GAE, "trainer.critic.shares_policy=true", "trainer.strategy=fsdp2"],
+            "trainer.critic.shares_policy=true is not possible with trainer.strategy=fsdp2",
+        ),
+        ([GAE, "trainer.critic.model.path=m", "trainer.algorithm.value_clip=0"], "value_clip=0.0 must be above 0"),
+        ([GAE, "trainer.critic.model.path=m", "trainer.algorithm.lambd=1.1"], "lambd=1.1 must be from 0 to 1"),
+    ],
+)
+def test_a_critic_that_cannot_be_is_refused(settings, says):
+    assert says in refusal(*settings)
+
+
+def test_a_critic_is_accepted_with_everything_that_it_reads():
+    critic = "trainer.critic."
+    own = [f"{critic}model.path=m", f"{critic}model.lora.rank=8", f"{critic}model_config_kwargs={{a:1}}"]
+    settings = ["trainer.critic_mini_batch_size=8", f"{critic}optimizer_config.lr=1e-4", "trainer.algorithm.lambd=0.9"]
+    clip = ["trainer.algorithm.value_clip=null", "trainer.algorithm.gamma=0.9"]
+    load_config([GAE, *own, *settings, *clip, "trainer.strategy=fsdp2"])
+    load_config([GAE, f"{critic}shares_policy=true", *settings, *clip, "generator.n_samples_per_prompt=1"])
 
 
 def test_kl_keys_need_a_kl_term():

@@ -16,6 +16,7 @@ from skyrl_train.config import (
     CriticConfig,
     DynamicSamplingConfig,
     FSDPConfig,
+    FullyAsyncConfig,
     SkyRLConfig,
     TrainerConfig,
     config_dir,
@@ -136,9 +137,8 @@ def test_types_and_forms_of_a_refused_key_are_read_as_those_of_any_key():
     assert answers(lambda: load_config(["trainer.critic.sequence_parallel_size=x"])) == {
         "trainer.critic.sequence_parallel_size=x has the wrong type: expected a whole number"
     }
-    assert answers(lambda: load_config(["trainer.critic=x"])) == {
-        "trainer.critic=x is a section; set one of its keys: model, optimizer_config, fsdp_config, "
-        "sequence_parallel_size, model_config_kwargs"
+    assert answers(lambda: load_config(["trainer.fully_async=x"])) == {
+        "trainer.fully_async=x is a section; set one of its keys: max_staleness_steps, num_parallel_generation_workers"
     }
 
 
@@ -189,15 +189,15 @@ def test_sections_of_skyrl_are_made_with_their_defaults_only():
     with pytest.raises(ConfigError, match=r"trainer.policy.fsdp_config.fsdp_size=2 is not possible"):
         section(fsdp_size=2)
     config: Any = load_config([])
-    config.trainer.critic = CriticConfig()
-    with pytest.raises(ConfigError, match=r"trainer.critic"):
-        config.trainer.critic = FSDPConfig()
+    config.trainer.fully_async = FullyAsyncConfig()
+    with pytest.raises(ConfigError, match=r"trainer.fully_async"):
+        config.trainer.fully_async = FSDPConfig()
 
 
 def test_a_constructor_takes_the_default_of_a_refused_key_and_no_other_value():
     section: Any = TrainerConfig
-    trainer = section(epochs=2, flash_attn=False, critic=CriticConfig())
-    assert (trainer.epochs, "flash_attn" in vars(trainer), "critic" in vars(trainer)) == (2, False, False)
+    trainer = section(epochs=2, flash_attn=False, fully_async=FullyAsyncConfig())
+    assert (trainer.epochs, "flash_attn" in vars(trainer), "fully_async" in vars(trainer)) == (2, False, False)
     with pytest.raises(ConfigError, match=r"trainer.flash_attn=true has nothing to do"):
         section(flash_attn=True)
     with pytest.raises(TypeError, match="unexpected keyword argument"):

@@ -43,7 +43,7 @@ def test_every_key_has_a_meaning():
     assert by_key["trainer.epochs"].meaning == "passes over the training data"
     assert by_key["trainer.algorithm.max_seq_len"].meaning.startswith("Divisor of seq_mean_token_sum_norm; null")
     assert by_key["generator.eval_sampling_params.top_p"].meaning == "nucleus sampling; 1 is off"
-    assert {entry.key: entry.default for entry in refused_entries()}["trainer.critic.optimizer_config.lr"] == "5e-06"
+    assert {entry.key: entry.default for entry in refused_entries()}["trainer.critic.fsdp_config.fsdp_size"] == "-1"
 
 
 def test_the_most_used_keys_come_first_and_every_key_once():
@@ -70,14 +70,18 @@ def test_words_are_searched_in_names_and_meanings(capsys):
     printed = capsys.readouterr().out
     assert "trainer.algorithm.kl_ctrl.kl_target=0.1\n    adaptive: the KL to aim for\n" in printed
     assert "trainer.epochs" not in printed
-    assert printed_keys(capsys, "--search", "learning", "rate") == ["trainer.policy.optimizer_config.lr"]
+    assert printed_keys(capsys, "--search", "learning", "rate") == [
+        "trainer.policy.optimizer_config.lr",
+        "trainer.critic.optimizer_config.lr",
+        "trainer.sft.lr",
+    ]
     assert printed_keys(capsys, "--search", "Epoch")[0] == "trainer.epochs"
     assert printed_keys(capsys, "--search", "eval_batch_size") == ["trainer.eval_batch_size"]
     assert printed_keys(capsys, "--search", "apt") == []  # a part of "adaptive" is no word
 
 
 def test_the_reason_of_a_refusal_is_not_searched(capsys):
-    assert "which needs none" in str(reason_against("trainer.critic.model.path"))
-    assert printed_keys(capsys, "--all", "--search", "needs", "none") == []
-    assert printed_keys(capsys, "--search", "critic", "model") == []
+    assert "sharded as the policy is" in str(reason_against("trainer.critic.fsdp_config"))
+    assert printed_keys(capsys, "--all", "--search", "sharded", "possible") == []
+    assert "trainer.critic.model.path" in printed_keys(capsys, "--search", "critic", "model")
     assert len(printed_keys(capsys, "--all", "--search", "trainer", "placement")) == 8

@@ -16,6 +16,7 @@ from skyrl_train.learner.fsdp import sharded_learner
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.lora import BaseUnderAdapters, add_adapters
 from skyrl_train.policy.model import Policy
+from skyrl_train.policy.value_head import Critic
 from skyrl_train.types import Batch
 from skyrl_train.weights.shared_memory import SharedWeights
 from tests.skyrl_train.batches import random_batch, shared_batch
@@ -38,6 +39,7 @@ class Case:
     moves_reference: bool = False
     far_from_rollout: bool = False
     is_offloaded: bool = False
+    has_critic: bool = False
 
     @property
     def config(self) -> TrainerConfig:
@@ -62,13 +64,20 @@ def learner_of(case: Case, *, is_sharded: bool, seed: int = 0) -> TorchLearner:
     if case.lora_rank:
         add_adapters(policy, LoraConfig(rank=case.lora_rank), seed=seed + 1)
     reference = reference_of(case, policy, seed) if needs_reference(case) else None
+    critic = critic_of(case, seed) if case.has_critic else None
     if is_sharded:
         learner = sharded_learner(
-            policy, config, num_training_steps=10, temperature=1.3, reference=reference, offload=case.is_offloaded
+            policy,
+            config,
+            num_training_steps=10,
+            temperature=1.3,
+            reference=reference,
+            critic=critic,
+            offload=case.is_offloaded,
         )
         assert isinstance(learner, TorchLearner)
         return learner
-    return TorchLearner(policy, config, num_training_steps=10, temperature=1.3, reference=reference)
+    return TorchLearner(policy, config, num_training_steps=10, temperature=1.3, reference=reference, critic=critic)
 
 
 def needs_reference(case: Case) -> bool:
@@ -84,6 +93,14 @@ def reference_of(case: Case, policy: Policy, seed: int) -> Policy:
             parameter *= 1.1  # near enough for k3 to stay below its bound
     reference.module.requires_grad_(False)
     return reference
+
+
+def critic_of(case: Case, seed: int) -> Critic:
+    """Return a critic whose head is not zero, so that its trunk has a gradient."""
+    critic = Critic.of(tiny_policy(seed=seed + 3, **case.model))
+    with torch.no_grad():
+        critic.head.weight.add_(torch.linspace(-0.3, 0.3, 32))
+    return critic
 
 
 def prepared(learner: TorchLearner, case: Case, batch: Batch) -> Batch:
@@ -149,7 +166,7 @@ def save(case: Case, folder: Path) -> Outcome:
     learner = learner_of(case, is_sharded=True)
     learner.update(prepared(learner, case, batch_of("random")))
     learner.update_reference()
-    learner.save(folder)
+    learner.save(folder).result()
     return _trained_on(learner, case)
 
 
@@ -158,7 +175,7 @@ def resume(case: Case, folder: Path, is_sharded: bool, saved_again: Path | None 
     learner = learner_of(case, is_sharded=is_sharded, seed=7)
     learner.load(folder)
     if saved_again is not None:
-        learner.save(saved_again)
+        learner.save(saved_again).result()
     return _trained_on(learner, case)
 
 

@@ -76,6 +76,12 @@ CASES = {
         trainer={"update_epochs_per_batch": 2},
     ),
     "shards and optimizer on the host": Case(PLAIN, is_offloaded=True),
+    "a critic": Case(
+        {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
+        trainer={"critic_mini_batch_size": 2},
+        batches=("random", "shared"),
+        has_critic=True,
+    ),
 }
 
 
@@ -208,6 +214,20 @@ def test_saved_by_two_it_is_read_by_one_three_and_two_bit_for_bit(two, three, na
     assert distance(by_three[0].weights, unbroken[0].weights) < tolerance
     [again, _] = two.call(resume, case, tmp_path / "by_1", True)
     assert again.metrics == unbroken[0].metrics
+
+
+def test_a_critic_saved_by_two_is_read_by_one_and_three(two, three, tmp_path):
+    case, saved = CASES["a critic"], tmp_path / "saved"
+    two.call(save, case, saved)
+    resume(case, saved, False, tmp_path / "by_1")
+    three.call(resume, case, saved, True, tmp_path / "by_3")
+    theirs = SavedLearner(saved / "critic")
+    for size in (1, 3):
+        ours = SavedLearner(tmp_path / f"by_{size}" / "critic")
+        assert ours.shapes == theirs.shapes
+        assert ours.plain == theirs.plain
+        assert all(torch.equal(ours.whole(name), theirs.whole(name)) for name in theirs.shapes)
+    assert theirs.shapes["masters/value_head.weight"] == (32,)
 
 
 @pytest.mark.parametrize("name", RESUMED)

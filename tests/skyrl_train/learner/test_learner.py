@@ -388,7 +388,7 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken = new(seed=0)
     train(unbroken, [0])
-    unbroken.save(tmp_path)
+    unbroken.save(tmp_path).result()
     train(unbroken, [1, 2])
 
     resumed = new(seed=7)

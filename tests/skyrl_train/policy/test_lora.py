@@ -256,7 +256,7 @@ def test_a_resumed_learner_continues_bit_for_bit(dtype, tmp_path):
 
     unbroken, their_reference = new(seed=1)
     train(unbroken, [0])
-    unbroken.save(tmp_path)
+    unbroken.save(tmp_path).result()
     train(unbroken, [1, 2])
     resumed, our_reference = new(seed=7)
     resumed.load(tmp_path)

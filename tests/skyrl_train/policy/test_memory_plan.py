@@ -144,3 +144,27 @@ def test_demands_are_read_from_the_configuration():
     assert Demands.of(trainer, generator, 512, 0).longest_sample == 512
     trainer.eval_interval = 5
     assert Demands.of(trainer, generator, 512, 0).max_sequences == 1024
+
+
+def test_a_critic_is_held_with_its_optimizer_and_has_no_head():
+    trunk = HALF_B.as_critic(is_tied=True)
+    alone, both = (
+        memory_plan(HALF_B, DEMANDS, gpu(79.6)),
+        memory_plan(HALF_B, replace(DEMANDS, critic=trunk), gpu(79.6)),
+    )
+    assert both.parts["critic"] == (2 + 4 + 8 + 4) * 494_032_768
+    assert alone.parts["critic"] == 0
+    assert HALF_B.as_critic(is_tied=False).num_trained == 494_032_768 - 136_134_656
+    large = replace(DEMANDS, critic=SEVEN_B.as_critic(is_tied=False))
+    with pytest.raises(DoesNotFit, match=r"critic \d+\.\d"):
+        memory_plan(HALF_B, large, gpu(79.6))
+
+
+def test_a_pass_of_a_larger_critic_sets_the_activations():
+    critic = replace(HALF_B.as_critic(is_tied=True), layer_bytes=10 * HALF_B.layer_bytes)
+    demands = replace(DEMANDS, token_budget=2048, gradient_checkpointing=False)
+    alone, both = (
+        memory_plan(HALF_B, demands, gpu(79.6)),
+        memory_plan(HALF_B, replace(demands, critic=critic), gpu(79.6)),
+    )
+    assert both.parts["activations"] > 8 * alone.parts["activations"]

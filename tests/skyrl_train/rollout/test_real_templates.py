@@ -90,7 +90,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def play(template: ChatTemplate, opening: list[Message], end: str) -> str:
+def play(template: ChatTemplate, opening: list[Message], end: str, answers: str = "user") -> str:
     """Play four turns with an engine that says what the template prints for a reply. Return what differed, or nothing.
 
     Expected is cut out of the tokens of the template's own text: what stands there between a prompt and the end of the
@@ -102,7 +102,7 @@ def play(template: ChatTemplate, opening: list[Message], end: str) -> str:
     expected: list[tuple[int, bool]] = []
     for reply, observation in zip(REPLIES, OBSERVATIONS, strict=True):
         prompt = encode(tokenizer, render(tokenizer, messages, **kwargs))
-        messages += [message("assistant", reply), message("user", observation)]
+        messages += [message("assistant", reply), message(answers, observation)]
         after = encode(tokenizer, render(tokenizer, messages, **kwargs))
         said = after[len(prompt) : after.index(tokenizer.convert_tokens_to_ids(end), len(prompt)) + 1]
         if after[: len(prompt)] != prompt or tokenizer.decode(said[:-1]).strip() != reply:
@@ -218,6 +218,80 @@ def family_end(name: str) -> str:
     printed = printed_end(source_of(name), ends[0])
     assert printed in ends
     return printed
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "open_door",
+            "description": "Open a door.",
+            "parameters": {"type": "object", "properties": {"door": {"type": "integer"}}, "required": ["door"]},
+        },
+    }
+]
+CALLED = {"type": "function", "function": {"name": "open_door", "arguments": {"door": 7}}}
+# What the template prints of the tools, of a call of the model's, and of what a tool answers.
+PRINTS_TOOLS = {
+    "Qwen-Qwen2.5-7B-Instruct": ("<tools>", "<tool_call>", "<|im_start|>user\n<tool_response>\nopen\n</tool_response>"),
+    "Qwen-Qwen3-0.6B": ("<tools>", "<tool_call>", "<|im_start|>user\n<tool_response>\nopen\n</tool_response>"),
+    "Qwen-Qwen3-4B-Instruct-2507": ("<tools>", "<tool_call>", "<tool_response>\nopen\n</tool_response>"),
+    "meta-llama-Llama-3.1-8B-Instruct": (
+        "Environment: ipython",
+        '"parameters": {"door": 7}',
+        "ipython<|end_header_id|>",
+    ),
+    "meta-llama-Llama-3.2-3B-Instruct": (
+        "Environment: ipython",
+        '"parameters": {"door": 7}',
+        "ipython<|end_header_id|>",
+    ),
+    "allenai-Olmo-3-7B-Instruct": ("<functions>", "<function_calls>", "<|im_start|>environment\nopen"),
+    "moonshotai-Kimi-K2-Instruct": ("tool_declare", "<|tool_call_begin|>", "open"),
+}
+
+
+@pytest.mark.parametrize("name", PRINTS_TOOLS)
+def test_tools_calls_and_answers_stand_in_the_templates_own_form_and_are_appended_to_exactly(name):
+    template = family(name).offering(TOOLS)
+    assert template is not family(name)
+    offered, called, answered = PRINTS_TOOLS[name]
+    example = {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+    opening = [message("user", "Go."), example, message("user", "Again.")]
+    printed = template.tokenizer.decode(template.start(opening).ids)
+    assert offered in printed
+    assert "open_door" in printed
+    assert called in printed.partition("Go.")[2]
+    chat = template.start([message("user", "Go.")])
+    chat.append(encode(template.tokenizer, f"x{family_end(name)}"), [message("tool", "open")])
+    assert answered in template.tokenizer.decode(chat.ids).partition(f"x{family_end(name)}")[2]
+    assert play(template, [message("user", "Where to?")], family_end(name), "tool") == ""
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB-SmolLM2-135M-Instruct", "google-gemma-2-2b-it", "microsoft-phi-4"])
+def test_where_the_template_prints_no_tools_they_stand_in_words(name):
+    whole = family(name)
+    template = whole.offering(TOOLS)
+    example = {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+    printed = template.tokenizer.decode(
+        template.start([message("user", "Go."), example, message("user", "Again.")]).ids
+    )
+    assert '"name": "open_door", "description"' in printed
+    assert '<tool_call>{"name": "open_door", "arguments": {"door": 7}}</tool_call>' in printed.partition("Go.")[2]
+    chat = template.start([message("user", "Go.")])
+    chat.append(encode(template.tokenizer, f"x{family_end(name)}"), [message("tool", "open")])
+    behind = template.tokenizer.decode(chat.ids).rpartition("x<")[2]
+    assert "user" in behind
+    assert "<tool_response>\nopen\n</tool_response>" in behind
+    assert whole.offering(TOOLS) is template
+    assert "open_door" not in whole.tokenizer.decode(whole.start([message("user", "Go.")]).ids)
+
+
+def test_a_template_that_can_neither_is_refused():
+    template = family("openai-gpt-oss-120b", grows=False)
+    template._grows = True
+    with pytest.raises(TemplateRefused, match="turns cannot be appended"):
+        template.offering(TOOLS)
 
 
 def test_thinking_marks_stay_where_the_template_would_take_them_out_if_that_is_asked_for():

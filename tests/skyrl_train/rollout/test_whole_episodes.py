@@ -10,6 +10,7 @@ import pytest
 
 import skyrl_gym
 from skyrl_gym.envs import register
+from skyrl_gym.tool_calls import read_tool_calls
 from skyrl_train.batch.samples import to_samples
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.chat import ChatTemplate
@@ -40,6 +41,26 @@ class ThreeTurnsEnv(EvenEnv):
         }
 
 
+class DoorsEnv(EvenEnv):
+    """Offers a tool. Its answer names the doors that the reply's calls opened."""
+
+    offered: Any = ({"type": "function", "function": {"name": "go", "parameters": {"type": "object"}}},)
+
+    @property
+    def tool_schemas(self) -> Any:
+        return self.offered
+
+    def step(self, action: str) -> Any:
+        self.turns += 1
+        opened = [call.arguments["n"] for call in read_tool_calls(action)]
+        answer = [{"role": "tool", "content": f"open: {opened}"}]
+        return {"observations": answer, "reward": float(sum(opened)), "done": self.turns == 2, "metadata": {}}
+
+
+class NoToolsEnv(DoorsEnv):
+    offered = ({"name": "go"},)
+
+
 class EditingEnv(ThreeTurnsEnv):
     """Shortens the first reply, leaves the second as it is, and edits the last one, which nobody reads again."""
 
@@ -55,7 +76,11 @@ def tokenizer():
 def _environments() -> Iterator[None]:
     register("three_turns", ThreeTurnsEnv)
     register("editing", EditingEnv)
+    register("doors", DoorsEnv)
+    register("no_tools", NoToolsEnv)
     yield
+    skyrl_gym.envs.deregister("no_tools")
+    skyrl_gym.envs.deregister("doors")
     skyrl_gym.envs.deregister("three_turns")
     skyrl_gym.envs.deregister("editing")
 
@@ -100,6 +125,23 @@ def test_within_messages_every_end_is_trained(tokenizer):
     [sample] = to_samples([trajectory])
     assert trained(sample) == [pair for completion in engine.completions for pair in sampled(completion)]
     assert tokenizer.decode([token for token, _ in trained(sample)]) == f"a{END}second{END}third one{END}"
+
+
+def test_an_environments_tools_are_printed_and_the_calls_are_trained_as_they_were_sampled(tokenizer):
+    calls = [f'{{"name":"go","parameters":{{"n":{door}}}}}' for door in (2, 3)]
+    trajectory, engine = play(tokenizer, "doors", one_message=False, replies=calls)
+    assert trajectory.reward == 5.0
+    [sample] = to_samples([trajectory])
+    assert trained(sample) == [pair for completion in engine.completions for pair in sampled(completion)]
+    read = tokenizer.decode(engine.requests[1].prompt_ids)
+    assert '"name": "go"' in read
+    assert "open: [2]" in read.partition(calls[0])[2]
+
+
+def test_tools_of_a_wrong_form_are_a_fault_of_the_environment(tokenizer):
+    with pytest.raises(Exception, match="tool_schemas must be") as failed:
+        play(tokenizer, "no_tools", one_message=False, replies=["a"])
+    assert "no_tools" in str(failed.value)
 
 
 @pytest.mark.parametrize("one_message", [False, True])

@@ -18,9 +18,11 @@ from integrations.openenv.catalog.entry import InvalidAction
 from integrations.openenv.catalog.generic.validation import ActionSchema, json_value
 from integrations.openenv.catalog.generic.values import MAX_WRITTEN_CHARS, Field, Legal, named
 from integrations.openenv.client.errors import OpenEnvError
+from skyrl_gym.tool_calls import ToolCall
 
 NOT_THE_POLICYS = {"metadata"}  # a field of every action in OpenEnv that a policy does not write
 MAX_FIELDS_SHOWN = 30
+ACT = "act"  # the function that stands for an action which is no call of a tool
 MAX_DESCRIPTION_CHARS = 200
 
 
@@ -41,6 +43,20 @@ class ActionForm(ABC):
     def random_text(self, random: Random, legal: Legal | None) -> str:
         """Return a random action in this form."""
 
+    # The same as calls of functions
+
+    @abstractmethod
+    def functions(self) -> list[dict[str, Any]]:
+        """Return the schemas of the functions that stand for actions, in OpenAI's form."""
+
+    @abstractmethod
+    def called(self, name: Any, arguments: Any, legal: Legal | None) -> dict[str, Any]:
+        """Return the fields of the action that a call means; InvalidAction says what is wrong."""
+
+    @abstractmethod
+    def random_call(self, random: Random, legal: Legal | None) -> ToolCall:
+        """Return a random action as a call."""
+
 
 class ObjectForm(ActionForm):
     """Form of an action with several fields: a JSON object."""
@@ -48,7 +64,8 @@ class ObjectForm(ActionForm):
     kind = "a JSON object"
 
     def __init__(self, schema: dict[str, Any]) -> None:
-        self._schema = ActionSchema({**schema, "properties": _without_metadata(schema)})
+        self.schema = {**schema, "properties": _without_metadata(schema)}
+        self._schema = ActionSchema(self.schema)
         self.members = members(schema)
         for name in schema.get("required") or []:
             if name not in {field.name for field in self.members} | NOT_THE_POLICYS:
@@ -80,6 +97,19 @@ class ObjectForm(ActionForm):
         self._schema.check(value)
         defaults = {f.name: f.schema["default"] for f in self.members if "default" in f.schema and not f.required}
         return {**defaults, **value}
+
+    def functions(self) -> list[dict[str, Any]]:
+        return [function_schema(ACT, "Act in the environment.", self)]
+
+    def called(self, name: Any, arguments: Any, legal: Legal | None) -> dict[str, Any]:
+        if name != ACT:
+            raise InvalidAction(f"The only tool is {ACT}.")
+        if not isinstance(arguments, dict):
+            raise InvalidAction(f'"arguments" must be {self.how()}')
+        return self.complete(arguments)
+
+    def random_call(self, random: Random, legal: Legal | None) -> ToolCall:
+        return ToolCall(ACT, json.loads(self.random_text(random, legal)))
 
     def random_text(self, random: Random, legal: Legal | None) -> str:
         writable = [field for field in self.members if field.fewest_chars <= MAX_WRITTEN_CHARS]
@@ -117,11 +147,25 @@ class ValueForm(ActionForm):
         self._require_legal(fields[self.field.name], legal)
         return fields
 
+    def functions(self) -> list[dict[str, Any]]:
+        return self.object.functions()
+
+    def called(self, name: Any, arguments: Any, legal: Legal | None) -> dict[str, Any]:
+        fields = self.object.called(name, arguments, legal)
+        self._require_legal(fields[self.field.name], legal)
+        return fields
+
+    def random_call(self, random: Random, legal: Legal | None) -> ToolCall:
+        return ToolCall(ACT, {self.field.name: self._random_value(random, legal)})
+
     def random_text(self, random: Random, legal: Legal | None) -> str:
         if self.others and self.field.kind == "string" and random.random() < 0.5:
             return self.object.random_text(random, legal)
-        value = random.choice(legal) if legal and self._names_values(legal) else self.field.drawn(random)
+        value = self._random_value(random, legal)
         return value if isinstance(value, str) else json.dumps(value)
+
+    def _random_value(self, random: Random, legal: Legal | None) -> Any:
+        return random.choice(legal) if legal and self._names_values(legal) else self.field.drawn(random)
 
     def _require_legal(self, value: Any, legal: Legal | None) -> None:
         if legal and self._names_values(legal) and value not in legal:
@@ -141,6 +185,12 @@ def action_form(schema: dict[str, Any]) -> ActionForm:
     if len(required) == 1 and required[0].kind != "json" and required[0].fewest_chars <= MAX_WRITTEN_CHARS:
         return ValueForm(form, required[0])
     return form
+
+
+def function_schema(name: str, description: str, arguments: ObjectForm) -> dict[str, Any]:
+    """Return a function's schema in OpenAI's form."""
+    function = {"name": name, "description": description, "parameters": arguments.schema}
+    return {"type": "function", "function": function}
 
 
 def members(schema: dict[str, Any]) -> list[Field]:

@@ -7,19 +7,31 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from integrations.openenv.catalog.entry import Answer, CatalogEntry, Messages, OpenSession, Task, Translator
+from integrations.openenv.catalog.entry import (
+    Answer,
+    CatalogEntry,
+    InvalidAction,
+    Messages,
+    OpenSession,
+    Task,
+    Translator,
+)
 from integrations.openenv.catalog.generic.blame import caused_by_action
 from integrations.openenv.catalog.generic.description import ServerDescription, describe
 from integrations.openenv.catalog.generic.names import ForeignName
 from integrations.openenv.catalog.generic.observation import legal_actions, observation_text
+from integrations.openenv.catalog.generic.validation import sendable
+from integrations.openenv.catalog.generic.values import Legal
 from integrations.openenv.client.errors import OpenEnvError, ServerError
 from integrations.openenv.client.session import StepResult
 from integrations.openenv.hosting.source import ServerSource
 from skyrl_gym.contract import WrongAnswer, checked_reward
+from skyrl_gym.tool_calls import UnreadableCall, read_tool_calls, written
 
 RewardFunction = Callable[[dict[str, Any], dict[str, Any], float, bool], float]
 MAX_LOGGED = 5  # errors of one server
@@ -35,6 +47,7 @@ class GenericOptions:
     success: float | None = None  # an episode that earns this is a success; None: one that ends with any reward
     reset: dict[str, Any] = field(default_factory=dict)  # keywords of the server's reset, beside `seed`
     variables: dict[str, str] = field(default_factory=dict)  # environment variables of a server that we start
+    tool_calls: bool = False  # actions are calls of tools, in the form that the model's family was taught
 
 
 class GenericEntry(CatalogEntry):
@@ -107,6 +120,9 @@ class GenericEntry(CatalogEntry):
         """Return the prompt: the task, the form of actions, and an example reply, which helps small models most."""
         about = self.description
         task = options.instruction or f"You act in the environment {about.title or self.name}. Earn as much as you can."
+        if options.tool_calls:  # the chat template says which tools there are
+            how = "Act by calling a tool in each of your replies."
+            return [{"role": "user", "content": "\n\n".join(part for part in (task, about.manual, how) if part)}]
         example = about.form.random_text(Random(EXAMPLE_SEED), None)
         how = (
             f"Each of your replies holds one action between <action> and </action>: {about.form.how()}\n"
@@ -119,7 +135,7 @@ class GenericEntry(CatalogEntry):
         ]
 
     def translator(self, task: Task, options: GenericOptions) -> Translator:
-        return GenericTranslator(self, options)
+        return ToolCallTranslator(self, options) if options.tool_calls else GenericTranslator(self, options)
 
     def reset_kwargs(self, options: GenericOptions) -> dict[str, Any]:
         return dict(options.reset)
@@ -145,8 +161,11 @@ class GenericTranslator(Translator):
         return observation_text(first.observation)
 
     def action(self, text: str) -> dict[str, Any]:
-        self._action = self.entry.description.form.fields(text, legal_actions(self._last, checked=True))
+        self._action = self._fields(text, legal_actions(self._last, checked=True))
         return self._action
+
+    def _fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
+        return self.entry.description.form.fields(text, legal)
 
     def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
         self._last = result.observation
@@ -170,6 +189,39 @@ class GenericTranslator(Translator):
 
     def random_action(self, random: Random) -> str | None:
         return self.entry.description.form.random_text(random, legal_actions(self._last))
+
+
+class ToolCallTranslator(GenericTranslator):
+    """Translator of calls of tools. The first call of a reply counts."""
+
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        return self._functions
+
+    @cached_property
+    def _functions(self) -> list[dict[str, Any]]:
+        """Return what the server's description offers; it has been asked before the first message."""
+        return self.entry.description.form.functions()
+
+    def opening(self, prompt: Messages) -> list[dict[str, Any]]:
+        """Return the prompt with an example call behind it, which helps small models most."""
+        call = self.entry.description.form.random_call(Random(EXAMPLE_SEED), None)
+        function = {"name": call.name, "arguments": call.arguments}
+        calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        return [*super().opening(prompt), calling, {"role": "user", "content": "Now a new episode."}]
+
+    def _fields(self, text: str, legal: Legal | None) -> dict[str, Any]:
+        try:
+            calls = read_tool_calls(text)
+        except UnreadableCall as wrong:
+            raise InvalidAction(str(wrong)) from None
+        if not calls:
+            raise InvalidAction("There is no call of a tool in your reply.")
+        return self.entry.description.form.called(calls[0].name, sendable(calls[0].arguments), legal)
+
+    def random_action(self, random: Random) -> str | None:
+        call = self.entry.description.form.random_call(random, legal_actions(self._last))
+        return written(call)
 
 
 def load_function(path: str) -> RewardFunction:

@@ -11,10 +11,11 @@ from random import Random
 from typing import Any, Self
 
 from integrations.openenv.catalog.entry import InvalidAction
-from integrations.openenv.catalog.generic.actions import ActionForm, ObjectForm
+from integrations.openenv.catalog.generic.actions import ActionForm, ObjectForm, function_schema
 from integrations.openenv.catalog.generic.validation import json_value
 from integrations.openenv.catalog.generic.values import Legal, named
 from integrations.openenv.client.errors import OpenEnvError
+from skyrl_gym.tool_calls import ToolCall
 
 MAX_TOOLS = 50
 MAX_DESCRIPTION_CHARS = 300
@@ -44,6 +45,9 @@ class Tool:
         )
         return f"- {self.name}({arguments}){f': {self.description}' if self.description else ''}"
 
+    def schema(self) -> dict[str, Any]:
+        return function_schema(self.name, self.description, self.arguments)
+
 
 class ToolForm(ActionForm):
     """Form of an action that calls a tool. `constants`: the fields of every call besides its tool and arguments."""
@@ -67,10 +71,13 @@ class ToolForm(ActionForm):
         rest = dict(call)
         name = next((rest.pop(key) for key in NAME_KEYS if key in call), None)
         arguments = next((rest.pop(key) for key in ARGUMENT_KEYS if key in call), {})
-        if not isinstance(name, str) or name not in self.tools:
-            raise InvalidAction(f'"tool" must be one of {named(list(self.tools))}.')
         if rest:
             raise InvalidAction(f'Beside "tool" and "arguments" there is {named(list(rest))}, which has no meaning.')
+        return self.called(name, arguments, legal)
+
+    def called(self, name: Any, arguments: Any, legal: Legal | None) -> dict[str, Any]:
+        if not isinstance(name, str) or name not in self.tools:
+            raise InvalidAction(f'"tool" must be one of {named(list(self.tools))}.')
         if not isinstance(arguments, dict):
             raise InvalidAction(f'"arguments" must be a JSON object, for {self.tools[name].line()[2:]}')
         try:
@@ -79,9 +86,16 @@ class ToolForm(ActionForm):
             raise InvalidAction(f"{name}: {wrong}") from None
         return {**self.constants, "tool_name": name, "arguments": complete}
 
-    def random_text(self, random: Random, legal: Legal | None) -> str:
+    def functions(self) -> list[dict[str, Any]]:
+        return [tool.schema() for tool in self.tools.values()]
+
+    def random_call(self, random: Random, legal: Legal | None) -> ToolCall:
         tool = random.choice(list(self.tools.values()))
-        return json.dumps({"tool": tool.name, "arguments": json.loads(tool.arguments.random_text(random, None))})
+        return ToolCall(tool.name, json.loads(tool.arguments.random_text(random, None)))
+
+    def random_text(self, random: Random, legal: Legal | None) -> str:
+        call = self.random_call(random, legal)
+        return json.dumps({"tool": call.name, "arguments": call.arguments})
 
 
 def calls_tools(schema: dict[str, Any]) -> bool:

@@ -63,6 +63,14 @@ def json_value(text: str) -> Any:
     return value
 
 
+def sendable(value: Any) -> Any:
+    """Return a JSON value of a model's; InvalidAction if it cannot be sent."""
+    try:
+        return json_value(json.dumps(value))
+    except RecursionError:
+        raise InvalidAction("Your action is nested too deeply.") from None
+
+
 def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
     """Return a schema with its "#/..." reference followed and "this or null" reduced to "this".
 

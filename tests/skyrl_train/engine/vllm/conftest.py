@@ -60,8 +60,12 @@ def weights_of() -> SharedMemoryWeights:
 
 async def started(folder: Path, *, tie_word_embeddings: bool, **settings: Any) -> Any:
     """Start a vLLM engine of the tiny model. It needs a second file for the end-of-sequence tokens."""
+    import skyrl_train.engine.vllm.arguments
     from skyrl_train.engine.vllm.engine import VllmEngine
+    from tests.skyrl_train.engine.vllm.reversible import ReversibleWorker
 
+    arguments: Any = skyrl_train.engine.vllm.arguments
+    arguments.SharedWeightsWorker = ReversibleWorker
     save_tiny_model(folder, tie_word_embeddings=True, **MODEL)
     policy_of(0).module.generation_config.save_pretrained(folder)
     options: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 64 << 20} | LIMITS | settings

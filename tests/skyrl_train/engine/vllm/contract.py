@@ -28,6 +28,19 @@ async def test_logprobs_are_the_learners_before_cuts_and_penalties(engine, polic
         assert_learner_agrees(policy, request, completion)
 
 
+async def test_logprobs_are_the_learners_where_requests_of_every_kind_are_computed_together(engine, policy):
+    kinds: list[dict[str, Any]] = [
+        {}, {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.3}, {"repetition_penalty": 1.4}, {"min_tokens": 20}, CUTS
+    ]  # fmt: skip
+    requests = [
+        ask(PROMPT, f"{temperature} {i}", seed=i, **{"max_tokens": 24, "temperature": temperature} | kind)
+        for temperature in (0.0, 0.6, 1.0, 1.3)
+        for i, kind in enumerate(kinds)
+    ]
+    for request, completion in zip(requests, await answers(engine, requests), strict=True):
+        assert_learner_agrees(policy, request, completion)
+
+
 async def test_greedy_is_transformers_generate(engine, policy):
     import torch
 

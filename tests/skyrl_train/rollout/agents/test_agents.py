@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from skyrl_train.entrypoints.main_base import main
 from skyrl_train.rollout.agents.endpoint import Endpoint
 from skyrl_train.rollout.agents.episode import Agent
 from skyrl_train.rollout.agents.served import ServedRounds
-from skyrl_train.rollout.agents.session import Limits, Session
+from skyrl_train.rollout.agents.session import AgentSession, SessionLimits
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
@@ -29,6 +30,7 @@ from tests.fakes import ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
 HERE = "tests.skyrl_train.rollout.agents.my_agents"
+ADD: Any = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 SAMPLING = SamplingParams(max_tokens=20, stop=("END",))
 LIMITS = EpisodeLimits(max_turns=None, max_input_length=300, max_context=512, step_timeout_s=5, episode_timeout_s=20)
@@ -46,8 +48,8 @@ class Served:
     def client(self, base_url: str | None = None, key: str = "unused") -> AsyncOpenAI:
         return AsyncOpenAI(base_url=base_url or f"{self.endpoint.url}/v1", api_key=key, max_retries=0)
 
-    def session(self, max_calls: int | None = None) -> Session:
-        return Session("s_1", self.template, SAMPLING, Limits(max_calls, 300, 512), seed=3)
+    def session(self, max_calls: int | None = None) -> AgentSession:
+        return AgentSession("s_1", self.template, SAMPLING, SessionLimits(max_calls, 300, 512), seed=3)
 
 
 @pytest.fixture
@@ -105,7 +107,13 @@ async def test_plain_completions_take_text_or_token_ids(served: Served) -> None:
     ("more", "words"),
     [
         ({"n": 2}, "n is not supported"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"tools": [{"type": "function"}]}, "each of tools must be"),
+        ({"tools": ADD, "tool_choice": "required"}, "tool_choice is not supported"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]},
+            "as text",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "as text"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -163,6 +171,47 @@ async def test_a_session_samples_as_the_run_does_and_keeps_the_tokens(served: Se
     assert served.engine.forgotten == ["s_1"]
     with pytest.raises(NotFoundError, match="this episode is over"):
         await client.chat.completions.create(model="m", messages=HELLO)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tools_are_offered_called_and_answered_and_the_calls_stay_token_for_token(
+    served: Served, stream: bool
+) -> None:
+    """The loop of every agent: ask, do what was called, say what came of it, ask again."""
+    replies = ['I add. <tool_call>{"name": "add",  "arguments": {"a": 1}}</tool_call>', "It is 2."]
+    served.engine.reply = lambda request: replies[len(served.engine.requests) - 1]
+    sampling = replace(SAMPLING, max_tokens=80)
+    session = AgentSession("s_1", served.template, sampling, SessionLimits(None, 2000, 2500), seed=3)
+    client = served.client(served.endpoint.open(session))
+    first = await asked(client, HELLO, stream)
+    assert (first["content"], first["finish_reason"]) == ("I add.", "tool_calls")
+    [call] = first["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 1})
+    answered: list[Any] = [
+        *HELLO,
+        {"role": "assistant", "content": first["content"], "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "two"},
+    ]
+    last = await asked(client, answered, stream)
+    assert (last["content"], last["finish_reason"], last["tool_calls"]) == ("It is 2.", "stop", None)
+    one, two = (request.prompt_ids for request in served.engine.requests)
+    assert '"name": "add"' in served.tokenizer.decode(one)
+    sampled = one + served.engine.completions[0].response_ids
+    assert two[: len(sampled)] == sampled
+    assert "two" in served.tokenizer.decode(two[len(sampled) :])
+    edited = [*HELLO, {**answered[1], "content": "I see."}, answered[2]]
+    served.engine.reply = lambda request: "fine"
+    await asked(client, edited, stream)
+    read = served.tokenizer.decode(served.engine.requests[2].prompt_ids)
+    assert 'I see.\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>' in read
+
+
+async def asked(client: AsyncOpenAI, messages: list[Any], stream: bool) -> dict[str, Any]:
+    done: Any = await client.chat.completions.create(model="m", messages=messages, tools=ADD, stream=stream)
+    if not stream:
+        return {**done.choices[0].message.model_dump(), "finish_reason": done.choices[0].finish_reason}
+    said, end = [chunk.choices[0] async for chunk in done]
+    return {**said.delta.model_dump(), "finish_reason": end.finish_reason}
 
 
 async def test_an_edited_history_and_a_second_conversation_are_read_as_they_are_sent(served: Served) -> None:
@@ -228,7 +277,9 @@ async def test_a_client_that_hangs_up_and_an_episode_that_ends_leave_nothing(ser
 
 
 async def test_64_clients_at_once(served: Served) -> None:
-    sessions = [Session(f"s_{i}", served.template, SAMPLING, Limits(None, 300, 512), seed=i) for i in range(64)]
+    sessions = [
+        AgentSession(f"s_{i}", served.template, SAMPLING, SessionLimits(None, 300, 512), seed=i) for i in range(64)
+    ]
     urls = [served.endpoint.open(session) for session in sessions]
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=30) as client:
         for _ in range(2):

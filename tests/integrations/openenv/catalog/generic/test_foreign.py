@@ -19,6 +19,7 @@ from integrations.openenv.env import OpenEnv, close_background_pools
 from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.tool_calls import ToolCall, read_tool_calls, written
 
 SLOW_START = OpenEnvConfig(startup_timeout_s=200.0, trust_dataset_code=True)
 ENVS_DIR = os.environ.get("OPENENV_ENVS_DIR")
@@ -97,6 +98,33 @@ def test_a_data_set_is_made_of_what_the_server_says(
     assert train[0]["options"] == '{"instruction": "Say something long."}'
     env = OpenEnv({"env_names": [str(template_folder)]}, train[0])
     assert env.options.instruction == "Say something long."
+
+
+def test_actions_are_calls_of_tools_where_the_data_set_says_so(echo_url: str, template_folder: Path) -> None:
+    for name, tool, argument, said in (
+        (echo_url, "echo_message", "message", "hi"),
+        (str(template_folder), "act", "message", "echoed message: hi\nmessage length: 2"),
+    ):
+        [row], _ = dataset_rows(name, 1, 0, 0, {"tool_calls": True}, SLOW_START)
+        assert "<action>" not in str(row["prompt"])
+        with OpenEnv(SLOW_START, {**row, "max_turns": 5}) as env:
+            messages, _ = env.init(row["prompt"])
+            [schema] = [schema["function"] for schema in env.tool_schemas or [] if schema["function"]["name"] == tool]
+            assert schema["parameters"]["properties"][argument]["type"] == "string"
+            assert "metadata" not in schema["parameters"]["properties"]
+            assert messages[1]["tool_calls"][0]["function"]["name"] in str(env.tool_schemas)
+            assert messages[2]["content"].startswith("Now a new episode.")
+            right = env.step(f"Hm. {written(ToolCall(tool, {argument: 'hi'}))}")
+            assert right["observations"] == [{"role": "tool", "content": said}]
+            for reply, complaint in (
+                ("<action>hi</action>", "no call of a tool"),
+                (written(ToolCall("shout", {})), "tool"),
+                (written(ToolCall(tool, {argument: 3})), "not of type 'string'"),
+                (written(ToolCall(tool, {argument: "?"})).replace("?", "\\ud800"), "no text"),
+            ):
+                assert complaint in env.step(reply)["observations"][0]["content"]
+            assert env.num_invalid_actions == 4
+            assert read_tool_calls(env.translator.random_action(Random(0)) or "")
 
 
 def test_our_own_servers_are_played_by_their_schema_too(echo_url: str, coding_url: str) -> None:

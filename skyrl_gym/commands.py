@@ -1,0 +1,129 @@
+"""`python -m skyrl_gym check my_module:MyEnv`: what would go wrong in training, before a model is loaded.
+
+Needs neither torch nor the trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from skyrl_gym.check import CheckReport, Fact, check_env, example_extras
+from skyrl_gym.contract import Outcome, short
+from skyrl_gym.error import Error
+
+OWN_COLUMNS = ("prompt", "env_class")  # of the trainer; the environment does not get them
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run `check`, and return 0 if the environment keeps the contract, 1 if not, 2 if it cannot be found."""
+    parser = argparse.ArgumentParser(prog="python -m skyrl_gym", description="Environments for language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_arguments(commands.add_parser("check", help="whether an environment keeps the contract"))
+    return run(parser.parse_args(words))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("env", metavar="ENV", help="a class of yours as my_module:MyEnv, or a registered id")
+    add_rows(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_rows(parser: argparse._ActionsContainer) -> None:
+    """Add the arguments that say which rows are played."""
+    parser.add_argument("--data", metavar="FILE", help="rows to play: .jsonl, .json or .parquet")
+    parser.add_argument("--row", metavar="JSON", help="""one row to play, for example '{"answer": "42"}'""")
+    parser.add_argument("--prompt-column", default="prompt", help="column of the rows that holds the prompt")
+    parser.add_argument("--num-rows", type=int, default=3, metavar="N", help="how many rows of the file are played")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the environment on some rows, print the report, and return the exit status."""
+    try:
+        rows = _rows(arguments)
+        reports = [_checked(arguments.env, row, arguments.prompt_column) for row in rows]
+    except (Error, ImportError, OSError, ValueError) as refused:
+        print(f"check: {_printable(' '.join(str(refused).split()))}", file=sys.stderr)
+        return 2
+    report = _together(arguments.env, reports)
+    if arguments.json:
+        print(json.dumps({**asdict(report), "passed": report.passed, "num_rows": len(rows)}, indent=2))
+    else:
+        print(_printable("\n".join([str(report), *advice(report, rows)])))
+    return 0 if report.passed else 1
+
+
+def advice(report: CheckReport, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines about what keeps the contract but may teach nothing."""
+    lines = [f"{len(rows)} rows, {len(report.rewards)} episodes"]
+    if report.rewards:
+        lines[0] += f", rewards {min(report.rewards):g} to {max(report.rewards):g}"
+        if min(report.rewards) == max(report.rewards):
+            lines.append("warn every episode earned the same: define gold_actions to see that a good one earns more")
+    if not report.passed and not any(rows):
+        lines.append("hint these episodes had an empty row; give some with --data FILE or --row JSON")
+    return lines
+
+
+def _checked(env: str, row: dict[str, Any], prompt_column: str) -> CheckReport:
+    prompt = row.get(prompt_column)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    extras = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
+    return check_env(env, extras=extras, prompt=prompt)
+
+
+def _together(env: str, reports: Sequence[CheckReport]) -> CheckReport:
+    """Return one report of several rows: a fact holds if it holds for each."""
+    facts: dict[str, Fact] = {}
+    for report in reports:
+        for fact in report.facts:
+            if fact.name not in facts or not fact.passed:
+                facts[fact.name] = fact
+    return CheckReport(env, tuple(facts.values()), tuple(reward for report in reports for reward in report.rewards))
+
+
+def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows to play: those given, else the class's own examples, else an empty one."""
+    if arguments.num_rows < 1:
+        raise ValueError(f"--num-rows={arguments.num_rows} must be at least 1")
+    if arguments.row is not None:
+        rows = [_json(arguments.row, "--row")]
+    elif arguments.data is not None:
+        rows = _read(Path(arguments.data).expanduser())[: arguments.num_rows]
+    else:
+        rows = example_extras(arguments.env) or [{}]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"a row must be a JSON object of columns, not {short(rows[0] if rows else 'nothing')}")
+    return rows
+
+
+def _read(path: Path) -> list[Any]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        read = Outcome.of(lambda: pyarrow.parquet.read_table(path).to_pylist())
+        if read.error is not None:
+            raise ValueError(f"{path} cannot be read as parquet: {read.error}")
+        return read.value
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return _json(text, str(path))
+    return [_json(line, f"line {i} of {path}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+
+
+def _printable(text: str) -> str:
+    """Return the text without characters that could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

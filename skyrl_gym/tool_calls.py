@@ -1,0 +1,124 @@
+"""Calls of tools, read from a reply in the form that the model's family was taught.
+
+    Qwen2.5, Qwen3, SmolLM2 and 3, Hermes   <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>, also several
+    Llama 3.1 to 3.3                        {"name": "add", "parameters": {"a": 1}}, and nothing else
+    Mistral                                 [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]
+
+The forms cannot be confused, so nobody has to say which model it is. Calls within a model's thinking do not count.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+END_OF_THINKING = "</think>"
+_MARKS = ("<|python_tag|>", "[TOOL_CALLS]")  # in front of bare JSON; most tokenizers leave them out of the text
+_ARGUMENTS = ("arguments", "parameters")
+MAX_CALLS = 100  # of one reply
+MAX_SHOWN = 100  # characters of what cannot be read
+
+
+class UnreadableCall(ValueError):
+    """A reply that begins a call of a tool which cannot be read. The message is for the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of the tool `name`. The arguments are whatever JSON the model wrote: check them."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def read_tool_calls(reply: str) -> list[ToolCall]:
+    """Return the calls in the order in which they stand in the reply; none if it is plain text.
+
+    UnreadableCall: a call does not end, or is no JSON object with a name and arguments.
+    """
+    said = reply.rpartition(END_OF_THINKING)[2]
+    if OPEN in said:
+        return [call for text in _between_tags(said) for call in _calls(_json(text))]
+    said, is_marked = _without_mark(said.strip())
+    if is_marked:
+        return _calls(_json(said))
+    if not said.startswith(("{", "[")):
+        return []
+    try:
+        return _calls(_json(said))
+    except UnreadableCall:
+        return []  # JSON, or nearly, that was not said to be a call
+
+
+def without_tool_calls(reply: str) -> str:
+    """Return the text of a reply in front of its first call."""
+    before, found, _ = reply.partition(OPEN)
+    if found:
+        return before.strip()
+    return "" if read_tool_calls(reply) else reply
+
+
+def written(call: ToolCall) -> str:
+    """Return a call as most families write it."""
+    return f"{OPEN}{json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}{CLOSE}"
+
+
+def manual_of(tool_schemas: list[dict[str, Any]]) -> str:
+    """Return a text that says which tools there are and how to call them, for templates that do not print tools."""
+    lines = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in tool_schemas)
+    return (
+        f"You can call these tools:\n<tools>\n{lines}\n</tools>\n\n"
+        f'To call one, write a JSON object with its name and arguments: {OPEN}{{"name": ..., "arguments": ...}}{CLOSE}'
+    )
+
+
+def _between_tags(said: str) -> list[str]:
+    """Return what stands between each pair of tags. Takes time linear in the length of the text."""
+    found, place = [], said.find(OPEN)
+    while place >= 0:
+        end = said.find(CLOSE, place)
+        if end < 0:
+            raise UnreadableCall(f"Your call does not end. Write {CLOSE} behind it.")
+        if len(found) == MAX_CALLS:
+            raise UnreadableCall(f"Your reply has more than {MAX_CALLS} calls.")
+        found.append(said[place + len(OPEN) : end])
+        place = said.find(OPEN, end)
+    return found
+
+
+def _without_mark(said: str) -> tuple[str, bool]:
+    for mark in _MARKS:
+        if said.startswith(mark):
+            return said.removeprefix(mark), True
+    return said, False
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refused)
+    except (ValueError, RecursionError):
+        raise UnreadableCall(f"Your call is no JSON: {text.strip()[:MAX_SHOWN]}") from None
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _calls(value: Any) -> list[ToolCall]:
+    """Return the call that a JSON object is, or those in a list of them."""
+    calls = value if isinstance(value, list) else [value]
+    if not calls or len(calls) > MAX_CALLS:
+        raise UnreadableCall(f"A list of calls has 1 to {MAX_CALLS} of them.")
+    return [_call(call) for call in calls]
+
+
+def _call(value: Any) -> ToolCall:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        raise UnreadableCall('A call is a JSON object with "name" and "arguments".')
+    arguments = next((value[key] for key in _ARGUMENTS if key in value), {})
+    if not isinstance(arguments, dict):
+        raise UnreadableCall(f'The "arguments" of {name[:MAX_SHOWN]} must be a JSON object.')
+    return ToolCall(name, arguments)

@@ -1,0 +1,95 @@
+"""`skyrl view [FOLDER...]`: opens a local web page with the runs in these folders."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+import uvicorn
+
+from skyrl_train.config.trainer import TrainerConfig
+from skyrl_train.console import lasting_output
+from skyrl_train.view.app import make_app
+from skyrl_train.view.folders import given_folder
+from skyrl_train.view.library import Library
+from skyrl_train.visible import visible
+
+PORT = 8265 + 100  # of the first try
+
+
+def main(argv: list[str]) -> int:
+    """Serve the page until Ctrl-C. Return 2 if the folders or the port cannot be used."""
+    options = _parser().parse_args(argv)
+    with lasting_output():
+        try:
+            roots = list(dict.fromkeys(given_folder(text) for text in options.folder or _default_folders()))
+            listener = _listener(options.port)
+        except (ValueError, OSError) as error:
+            print(visible(f"error: {error}"), file=sys.stderr)
+            return 2
+        with listener:
+            return _serve(roots, listener, opens=not options.no_open)
+
+
+def _serve(roots: list[Path], listener: socket.socket, *, opens: bool) -> int:
+    library = Library(roots)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    count = len(library.entries)
+    print(visible(f"{count} {'run' if count == 1 else 'runs'} in {', '.join(str(root) for root in roots)}"))
+    print(f"{address}   (only from this machine; Ctrl-C ends it)", flush=True)
+    library.start()
+    if opens and _has_a_screen():
+        threading.Timer(0.3, webbrowser.open, [address]).start()
+    config = uvicorn.Config(
+        make_app(library), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        library.close()
+    return 0
+
+
+def _listener(port: int | None) -> socket.socket:
+    """Return a socket that listens on loopback: the given port, else the first free one of ten, else any."""
+    for number in [port] if port is not None else [*range(PORT, PORT + 10), 0]:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", number))
+            listener.listen(128)
+            return listener
+        except (OSError, OverflowError) as error:
+            listener.close()
+            if port is not None:
+                raise ValueError(f"--port {port} cannot be used ({error}); give another one or leave it out") from error
+    raise ValueError("no port of this machine is free")
+
+
+def _default_folders() -> list[str]:
+    """Return the folder that runs are written into by default, if it is there, else the current one."""
+    usual = os.path.expanduser(TrainerConfig.ckpt_path)
+    return [usual if os.path.isdir(usual) else "."]
+
+
+def _has_a_screen() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skyrl view",
+        description="Open a local web page: runs, their curves over each other, every episode. Nothing is changed but "
+        "an index beside the trajectories (.view.sqlite), which may be deleted at any time.",
+    )
+    parser.add_argument("folder", nargs="*", help="a run (trainer.ckpt_path), or a folder that holds runs")
+    parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT} on")
+    parser.add_argument("--no-open", action="store_true", help="only print the address, open no browser")
+    return parser

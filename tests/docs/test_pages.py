@@ -1,0 +1,69 @@
+"""The two pages of docs/ as a person types them; only the model is a tiny one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from skyrl_train.run.metrics import read_metrics
+from tests.docs.pages import ROOT, Page, typed, typed_here
+from tests.tiny_models import save_tiny_model
+
+TINY = ("trainer.policy.model.path=model", "trainer.device=cpu", "trainer.bf16=false", "trainer.ckpt_interval=-1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.timeout(240)
+def test_the_page_about_an_own_environment(folder, capsys):
+    page = Page.read("your-own-environment.md")
+    assert list(page.files) == ["my_game.py", "make_tasks.py", "my_reward.py", "train_it.py"]
+    lines = [line for line in page.files["my_game.py"].splitlines() if line]
+    assert len(lines) <= 12, "as its title says"
+    assert '"path": "auto"' in page.files["train_it.py"]
+    page.write_files(folder, **{'"path": "auto"': '"path": "model"'})
+    make, check, train, reward, from_python = page.commands
+    typed(make, folder)
+    checked = typed(check, folder)
+    assert "my_game:OneWord: keeps the contract" in checked
+    assert "rewards 0 to 1" in checked
+    typed_here(train, folder, *TINY, "trainer.epochs=1")
+    assert {line["step"] for line in read_metrics(folder / "runs/one_word/metrics.jsonl")} == {0, 1, 2}
+    assert (folder / "runs/one_word/report.html").is_file()
+    typed_here(reward, folder, *TINY)
+    assert json.loads((folder / "runs/reward/summary.json").read_text())["environment"] == "single_turn"
+    capsys.readouterr()
+    typed_here(from_python, folder)
+    assert re.fullmatch(r"\d\.\d+ \d\.\d+", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.timeout(240)
+def test_the_page_about_an_own_server(folder):
+    page = Page.read("your-own-openenv-server.md")
+    init, many, play, check, prepare, train = page.commands
+    typed(init, folder)
+    assert (folder / "guess_env" / "server" / "app.py").is_file()
+    page.write_files(folder)
+    subprocess.run(shlex.split(many), cwd=folder, check=True)
+    played = typed(play, folder, lines="".join(f"{guess}\n" for guess in (1, 3, 5, 7, 9)) + "q\n")
+    assert "Guess a number from 1 to 9." in played
+    assert "Higher." in played
+    typed_here(check, folder, "-n", "3")
+    typed_here(prepare, folder, "--num_train", "8", "--num_validation", "2")
+    typed_here(train, folder, *TINY, "generator.sampling_params.max_generate_length=4")
+    assert {line["step"] for line in read_metrics(folder / "runs/guess/metrics.jsonl")} >= {1, 2}
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,116 @@
+"""Calls of tools in the forms of several families, and replies that are no calls."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
+from skyrl_gym.tool_calls import MAX_CALLS, ToolCall, UnreadableCall, read_tool_calls, without_tool_calls, written
+
+ADD = ToolCall("add", {"a": 1, "b": [2]})
+SAY = ToolCall("say", {})
+
+
+@pytest.mark.parametrize(
+    ("reply", "calls"),
+    [
+        ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>', [ADD]),  # Qwen2.5, Qwen3
+        ('<tool_call>[{"name": "add", "arguments": {"a": 1, "b": [2]}}, {"name": "say"}]</tool_call>', [ADD, SAY]),
+        ('I add.\n<tool_call>{"name": "add", "arguments": {"a": 1, "b": [2]}}</tool_call>\nDone.', [ADD]),
+        (f"{written(ADD)}\n{written(SAY)}", [ADD, SAY]),
+        ('{"name": "add", "parameters": {"a": 1, "b": [2]}}', [ADD]),  # Llama 3
+        ('<|python_tag|>{"name": "say", "parameters": {}}', [SAY]),
+        ('[TOOL_CALLS][{"name": "add", "arguments": {"a": 1, "b": [2]}}]', [ADD]),  # Mistral
+        ('[{"name": "say", "arguments": {}}]', [SAY]),  # the same, decoded without special tokens
+        (f"<think>\nMaybe {written(SAY)}?\n</think>\n\n{written(ADD)}", [ADD]),
+        (f"<think>{written(SAY)}</think> No.", []),
+        ("The answer is 3.", []),
+        ("", []),
+        ('{"answer": 3}', []),
+        ("{not JSON", []),
+        ("[1, 2]", []),
+        ("[]", []),
+        ('Read {"name": "add"}', []),  # Llama's form is the whole reply
+    ],
+)
+def test_calls_are_read_in_the_familys_form(reply: str, calls: list[ToolCall]) -> None:
+    assert read_tool_calls(reply) == calls
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        ("<tool_call>{}", "does not end"),
+        (f'{written(ADD)}<tool_call>{{"name": "say"', "does not end"),  # cut by length: the first is not played alone
+        ("<tool_call>add(1)</tool_call>", r"no JSON: add\(1\)"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "no JSON"),
+        ('<tool_call>{"name": "say", "arguments": {"x": NaN}}</tool_call>', "no JSON"),
+        ("<tool_call>{}</tool_call>", '"name" and "arguments"'),
+        ('<tool_call>{"name": 3}</tool_call>', '"name" and "arguments"'),
+        ("<tool_call>[]</tool_call>", "1 to"),
+        ('<tool_call>{"name": "say", "arguments": [1]}</tool_call>', "of say must be a JSON object"),
+        ('<tool_call>{"name": "say", "arguments": "{}"}</tool_call>', "of say must be a JSON object"),
+        ("<|python_tag|>print(1)", "no JSON"),
+        (written(SAY) * (MAX_CALLS + 1), f"more than {MAX_CALLS}"),
+    ],
+)
+def test_what_cannot_be_read_is_said_to_the_model(reply: str, says: str) -> None:
+    with pytest.raises(UnreadableCall, match=says):
+        read_tool_calls(reply)
+
+
+PIECES = [
+    "<tool_call>",
+    "</tool_call>",
+    "</think>",
+    '{"name": "a", "arguments": {}}',
+    "[",
+    "]",
+    "{",
+    "}",
+    "\ud800",
+    " ",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_no_reply_raises_anything_else(reply: str) -> None:
+    with suppress(UnreadableCall):
+        assert all(isinstance(call, ToolCall) for call in read_tool_calls(reply))
+    with suppress(UnreadableCall):
+        assert without_tool_calls(reply) in reply
+
+
+@given(st.text(), st.dictionaries(st.text(), st.integers() | st.text() | st.booleans() | st.none(), max_size=4))
+def test_a_written_call_is_read_again(name: str, arguments: dict[str, Any]) -> None:
+    call = ToolCall(name, arguments)
+    tags = ("<tool_call>", "</tool_call>", "</think>")
+    if not any(tag in json.dumps([name, arguments], ensure_ascii=False) for tag in tags):
+        assert read_tool_calls(written(call)) == [call]
+
+
+def test_the_text_in_front_of_a_call_is_what_was_said() -> None:
+    assert without_tool_calls(f"I add. {written(ADD)}") == "I add."
+    assert without_tool_calls('{"name": "say", "parameters": {}}') == ""
+    assert without_tool_calls("Just words.") == "Just words."
+
+
+@pytest.mark.parametrize(
+    "schemas",
+    [
+        {},
+        [{}],
+        ["add"],
+        [{"type": "function"}],
+        [{"type": "function", "function": {"name": 1}}],
+        [{"type": "function", "function": {"name": "add", "parameters": {1, 2}}}],
+    ],
+)
+def test_an_environments_tools_must_be_functions(schemas: Any) -> None:
+    with pytest.raises(WrongAnswer, match="tool"):
+        checked_tool_schemas(schemas)
+    assert checked_tool_schemas(None) == []

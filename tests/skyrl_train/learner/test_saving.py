@@ -1,0 +1,79 @@
+"""A learner's files are written while it goes on: they hold the state of the moment in which that began."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from skyrl_train.learner import saved
+from skyrl_train.learner.learner import TorchLearner
+from skyrl_train.learner.saved import SavedLearner
+from tests.skyrl_train.batches import random_batch
+from tests.skyrl_train.learner.test_learner import learner_for, prepared, trainer_config
+from tests.tiny_models import tiny_policy
+
+CONFIG = trainer_config({"kl_loss_coef": 0.1}, update_ref_every_epoch=True)
+
+
+@pytest.fixture
+def is_over(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A disk that takes nothing before this event, or for half a second where the learner waits for it."""
+    event, save_file = threading.Event(), saved.save_file
+
+    def save_late(*args: Any) -> None:
+        event.wait(0.5)
+        save_file(*args)
+
+    monkeypatch.setattr(saved, "save_file", save_late)
+    return event
+
+
+def trained() -> TorchLearner:
+    learner = learner_for(CONFIG, reference=tiny_policy(seed=1))
+    learner.update(prepared(learner, CONFIG))
+    return learner
+
+
+@pytest.mark.parametrize(
+    "call",
+    [TorchLearner.update, TorchLearner.add_logprobs, lambda learner, batch: learner.update_reference()],
+    ids=["update", "add_logprobs", "update_reference"],
+)
+def test_what_is_written_is_of_its_own_step_whatever_the_learner_is_asked_meanwhile(call, is_over, tmp_path):
+    learner = trained()
+    parts = learner._optimizer.parts() | learner._reference_parts()
+    before = {name: part.rows.clone() for name, part in parts.items()}
+    batch = prepared(learner, CONFIG, random_batch(seed=1))
+    future = learner.save(tmp_path)
+    call(learner, batch)
+    assert future.done()
+    is_over.set()
+    future.result()
+    found = SavedLearner(tmp_path)
+    assert found.plain["policy_version"] == 1
+    assert found.shapes.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(found.whole(name), tensor), name
+
+
+def test_pushes_proofs_and_exports_do_not_wait_for_the_disk(is_over, tmp_path):
+    learner = trained()
+    future = learner.save(tmp_path / "saved")
+    learner.logprobs_of_tokens([1, 2, 3])
+    learner.publish(tmp_path / "weights")
+    assert not future.done()
+    is_over.set()
+    future.result()
+
+
+def test_an_error_of_the_disk_is_the_futures_and_the_learner_goes_on(tmp_path):
+    learner = trained()
+    (tmp_path / "file").touch()
+    future = learner.save(tmp_path / "file" / "policy")
+    learner.update(prepared(learner, CONFIG, random_batch(seed=1)))
+    with pytest.raises(NotADirectoryError):
+        future.result()
+    assert learner.policy_version == 2

@@ -1,0 +1,270 @@
+"""The page in a real browser: what a person sees, presses and finds. One browser and one server for all tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+import pytest
+
+from skyrl_train.run.metrics import MetricsLog
+from skyrl_train.run.records.report import write_report
+from skyrl_train.run.records.trajectories import TrajectoryStore
+from skyrl_train.view.library import Library
+from tests.browser import Browser, chromium, headless_browser
+from tests.skyrl_train.run.records.episodes import TOKENIZER
+from tests.skyrl_train.view.conftest import EVIL_NAME, NUM_STEPS, read_whole, served, write_run, write_step
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="needs a Chromium (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def library(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    live = tmp_path_factory.mktemp("live")
+    write_run(live / "growing", num_steps=2)
+    return read_whole(runs, live)
+
+
+@pytest.fixture(scope="module")
+def address(library: Library) -> Generator[str]:
+    with served(library) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def opened() -> Generator[Browser]:
+    with headless_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(opened: Browser, address: str) -> Generator[Browser]:
+    """The browser, which must neither meet an error nor ask anybody else, whatever the test does."""
+    opened.errors.clear()
+    opened.requests.clear()
+    opened.size(1280, 800)
+    yield opened
+    assert opened.errors == []
+    asked = {urlsplit(request).netloc for request in opened.requests if not request.startswith(("data:", "about:", "file:"))}
+    assert asked <= {urlsplit(address).netloc}
+    assert opened.run("document.querySelectorAll('main img, main script, main style').length") == 0
+
+
+@pytest.fixture(scope="module")
+def run(library: Library) -> str:
+    return next(name for name, entry in library.entries.items() if entry.summary["step"] == NUM_STEPS)
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    return browser.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.innerText)")
+
+
+def overflow(browser: Browser) -> int:
+    """Return by how many pixels the page is wider than the window."""
+    return browser.run("document.documentElement.scrollWidth - innerWidth")
+
+
+def test_the_table_shows_every_run_and_the_search_and_the_keys_work(browser, address, run):
+    browser.open(address)
+    browser.until("document.querySelectorAll('.row .spark-line').length === 3")
+    assert any(EVIL_NAME in name for name in texts(browser, ".run-name a"))
+    assert "0.000 → 1.000" in texts(browser, ".run-reward")
+    browser.press("/")
+    browser.type("alert(3)")
+    browser.until("document.querySelectorAll('.row').length === 1")
+    browser.press("Escape", "j", "x")
+    browser.until("!document.querySelector('.chosen').hidden")
+    assert texts(browser, ".chosen span") == ["1 chosen"]
+    browser.press("Enter")
+    browser.until(f"location.hash === '#/run/{run}'")
+    browser.press("Escape")
+    browser.until("location.hash === '#/'")
+
+
+def test_the_order_follows_the_head_that_was_pressed(browser, address):
+    browser.open(address)
+    browser.until("document.querySelectorAll('.row .spark-line').length === 3")
+    for sign in ("↓", "↑"):
+        browser.run(
+            "[...document.querySelectorAll('.head')].find((head) => head.innerText.startsWith('episodes')).click()"
+        )
+        browser.until(f"document.querySelector('.head[aria-pressed=true]').innerText.includes('{sign}')")
+        counts = [
+            int(text)
+            for text in browser.run(
+                "[...document.querySelectorAll('.row .run-grid')].map((row) => row.children[5].innerText)"
+            )
+        ]
+        assert counts == sorted(counts, reverse=sign == "↓")
+        assert len(set(counts)) > 1
+
+
+def test_curves_of_two_runs_lie_over_each_other_and_their_settings_differ(browser, address, library, runs):
+    ids = [name for name, entry in library.entries.items() if entry.folder.root == runs]
+    browser.open(f"{address}#/curves?" + "&".join(f"run={name}" for name in ids))
+    browser.until("document.querySelectorAll('.chart .u-over').length >= 4")
+    assert len(texts(browser, ".legend-run")) == 2
+    assert texts(browser, ".chart h3")[0] == "reward/avg_raw_reward"
+    assert len(texts(browser, ".chart:first-child .chart-read .mark")) == 2
+    assert any("optimizer_config.lr" in row for row in texts(browser, ".settings tbody th"))
+    assert EVIL_NAME not in texts(browser, ".settings tbody th")  # the same in both
+    browser.press("/")
+    browser.type("policy/grad_norm")
+    browser.press("Enter")
+    browser.until("document.querySelector('.chart h3').innerText === 'policy/grad_norm'")
+    assert "key=policy" in browser.run("location.hash")
+
+
+def test_smoothing_changes_the_numbers_under_the_cursor(browser, address, run):
+    browser.open(f"{address}#/run/{run}/curves?key=reward%2Favg_raw_reward")
+    browser.until("document.querySelector('.chart .u-over')")
+    shown = {}
+    for weight in ("0", "0.9"):
+        browser.run(
+            "{ const slider = document.querySelector('input[type=range]');"
+            f"slider.value = {weight}; slider.dispatchEvent(new Event('input')); }}"
+        )
+        browser.until(f"document.querySelector('.field .number').innerText === '{float(weight):.2f}'")
+        browser.run("new Promise((done) => setTimeout(done, 120))")
+        shown[weight] = texts(browser, ".chart-read")[0]
+    # 0, 1, 2, 3 with weight 0.9: (1 * 0.81 + 2 * 0.9 + 3) / (1 + 0.9 + 0.81 + 0.729)
+    assert shown["0"].split()[-1] == "3"
+    assert shown["0.9"].split()[-1] == f"{(0.81 + 1.8 + 3) / 3.439:.3f}"
+
+
+def test_numbers_that_no_axis_can_hold_stop_nothing(browser, address, run):
+    keys = ["odd/huge", "odd/tiny", "odd/noise", "odd/nan", "odd/infinite", "policy/grad_norm"]
+    browser.open(f"{address}#/run/{run}/curves?" + urlencode([("key", key) for key in keys]))
+    for _ in range(2):
+        browser.until("document.querySelector('.chart:last-child .chart-read')?.innerText.includes('step 4')")
+        assert texts(browser, ".chart h3") == keys
+        browser.run("document.querySelector('.field input[type=checkbox]').click()")  # and with a logarithmic axis
+
+
+def test_episodes_are_filtered_and_walked_by_keyboard(browser, address, run):
+    browser.open(f"{address}#/run/{run}/episodes")
+    browser.until("document.querySelector('.talk')")
+    browser.press("/")
+    browser.type("word1")
+    browser.until("document.querySelector('.filters .count').innerText === '12 episodes'")
+    browser.press("Enter")
+    browser.until("document.querySelector('.reader-head').innerText.includes('prompt task1')")
+    first = texts(browser, ".reader-head")
+    browser.press("j", "j")
+    browser.until(f"document.querySelector('.reader-head').innerText !== {json.dumps(first[0])}")
+    browser.press("]")
+    browser.until("document.querySelector('.pill.here')")
+    browser.press("g")
+    browser.until("document.querySelectorAll('.column').length === 3")
+    assert [text.split()[0] for text in texts(browser, ".column .pill")] == ["2", "3", "4"]
+
+
+def test_a_token_tells_its_logprob_advantage_and_mask_by_hover_and_by_key(browser, address, run):
+    browser.open(f"{address}#/run/{run}/episodes?text=%22try+3+b%22&prompt=task1")
+    browser.until("document.querySelector('.talk')")
+    browser.press("ArrowRight")
+    browser.until("!document.getElementById('tip').hidden")
+    [told] = texts(browser, "#tip")
+    assert told.startswith('"t"   id ')
+    assert "logprob -" in told
+    assert "%" in told
+    assert "advantage 0." in told
+    assert told.endswith("mask: trained on")
+    assert browser.run("document.querySelectorAll('.sampled i[class*=s]').length") > 10
+    browser.press("v")
+    browser.until("document.querySelector('.sampled i.up1, .sampled i.up2, .sampled i.up3, .sampled i.up4')")
+    browser.press("v")
+    browser.until("document.querySelectorAll('.sampled i.trained').length > 10")
+    assert browser.run("document.querySelectorAll('.given i.trained').length") == 0
+    browser.press("v", "v", "Escape")
+    browser.until("document.getElementById('tip').hidden")
+    box = browser.run(
+        "(() => { const b = document.querySelector('.given i').getBoundingClientRect(); return [b.x + 2, b.y + 4]; })()"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+    browser.until("document.getElementById('tip').innerText.includes('given to the policy')")
+
+
+def test_a_validation_task_is_followed_over_the_steps(browser, address, run):
+    browser.open(f"{address}#/run/{run}/tasks")
+    browser.until("document.querySelectorAll('.task-row .cell').length === 9")
+    assert texts(browser, ".rows .task-row")[0].split()[0] == "held2"  # it changed the most
+    browser.press("j", "Enter")
+    browser.until("document.querySelectorAll('.column').length === 3")
+    assert texts(browser, ".column header a") == ["step 0", "step 2", "step 4"]
+
+
+@pytest.mark.parametrize("place", ["", "/curves", "/episodes", "/tasks", "/settings"])
+def test_nothing_that_was_said_becomes_markup_on_a_phone_or_a_desk(browser, address, run, place):
+    """The fixture looks for errors, dialogs, other addresses and elements; here for the width, light and dark."""
+    for width, dark in ((420, True), (1280, False)):
+        browser.size(width, 860, dark=dark)
+        browser.open(f"{address}#/run/{run}{place}" if place else address)
+        browser.until("document.querySelector('.row, .chart .u-over, .settings')")
+        assert overflow(browser) == 0
+        smallest = browser.run(
+            "Math.min(...[...document.querySelectorAll('main *')]"
+            ".filter((node) => !node.childElementCount && node.innerText && node.offsetParent)"
+            ".map((node) => parseFloat(getComputedStyle(node).fontSize)))"
+        )
+        assert smallest >= 10.5
+
+
+def test_on_a_phone_an_episode_opens_over_the_list_and_escape_leads_back(browser, address, run):
+    browser.size(420, 860)
+    browser.open(f"{address}#/run/{run}/episodes")
+    browser.until("document.querySelector('.episode-row')")
+    assert not browser.run("document.querySelector('.reader-side').offsetParent")
+    browser.press("j", "Enter")
+    browser.until("document.querySelector('.reader-side').offsetParent && document.querySelector('.talk')")
+    assert overflow(browser) == 0
+    browser.press("Escape")
+    browser.until("document.querySelector('.list-side').offsetParent")
+
+
+def test_the_page_follows_a_run_while_it_trains(browser, address, library):
+    entry = next(entry for entry in library.entries.values() if entry.folder.path.name == "growing")
+    folder, run = entry.folder.path, entry.folder.id
+    browser.open(f"{address}#/run/{run}/episodes?phase=train")
+    browser.until("document.querySelector('.filters .count')?.innerText === '18 episodes'")
+    store, log = TrajectoryStore(folder, TOKENIZER), MetricsLog(folder)
+    write_step(folder, 3, store, log)
+    store.close()
+    log.close()
+    browser.until("document.querySelector('.filters .count').innerText === '27 episodes'")
+    browser.until("document.querySelector('.run-head').innerText.includes('3 of 2')")
+    assert texts(browser, ".row .about b")  # the list is still there
+
+
+def test_the_help_opens_and_light_becomes_dark(browser, address):
+    browser.open(address)
+    browser.until("document.querySelector('.row')")
+    before = browser.run("getComputedStyle(document.body).backgroundColor")
+    browser.press("t")
+    browser.until(f"getComputedStyle(document.body).backgroundColor !== {json.dumps(before)}")
+    browser.press("t", "?")
+    browser.until("document.getElementById('help').open")
+    assert "logprob" in texts(browser, "#help")[0]
+    browser.press("Escape")
+    browser.until("!document.getElementById('help').open")
+
+
+def test_the_report_is_readable_on_a_phone_and_its_filter_shows_what_it_says(browser, runs):
+    report = write_report(runs / EVIL_NAME)
+    browser.size(420, 860)
+    browser.open(report.as_uri())
+    assert overflow(browser) == 0
+    shown = "[...document.querySelectorAll('svg text')].filter((text) => text.getBoundingClientRect().width)"
+    assert browser.run(f"Math.min(...{shown}.map((text) => text.getBoundingClientRect().height))") > 11
+    assert texts(browser, ".pick:first-of-type span")[:4] == ["all", "best", "typical", "worst"]
+    assert len(set(texts(browser, ".when"))) > 2
+    for label in ("best", "most changed", "worst"):
+        browser.run(f"document.querySelector('.pick input[value=\"{label}\"]').click()")
+        first = browser.run(
+            "[...document.querySelector('.episodes').querySelectorAll('.episode:not([hidden]) .label')]"
+            ".map((node) => node.innerText.toLowerCase())"
+        )
+        assert all(label in text for text in first)
+        assert len(first) == 2
