@@ -119,6 +119,16 @@ def recipe(entry: CatalogEntry, folder: Path, num_gpus: int, *, on_cpu: bool) ->
     return [*keys, *OUTSIDE_THE_CATALOG, f"environment.openenv.env_names=[{quoted(entry.name)}]"]
 
 
+def keys_of_evaluation(env: str, data_dir: str | None, keys: Sequence[str]) -> list[str]:
+    """Return the keys of an evaluation in an environment, then the user's. The data set is made if it is missing."""
+    entry = catalog_entry(env)
+    folder = data_folder(entry, data_dir)
+    if value_of("data.val_data", keys) is None:
+        make_data_set(entry, folder)
+    wanted = ("data.val_data", "environment.", "generator.max_", "generator.sampling_params")
+    return [key for key in recipe(entry, folder, 0, on_cpu=True) if key.startswith(wanted)] + list(keys)
+
+
 def tokens_of_a_pass(num_processes: int) -> int:
     """Return 4096 where memory allows: with 135M weights a run holds 3.7 GiB at 2048 and at most 4.8 at 4096.
 
