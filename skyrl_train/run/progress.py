@@ -23,6 +23,8 @@ Columns = tuple[tuple[str, tuple[str, ...], str], ...]
 FIRST: Columns = (
     ("reward", ("reward/avg_raw_reward",), "6.3f"),
     ("eval", ("eval/all/avg_score",), "6.3f"),
+    ("sft loss", ("sft/loss",), "7.4f"),
+    ("explained", ("critic/explained_variance",), "5.2f"),
     ("kl", ("policy/policy_kl", "loss/avg_kl"), "7.4f"),
     ("entropy", ("policy/policy_entropy",), "4.2f"),
     ("grad", ("policy/grad_norm",), "5.2f"),
