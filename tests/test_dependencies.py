@@ -22,6 +22,7 @@ NOT_EVERYWHERE = {
     "swanlab": "swanlab", "pyspiel": "open-spiel", "ale_py": "ale-py", "sumo_rl": "sumo-rl", "skfolio": "skfolio",
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
+    "accelerate": "transformers asks for it where it reads a GGUF file (policy/packaged.py)",
     "gguf": "transformers reads the weights of the packaged model with it (policy/packaged.py)",
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
