@@ -92,7 +92,6 @@ def recipe(entry: CatalogEntry, folder: Path, num_gpus: int, *, on_cpu: bool) ->
         "trainer.policy.model.path=auto",
         f"trainer.ckpt_path={quoted(Path('~/ckpts/openenv').expanduser() / entry.data_name)}",
         "trainer.export_path='${trainer.ckpt_path}/exports'",
-        f"trainer.run_name={entry.data_name}",
         f"trainer.device={'cpu' if on_cpu else 'cuda'}",
         "environment.env_class=openenv",
         f"trainer.train_batch_size={prompts}",
