@@ -145,7 +145,8 @@ class Trainer:
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
             await self.weights.push(self.learner, self.engine)
-        return measured | advantage_metrics(batch) | kl_values | metrics | self.weights.metrics
+        distills = self.config.trainer.algorithm.distills
+        return measured | advantage_metrics(batch, distills=distills) | kl_values | metrics | self.weights.metrics
 
     async def imitate(self) -> Metrics:
         """Make a step of the warm start: conversations -> batch -> cross entropy -> new weights."""

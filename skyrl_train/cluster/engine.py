@@ -12,6 +12,8 @@ from skyrl_train.cluster.start import import_ray
 from skyrl_train.engine.base import Completion, EngineDied, Request
 
 if TYPE_CHECKING:
+    from skyrl_train.cluster.machine import Copies
+    from skyrl_train.cluster.session import Node
     from skyrl_train.weights.shared_memory import SharedWeights
 
 CLOSE_S = 10.0  # for an engine to end what it has started; then its process is killed
@@ -20,11 +22,14 @@ CLOSE_S = 10.0  # for an engine to end what it has started; then its process is 
 class RayEngine:
     """A LoadingEngine in another process. EngineDied, with the last lines, once that is dead."""
 
-    def __init__(self, actor: Any, name: str, identity: Identity, max_model_len: int) -> None:
-        """actor: the handle of an EngineActor that is built."""
+    def __init__(
+        self, actor: Any, name: str, identity: Identity, max_model_len: int, node: Node, copies: Copies
+    ) -> None:
+        """actor: the handle of an EngineActor that is built. copies: brings weights to its machine, `node`."""
         self._ray = import_ray()
         self._actor, self._name, self._identity = actor, name, identity
         self._max_model_len, self._busy_seconds = max_model_len, 0.0
+        self._node, self._copies = node, copies
         self._is_closed = False  # nothing may be asked of Ray then: it may have ended, and would start again
 
     @property
@@ -45,7 +50,11 @@ class RayEngine:
         await self._answer(self._actor.pause.remote)
 
     async def load_weights(self, shared: SharedWeights) -> None:
-        await self._answer(self._actor.load_weights.remote, shared)
+        try:
+            there = await self._copies.on(self._node.id, shared)
+        except self._ray.exceptions.RayActorError as error:
+            raise EngineDied(f"{self._name}: {self._node.name} is gone: {error}") from None
+        await self._answer(self._actor.load_weights.remote, there)
 
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return await self._answer(self._actor.logprobs_of_tokens.remote, ids)

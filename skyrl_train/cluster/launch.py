@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skyrl_train import compute
@@ -13,9 +14,10 @@ from skyrl_train.cluster.actors import EngineActor, LearnerRank
 from skyrl_train.cluster.deaths import cause_of, obituary
 from skyrl_train.cluster.engine import RayEngine
 from skyrl_train.cluster.learner import RayLearner
+from skyrl_train.cluster.machine import Copies, Machine, refuse_unlike
 from skyrl_train.cluster.parts import ComputingParts
 from skyrl_train.cluster.placement import Placement
-from skyrl_train.cluster.session import RaySession
+from skyrl_train.cluster.session import Node, RaySession
 from skyrl_train.cluster.start import registered_by_users
 from skyrl_train.engine.base import EngineDied, LoadingEngine
 from skyrl_train.engine.pool import EnginePool
@@ -37,20 +39,39 @@ class Cluster:
     exp: BasePPOExp
     placement: Placement
     session: RaySession
-    _group: Any = None  # of GPUs: one bundle for each rank, and behind them one for each engine that shares none
+    nodes: list[Node]
+    copies: Copies
+    _group: Any = None  # of GPUs: one bundle on each machine
     _rank_gpus: list[list[int]] = field(default_factory=list)
     _actors: list[Any] = field(default_factory=list)
 
     @classmethod
-    def start(cls, exp: BasePPOExp, placement: Placement) -> Cluster:
-        cluster = cls(exp, placement, RaySession())
+    def start(cls, exp: BasePPOExp, placement: Placement, session: RaySession | None = None) -> Cluster:
+        """Choose the machines and look at each. ValueError, with the arithmetic, where one lacks what the run needs."""
+        session = session or RaySession()
+        cluster = cls(exp, placement, session, [], Copies(session.ray, {}))
         try:
+            num_gpus = placement.devices_of_nodes if placement.on_gpu else [0] * placement.num_nodes
+            cluster.nodes = session.nodes(num_gpus)
+            cluster._look_at_machines()
             if placement.on_gpu:
-                cluster._group = cluster.session.group(cluster._bundles())
+                cluster._group = session.group(num_gpus, cluster.nodes)
         except BaseException:
             cluster.close()
             raise
         return cluster
+
+    def _look_at_machines(self) -> None:
+        ray, machines = self.session.ray, {}
+        for node in self.nodes[1:]:
+            options = {"num_cpus": 0, "scheduling_strategy": self.session.on(node), "max_restarts": 0}
+            options["runtime_env"] = {"env_vars": self.session.environment(node)}
+            machines[node] = self._made(ray, Machine, options, self.session.mark_on(node))
+        try:
+            refuse_unlike(ray, machines, Path(self.exp.cfg.trainer.ckpt_path), [Path(self.exp.model_path)])
+        except ray.exceptions.RayError as error:
+            raise ValueError(f"a machine of Ray's cluster cannot run this project: {_first_lines(error)}") from error
+        self.copies = Copies(ray, {node.id: machine for node, machine in machines.items()})
 
     def start_ranks(self) -> RayLearner:
         """Start the processes of the ranks; they hold no policy yet."""
@@ -58,25 +79,30 @@ class Cluster:
         ranks = [self._rank(ray, rank) for rank in range(len(self.placement.ranks))]
         if self.placement.on_gpu:
             self._rank_gpus = ray.get([rank.gpu_ids.remote() for rank in ranks])
-        return RayLearner(ranks, ray.get([rank.identity.remote() for rank in ranks]))
+        nodes = [self.nodes[node] for node in self.placement.node_of_ranks]
+        return RayLearner(ranks, ray.get([rank.identity.remote() for rank in ranks]), nodes)
 
     async def start_engine(self, index: int) -> LoadingEngine:
         """Start one engine; also one that takes the place of a dead one."""
         actor = self._engine(self.session.ray, index)
         name, identity = f"engine {index} of {len(self.placement.engines)}", None
+        node = self.nodes[self.placement.node_of_engines[index]]
+        name += f" on {node.name}" if len(self.nodes) > 1 else ""
         exceptions = self.session.ray.exceptions
         try:
             identity = await actor.identity.remote()
             max_model_len = await actor.build.remote(self.exp)
         except exceptions.RayActorError as error:
             raise EngineDied(obituary(name, identity, error)) from None
+        except exceptions.ActorUnschedulableError as error:
+            raise EngineDied(f"{name} cannot be started: {' '.join(str(error).split())[:200]}") from None
         except exceptions.RayTaskError as error:
             self.session.ray.kill(actor)
             raise cause_of(error, identity) from error
         except BaseException:
             self.session.ray.kill(actor)
             raise
-        return RayEngine(actor, name, identity, max_model_len)
+        return RayEngine(actor, name, identity, max_model_len, node, self.copies)
 
     async def start_engines(self) -> EnginePool:
         """Start all engines at the same time."""
@@ -91,17 +117,13 @@ class Cluster:
             self.session.ray.util.remove_placement_group(self._group)
         self.session.close()
 
-    def _bundles(self) -> list[dict[str, float]]:
-        placement = self.placement
-        apart = [engine for engine in placement.engines if not set(engine) & set(placement.ranks)]
-        return [{"GPU": 1.0} for _ in placement.ranks] + [{"GPU": float(len(engine))} for engine in apart]
-
     def _rank(self, ray: Any, rank: int) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "concurrency_groups": {"progress": 1, "saving": 1}}
-        options["scheduling_strategy"] = self.session.here()
-        options["runtime_env"] = {"env_vars": self.session.environment(**self._threads())}
+        node = self.placement.node_of_ranks[rank]
+        options["scheduling_strategy"] = self.session.on(self.nodes[node])
+        options["runtime_env"] = {"env_vars": self.session.environment(self.nodes[node], **self._threads())}
         if self.placement.on_gpu:
-            options |= {"num_gpus": 1, "scheduling_strategy": self._in_bundle(rank)}
+            options |= {"num_gpus": 1, "scheduling_strategy": self._in_bundle(node)}
         count = len(self.placement.ranks)
         return self._made(ray, LearnerRank, options, rank, count, self._num_threads, registered_by_users())
 
@@ -110,15 +132,15 @@ class Cluster:
         placement, devices = self.placement, self.placement.engines[index]
         variables = self._threads()
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": REQUESTS_AT_ONCE}
-        options["scheduling_strategy"] = self.session.here()
+        node = placement.node_of_engines[index]
+        options["scheduling_strategy"] = self.session.on(self.nodes[node])
         if placement.on_gpu and set(devices) & set(placement.ranks):
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for d in devices for gpu in self._rank_gpus[d])
             variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-            options["scheduling_strategy"] = self._in_bundle(devices[0])
+            options["scheduling_strategy"] = self._in_bundle(node)
         elif placement.on_gpu:
-            bundle = len(placement.ranks) + index
-            options |= {"num_gpus": len(devices), "scheduling_strategy": self._in_bundle(bundle)}
-        options["runtime_env"] = {"env_vars": self.session.environment(**variables)}
+            options |= {"num_gpus": len(devices), "scheduling_strategy": self._in_bundle(node)}
+        options["runtime_env"] = {"env_vars": self.session.environment(self.nodes[node], **variables)}
         return self._made(ray, EngineActor, options, self._num_threads)
 
     @property
@@ -144,7 +166,10 @@ class Cluster:
 @asynccontextmanager
 async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[ComputingParts]:
     """Start everything, and end it with the block. `exp` is BasePPOExp.for_other_processes()."""
-    cluster = await _in_compute_thread(Cluster.start, exp, placement)
+    try:
+        cluster = await _in_compute_thread(Cluster.start, exp, placement)
+    except ValueError as error:  # what only Ray's cluster can tell
+        raise RunRefused(str(error)) from error
     try:
         learner = await _in_compute_thread(cluster.start_ranks)
         try:
@@ -174,3 +199,9 @@ async def _together(*calls: Awaitable[Any]) -> list[Any]:
 
 def _in_compute_thread(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     return asyncio.wrap_future(compute.submit(call, *args))
+
+
+def _first_lines(error: BaseException) -> str:
+    """Return what an error of Ray says, in one line: its last line names the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]} ... {lines[-1]}"[:500] if len(lines) > 1 else "".join(lines)[:500]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -20,19 +21,22 @@ from skyrl_train.types import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.cluster.session import Node
     from skyrl_train.entrypoints.experiment import BasePPOExp
     from skyrl_train.weights.shared_memory import SharedWeights
 
+DEATH_S = 8.0  # for a death that explains why another rank lost its connection
 LOOK_S = 0.5  # between two looks at the progress of an update
 
 
 class RayLearner:
     """Passes every call to all ranks, and returns what rank 0 answers. A rank that dies ends the call: LearnerDied."""
 
-    def __init__(self, ranks: Sequence[Any], identities: Sequence[Identity]) -> None:
-        """ranks: handles of LearnerRank actors. `build` comes first."""
+    def __init__(self, ranks: Sequence[Any], identities: Sequence[Identity], nodes: Sequence[Node]) -> None:
+        """ranks: handles of LearnerRank actors, on these machines. `build` comes first."""
         self._ray = import_ray()
         self._ranks, self._identities = list(ranks), list(identities)
+        self._nodes = list(nodes)
         self._policy_version = 0
         self._saving = ThreadPoolExecutor(1, "checkpoint")
         self._is_closed = False
@@ -42,14 +46,19 @@ class RayLearner:
         return self._policy_version
 
     @property
+    def _has_machines(self) -> bool:
+        return len(set(self._nodes)) > 1
+
+    @property
     def num_ranks(self) -> int:
         return len(self._ranks)
 
     def build(self, exp: BasePPOExp) -> None:
         """Let the ranks meet, load the policy and make their learners. LearnerDied, or what one of them raised."""
-        port = self.answers([self._ranks[0].open_store.remote()])[0]
+        address = self._nodes[0].address if self._has_machines else "127.0.0.1"
+        port = self.answers([self._ranks[0].open_store.remote(address)])[0]
         reference = self._ray.put(exp)
-        self.answers([rank.build.remote(reference, port) for rank in self._ranks])
+        self.answers([rank.build.remote(reference, address, port) for rank in self._ranks])
 
     def add_logprobs(self, batch: Batch) -> Batch:
         arrays = self._ray.put(arrays_of(batch))
@@ -122,16 +131,39 @@ class RayLearner:
                 raise LearnerDied("the learner was closed")
             done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
             for call in done:
-                found[call] = self._result(calls.index(call), call)
+                found[call] = self._result_of(calls.index(call), call, calls, waiting)
             if while_waiting is not None and waiting and calls[0] in waiting:
                 self._during(while_waiting)
         return [found[call] for call in calls]
+
+    def _result_of(self, rank: int, call: Any, calls: Sequence[Any], waiting: list[Any]) -> Any:
+        """Return a rank's answer. Where it lost the connection to another rank, that one's death is what is raised."""
+        try:
+            return self._result(rank, call)
+        except LearnerDied:
+            raise
+        except RuntimeError:
+            deadline = time.monotonic() + DEATH_S  # Ray learns of a lost machine later than the other ranks
+            while waiting and not self._is_closed and time.monotonic() < deadline:
+                done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
+                for other in done:
+                    self._raise_if_dead(calls.index(other), other)
+            raise
+
+    def _raise_if_dead(self, rank: int, call: Any) -> None:
+        try:
+            self._result(rank, call)
+        except LearnerDied:
+            raise
+        except Exception:  # noqa: BLE001 (an error of its own: the first one's is raised)
+            return
 
     def _result(self, rank: int, call: Any) -> Any:
         try:
             return self._ray.get(call)
         except self._ray.exceptions.RayActorError as error:
             name = f"learner rank {rank} of {self.num_ranks}"
+            name += f" on {self._nodes[rank].name}" if self._has_machines else ""
             raise LearnerDied(obituary(name, self._identities[rank], error)) from None
         except self._ray.exceptions.RayTaskError as error:
             raise cause_of(error) from error

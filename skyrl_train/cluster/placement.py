@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skyrl_train.config import SkyRLConfig
 
@@ -33,6 +33,33 @@ class Placement:
     ranks: tuple[int, ...]
     engines: tuple[tuple[int, ...], ...]
     num_threads: int
+    num_nodes: int = 1
+
+    @property
+    def node_of_ranks(self) -> tuple[int, ...]:
+        """Return the machine of each rank: as many follow each other on every machine."""
+        each = len(self.ranks) // self.num_nodes
+        return tuple(rank // each for rank in range(len(self.ranks)))
+
+    @property
+    def node_of_engines(self) -> tuple[int, ...]:
+        """Return the machine of each engine: that of the ranks whose devices it uses, else spread evenly."""
+        places, count = dict(zip(self.ranks, self.node_of_ranks, strict=True)), len(self.engines)
+        return tuple(
+            places[devices[0]] if devices[0] in places else engine * self.num_nodes // count
+            for engine, devices in enumerate(self.engines)
+        )
+
+    def node_of_device(self, device: int) -> int:
+        if device in self.ranks:
+            return self.node_of_ranks[self.ranks.index(device)]
+        return next(node for node, devices in zip(self.node_of_engines, self.engines, strict=True) if device in devices)
+
+    @property
+    def devices_of_nodes(self) -> list[int]:
+        """Return how many devices the run uses on each machine."""
+        used = [self.node_of_device(device) for device in self.sharing()]
+        return [used.count(node) for node in range(self.num_nodes)]
 
     @property
     def num_devices(self) -> int:
@@ -58,7 +85,10 @@ class Placement:
     def __str__(self) -> str:
         """One sentence for the log: who computes where."""
         kind = "GPU" if self.on_gpu else "CPU device"
-        places = [f"{kind} {device}: {' and '.join(names)}" for device, names in self.sharing().items()]
+        places = []
+        for device, names in self.sharing().items():
+            machine = f" of machine {self.node_of_device(device)}" if self.num_nodes > 1 else ""
+            places.append(f"{kind} {device}{machine}: {' and '.join(names)}")
         threads = "" if self.on_gpu else f" ({self.num_threads} thread{'s' * (self.num_threads > 1)} each)"
         return "; ".join(places) + threads
 
@@ -75,14 +105,16 @@ def place(config: SkyRLConfig, resources: Resources, *, on_gpu: bool) -> Placeme
     in_process = (
         shares and (num_ranks, num_engines) == (1, 1) and (trainer.strategy, generator.backend) == ("single", "torch")
     )
-    num_devices = first + for_engines if not shares else num_ranks
     placement = Placement(
         on_gpu=on_gpu,
         in_process=in_process,
         ranks=tuple(range(num_ranks)),
         engines=tuple(tuple(range(at, at + split)) for at in range(first, first + for_engines, split)),
-        num_threads=max(1, resources.num_cores // num_devices),
+        num_threads=1,
+        num_nodes=trainer.placement.policy_num_nodes,
     )
+    num_threads = max(1, resources.num_cores // max(placement.devices_of_nodes))
+    placement = replace(placement, num_threads=num_threads)
     if not in_process:
         _refuse_what_does_not_fit(config, placement, resources)
     return placement
@@ -110,18 +142,27 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
             "generator.backend=torch cannot give its memory back while the policy trains on the same GPU from another "
             "process; use generator.backend=vllm, or trainer.placement.colocate_all=false"
         )
-    needed, ranks = placement.num_devices, len(placement.ranks)
+    each, split = len(placement.ranks) // placement.num_nodes, len(placement.engines[0])
+    if shares and each % split:
+        raise ValueError(
+            f"generator.inference_engine_tensor_parallel_size={split} would spread an engine over machines, which have "
+            f"trainer.placement.policy_num_gpus_per_node={each} devices each; use a divisor of {each}"
+        )
+    needed, ranks = placement.devices_of_nodes[0], each
     if placement.on_gpu and needed > resources.num_gpus:
         engines = "" if shares else f" + {needed - ranks} for the engines"
+        where = "here" if placement.num_nodes == 1 else "on this one"
+        on_each = "" if placement.num_nodes == 1 else " on each machine"
         raise ValueError(
-            f"{needed} GPUs are needed ({ranks} for the policy{engines}), and {resources.num_gpus} are here; use "
-            "fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
+            f"{needed} GPUs are needed{on_each} ({ranks} for the policy{engines}), and {resources.num_gpus} are {where}"
+            "; use fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
         )
-    num_processes = ranks + len(placement.engines)
+    num_engines = placement.node_of_engines.count(0)
+    num_processes = ranks + num_engines
     least = num_processes * PROCESS_GB
     if not placement.on_gpu and resources.memory_gb is not None and least > resources.memory_gb:
         raise ValueError(
-            f"{ranks} learner ranks and {len(placement.engines)} engines are {num_processes} processes of at least "
+            f"{ranks} learner ranks and {num_engines} engines are {num_processes} processes of at least "
             f"{PROCESS_GB} GB each = {least:.1f} GB without any weights, and this machine has "
             f"{resources.memory_gb:.1f} GB; use fewer"
         )
@@ -133,6 +174,12 @@ def refuse_missing_packages(config: SkyRLConfig) -> None:
         raise ValueError(
             "processes of their own are started by Ray, and Ray is not installed: uv sync --inexact --extra cluster "
             "(pip install 'skyrl-train[cluster]')"
+        )
+    num_nodes = config.trainer.placement.policy_num_nodes
+    if num_nodes > 1 and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"trainer.placement.policy_num_nodes={num_nodes} needs a cluster of Ray's, and RAY_ADDRESS is not set; "
+            "type `ray start --head` here and `ray start --address=...` on the others, and set RAY_ADDRESS=auto"
         )
     if config.generator.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError(

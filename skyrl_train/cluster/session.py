@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import skyrl_train
 from skyrl_train.cluster import reaper
@@ -17,6 +18,17 @@ from skyrl_train.cluster.start import import_ray
 OBJECT_STORE_BYTES = 512 * 2**20  # batches alone travel through it: 32 MB for a million tokens
 GROUP_S = 60  # for the GPUs of the run to become free
 REAPER_S = 12
+
+
+class Node(NamedTuple):
+    """A machine of Ray's cluster, by Ray's id of it, and its address."""
+
+    id: str
+    address: str
+
+    @property
+    def name(self) -> str:
+        return f"machine {self.address} (Ray's node {self.id[:8]})"
 
 
 class RaySession:
@@ -32,6 +44,7 @@ class RaySession:
         self._is_ours = not self.ray.is_initialized()
         if self._is_ours:
             self._init(num_gpus)
+        self._here = self.ray.get_runtime_context().get_node_id()
 
     def _init(self, num_gpus: int | None) -> None:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -52,38 +65,71 @@ class RaySession:
         os.environ[reaper.VARIABLE] = self.mark  # what Ray starts here inherits it
         try:
             self.ray.init(**options)
+        except (RuntimeError, ConnectionError) as error:  # another version of Python or Ray, or nobody is there
+            if not address:
+                raise
+            said = " ".join(str(error).split())[:600]
+            raise ValueError(f"RAY_ADDRESS={address} cannot be joined: {said}") from error
         finally:
             del os.environ[reaper.VARIABLE]
 
-    def environment(self, **variables: str) -> dict[str, str]:
+    def mark_on(self, node: Node) -> str:
+        """Return the mark of the run's processes on a machine: another one on each, where a reaper looks for it."""
+        return self.mark if node.id == self._here else f"{self.mark}.{node.id}"
+
+    def environment(self, node: Node, **variables: str) -> dict[str, str]:
         """Return the variables of an actor's process: it carries the mark and finds the driver's modules."""
         root = str(Path(skyrl_train.__file__).parents[1])
         paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {
-            reaper.VARIABLE: self.mark,
+            reaper.VARIABLE: self.mark_on(node),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
             **variables,
         }
 
-    def here(self) -> Any:
-        """Return the scheduling strategy of actors on the driver's machine, whose memory brings them new weights."""
+    def nodes(self, num_gpus: Sequence[int]) -> list[Node]:
+        """Return a machine for each of these numbers of GPUs, the driver's first. ValueError if there are too few."""
+        there = [node for node in self.ray.nodes() if node["Alive"]]
+        there.sort(key=lambda node: (node["NodeID"] != self._here, node["NodeManagerAddress"], node["NodeID"]))
+        chosen: list[Node] = []
+        for wanted in num_gpus:
+            fitting = next((node for node in there if node["Resources"].get("GPU", 0) >= wanted), None)
+            if fitting is None or (not chosen and fitting["NodeID"] != self._here):
+                raise ValueError(self._too_few(num_gpus))
+            there.remove(fitting)
+            chosen.append(Node(fitting["NodeID"], fitting["NodeManagerAddress"]))
+        return chosen
+
+    def _too_few(self, num_gpus: Sequence[int]) -> str:
+        there = [node for node in self.ray.nodes() if node["Alive"]]
+        gpus = [int(node["Resources"].get("GPU", 0)) for node in there]
+        have = ", ".join(f"{node['NodeManagerAddress']} with {gpu} GPUs" for node, gpu in zip(there, gpus, strict=True))
+        if len(num_gpus) == 1:
+            return f"{num_gpus[0]} GPUs are needed, and Ray's cluster has {sum(gpus)}; use fewer"
+        wanted = f" with {', '.join(map(str, num_gpus))} GPUs, the first of them this one" if any(num_gpus) else ""
+        return (
+            f"trainer.placement.policy_num_nodes={len(num_gpus)} needs {len(num_gpus)} machines{wanted}, and Ray's "
+            f"cluster has {len(there)}: {have}; add machines with `ray start --address=...`, or use fewer"
+        )
+
+    def on(self, node: Node) -> Any:
+        """Return the scheduling strategy of actors on a machine."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
+        return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
-    def group(self, bundles: list[dict[str, float]]) -> Any:
-        """Return a placement group on the driver's machine, once it is ready. ValueError if it does not fit."""
+    def group(self, num_gpus: Sequence[int], nodes: Sequence[Node]) -> Any:
+        """Return a placement group once it is ready: a bundle of so many GPUs on each machine. ValueError if not."""
         ray = self.ray
-        needed, there = sum(bundle.get("GPU", 0) for bundle in bundles), ray.cluster_resources().get("GPU", 0)
-        if needed > there:
-            raise ValueError(f"{needed:.0f} GPUs are needed, and Ray's cluster has {there:.0f}; use fewer")
-        bundles = [bundles[0] | {f"node:{ray.util.get_node_ip_address()}": 0.001}, *bundles[1:]]
-        group = ray.util.placement_group(bundles, strategy="STRICT_PACK")
+        bundles = [{"GPU": float(number)} for number in num_gpus]
+        selectors = [{"ray.io/node-id": node.id} for node in nodes]
+        group = ray.util.placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
         if not group.wait(GROUP_S):
+            ray.util.remove_placement_group(group)
             free = ray.available_resources().get("GPU", 0)
             raise ValueError(
-                f"{needed:.0f} GPUs of this machine are needed, and Ray's cluster had {free:.0f} free in {GROUP_S} s "
-                f"(of {there:.0f}); end what holds them, or use fewer"
+                f"{sum(num_gpus)} GPUs are needed ({', '.join(map(str, num_gpus))} on each machine), and Ray's cluster "
+                f"had {free:.0f} free in {GROUP_S} s; end what holds them, or use fewer"
             )
         return group
 

@@ -21,7 +21,7 @@ class PlacementConfig(Section, at="trainer.placement"):
     """The devices of each model. With trainer.device=cpu a process stands for each of them."""
 
     colocate_all: bool = True  # the policy's devices are the engines', too: they take turns; false: each has its own
-    policy_num_nodes: int = 1  # machines of the policy; more than one are not possible yet
+    policy_num_nodes: int = 1  # machines of the policy and its engines, of the cluster that RAY_ADDRESS names
     policy_num_gpus_per_node: int = 1  # devices of the policy per machine: one learner rank on each
     critic_num_nodes: int = II("trainer.placement.policy_num_nodes")  # follows the policy's
     critic_num_gpus_per_node: int = II("trainer.placement.policy_num_gpus_per_node")  # follows the policy's
@@ -34,12 +34,6 @@ class PlacementConfig(Section, at="trainer.placement"):
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(1, "policy_num_nodes", "policy_num_gpus_per_node")
-        if self.policy_num_nodes > 1:
-            yield self.problem(
-                "policy_num_nodes",
-                "machines are not possible yet: new weights travel through the memory of one machine; "
-                "use trainer.placement.policy_num_nodes=1",
-            )
         for model, reason in FOLLOWERS.items():
             for name in ("num_nodes", "num_gpus_per_node"):
                 own, policys = getattr(self, f"{model}_{name}"), getattr(self, f"policy_{name}")

@@ -117,7 +117,7 @@ class TrainerConfig(Section, at="trainer"):
             yield self.problem("logger", "must be one of " + ", ".join(LOGGERS) + ", or a list of them")
 
     def _strategy_rules(self) -> Iterator[Problem]:
-        ranks = self.placement.policy_num_gpus_per_node
+        ranks = self.placement.num_ranks
         if self.strategy == "megatron":
             yield self.problem(
                 "strategy",
@@ -130,7 +130,7 @@ class TrainerConfig(Section, at="trainer"):
             yield self.problem(
                 "strategy",
                 f"is one learner, but the placement asks for {ranks} ranks; use trainer.strategy=fsdp2, or "
-                "trainer.placement.policy_num_gpus_per_node=1",
+                "trainer.placement with one machine and one device",
                 ("trainer.strategy=fsdp2",),
             )
 

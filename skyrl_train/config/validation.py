@@ -82,6 +82,14 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             f"{trainer.policy.model.path} for one of its own, or trainer.critic.shares_policy=true for a head alone",
             (f"trainer.critic.model.path={trainer.policy.model.path}",),
         )
+    if estimator == "distillation" and trainer.reference_is_base:
+        yield Problem(
+            "trainer.algorithm.advantage_estimator",
+            estimator,
+            "needs a teacher; set trainer.ref.model.path to another model with the policy's tokenizer",
+        )
+    if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
+        estimator = "grpo"  # it compares the episodes of a prompt, too
     if trainer.critic.shares_policy and trainer.strategy != "single":
         yield Problem(
             "trainer.critic.shares_policy",

@@ -54,6 +54,7 @@ class BasePPOExp(RolloutParts):
         self.critic_path = self.get_critic_path()
         self.memory = self.get_memory_plan()
         self.tokenizer = self.get_tokenizer()
+        self.check_teacher()
         self.chat_template = self.get_chat_template()
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()

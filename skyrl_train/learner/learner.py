@@ -74,7 +74,9 @@ class TorchLearner:
         self.reference = reference
         self.objective = Objective(trainer.algorithm)
         if self.objective.needs_reference and reference is None:
-            raise ValueError("a KL term is on, so the learner needs a reference policy (or set use_kl_loss=false)")
+            raise ValueError(
+                "a KL term or a teacher is on, so the learner needs a reference policy (or set use_kl_loss=false)"
+            )
         self.policy_version = 0  # optimizer steps so far
         self._imitated = False  # whether the optimizer's moments are those of imitation
         self._trainer = trainer
@@ -99,9 +101,9 @@ class TorchLearner:
         the policy does not move before it is used, and the update's own logprobs are the old ones.
         """
         self._writer.wait()  # adapters change places with the reference's
-        needs_old = (
-            self._num_steps(batch) > 1 or self._trainer.algorithm.use_kl_in_reward or self.objective.rejects_samples
-        )
+        algorithm = self._trainer.algorithm
+        is_compared = algorithm.use_kl_in_reward or algorithm.distills or self.objective.rejects_samples
+        needs_old = is_compared or self._num_steps(batch) > 1
         old_logprobs = self._logprobs(self.policy, batch) if needs_old else None
         ref_logprobs = None
         if self.reference is not None and self.objective.needs_reference:

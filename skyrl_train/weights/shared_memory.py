@@ -139,6 +139,8 @@ BYTES_PER_S = 100e6  # a slow machine's; what loading may take grows with the we
 class SharedMemoryWeights:
     """Pushes weights through memory that the learner's first rank writes and every engine of this machine maps.
 
+    Engines of other machines map a copy of it (cluster/machine.py).
+
     The memory has no name: it is a file that only this process holds open, /proc/PID/fd/N to the others. So nothing is
     left of it when the processes have gone, however they end.
     """

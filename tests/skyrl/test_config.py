@@ -27,6 +27,7 @@ from skyrl_train.config import (
     to_flat_dict,
     validate_cfg,
 )
+from skyrl_train.engine.vllm.settings import refuse_what_vllm_cannot
 
 OPENENV_LAUNCH = [
     "data.train_data=['/d/train.parquet']", "data.val_data=['/d/validation.parquet']",
@@ -272,6 +273,7 @@ def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is()
 
     config = load_config(OPENENV_LAUNCH, OpenEnvRunConfig)
     trainer, generator = config.trainer, config.generator
+    refuse_what_vllm_cannot(config)
     assert len(OPENENV_LAUNCH) == 45
     assert (trainer.strategy, trainer.placement.num_ranks, generator.num_inference_engines) == ("fsdp", 4, 4)
     assert (generator.backend, generator.gpu_memory_utilization, trainer.dump_data_batch) == ("vllm", 0.8, True)
@@ -290,7 +292,7 @@ def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is()
         ),
         (["trainer.strategy=megatron"], "use trainer.strategy=fsdp2"),
         (["trainer.policy.fsdp_config.cpu_offload=true"], "has no effect with trainer.strategy=single"),
-        (["trainer.placement.policy_num_nodes=2"], "use trainer.placement.policy_num_nodes=1"),
+        (["trainer.placement.policy_num_nodes=2"], "but the placement asks for 2 ranks; use trainer.strategy=fsdp2"),
         (
             ["trainer.strategy=fsdp2", "trainer.placement.policy_num_gpus_per_node=2",
              "trainer.placement.ref_num_gpus_per_node=1"],

@@ -80,8 +80,8 @@ def test_a_row_may_have_messages_or_prompt_and_response(tokenizer):
         ({"text": "a"}, "row 0 (trainer.sft.data) has no"),
         ("a", "it has a str"),
         ({"prompt": "a", "response": 3}, "response must be a text, got '3'"),
-        ({"prompt": [], "response": "b"}, "prompt must be a list of messages"),
-        ({"messages": [{"role": "user"}]}, "messages must be a list of messages"),
+        ({"prompt": [], "response": "b"}, "prompt must be a text, or a list of messages"),
+        ({"messages": [{"role": "user"}]}, "messages must be a text, or a list of messages"),
         ({"messages": [{"role": "user", "content": "a"}]}, "end with the assistant's, got user"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "begin with a prompt"),
         ({"prompt": [{"role": "assistant", "content": "a"}], "response": "b"}, "begin with a prompt"),
@@ -171,7 +171,7 @@ def test_rl_begins_with_fresh_moments_and_the_whole_schedule(tokenizer, tmp_path
     optimizer = learner._optimizer
     steps = set(optimizer.plain_state()["steps"].values())
     assert (steps, optimizer.learning_rate, learner.policy_version) == ({3}, 0.0, 3)
-    learner.save(tmp_path)
+    learner.save(tmp_path).result()
     other = TorchLearner(tiny_policy(), config, num_training_steps=10)
     other.load(tmp_path)
     rl = add_advantages(learner.add_logprobs(random_batch()), config.algorithm)

@@ -124,6 +124,37 @@ def test_the_kl_is_measured_from_the_policy_that_has_imitated(levers: Path, tmp_
     assert 0.0 < lines[-1]["policy/policy_kl"] < 1.0
 
 
+def test_a_teacher_that_knows_the_lever_is_enough_without_any_reward(levers: Path, tmp_path: Path) -> None:
+    """The teacher imitates lever C alone; its student, which pulls all four, follows its logprobs alone."""
+    (levers / "right.jsonl").write_text(json.dumps({"prompt": "7", "response": "<pull>C</pull>"}) + "\n")
+    shown = [f"trainer.sft.data=['{levers}/{name}.jsonl']" for name in ("right", "shown")]
+    export = ("trainer.hf_save_interval=1000", f"trainer.export_path={tmp_path}/exports", "trainer.sft.epochs=30")
+    one_step = ("trainer.epochs=1", "trainer.train_batch_size=8", "trainer.eval_interval=-1")
+    lr = ("trainer.policy.optimizer_config.lr=1e-9",)
+    assert main(settings_of(levers, tmp_path / "teacher", shown[0], *SFT, *export, *one_step, *lr)) == 0
+    [teacher] = sorted((tmp_path / "exports").glob("global_step_31/policy"))
+    distill = ("trainer.algorithm.advantage_estimator=distillation", f"trainer.ref.model.path={teacher}")
+    run = tmp_path / "student"
+    assert main(settings_of(levers, run, shown[1], *SFT, *distill)) == 0
+    _, imitated, after = evaluations(run)
+    gaps = [line["loss/reverse_kl"] for line in read_metrics(run / "metrics.jsonl") if "loss/reverse_kl" in line]
+    print(f"distilled: {imitated} -> {after}, reverse KL {gaps[0]:.3f} -> {gaps[-1]:.3f}")
+    assert imitated < 0.9 <= after
+    assert gaps[0] > 0.2
+    assert abs(gaps[-1]) < gaps[0] / 3
+
+
+def test_a_teacher_with_other_tokens_is_refused(levers: Path, tmp_path: Path, capsys) -> None:
+    other = save_tiny_model(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    distill = ("trainer.algorithm.advantage_estimator=distillation", f"trainer.ref.model.path={other}")
+    assert main(settings_of(levers, tmp_path / "run", *distill)) == 2
+    assert "2 of the policy's 258 tokens are others there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

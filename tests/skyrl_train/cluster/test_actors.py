@@ -49,7 +49,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     register("even", EvenEnv)
     folder = tmp_path_factory.mktemp("cluster")
     exp = BasePPOExp(load_config([*arguments(write_given(folder), folder / "run"), *TWO]))
-    cluster = Cluster(exp.for_other_processes(), exp.placement, RaySession(num_gpus=3))
+    cluster = Cluster.start(exp.for_other_processes(), exp.placement, RaySession(num_gpus=3))
     try:
         learner = cluster.start_ranks()
         learner.build(cluster.exp)
@@ -129,7 +129,7 @@ def test_what_the_ranks_write_one_process_reads(started, tmp_path):
 def test_every_process_sees_the_gpus_of_its_place(started):
     """Ray takes our word for three GPUs: rank 0 and engine 0 share one, engine 1 lies apart in another test's words."""
     session, exp = started.cluster.session, started.cluster.exp
-    shared = Cluster(exp, Placement(True, False, (0, 1), ((0, 1),), 1), session, session.group([{"GPU": 1.0}] * 2))
+    shared = Cluster.start(exp, Placement(True, False, (0, 1), ((0, 1),), 1), session)
     ranks = shared.start_ranks()
     engine = shared._engine(session.ray, 0)
     try:
@@ -137,7 +137,7 @@ def test_every_process_sees_the_gpus_of_its_place(started):
         assert len(set(seen)) == 2
         assert session.ray.get(engine.identity.remote()).gpus == ",".join(map(str, seen))
         with pytest.raises(ValueError, match="4 GPUs are needed, and Ray's cluster has 3"):
-            session.group([{"GPU": 2.0}, {"GPU": 2.0}])
+            session.nodes([4])
     finally:
         ranks.close()
         session.ray.kill(engine)

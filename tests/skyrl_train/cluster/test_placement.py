@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl_train.cluster.placement import Placement, Resources, place
+from skyrl_train.cluster.placement import Placement, Resources, place, refuse_missing_packages
 from skyrl_train.config import load_config
 
 HERE = Resources(num_gpus=4, num_cores=8, memory_gb=32)
@@ -50,6 +50,37 @@ def test_ranks_and_engines_have_their_devices(overrides, on_gpu, of_ranks, of_en
     assert placement == Placement(on_gpu, in_process, of_ranks, of_engines, num_threads)
 
 
+def machines(number: int, each: int) -> list[str]:
+    return [*ranks(each), f"trainer.placement.policy_num_nodes={number}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_gpu", "of_ranks", "of_engines", "used", "num_threads"),
+    [
+        ([*machines(2, 1), *engines(2)], False, (0, 1), (0, 1), [1, 1], 8),
+        ([*machines(2, 2), *engines(4), *VLLM], True, (0, 0, 1, 1), (0, 0, 1, 1), [2, 2], 4),
+        ([*machines(2, 4), *engines(4), *VLLM, *SPLIT], True, (0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1), [4, 4], 2),
+        ([*machines(2, 1), *engines(3), *APART], True, (0, 1), (0, 0, 1), [3, 2], 2),
+        ([*machines(3, 1), *engines(1), *APART], False, (0, 1, 2), (0,), [2, 1, 1], 4),
+    ],
+)
+def test_several_machines_have_equally_many_ranks_and_the_engines_beside_them(
+    overrides, on_gpu, of_ranks, of_engines, used, num_threads
+):
+    placement = placed(*overrides, on_gpu=on_gpu)
+    assert (placement.node_of_ranks, placement.node_of_engines) == (of_ranks, of_engines)
+    assert (placement.devices_of_nodes, placement.num_threads) == (used, num_threads)
+    assert f"of machine {len(used) - 1}: rank {len(of_ranks) - 1}" in str(placement)
+
+
+def test_several_machines_need_a_cluster_that_is_there(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=r"policy_num_nodes=2 needs a cluster of Ray's, and RAY_ADDRESS is not set"):
+        refuse_missing_packages(load_config([*machines(2, 1), *engines(2)]))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    refuse_missing_packages(load_config([*machines(2, 1), *engines(2)]))
+
+
 def test_the_sentence_for_the_log_says_who_shares_a_device():
     shared = placed(*ranks(2), *engines(2))
     assert shared.counted() == ", 2 learner ranks, 2 engines"
@@ -75,6 +106,17 @@ def test_the_sentence_for_the_log_says_who_shares_a_device():
             [*ranks(4), *engines(1), *VLLM, *APART],
             True,
             "5 GPUs are needed (4 for the policy + 1 for the engines), and 4 are here",
+        ),
+        (
+            [*machines(2, 4), *engines(4), *VLLM, *APART],
+            True,
+            "6 GPUs are needed on each machine (4 for the policy + 2 for the engines), and 4 are on this one",
+        ),
+        (
+            [*machines(2, 1), *engines(1), *VLLM, *SPLIT],
+            True,
+            "tensor_parallel_size=2 would spread an engine over machines, which have "
+            "trainer.placement.policy_num_gpus_per_node=1 devices each; use a divisor of 1",
         ),
         ([*ranks(2), *engines(2)], True, "use generator.backend=vllm, or trainer.placement.colocate_all=false"),
         ([*ranks(2), *engines(2), "trainer.deterministic=true"], False, "trainer.deterministic=true needs"),

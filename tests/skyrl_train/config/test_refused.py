@@ -151,12 +151,41 @@ def test_a_length_penalty_that_cannot_be_is_refused(setting, says):
 
 
 GAE = "trainer.algorithm.advantage_estimator=gae"
+ONE = "generator.n_samples_per_prompt=1"
 
 
 def test_a_discount_needs_an_estimator_that_has_time_steps():
     gamma = "trainer.algorithm.gamma=0.9"
     assert "set trainer.algorithm.advantage_estimator=reinforce++|gae" in refusal(gamma)
     load_config([gamma, "trainer.algorithm.advantage_estimator=reinforce++"])
+
+
+DISTILLATION = "trainer.algorithm.advantage_estimator=distillation"
+NO_KL = "trainer.algorithm.use_kl_loss=false"
+TEACHER = "trainer.ref.model.path=other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([DISTILLATION, TEACHER], "measures the policy against the teacher already"),
+        ([DISTILLATION, NO_KL], "advantage_estimator=distillation needs a teacher"),
+        ([NO_KL, TEACHER], "trainer.ref.model.path=other has no effect with"),
+        (
+            [NO_KL, TEACHER, "trainer.algorithm.advantage_estimator=my.mod:fn"],
+            "trainer.ref.model.path=other has no eff",
+        ),
+        (["trainer.algorithm.distillation.reward_weight=1"], "reward_weight=1.0 has no effect with"),
+        (
+            [DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1", ONE],
+            "generator.n_samples_per_prompt=1 gives grpo nothing to compare with",
+        ),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(settings, says):
+    assert says in refusal(*settings)
+    load_config([DISTILLATION, NO_KL, TEACHER, ONE])
+    load_config([DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1"])
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,9 @@ def test_the_summary_adds_up(run):
     printed = console.export_text()
     assert "0.250 → 0.875" in printed
     assert "--worst 3" in printed
+    narrow = Console(record=True, width=40)
+    narrow.print(closing_panel(summary), soft_wrap=True)
+    assert f"uv run python -m skyrl_train.records show {run} --worst 3\n" in narrow.export_text()  # in one piece
     assert str(run / "report.html") in printed
     assert summary.profile is None
     assert "perfetto" not in printed
