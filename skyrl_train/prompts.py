@@ -179,7 +179,7 @@ def read_source(source: str) -> Iterator[tuple[str, Row]]:
     path = Path(source).expanduser()
     if path.suffix in FILE_TYPES:
         if not path.is_file():
-            raise DataError(f"there is no file {path} (given in data.train_data or data.val_data)")
+            raise DataError(f"there is no file {path} (given in data.train_data, data.val_data or trainer.sft.data)")
         rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     elif path.exists():
         raise DataError(f"{path} is not a {', '.join(FILE_TYPES)} file; name the file itself, or convert it")
@@ -235,6 +235,11 @@ def row_messages(place: str, row: Row, column: str = "prompt") -> list[Message]:
     messages = row[column]
     if isinstance(messages, str) and messages.strip():
         messages = [{"role": "user", "content": messages}]
+    return checked_conversation(place, column, messages)
+
+
+def checked_conversation(place: str, column: str, messages: Any) -> list[Message]:
+    """Return checked messages. DataError names the row and the column that holds something else."""
     is_list = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
     if not is_list or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
         wanted = 'a text, or a list of messages [{"role": "user", "content": "..."}, ...]'

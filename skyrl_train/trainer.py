@@ -21,13 +21,19 @@ from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
 from skyrl_train.callbacks import CallbackInput
 from skyrl_train.config import SkyRLConfig
+from skyrl_train.conversations import Conversations
 from skyrl_train.engine.base import Engine
 from skyrl_train.evaluate import Evaluator
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.learner.base import Learner, LearnerDied
 from skyrl_train.prompts import TrainPrompts
 from skyrl_train.rollout.dynamic_sampling import DynamicSampling
-from skyrl_train.rollout.filters import mask_overlong, zero_reward_on_non_stop
+from skyrl_train.rollout.filters import (
+    mask_overlong,
+    overlong_metrics,
+    with_overlong_penalties,
+    zero_reward_on_non_stop,
+)
 from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.rollout.seeds import derive_seed
@@ -52,7 +58,8 @@ T = TypeVar("T")
 class Trainer:
     """Owns the order of things and nothing else; every part is given to it ready.
 
-    `global_step` counts finished steps, so a checkpoint of step N goes on with step N + 1.
+    `global_step` counts finished steps, so a checkpoint of step N goes on with step N + 1. The first steps imitate
+    conversations, if there are any; those after them play prompts.
     """
 
     config: SkyRLConfig
@@ -66,6 +73,7 @@ class Trainer:
     run: Run
     kl_controller: KLController
     extra_metrics: Callable[[], Metrics] = dict  # an experiment's own, asked once a step
+    conversations: Conversations | None = None  # to imitate before the first step of RL
     users: RayPPOTrainer | None = None  # the user's hook and callbacks, as SkyRL has them
     shape_rewards: Callable[[list[Group]], Any] | None = None  # the experiment's hook
     global_step: int = 0
@@ -77,7 +85,16 @@ class Trainer:
 
     @property
     def total_training_steps(self) -> int:
-        return self.prompts.schedule.num_steps
+        return self.num_imitation_steps + self.prompts.schedule.num_steps
+
+    @property
+    def num_imitation_steps(self) -> int:
+        return self.conversations.num_steps if self.conversations else 0
+
+    @property
+    def num_rl_steps(self) -> int:
+        """Steps of RL that are finished; below 0 while conversations are left to imitate."""
+        return self.global_step - self.num_imitation_steps
 
     async def train(self) -> None:
         """Train from wherever the run stands to its last step. Leaves nothing running, however it ends."""
@@ -128,12 +145,25 @@ class Trainer:
         metrics = await self._learn("policy_train", self.learner.update, batch, self.run.progress.reached)  # -> weights
         with self._timed("sync_weights"):
             await self.weights.push(self.learner, self.engine)
-        return measured | advantage_metrics(batch) | kl_values | metrics | self.weights.metrics
+        distills = self.config.trainer.algorithm.distills
+        return measured | advantage_metrics(batch, distills=distills) | kl_values | metrics | self.weights.metrics
+
+    async def imitate(self) -> Metrics:
+        """Make a step of the warm start: conversations -> batch -> cross entropy -> new weights."""
+        assert self.conversations is not None
+        batch = self.conversations.batch(self.global_step + 1)
+        self.run.progress.phase("imitation", batch.num_tokens, "tokens")
+        metrics = await self._learn("policy_train", self.learner.imitate, batch, self.run.progress.reached)
+        if self.num_rl_steps == -1 and self.config.trainer.reference_is_base:
+            await asyncio.wrap_future(compute.submit(self.learner.update_reference))  # the KL is measured from here
+        with self._timed("sync_weights"):
+            await self.weights.push(self.learner, self.engine)
+        return metrics | self.weights.metrics
 
     async def timed_step(self) -> Metrics:
         self.timings = {}
         with self._timed("step"):
-            metrics = await self.step()
+            metrics = await (self.step() if self.num_rl_steps >= 0 else self.imitate())
         self.global_step += 1
         if warning := self.standstill.after(metrics):
             logger.warning(warning)
@@ -224,7 +254,7 @@ class Trainer:
         They are those of one batch of prompts, or of as many as dynamic sampling needs.
         """
         trainer = self.config.trainer
-        seed = derive_seed("dynamic sampling", trainer.seed, self.global_step + 1)
+        seed = derive_seed("dynamic sampling", trainer.seed, self.num_rl_steps + 1)
         rollout = DynamicSampling(trainer.algorithm.dynamic_sampling, self.prompts.schedule.batch_size, seed)
         played: list[Group] = []
         while not rollout.is_done:
@@ -233,7 +263,8 @@ class Trainer:
             groups = await self._collect([replace(prompt, uid=rollout.uid_of(prompt)) for prompt in prompts])
             played += (shaped := await self._shaped(groups))
             rollout.add(self._without_pay_for_cuts(shaped))
-        return rollout.groups, rollout_metrics(played) | rollout.metrics()
+        groups, penalties = self._penalized(rollout.groups)
+        return groups, rollout_metrics(played) | rollout.metrics() | penalties
 
     async def _begin_saving(self) -> None:
         """Let a thread write a checkpoint. Returns when it no longer matters to it what the next step changes."""
@@ -292,8 +323,8 @@ class Trainer:
             return
         schedule, now = self.prompts.schedule, self.global_step if step is None else step
         self.users.global_step = now
-        epoch = max(now - 1, 0) // schedule.steps_per_epoch
-        self.users.fire(event, CallbackInput(now, epoch, schedule.num_steps, schedule.steps_per_epoch, **fields))
+        epoch = max(now - self.num_imitation_steps - 1, 0) // schedule.steps_per_epoch
+        self.users.fire(event, CallbackInput(now, epoch, self.total_training_steps, schedule.steps_per_epoch, **fields))
 
     def _to_samples(self, groups: list[Group]) -> list[Sample]:
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -306,6 +337,15 @@ class Trainer:
         if not self.config.generator.zero_reward_on_non_stop:
             return groups
         return [Group(group.prompt, [zero_reward_on_non_stop(t) for t in group.trajectories]) for group in groups]
+
+    def _penalized(self, groups: list[Group]) -> tuple[list[Group], Metrics]:
+        """Take DAPO's penalty for length from the rewards. Dynamic sampling has compared those without it."""
+        buffer, generator = self.config.trainer.algorithm.overlong_buffer, self.config.generator
+        if buffer.len == 0:
+            return groups, {}
+        limit = generator.sampling_params.max_generate_length
+        penalized = with_overlong_penalties(groups, limit, buffer.len, buffer.penalty_factor)
+        return penalized, overlong_metrics(groups, penalized)
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
         """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""
@@ -334,15 +374,16 @@ class Trainer:
         self.timings[name] = self.timings.get(name, 0.0) + seconds
 
     def _is_due(self, interval: int) -> bool:
-        """Return whether this step ends an interval or is the last one; an interval that is not positive never ends."""
-        return interval > 0 and (self.global_step % interval == 0 or self.global_step == self.total_training_steps)
+        """Return whether this step ends an interval or a stage; an interval that is not positive never ends."""
+        is_last = self.global_step in (self.num_imitation_steps, self.total_training_steps)  # of its stage
+        return interval > 0 and (self.global_step % interval == 0 or is_last)
 
     def _begins_epoch(self) -> bool:
-        return self.global_step % self.prompts.schedule.steps_per_epoch == 0
+        return self.num_rl_steps >= 0 and self.num_rl_steps % self.prompts.schedule.steps_per_epoch == 0
 
     def _ends_epoch(self) -> bool:
         """Return whether this step ends an epoch, the last step included: a resumed run may have more epochs."""
-        return self.global_step % self.prompts.schedule.steps_per_epoch == 0
+        return self.num_rl_steps > 0 and self.num_rl_steps % self.prompts.schedule.steps_per_epoch == 0
 
     def _clock(self) -> Metrics:
         return (
@@ -351,7 +392,7 @@ class Trainer:
             | self.timings
             | self.prompts.metrics
             | {
-                "trainer/epoch": (self.global_step - 1) // self.prompts.schedule.steps_per_epoch,
+                "trainer/epoch": max(self.num_rl_steps - 1, 0) // self.prompts.schedule.steps_per_epoch,
                 "trainer/global_step": self.global_step,
                 "trainer/num_tokens": self.num_tokens,
             }

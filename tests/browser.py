@@ -46,7 +46,7 @@ def headless_browser() -> Generator[Browser]:
             port = _port_of(Path(profile), process)
             with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=20) as answer:
                 page = next(target for target in json.load(answer) if target["type"] == "page")
-            with connect(page["webSocketDebuggerUrl"], max_size=None, compression=None) as socket:
+            with connect(page["webSocketDebuggerUrl"], max_size=None, compression=None, ping_interval=None) as socket:
                 yield Browser(socket)
         finally:
             process.terminate()

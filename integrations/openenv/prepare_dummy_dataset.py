@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,7 @@ from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
+from skyrl_train.config.problems import written
 from skyrl_train.visible import make_errors_visible, visible
 
 MADE_FOR = "openenv_env_names="  # recipe.py looks for it in the file
@@ -30,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     make_errors_visible()
     try:
-        names = [catalog_entry(arguments.env_name).name] if arguments.env_name else list(CATALOG)
+        names = list(dict.fromkeys(catalog_entry(name).name for name in arguments.env_name or CATALOG))
         options = options_from_words(arguments.option)
         sizes = (arguments.num_train, arguments.num_validation, arguments.seed)
         datasets = [dataset_rows(name, *sizes, options=options) for name in names]
@@ -41,11 +43,40 @@ def main() -> None:
     folder = Path(arguments.output_dir).expanduser()
     train = [row for rows, _ in datasets for row in rows]
     validation = [row for _, rows in datasets for row in rows]
+    if len(names) > 1:  # one limit for all would not suit each
+        for row in (*train, *validation):
+            row["max_turns"] = catalog_entry(row["env_name"]).max_turns
     write_parquet(train, folder / "train.parquet")
     write_parquet(validation, folder / "validation.parquet")
     print(f"{', '.join(names)}: {len(train)} training and {len(validation)} validation tasks in {folder}")
-    if names[0] not in CATALOG:
+    if len(names) > 1:
+        print(
+            f"several environments in one data set. To train on all of them at once:\n{mixture_command(names, folder)}"
+        )
+    elif names[0] not in CATALOG:
         print(f"to train, name it in the configuration too: \"environment.openenv.env_names=['{names[0]}']\"")
+
+
+def mixture_command(names: Sequence[str], folder: Path) -> str:
+    """Return the command that trains on a mixture, in one line: the limits of each episode stand in its row."""
+    settings = [
+        "environment.env_class=openenv",
+        written("data.train_data", [str(folder / "train.parquet")]),
+        written("data.val_data", [str(folder / "validation.parquet")]),
+        "trainer.policy.model.path=auto",
+        written("trainer.ckpt_path", str(Path.home() / "ckpts" / "openenv" / "mixture")),
+        "trainer.train_batch_size=8",
+        "trainer.policy_mini_batch_size=8",
+        "generator.n_samples_per_prompt=8",
+        "generator.max_input_length=1280",
+        "generator.sampling_params.max_generate_length=32",
+        "trainer.algorithm.use_kl_loss=false",
+        "trainer.policy.optimizer_config.lr=1e-5",
+    ]
+    foreign = [name for name in names if name not in CATALOG]
+    if foreign:
+        settings.append(written("environment.openenv.env_names", foreign))
+    return shlex.join(["skyrl", "train", *settings])
 
 
 def dataset_rows(
@@ -142,7 +173,11 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write datasets of made-up tasks for OpenEnv environments.")
     parser.add_argument("--output_dir", default="~/data/openenv", help="where the two files go")
-    parser.add_argument("--env_name", help=f"{', '.join(CATALOG)}; {FORMS}; without it, the catalog")
+    parser.add_argument(
+        "--env_name",
+        action="append",
+        help=f"{', '.join(CATALOG)}; {FORMS}; given several times, or not at all (the catalog): a mixture",
+    )
     parser.add_argument("--num_train", type=_positive, default=NUM_TRAIN)
     parser.add_argument("--num_validation", type=_positive, default=NUM_VALIDATION)
     parser.add_argument("--seed", type=int, default=SEED)

@@ -92,7 +92,6 @@ def recipe(entry: CatalogEntry, folder: Path, num_gpus: int, *, on_cpu: bool) ->
         "trainer.policy.model.path=auto",
         f"trainer.ckpt_path={quoted(Path('~/ckpts/openenv').expanduser() / entry.data_name)}",
         "trainer.export_path='${trainer.ckpt_path}/exports'",
-        f"trainer.run_name={entry.data_name}",
         f"trainer.device={'cpu' if on_cpu else 'cuda'}",
         "environment.env_class=openenv",
         f"trainer.train_batch_size={prompts}",
@@ -117,6 +116,16 @@ def recipe(entry: CatalogEntry, folder: Path, num_gpus: int, *, on_cpu: bool) ->
     if entry.name in CATALOG:
         return [*keys, *OF_ENVIRONMENTS.get(entry.name, ())]
     return [*keys, *OUTSIDE_THE_CATALOG, f"environment.openenv.env_names=[{quoted(entry.name)}]"]
+
+
+def keys_of_evaluation(env: str, data_dir: str | None, keys: Sequence[str]) -> list[str]:
+    """Return the keys of an evaluation in an environment, then the user's. The data set is made if it is missing."""
+    entry = catalog_entry(env)
+    folder = data_folder(entry, data_dir)
+    if value_of("data.val_data", keys) is None:
+        make_data_set(entry, folder)
+    wanted = ("data.val_data", "environment.", "generator.max_", "generator.sampling_params")
+    return [key for key in recipe(entry, folder, 0, on_cpu=True) if key.startswith(wanted)] + list(keys)
 
 
 def tokens_of_a_pass(num_processes: int) -> int:

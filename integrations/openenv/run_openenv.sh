@@ -171,19 +171,4 @@ keys=(trainer.device="$DEVICE" generator.backend="$INFERENCE_BACKEND")
 [[ -z "${MAX_TURNS:-}" ]] || keys+=(generator.max_turns="$MAX_TURNS")
 
 exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
-<<<<<<< HEAD
-  "data.train_data=['$DATA_DIR/train.parquet']" \
-  "data.val_data=['$DATA_DIR/validation.parquet']" \
-  trainer.policy.model.path="${MODEL:-auto}" \
-  trainer.ckpt_path="$CKPT_PATH" \
-  trainer.export_path="$CKPT_PATH/exports" \
-  trainer.device="$DEVICE" \
-  trainer.logger="${LOGGER:-console}" \
-  generator.backend="$INFERENCE_BACKEND" \
-  environment.env_class=openenv \
-  "${recipe[@]}" \
-  ${MAX_TURNS:+generator.max_turns="$MAX_TURNS"} \
-  "$@"
-=======
   --env "$ENV_NAME" --gpus "$NUM_GPUS" ${DATA_DIR:+--data-dir "$DATA_DIR"} "${keys[@]}" "$@"
->>>>>>> main

@@ -84,15 +84,19 @@ def group_metrics(batch: Batch) -> dict[str, float]:
     return {"reward/equal_group_share": equal / groups.unique().numel()}
 
 
-def advantage_metrics(batch: Batch) -> dict[str, float]:
+def advantage_metrics(batch: Batch, *, distills: bool = False) -> dict[str, float]:
     """Return means over the trajectories and the trained tokens, under SkyRL's names, and how many tokens those are.
+
+    `distills`: also the mean gap between policy and teacher, an estimate of the reverse KL.
 
     Tokens that a filter took out of the loss are not trained: a filter that empties the batch leaves 0.
     """
     if batch.advantages is None:
         raise ValueError("the batch has no advantages yet: call add_advantages first")
     scores, _, _ = trajectory_scores(batch)
+    of_teacher = {"loss/reverse_kl": float(masked_mean(teacher_gap(batch), batch.loss_mask))} if distills else {}
     return {
+        **of_teacher,
         "loss/avg_final_rewards": float(scores.mean()),
         "loss/avg_raw_advantages": float(masked_mean(batch.advantages, batch.loss_mask)),
         "loss/avg_raw_advantages_abs": float(masked_mean(batch.advantages.abs(), batch.loss_mask)),
@@ -152,6 +156,30 @@ def gae(batch: Batch, values: Tensor | None, gamma: float, lambd: float) -> tupl
     delta = batch.rewards[tokens] + gamma * next_value - value
     advantages[tokens] = discounted_sums(delta, trajectories, gamma * lambd)
     return whiten(advantages, batch.loss_mask), advantages + torch.where(batch.loss_mask, values, 0.0)
+
+
+@register_advantage_estimator("distillation")
+def distillation(batch: Batch, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """On-policy distillation: how much more likely the teacher finds each token that the policy has sampled.
+
+        A_t = log p_teacher(t) - log p_policy(t) + reward_weight * A_t of GRPO
+    The mean of the first term over the policy's own samples is minus the reverse KL, so the update follows its gradient
+    token by token, without a discount (arXiv 2306.08543, MiniLLM, and 2306.13649, GKD, with reverse KL and only the
+    student's samples; Thinking Machines Lab 2025, "On-Policy Distillation"). Both logprobs are at the temperature of
+    the sampling. The rewards count only with reward_weight > 0.
+    """
+    advantages = torch.where(batch.loss_mask, -teacher_gap(batch), 0.0)
+    weight = config.distillation.reward_weight
+    if weight > 0:
+        advantages = advantages + weight * grpo(batch, config.grpo_norm_by_std)[0]
+    return advantages, advantages
+
+
+def teacher_gap(batch: Batch) -> Tensor:
+    """Return [T] log p_policy - log p_teacher of the sampled tokens, before the update."""
+    if batch.old_logprobs is None or batch.ref_logprobs is None:
+        raise ValueError("distillation needs old_logprobs and the teacher's ref_logprobs: call add_logprobs first")
+    return batch.old_logprobs - batch.ref_logprobs
 
 
 def group_relative_advantages(rewards: Tensor, group_ids: Tensor, *, divide_by_std: bool) -> Tensor:

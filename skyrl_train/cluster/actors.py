@@ -6,10 +6,13 @@ Heavy imports live in the methods, so that a process says who it is before it lo
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from skyrl_train.cluster.signs import Sign, cpu_seconds_of, place_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from skyrl_train.learner.base import Learner
     from skyrl_train.weights.shared_memory import SharedWeights
 
-GROUP_TIMEOUT = timedelta(minutes=30)  # of a collective; a dead rank is found out at once by its actor's death
+GROUP_TIMEOUT = timedelta(minutes=10)  # of a collective; watch.py finds out before what neither answers nor computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def identity() -> Identity:
 class LearnerRank:
     """One of the processes that train the policy together. All get the same calls with the same arguments.
 
-    Calls run one after the other in one thread; `tokens_done` answers beside them.
+    Calls run one after the other in one thread; `sign` and `saved` answer beside them.
     """
 
     def __init__(self, rank: int, world_size: int, num_threads: int | None, functions: tuple[Functions, Functions]):
@@ -54,6 +57,7 @@ class LearnerRank:
         self._num_threads, self._functions = num_threads, functions
         self._learner: Learner | None = None
         self._tokens = (0, 0)
+        self._thread: int | None = None  # the one that computes
         self._saving: Future[None] | None = None
 
     def identity(self) -> Identity:
@@ -81,6 +85,7 @@ class LearnerRank:
         from skyrl_train.cluster.machine import meet_through
         from skyrl_train.cluster.start import register_all
 
+        self._thread = threading.get_ident()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         register_all(*self._functions)
@@ -103,17 +108,21 @@ class LearnerRank:
         found = {name: tensor.cpu().numpy() for name, tensor in added.items() if tensor is not None}
         return found if self.rank == 0 else None
 
-    def update(self, arrays: Arrays) -> tuple[dict[str, float], int]:
+    def update(self, arrays: Arrays, is_imitation: bool = False) -> tuple[dict[str, float], int]:
         """Return metrics and policy version."""
         from skyrl_train.cluster.travel import batch_of
 
         self._tokens = (0, 0)
-        metrics = self._built.update(batch_of(arrays), self._reached)
+        call = self._built.imitate if is_imitation else self._built.update
+        metrics = call(batch_of(arrays), self._reached)
         return metrics, self._built.policy_version
 
-    def tokens_done(self) -> tuple[int, int]:
-        """Return (tokens done, tokens in all) of the update under way."""
-        return self._tokens
+    def sign(self) -> Sign | None:
+        """Return where the computation is. None before there is any."""
+        if self._thread is None:
+            return None
+        is_writing = self._saving is not None and not self._saving.done()
+        return Sign(place_of(self._thread), cpu_seconds_of(self._thread), self._tokens, is_writing)
 
     def update_reference(self) -> None:
         self._built.update_reference()

@@ -75,12 +75,12 @@ class Cluster:
 
     def start_ranks(self) -> RayLearner:
         """Start the processes of the ranks; they hold no policy yet."""
-        ray = self.session.ray
-        ranks = [self._rank(ray, rank) for rank in range(len(self.placement.ranks))]
+        ranks = [self._rank(self.session.ray, rank) for rank in range(len(self.placement.ranks))]
+        learner = RayLearner(ranks, [self.nodes[node] for node in self.placement.node_of_ranks])
+        learner.identify()
         if self.placement.on_gpu:
-            self._rank_gpus = ray.get([rank.gpu_ids.remote() for rank in ranks])
-        nodes = [self.nodes[node] for node in self.placement.node_of_ranks]
-        return RayLearner(ranks, ray.get([rank.identity.remote() for rank in ranks]), nodes)
+            self._rank_gpus = learner.answers([rank.gpu_ids.remote() for rank in ranks], starts=True)
+        return learner
 
     async def start_engine(self, index: int) -> LoadingEngine:
         """Start one engine; also one that takes the place of a dead one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from skyrl_train.cluster.actors import Identity
 from skyrl_train.cluster.deaths import cause_of, obituary
 from skyrl_train.cluster.start import import_ray
 from skyrl_train.cluster.travel import arrays_of
+from skyrl_train.cluster.watch import SILENT_S, START_S, STUCK_S, Watch
 from skyrl_train.learner.base import LearnerDied, OnTokens
 from skyrl_train.types import Batch
 
@@ -32,11 +33,17 @@ LOOK_S = 0.5  # between two looks at the progress of an update
 class RayLearner:
     """Passes every call to all ranks, and returns what rank 0 answers. A rank that dies ends the call: LearnerDied."""
 
-    def __init__(self, ranks: Sequence[Any], identities: Sequence[Identity], nodes: Sequence[Node]) -> None:
-        """ranks: handles of LearnerRank actors, on these machines. `build` comes first."""
+    def __init__(
+        self, ranks: Sequence[Any], nodes: Sequence[Node], *, silent_s: float = SILENT_S, stuck_s: float = STUCK_S
+    ) -> None:
+        """ranks: handles of LearnerRank actors, on these machines. silent_s, stuck_s: see watch.py.
+
+        `identify` and `build` come first.
+        """
         self._ray = import_ray()
-        self._ranks, self._identities = list(ranks), list(identities)
-        self._nodes = list(nodes)
+        self._ranks, self._nodes = list(ranks), list(nodes)
+        self._identities: list[Identity | None] = [None] * len(self._ranks)
+        self._silent_s, self._stuck_s = silent_s, stuck_s
         self._policy_version = 0
         self._saving = ThreadPoolExecutor(1, "checkpoint")
         self._is_closed = False
@@ -53,12 +60,16 @@ class RayLearner:
     def num_ranks(self) -> int:
         return len(self._ranks)
 
+    def identify(self) -> None:
+        """Wait until every process runs, and note who it is, for the message if it dies."""
+        self._identities = self.answers([rank.identity.remote() for rank in self._ranks], starts=True)
+
     def build(self, exp: BasePPOExp) -> None:
         """Let the ranks meet, load the policy and make their learners. LearnerDied, or what one of them raised."""
         address = self._nodes[0].address if self._has_machines else "127.0.0.1"
-        port = self.answers([self._ranks[0].open_store.remote(address)])[0]
+        port = self.answers([self._ranks[0].open_store.remote(address)], starts=True)[0]
         reference = self._ray.put(exp)
-        self.answers([rank.build.remote(reference, address, port) for rank in self._ranks])
+        self.answers([rank.build.remote(reference, address, port) for rank in self._ranks], starts=True)
 
     def add_logprobs(self, batch: Batch) -> Batch:
         arrays = self._ray.put(arrays_of(batch))
@@ -66,9 +77,15 @@ class RayLearner:
         return replace(batch, **{name: torch.tensor(array) for name, array in found.items()})
 
     def update(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=False)
+
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        return self._trained(batch, on_tokens, is_imitation=True)
+
+    def _trained(self, batch: Batch, on_tokens: OnTokens | None, *, is_imitation: bool) -> dict[str, float]:
         arrays = self._ray.put(arrays_of(batch))
-        calls = [rank.update.remote(arrays) for rank in self._ranks]
-        metrics, self._policy_version = self.answers(calls, self._progress(on_tokens))[0]
+        calls = [rank.update.remote(arrays, is_imitation) for rank in self._ranks]
+        metrics, self._policy_version = self.answers(calls, on_tokens)[0]
         return metrics
 
     def update_reference(self) -> None:
@@ -102,32 +119,25 @@ class RayLearner:
             self._ray.kill(rank)
         self._saving.shutdown()  # it has ended, and asks Ray no more
 
-    def _progress(self, on_tokens: OnTokens | None) -> Callable[[], None] | None:
-        if on_tokens is None:
-            return None
-
-        def ask() -> None:
-            done, total = self._ray.get(self._ranks[0].tokens_done.options(concurrency_group="progress").remote())
-            if total:
-                on_tokens(done, total)
-
-        return ask
-
-    def answers(self, calls: Sequence[Any], while_waiting: Callable[[], None] | None = None) -> list[Any]:
+    def answers(self, calls: Sequence[Any], on_tokens: OnTokens | None = None, *, starts: bool = False) -> list[Any]:
         """Return the results in the order of the ranks. The first error is raised: the other ranks wait for that one.
 
-        An error that a rank raised is raised as it is; one that died gives LearnerDied.
+        An error that a rank raised is raised as it is; one that died or hangs gives LearnerDied. starts: the call may
+        be silent for as long as starting a process and importing takes.
         """
         found: dict[Any, Any] = {}
         waiting = list(calls)
+        silent_s, stuck_s = (START_S, START_S) if starts else (self._silent_s, self._stuck_s)
+        watch = Watch(self._ray, self._ranks, self._identities, silent_s, stuck_s)
         while waiting:
             if self._is_closed:  # and Ray may have ended, which would start again when it is asked for anything
                 raise LearnerDied("the learner was closed")
             done, waiting = self._ray.wait(waiting, num_returns=1, timeout=LOOK_S)
             for call in done:
                 found[call] = self._result_of(calls.index(call), call, calls, waiting)
-            if while_waiting is not None and waiting and calls[0] in waiting:
-                self._during(while_waiting)
+            watch.look([calls.index(call) for call in waiting])
+            if on_tokens is not None and (sign := watch.signs.get(0)) is not None and sign.tokens[1]:
+                on_tokens(*sign.tokens)
         return [found[call] for call in calls]
 
     def _result_of(self, rank: int, call: Any, calls: Sequence[Any], waiting: list[Any]) -> Any:
@@ -145,6 +155,7 @@ class RayLearner:
             raise
 
     def _raise_if_dead(self, rank: int, call: Any) -> None:
+        """Raise LearnerDied if that is why a rank did not answer. An error of its own comes after the first one's."""
         try:
             self._ray.get(call)
         except self._ray.exceptions.RayActorError:
@@ -161,10 +172,3 @@ class RayLearner:
             raise LearnerDied(obituary(name, self._identities[rank], error)) from None
         except self._ray.exceptions.RayTaskError as error:
             raise cause_of(error) from error
-
-    def _during(self, ask: Callable[[], None]) -> None:
-        """Ask for the progress. A rank that is dead is found out by its call."""
-        try:
-            ask()
-        except self._ray.exceptions.RayActorError:
-            return

@@ -8,6 +8,7 @@ from typing import Any
 
 PLAIN = "skyrl_train.entrypoints.main_base"
 OPENENV = "integrations.openenv.entrypoints.main_openenv"
+RECIPE = "integrations.openenv.recipe"
 OPENENV_KEYS = ("environment.openenv", "environment.env_class=openenv")
 
 
@@ -18,4 +19,7 @@ def is_openenv(keys: Iterable[str]) -> bool:
 
 def entry_point(*, openenv: bool) -> Any:
     """Return the module whose `main(keys)` trains, with EXPERIMENT and ROOT, the classes that it trains with."""
-    return import_module(OPENENV if openenv else PLAIN)
+    module = import_module(OPENENV if openenv else PLAIN)
+    if openenv:
+        module.register_openenv()
+    return module

@@ -11,6 +11,7 @@ from skyrl_train.config.algorithm import (
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
+    OverlongBufferConfig,
     SAPOConfig,
 )
 from skyrl_train.config.critic import CriticConfig
@@ -31,6 +32,7 @@ from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import Section
 from skyrl_train.config.settings import as_settings
+from skyrl_train.config.sft import SFTConfig
 from skyrl_train.config.skyrl_names import (
     BaseConfig,
     FullyAsyncConfig,
@@ -70,11 +72,13 @@ __all__ = [
     "ModelConfig",
     "OffPolicyCorrectionConfig",
     "OptimizerConfig",
+    "OverlongBufferConfig",
     "PlacementConfig",
     "PolicyConfig",
     "Problem",
     "RefConfig",
     "SAPOConfig",
+    "SFTConfig",
     "SamplingConfig",
     "SamplingParams",
     "Section",

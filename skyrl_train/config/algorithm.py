@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "reinforce++", "gae")
+OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "reinforce++", "gae", "distillation")
 OWN_LOSSES = (
     "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
     "dppo",
@@ -145,10 +145,36 @@ class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
 
 
 @dataclass
+class OverlongBufferConfig(Section, at="trainer.algorithm.overlong_buffer"):
+    """The soft penalty of DAPO for replies that come near the length limit."""
+
+    # length penalty: of a reply's last tokens before max_generate_length, each costs penalty_factor / len; 0: none
+    len: int = 0
+    penalty_factor: float = 1.0  # what a reply of max_generate_length tokens loses
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.at_least(0, "len")
+        if self.penalty_factor <= 0:
+            yield self.problem("penalty_factor", "is taken from the reward, so it must be above 0")
+        elif self.len == 0 and self.penalty_factor != 1.0:
+            yield self.problem("penalty_factor", "has no effect with overlong_buffer.len=0; drop it, or set len")
+
+
+@dataclass
+class DistillationConfig(Section, at="trainer.algorithm.distillation"):
+    """On-policy distillation: trainer.ref.model.path is the teacher."""
+
+    reward_weight: float = 0.0  # distillation: weight of GRPO's advantages of the rewards beside the teacher's; 0: none
+
+    def rules(self) -> Iterator[Problem]:
+        yield from self.at_least(0, "reward_weight")
+
+
+@dataclass
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
-    # grpo, rloo, maxrl, reinforce++, gae, a registered name, or package.module:function
+    # grpo, rloo, maxrl, reinforce++, gae, distillation, a registered name, or package.module:function
     advantage_estimator: str = "grpo"
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
@@ -171,6 +197,8 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
     max_seq_len: int | None = None
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
@@ -197,7 +225,19 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
                 "add trainer.algorithm.use_kl_loss=false, or drop use_kl_in_reward",
                 ("trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.use_kl_loss=false"),
             )
+        if self.distills and (self.use_kl_loss or self.use_kl_in_reward):
+            yield self.problem(
+                "advantage_estimator",
+                "measures the policy against the teacher already, and a KL term would do it once more; add "
+                "trainer.algorithm.use_kl_loss=false, and drop use_kl_in_reward",
+                ("trainer.algorithm.advantage_estimator=distillation", "trainer.algorithm.use_kl_loss=false"),
+            )
         yield from self._correction_rules()
+
+    @property
+    def distills(self) -> bool:
+        """Return whether the reference policy is a teacher."""
+        return self.advantage_estimator == "distillation"
 
     def _known(self, key: str, names: set[str]) -> Iterator[Problem]:
         value = getattr(self, key)

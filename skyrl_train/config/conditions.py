@@ -25,7 +25,8 @@ VLLM_ALONE = (
 ACTS_ONLY_WITH: dict[str, Condition] = {
     **{f"generator.{key}": {"generator.backend": ("vllm",)} for key in VLLM_ALONE},
     "trainer.policy.fsdp_config": {"trainer.strategy": ("fsdp2", "fsdp")},
-    "trainer.ref": KL_ON,
+    "trainer.ref": {**KL_ON, ESTIMATOR: ("distillation",)},
+    "trainer.algorithm.distillation": {ESTIMATOR: ("distillation",)},
     "trainer.update_ref_every_epoch": KL_ON,
     "trainer.algorithm.kl_estimator_type": KL_ON,
     "trainer.algorithm.kl_loss_coef": KL_ON,
@@ -33,7 +34,7 @@ ACTS_ONLY_WITH: dict[str, Condition] = {
     "trainer.algorithm.kl_ctrl.kl_target": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
     "trainer.algorithm.kl_ctrl.horizon": {"trainer.algorithm.kl_ctrl.type": ("adaptive",)},
     "trainer.algorithm.entropy_loss_coef": {"trainer.algorithm.use_entropy_loss": (True,)},
-    "trainer.algorithm.grpo_norm_by_std": {ESTIMATOR: ("grpo",)},
+    "trainer.algorithm.grpo_norm_by_std": {ESTIMATOR: ("grpo", "distillation")},
     "trainer.algorithm.gamma": {ESTIMATOR: ("reinforce++", "gae")},
     "trainer.algorithm.lambd": {ESTIMATOR: ("gae",)},
     "trainer.algorithm.value_clip": {ESTIMATOR: ("gae",)},
@@ -57,7 +58,8 @@ ACTS_ONLY_WITH: dict[str, Condition] = {
     f"{CORRECTION}.product_mask_high": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
     f"{CORRECTION}.product_mask_low": {f"{CORRECTION}.sequence_mask_metric": ("product",)},
 }
-OURS = {LOSS: OWN_LOSSES, ESTIMATOR: OWN_ESTIMATORS}  # a user's own function may read any key
+OURS = {LOSS: OWN_LOSSES, ESTIMATOR: OWN_ESTIMATORS}  # a user's own function may read any key,
+MODELS = ("trainer.ref",)  # but which models are loaded is not for it to say
 
 
 def keys_without_effect(config: Section) -> Iterator[Problem]:
@@ -71,14 +73,15 @@ def keys_without_effect(config: Section) -> Iterator[Problem]:
             yield Problem(key, value, reason, instead_of(key, value))
             continue
         for prefix, condition in ACTS_ONLY_WITH.items():
-            if lies_in(key, prefix) and not holds(condition, values):
+            if lies_in(key, prefix) and not holds(condition, values, with_users=prefix not in MODELS):
                 yield Problem(key, value, missing(condition, values))
                 break
 
 
-def holds(condition: Condition, values: Mapping[str, Any]) -> bool:
+def holds(condition: Condition, values: Mapping[str, Any], *, with_users: bool = True) -> bool:
+    """Return whether the condition is met; `with_users`: a user's own function meets what ours would."""
     for key, accepted in condition.items():
-        is_users_function = key in OURS and values[key] not in OURS[key]
+        is_users_function = with_users and key in OURS and values[key] not in OURS[key]
         if values[key] in accepted or is_users_function:
             return True
     return False

@@ -64,7 +64,7 @@ class ModelConfig(Section, at="trainer.policy.model"):
 class RefModelConfig(Section, at="trainer.ref.model"):
     """The reference policy's weights."""
 
-    path: str = II("trainer.policy.model.path")  # follows the policy's path
+    path: str = II("trainer.policy.model.path")  # follows the policy's path; with distillation it is the teacher
 
 
 @dataclass

@@ -32,17 +32,17 @@ def paste(overrides: Sequence[str], root: type[Section]) -> str:
 
 def with_overrides(overrides: Sequence[str], root: type[Root]) -> Root:
     """Return the checked tree, or raise a ConfigError with every problem."""
-    parser = OverridesParser.create()
-    settings: list[tuple[str, Any]] = []
-    problems: list[Problem] = []
-    for text in overrides:
-        parsed = parsed_override(parser, text)
-        if isinstance(parsed, Problem):
-            problems.append(parsed)
-        else:
-            settings.append(parsed)
+    settings, problems = parsed_overrides(overrides)
     added = {text.lstrip("+").partition("=")[0] for text in overrides if text.startswith("+")}
     return build(root, settings, problems, may_add=lambda key: any(lies_in(key, own) for own in added))
+
+
+def parsed_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """Return the settings ("a.b", 1) of texts `a.b=1`, and the problems with those that cannot be read."""
+    parser = OverridesParser.create()
+    parsed = [parsed_override(parser, text) for text in overrides]
+    problems = [found for found in parsed if isinstance(found, Problem)]
+    return [found for found in parsed if not isinstance(found, Problem)], problems
 
 
 def parsed_override(parser: OverridesParser, text: str) -> tuple[str, Any] | Problem:

@@ -14,6 +14,7 @@ from skyrl_train.config.models import PolicyConfig, RefConfig
 from skyrl_train.config.placement import PlacementConfig
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
+from skyrl_train.config.sft import SFTConfig
 
 STRATEGIES = ("single", "fsdp2", "fsdp")
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "trackio", "swanlab")
@@ -29,6 +30,7 @@ class TrainerConfig(Section, at="trainer"):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     # compute activations again in backward: less memory, more time; null: yes, on a GPU where that is faster
     gradient_checkpointing: bool | None = None
@@ -83,6 +85,11 @@ class TrainerConfig(Section, at="trainer"):
         """Return whether the reference policy is the model that the policy starts from."""
         policy = self.policy
         return (self.ref.model.path, self.ref.model_config_kwargs) == (policy.model.path, policy.model_config_kwargs)
+
+    @property
+    def reference_moves(self) -> bool:
+        """Return whether the reference does not stay as it was loaded: it follows an epoch, or the imitation."""
+        return self.update_ref_every_epoch or (self.sft.is_on and self.reference_is_base)
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("device", ("auto", "cpu", "cuda"))

@@ -23,6 +23,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from length_problems(trainer, generator)
     yield from estimator_problems(trainer, generator)
     yield from dynamic_sampling_problems(trainer, generator)
+    yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
@@ -60,6 +61,17 @@ def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig
         )
 
 
+def overlong_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
+    size, longest = trainer.algorithm.overlong_buffer.len, generator.sampling_params.max_generate_length
+    if size > longest:
+        yield Problem(
+            "trainer.algorithm.overlong_buffer.len",
+            size,
+            f"is more than a reply can have (generator.sampling_params.max_generate_length={longest}), so an empty one "
+            f"would be penalised; use less than {longest}",
+        )
+
+
 def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     estimator = trainer.algorithm.advantage_estimator
     if estimator == "gae" and not trainer.critic.is_on:
@@ -70,6 +82,14 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             f"{trainer.policy.model.path} for one of its own, or trainer.critic.shares_policy=true for a head alone",
             (f"trainer.critic.model.path={trainer.policy.model.path}",),
         )
+    if estimator == "distillation" and trainer.reference_is_base:
+        yield Problem(
+            "trainer.algorithm.advantage_estimator",
+            estimator,
+            "needs a teacher; set trainer.ref.model.path to another model with the policy's tokenizer",
+        )
+    if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
+        estimator = "grpo"  # it compares the episodes of a prompt, too
     if trainer.critic.shares_policy and trainer.strategy != "single":
         yield Problem(
             "trainer.critic.shares_policy",

@@ -14,6 +14,7 @@ from skyrl_train.entrypoints.model_parts import ModelParts
 from skyrl_train.types import AGENT
 
 if TYPE_CHECKING:
+    from skyrl_train.conversations import Conversations
     from skyrl_train.prompts import PromptDataset, PromptSchedule
     from skyrl_train.rollout.reward import RewardFunction
 
@@ -24,6 +25,7 @@ class DataParts(ModelParts):
     train_dataset: PromptDataset | None  # None where nothing is trained
     eval_dataset: PromptDataset | None
     reward: RewardFunction | None  # of the user's, in the place of the environments'
+    conversations: Conversations | None  # to imitate first
 
     def get_train_dataset(self) -> PromptDataset | None:
         return self._dataset(self.cfg.data.train_data)
@@ -56,6 +58,16 @@ class DataParts(ModelParts):
         for roles, grows in sorted(kinds):
             self.chat_template.check(roles, grows=grows)
 
+    def get_conversations(self) -> Conversations | None:
+        """Return the conversations that are imitated before RL; None without any. DataError for a row that is none."""
+        from skyrl_train.conversations import Conversations, read_conversations
+
+        sft = self.cfg.trainer.sft
+        if not sft.is_on or self.train_dataset is None:
+            return None
+        samples = read_conversations(sft.data, self.chat_template, self.max_length)
+        return Conversations(samples, sft.batch_size, sft.epochs, self.cfg.trainer.seed)
+
     def get_schedule(self) -> PromptSchedule | None:
         """Return which prompts each step takes; None without training data. ValueError for less than a batch."""
         from skyrl_train.prompts import PromptSchedule
@@ -69,7 +81,7 @@ class DataParts(ModelParts):
         """Return what the files hold that the settings name (contents.py): a run is resumed only with the same."""
         from skyrl_train.learner.learner import needs_reference
         from skyrl_train.policy.pretrained import resolve_model
-        from skyrl_train.run.contents import model_contents, prompt_contents, template_contents
+        from skyrl_train.run.contents import model_contents, prompt_contents, sample_contents, template_contents
 
         trainer, template = self.cfg.trainer, self.chat_template.template_kwargs.get("chat_template")
         policy = model_contents(self.model_path)
@@ -80,6 +92,8 @@ class DataParts(ModelParts):
         for key, prompts in (("data.train_data", self.train_dataset), ("data.val_data", self.eval_dataset)):
             if prompts is not None:
                 contents[key] = prompt_contents(prompts)
+        if self.conversations is not None:
+            contents["trainer.sft.data"] = sample_contents(self.conversations.samples)
         if trainer.ref.model.path == trainer.policy.model.path:
             contents["trainer.ref.model.path"] = policy
         elif needs_reference(trainer.algorithm):

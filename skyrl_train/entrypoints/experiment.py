@@ -54,12 +54,14 @@ class BasePPOExp(RolloutParts):
         self.critic_path = self.get_critic_path()
         self.memory = self.get_memory_plan()
         self.tokenizer = self.get_tokenizer()
+        self.check_teacher()
         self.chat_template = self.get_chat_template()
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
         self.reward = self.get_reward()
         self.check_conversations()
+        self.conversations = self.get_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
 
     def check_functions(self) -> None:
@@ -153,7 +155,7 @@ class BasePPOExp(RolloutParts):
         if not isinstance(trainer, RayPPOTrainer):
             raise RunRefused(f"get_trainer returned {type(trainer).__name__}; it must return a RayPPOTrainer")
         trainer.callbacks += self.callbacks
-        trainer.total_training_steps = self.schedule.num_steps
+        trainer.total_training_steps = self.num_steps
         return trainer
 
     def get_parts(self) -> ComputingParts:
@@ -189,9 +191,16 @@ class BasePPOExp(RolloutParts):
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
             extra_metrics=lambda: {**collector.metrics, **self.extra_metrics()},
+            conversations=self.conversations,
             users=self.get_users_trainer(run, collector),
             shape_rewards=self.shape_rewards,
         )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run: those that imitate, and those of RL."""
+        assert self.schedule is not None
+        return self.schedule.num_steps + (self.conversations.num_steps if self.conversations else 0)
 
     def extra_metrics(self) -> dict[str, float]:
         """Override it to log more with every step."""
@@ -208,7 +217,7 @@ class BasePPOExp(RolloutParts):
 
         assert self.train_dataset is not None
         assert self.schedule is not None
-        total_steps = self.schedule.num_steps
+        total_steps = self.num_steps
         environment = environment_of(self.train_dataset)
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
         device = f"{self.device}, {str(self.compute_dtype).removeprefix('torch.')}{self.placement.counted()}"

@@ -63,6 +63,21 @@ class ModelParts:
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))
 
+    def check_teacher(self) -> None:
+        """Refuse a teacher that reads other tokens than the policy: its logprobs would be of other texts."""
+        from skyrl_train.policy.model_files import load_tokenizer
+
+        if not self.cfg.trainer.algorithm.distills:
+            return
+        teacher = load_tokenizer(self.get_reference_path()).get_vocab()
+        ours = self.tokenizer.get_vocab()
+        if teacher != ours:
+            num_different = sum(teacher.get(token) != number for token, number in ours.items())
+            raise ValueError(
+                f"trainer.ref.model.path={self.cfg.trainer.ref.model.path} is the teacher, and {num_different} of the "
+                f"policy's {len(ours)} tokens are others there: take a teacher with the policy's tokenizer"
+            )
+
     def get_chat_template(self) -> ChatTemplate:
         from jinja2 import TemplateError
 

@@ -41,6 +41,10 @@ class Learner(Protocol):
         """Train on a batch with advantages. Return SkyRL's metrics, `policy/...` and `critic/...`."""
         ...
 
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        """Make one optimizer step of cross entropy on the batch's trained tokens. Return metrics, `sft/...`."""
+        ...
+
     def update_reference(self) -> None:
         """Make the policy as it is now the reference, if there is one."""
         ...

@@ -18,6 +18,7 @@ from skyrl_train.batch.packing import mini_batches, pack, with_loss_weights
 from skyrl_train.learner.base import OnTokens
 from skyrl_train.learner.critic import CriticLearner, with_values
 from skyrl_train.learner.gradient import accumulate_gradient, logprobs_of
+from skyrl_train.learner.imitation import imitate
 from skyrl_train.learner.lost_gradient import refuse_if_lost
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
@@ -73,8 +74,11 @@ class TorchLearner:
         self.reference = reference
         self.objective = Objective(trainer.algorithm)
         if self.objective.needs_reference and reference is None:
-            raise ValueError("a KL term is on, so the learner needs a reference policy (or set use_kl_loss=false)")
+            raise ValueError(
+                "a KL term or a teacher is on, so the learner needs a reference policy (or set use_kl_loss=false)"
+            )
         self.policy_version = 0  # optimizer steps so far
+        self._imitated = False  # whether the optimizer's moments are those of imitation
         self._trainer = trainer
         self._temperature = temperature or 1.0
         self._ranks = ranks
@@ -97,9 +101,9 @@ class TorchLearner:
         the policy does not move before it is used, and the update's own logprobs are the old ones.
         """
         self._writer.wait()  # adapters change places with the reference's
-        needs_old = (
-            self._num_steps(batch) > 1 or self._trainer.algorithm.use_kl_in_reward or self.objective.rejects_samples
-        )
+        algorithm = self._trainer.algorithm
+        is_compared = algorithm.use_kl_in_reward or algorithm.distills or self.objective.rejects_samples
+        needs_old = is_compared or self._num_steps(batch) > 1
         old_logprobs = self._logprobs(self.policy, batch) if needs_old else None
         ref_logprobs = None
         if self.reference is not None and self.objective.needs_reference:
@@ -113,6 +117,9 @@ class TorchLearner:
         if batch.old_logprobs is None and self._num_steps(batch) > 1:
             raise ValueError(f"{self._num_steps(batch)} optimizer steps need old_logprobs: call add_logprobs first")
         self._writer.wait()
+        if self._imitated:  # moments of another loss say nothing about this one
+            self._optimizer.forget_moments()
+            self._imitated = False
         measured = [WeightedMetrics.of({"response_length": _mean_response_length(batch)}, 1)]
         whole, (batch, metrics) = batch, self.objective.without_rejected(batch)
         measured.append(WeightedMetrics.of(metrics, 1))
@@ -138,6 +145,17 @@ class TorchLearner:
         means = WeightedMetrics.merged(*measured, WeightedMetrics.of(counts, 1)).means()
         return {f"policy/{name}": value for name, value in means.items()} | of_critic
 
+    def imitate(self, batch: Batch, on_tokens: OnTokens | None = None) -> dict[str, float]:
+        """Make one optimizer step on conversations, with the rate of trainer.sft (see imitation.py)."""
+        self._writer.wait()
+        progress = _Progress(on_tokens, batch.num_tokens)
+        metrics = imitate(
+            self.policy, self._optimizer, self._trainer, batch, progress.advance, self._generator(), self._ranks
+        )
+        self._imitated = True
+        self.policy_version += not metrics["sft/num_skipped_steps"]
+        return metrics
+
     def update_reference(self) -> None:
         """Make the policy as it is now the reference."""
         if self.reference is None:
@@ -150,7 +168,8 @@ class TorchLearner:
 
     def save(self, folder: Path) -> Future[None]:
         """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves."""
-        plain = {"policy_version": self.policy_version, "optimizer": self._optimizer.plain_state()}
+        optimizer = self._optimizer.plain_state()
+        plain = {"policy_version": self.policy_version, "optimizer": optimizer, "imitated": self._imitated}
         if self._critic is not None:
             self._critic.save(folder)
         return self._writer.begin(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
@@ -163,6 +182,7 @@ class TorchLearner:
         if self._critic is not None:
             self._critic.load(folder)
         self.policy_version = saved.plain["policy_version"]
+        self._imitated = saved.plain.get("imitated", False)
         for name, part in self._reference_parts().items():
             if name in saved.shapes:
                 part.rows.copy_(saved.part(name, self._ranks))
@@ -229,7 +249,7 @@ class TorchLearner:
 
     def _reference_parts(self) -> dict[str, Part]:
         """Return this rank's rows of a reference that does not stay as it was loaded."""
-        if self.reference is None or not self._trainer.update_ref_every_epoch:
+        if self.reference is None or not self._trainer.reference_moves:
             return {}
         weights = self.reference.weights
         return {f"reference/{name}": Part(self._ranks.local(w), tuple(w.shape)) for name, w in weights.items()}

@@ -50,7 +50,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return self.uses_kl or self.algorithm.use_kl_in_reward
+        return self.uses_kl or self.algorithm.use_kl_in_reward or self.algorithm.distills
 
     @property
     def uses_kl(self) -> bool:

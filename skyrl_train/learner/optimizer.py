@@ -79,17 +79,28 @@ class MasterOptimizer:
         for parameter in self._sharded.values():
             parameter.grad = None
 
-    def step(self) -> OptimizerStep:
-        """Use the gradients that backward has left, and drop them. Every rank sees the norm of the whole gradient."""
+    def step(self, learning_rate: float | None = None) -> OptimizerStep:
+        """Use the gradients that backward has left, and drop them. Every rank sees the norm of the whole gradient.
+
+        learning_rate: of this step alone, which the schedule then does not count.
+        """
         self._take_gradients()
-        norm, learning_rate = self._norm(), self.learning_rate
-        is_finite = math.isfinite(norm)
+        norm, [group] = self._norm(), self._adamw.param_groups
+        is_finite, scheduled = math.isfinite(norm), self.learning_rate
+        rate = scheduled if learning_rate is None else learning_rate
         if is_finite:
             self._adamw.clip = self._max_grad_norm / norm if 0 < self._max_grad_norm < norm else 1.0
+            group["lr"] = rate
             self._adamw.step()
-            self._schedule.step()
+            group["lr"] = scheduled
+            if learning_rate is None:
+                self._schedule.step()
         self.zero_grad()
-        return OptimizerStep(norm, learning_rate, was_skipped=not is_finite)
+        return OptimizerStep(norm, rate, was_skipped=not is_finite)
+
+    def forget_moments(self) -> None:
+        """Begin with moments of zero, as before the first step. Weights and schedule stay."""
+        self._adamw.state.clear()
 
     def parts(self) -> dict[str, Part]:
         """Return this rank's rows of masters and moments. They are live: save them before the next step."""

@@ -201,6 +201,18 @@ class ChatTemplate:
         """Return the tokens that the template prints between two replies, the end of the first one's turn included."""
         return self.from_end(self._behind_reply(observation, add_generation_prompt=True))
 
+    def said(self, text: str, observation: Sequence[Message] | None) -> list[int]:
+        """Return the tokens that a policy would sample to say this text: the text, and the end of its turn.
+
+        observation: what follows, None behind the last reply. Within one message only the last reply has an end.
+        """
+        ids = self.encode_text(text)
+        if self.one_message and observation is not None:
+            return ids
+        follows = observation or [{"role": "user", "content": "question"}]
+        behind = self._behind_reply(follows, add_generation_prompt=True)
+        return [*ids, behind[self._position_of_end(behind) or 0]]
+
     def from_end(self, ids: list[int]) -> list[int]:
         """Return what is printed behind a reply without the white space that the reply itself ends with."""
         return ids[self._position_of_end(ids) or 0 :]

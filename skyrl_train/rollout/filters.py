@@ -1,11 +1,11 @@
-"""Two options for episodes that a length limit ended: zero_reward_on_non_stop and apply_overlong_filtering."""
+"""What a length limit does to rewards and masks: zero_reward_on_non_stop, apply_overlong_filtering, overlong_buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from skyrl_train.types import Sample, Trajectory
+from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory
 
 
 def zero_reward_on_non_stop(trajectory: Trajectory) -> Trajectory:
@@ -25,6 +25,45 @@ def mask_overlong(samples: Iterable[Sample], trajectories: Iterable[Trajectory])
     """
     overlong = {t.id for t in trajectories if t.stop_reason == "length"}
     return [_masked(sample) if sample.trajectory_id in overlong else sample for sample in samples]
+
+
+def overlong_penalty(num_tokens: int, limit: int, buffer: int, factor: float) -> float:
+    """Return what a reply of so many tokens is paid for its length, 0 or less.
+
+    DAPO (arXiv 2503.14476), eq. 13, times `factor`: 0 up to limit - buffer, from there a line down to -1 at the limit.
+    """
+    return -factor * min(max(num_tokens - (limit - buffer), 0) / buffer, 1.0)
+
+
+def with_overlong_penalties(groups: list[Group], limit: int, buffer: int, factor: float) -> list[Group]:
+    """Return the groups with each turn's reward less the penalty of its reply, which the limit acts on."""
+    return [
+        replace(group, trajectories=[_penalized(t, limit, buffer, factor) for t in group.trajectories])
+        for group in groups
+    ]
+
+
+def overlong_metrics(before: list[Group], after: list[Group]) -> dict[str, float]:
+    """Return what the penalties cost: the mean over episodes, and the share of episodes that lost anything."""
+    pairs = [
+        (old.reward, new.reward)
+        for group, changed in zip(before, after, strict=True)
+        for old, new in zip(group.trajectories, changed.trajectories, strict=True)
+        if old.end is not EpisodeEnd.ENV_FAILURE
+    ]
+    num_episodes = max(len(pairs), 1)
+    return {
+        "overlong/mean_penalty": sum(new - old for old, new in pairs) / num_episodes,
+        "overlong/penalized_share": sum(new < old for old, new in pairs) / num_episodes,
+    }
+
+
+def _penalized(trajectory: Trajectory, limit: int, buffer: int, factor: float) -> Trajectory:
+    costs = [overlong_penalty(len(turn.response_ids), limit, buffer, factor) for turn in trajectory.turns]
+    if trajectory.samples is not None:  # only their tokens are trained, and which of them are a turn is not known
+        return trajectory.plus(sum(costs))
+    paid = zip(trajectory.turns, costs, strict=True)
+    return replace(trajectory, turns=[replace(turn, reward=turn.reward + cost) for turn, cost in paid])
 
 
 def _masked(sample: Sample) -> Sample:

@@ -6,9 +6,10 @@
                            policy/rank_0_of_1.safetensors   and a file of each rank
     {folder}/latest_ckpt_global_step.txt                N, written after the folder is complete
 
-A folder gets its name once all of it is on the disk. So one that lacks a file, or whose file is not what its digest
-says, is damaged: it is refused and never passed over, and the newest whole one before it is named. No file holds
-anything but tensors and plain data: opening a checkpoint runs no code.
+The learner's files are written while the next step runs (learner/saved.py), and so is what follows here. A folder gets
+its name once all of it is on the disk. So one that lacks a file, or whose file is not what its digest says, is
+damaged: it is refused and never passed over, and the newest whole one before it is named. No file holds anything but
+tensors and plain data: opening a checkpoint runs no code.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from skyrl_train.run.digests import file_digest, text_digest
-from skyrl_train.types import Prompt
+from skyrl_train.types import Prompt, Sample
 
 Contents = dict[str, dict[str, str]]  # setting that names the content -> part -> digest or number
 MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".gguf", ".tiktoken"}
@@ -33,6 +33,15 @@ def prompt_contents(prompts: Iterable[Prompt]) -> dict[str, str]:
     for prompt in prompts:
         row = dumps([prompt.messages, prompt.env_class, prompt.env_extras], default=_plain)
         digest.update(f"{row}\n".encode())
+        count += 1
+    return {"rows": str(count), "their digest": digest.hexdigest()}
+
+
+def sample_contents(samples: Iterable[Sample]) -> dict[str, str]:
+    """Return number and digest of conversations as tokens, in their order."""
+    digest, count = xxh3_128(), 0
+    for sample in samples:
+        digest.update(f"{dumps([sample.input_ids, sample.loss_mask])}\n".encode())
         count += 1
     return {"rows": str(count), "their digest": digest.hexdigest()}
 

@@ -38,16 +38,26 @@ def rollout_metrics(groups: list[Group]) -> Metrics:
     found = _length_metrics(valid) | _reply_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
     found["reward/unplaced_turns"] = float(num_unplaced_rewards(valid))
     scores = reward_metrics(groups)
-    return found | {f"reward/{key}": value for key, value in scores.items()}
+    found |= {f"reward/{key}": value for key, value in scores.items()}
+    sources = by_source(groups)
+    if len(sources) > 1:
+        for source, members in sources.items():
+            found |= {f"reward/{source}/{k}": v for k, v in reward_metrics(members).items() if k == "avg_raw_reward"}
+    return found
+
+
+def by_source(groups: list[Group]) -> dict[str, list[Group]]:
+    """Return the groups of each data source; a source's name is one part of a metric's name."""
+    sources: dict[str, list[Group]] = {}
+    for group in groups:
+        sources.setdefault(_file_name(group.prompt.data_source), []).append(group)
+    return sources
 
 
 def eval_metrics(groups: list[Group]) -> Metrics:
     """Return `eval/{data_source}/avg_score, pass_at_n, mean_positive_reward`, the same and more under `eval/all/`."""
-    sources: dict[str, list[Group]] = {}
-    for group in groups:
-        sources.setdefault(_file_name(group.prompt.data_source), []).append(group)
     found: Metrics = {}
-    for source, members in [*sources.items(), ("all", groups)]:
+    for source, members in [*by_source(groups).items(), ("all", groups)]:
         for key, value in reward_metrics(members).items():
             found[f"eval/{source}/{_EVAL_NAMES.get(key, key.removeprefix('avg_'))}"] = value
     everything = {k: v for k, v in rollout_metrics(groups).items() if not k.startswith("reward/")}
@@ -141,7 +151,10 @@ def _end_metrics(trajectories: list[Trajectory]) -> Metrics:
 
 
 def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
-    """Return `environment/<key>`, or `environment/<env_class>/<key>` where several environments were played."""
+    """Return `environment/<key>`, or `environment/<env_class>/<key>` where several environments were played.
+
+    Where one env_class plays several data sources (OpenEnv's environments), also `environment/<data_source>/<key>`.
+    """
     by_env: dict[str, list[dict[str, Any]]] = {}
     for t in trajectories:
         by_env.setdefault(t.prompt.env_class, [])
@@ -152,7 +165,22 @@ def _environment_metrics(trajectories: list[Trajectory]) -> Metrics:
         prefix = "environment" if len(by_env) == 1 else f"environment/{env_class}"
         if episodes:
             found |= {f"{prefix}/{key}": value for key, value in _aggregated(env_class, episodes).items()}
-    return found
+    return found | _source_metrics(trajectories) if len(by_env) == 1 else found
+
+
+def _source_metrics(trajectories: list[Trajectory]) -> Metrics:
+    episodes: dict[str, list[dict[str, Any]]] = {}
+    for t in trajectories:
+        if t.env_metrics:
+            episodes.setdefault(_file_name(t.prompt.data_source), []).append(t.env_metrics)
+    if len(episodes) < 2:
+        return {}
+    env_class = trajectories[0].prompt.env_class
+    return {
+        f"environment/{source}/{key}": value
+        for source, played in episodes.items()
+        for key, value in _aggregated(env_class, played).items()
+    }
 
 
 def _aggregated(env_class: str, episodes: list[dict[str, Any]]) -> Metrics:

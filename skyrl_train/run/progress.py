@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -15,16 +16,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from skyrl_train.run.metrics import PHASES, Metrics, tokens_per_second
 from skyrl_train.visible import visible
 
+WIDTH = 100  # columns of a step's lines, and fewer where the terminal is narrower
+INDENT = " " * 11  # of a line that goes on
+Columns = tuple[tuple[str, tuple[str, ...], str], ...]
 # Heading, metric (the first that a step has), format.
-COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+FIRST: Columns = (
     ("reward", ("reward/avg_raw_reward",), "6.3f"),
     ("eval", ("eval/all/avg_score",), "6.3f"),
-    ("tokens/s", ("tokens/s",), "6.0f"),
+    ("sft loss", ("sft/loss",), "7.4f"),
+    ("explained", ("critic/explained_variance",), "5.2f"),
     ("kl", ("policy/policy_kl", "loss/avg_kl"), "7.4f"),
-    ("entropy", ("policy/policy_entropy",), "5.2f"),
-    ("grad", ("policy/grad_norm",), "6.2f"),
-    ("length", ("generate/avg_num_tokens",), "5.0f"),
-    ("failures", ("generate/env_failures",), "2.0f"),
+    ("entropy", ("policy/policy_entropy",), "4.2f"),
+    ("grad", ("policy/grad_norm",), "5.2f"),
+)
+SECOND: Columns = (
+    ("tokens/s", ("tokens/s",), ".0f"),
+    ("length", ("generate/avg_num_tokens",), ".0f"),
+    ("failures", ("generate/env_failures",), ".0f"),
     ("equal groups", ("reward/equal_group_share",), ".0%"),
     ("unreadable", ("generate/invalid_action_share",), ".0%"),
     ("cut", ("generate/cut_reply_share",), ".0%"),
@@ -33,43 +41,64 @@ ONLY_IF_ANY = {"failures", "equal groups", "unreadable", "cut"}  # left out wher
 KEPT_TIMES = 15  # steps over whose median the time left is estimated
 
 
-def step_line(step: int, metrics: Metrics) -> str:
-    """Return one aligned line; what a step did not measure is left out.
+def step_line(step: int, metrics: Metrics, ending: Sequence[str] = (), width: int = WIDTH) -> str:
+    """Return what is printed of a step: one line of what matters, and below it the rest, each within `width`.
 
-    "step   12   reward  0.412   tokens/s    310   entropy  1.20   time   3.1 s = rollout 1.9 (engine 1.7) + update 1.2"
+    What a step did not measure is left out. ending: further words of the first line.
+
+    "step   12   reward  0.412   entropy 1.20   grad  0.31   time   3.1 s
+                tokens/s 310   length 24   rollout 1.9 (engine 1.7)   update 1.2"
     """
     values = dict(metrics)
     speed = tokens_per_second(metrics)
     if speed is not None:
         values["tokens/s"] = speed
-    cells = [f"step {step:4d}"]
-    for heading, keys, form in COLUMNS:
+    first = [f"step {step:4d}", *cells(FIRST, values)]
+    second = cells(SECOND, values)
+    if "timing/step" in metrics:
+        first.append(f"time {metrics['timing/step']:5.1f} s")
+        second += breakdown(metrics)
+    if "timing/eval" in metrics:
+        second.append(f"evaluation {metrics['timing/eval']:.1f} s")
+    return "\n".join([*packed([*first, *ending], width), *packed(second, width, first=INDENT)])
+
+
+def cells(columns: Columns, values: Metrics) -> list[str]:
+    """Return "heading value" of each column that has a value worth showing."""
+    found = []
+    for heading, keys, form in columns:
         value = next((values[key] for key in keys if key in values), None)
         shown = "" if value is None else f"{value:{form}}"
-        if value is None or (heading in ONLY_IF_ANY and shown.strip() in ("0", "0%")):
-            continue
-        cells.append(f"{heading} {shown}")
-    if "timing/step" in metrics:
-        cells.append(f"time {metrics['timing/step']:5.1f} s{breakdown(metrics)}")
-    if "timing/eval" in metrics:
-        cells.append(f"evaluation {metrics['timing/eval']:.1f} s")
-    return "   ".join(cells)
+        if value is not None and not (heading in ONLY_IF_ANY and shown.strip() in ("0", "0%")):
+            found.append(f"{heading} {shown}")
+    return found
 
 
-def breakdown(metrics: Metrics) -> str:
-    """ " = rollout 7.9 (engine 7.2) + update 4.1 + other 0.4": the parts of a step's seconds that do not round to 0.
+def packed(words: Sequence[str], width: int, first: str = "") -> list[str]:
+    """Return the words, three spaces between them, on as few lines of `width` as hold them; later ones are indented."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 3 + len(word) <= width:
+            lines[-1] += f"   {word}"
+        else:
+            lines.append(f"{INDENT if lines else first}{word}")
+    return lines
+
+
+def breakdown(metrics: Metrics) -> list[str]:
+    """Return ["rollout 7.9 (engine 7.2)", "update 4.1", "other 0.4"]: a step's seconds, without what rounds to 0.
 
     The engine computed in so much of the rollout; in the rest all episodes waited for their environments.
     """
     parts = {name: metrics[f"timing/{key}"] for key, name in PHASES.items() if f"timing/{key}" in metrics}
     parts.pop("evaluation", None)  # not part of the step
     if not parts:
-        return ""
+        return []
     parts["other"] = metrics["timing/step"] - sum(parts.values())
     shown = {name: f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05}
     if "rollout" in shown and "timing/engine" in metrics:
         shown["rollout"] += f" (engine {metrics['timing/engine']:.1f})"
-    return f" = {' + '.join(shown.values())}" if shown else ""
+    return list(shown.values())
 
 
 class MovingTime:
@@ -150,8 +179,9 @@ class RunProgress:
             self._end_phase()
             self.live.update(self.run_bar, completed=step, note=_note(metrics, left))
         elif self.plain_lines:
-            ending = f"   {clock(left)} left" if left is not None and step < self.total else ""
-            print_line(f"{step_line(step, metrics)}   [{step}/{self.total}]{ending}", self.console)
+            ending = [f"{clock(left)} left"] if left is not None and step < self.total else []
+            words = [f"[{step}/{self.total}]", *ending]
+            print_line(step_line(step, metrics, words, min(WIDTH, self.console.width)), self.console)
 
     def print(self, text: str) -> None:
         """Print a line above the bars; a log's sink can be set to this."""
@@ -192,7 +222,7 @@ def clock(seconds: float) -> str:
 
 
 def print_line(text: str, console: Console | None = None) -> None:
-    """Print one line, not wrapped and not styled, also while bars are shown."""
+    """Print lines, not wrapped and not styled, also while bars are shown."""
     text = visible(text)
     if console is not None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -163,7 +163,7 @@ class Run:
         self.trajectories.flush()
         write_report(self.folder)
         summary = write_summary(self.folder)
-        self.progress.console.print(closing_panel(summary))
+        self.progress.console.print(closing_panel(summary), soft_wrap=True)
         return summary
 
 

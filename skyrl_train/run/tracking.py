@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from loguru import logger
 
 from skyrl_train.run.metrics import Metrics
-from skyrl_train.run.progress import print_line, step_line
+from skyrl_train.run.progress import WIDTH, print_line, step_line
 from skyrl_train.run.run_folder import TENSORBOARD
 
 Config = dict[str, Any]
@@ -105,7 +106,7 @@ class ConsoleTracker:
     def __init__(self, project: str, experiment: str, config: Config, folder: Path, resumed_at: int) -> None: ...
 
     def log(self, data: Metrics, step: int) -> None:
-        print_line(step_line(step, data))
+        print_line(step_line(step, data, width=min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
 
     def close(self) -> None: ...
 

@@ -13,8 +13,6 @@ from urllib.parse import urlsplit
 
 import zstandard
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -47,7 +45,7 @@ def make_app(library: Library) -> ASGIApp:
     """Return the ASGI application that answers for these runs."""
     pages = Pages(library)
     routes = [Route(path, answer, methods=["GET"]) for path, answer in pages.routes().items()]
-    return for_this_page(Starlette(routes=routes, middleware=[Middleware(GZipMiddleware, minimum_size=1000)]))
+    return for_this_page(Starlette(routes=routes))
 
 
 def for_this_page(app: ASGIApp) -> ASGIApp:
@@ -115,7 +113,10 @@ def _answering(ask: Callable[..., Any]) -> Answer:
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    body = json.dumps(plain(value), separators=(",", ":"), default=str)
+    try:
+        body = json.dumps(value, separators=(",", ":"), default=str, allow_nan=False)
+    except ValueError:  # a number that is not finite
+        body = json.dumps(plain(value), separators=(",", ":"), default=str)
     return Response(body, status_code=status, media_type="application/json")
 
 

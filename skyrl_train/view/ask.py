@@ -13,6 +13,7 @@ from skyrl_train.view.index import clean, spaced
 SORTS = {
     "step": "e.step, e.id", "reward": "e.reward, e.id", "tokens": "e.tokens, e.id", "turns": "e.turns, e.id",
     "seconds": "e.seconds, e.id", "prompt": "e.uid, e.step, e.id",
+    "typical": "abs(e.reward - (SELECT avg(reward) FROM episodes)), e.id",
 }  # fmt: skip
 MAX_PAGE = 500
 WORD = re.compile(r'"([^"]*)"?|(\S+)')

@@ -26,7 +26,9 @@ def print_of(path: Path) -> Print | None:
 class Columns:
     """step -> value of each metric. A damaged line is left out and counted, an unfinished last line waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: tuple[str, ...] | None = None) -> None:
+        """Take the metrics to read; None: all."""
+        self.only = only
         self._clear()
 
     def _clear(self) -> None:
@@ -60,7 +62,8 @@ class Columns:
         try:
             fields = json.loads(line)
             step = int(fields["step"])
-            numbers = [(str(key), number(value)) for key, value in fields.items()]
+            wanted = fields if self.only is None else [key for key in self.only if key in fields]
+            numbers = [(key, number(fields[key])) for key in wanted]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             self.damaged.append(self.num_lines)
             return

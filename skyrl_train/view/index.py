@@ -25,7 +25,8 @@ SCHEMA = (
     "step INTEGER, uid TEXT, repetition INTEGER, env TEXT, source TEXT, reward REAL, end TEXT, turns INTEGER, "
     "tokens INTEGER, seconds REAL, attempts INTEGER)",
     "CREATE INDEX by_file ON episodes (file)",
-    "CREATE INDEX by_step ON episodes (phase, step)",
+    "CREATE INDEX by_step ON episodes (step)",  # an index ends with the row's number, so pages in this order are walked
+    "CREATE INDEX by_reward ON episodes (reward)",
     "CREATE INDEX by_task ON episodes (uid, phase, step)",
     "CREATE TABLE glimpses (id INTEGER PRIMARY KEY, asked TEXT, said TEXT)",
 )

@@ -20,7 +20,7 @@ from skyrl_train.view.columns import Columns, Print, print_of
 from skyrl_train.view.fill import bring_up_to_date
 from skyrl_train.view.folders import RunFolder, find_runs
 from skyrl_train.view.index import VERSION, index_path, open_to_read, open_to_write, remove
-from skyrl_train.view.summary import description_of, state_of, summary_of
+from skyrl_train.view.summary import NEEDED, description_of, state_of, summary_of
 
 SCAN_EVERY_S, LOOKED_AT_S = 2.0, 15.0  # nothing is read while no page asked for so long
 BUDGET_S = 0.4  # of reading files before the next run has its turn
@@ -101,11 +101,13 @@ class Library:
 
     def _one_round(self) -> bool:
         """Give every run that changed its turn, the wanted one first. Return whether something is left."""
-        is_left = False
+        is_left, wanted = False, ""  # wanted: the one of which nothing is left in this round
         for entry in list(self.entries.values()):
-            for turn in (self.entries.get(self.wanted), entry):
-                if turn is not None and not self.is_closed.is_set():
-                    is_left |= self._refresh(turn)
+            while (name := self.wanted) != wanted and not self.is_closed.is_set():
+                if name not in self.entries or not self._refresh(self.entries[name]):
+                    wanted = name
+            if not self.is_closed.is_set():
+                is_left |= self._refresh(entry)
         return is_left
 
     def _refresh(self, entry: Entry) -> bool:
@@ -167,13 +169,21 @@ class Library:
             entry.description, summary, entry.problems = json.loads(kept["summary"])
         else:
             entry.description, problem = description_of(entry.folder)
-            columns = self.columns_of(entry)
+            columns = self._columns_for_summary(entry)
             summary = summary_of(entry.folder, entry.description, columns)
             entry.problems = [text for text in (problem, *_complaints(columns)) if text]
             value = json.dumps([entry.description, summary, entry.problems])
             rows = [("print", key), ("summary", value)]
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", rows)
         entry.summary = summary | {"state": state_of(entry.folder, summary["step"], summary["total_steps"])}
+
+    def _columns_for_summary(self, entry: Entry) -> Columns:
+        """Return the metrics that the table needs, or all of a run that is looked at or grows: they are in memory."""
+        if entry.folder.id in self.columns or entry.folder.is_written_now():
+            return self.columns_of(entry)
+        columns = Columns(NEEDED)
+        columns.update(entry.folder.file(METRICS))
+        return columns
 
     def table(self) -> list[dict[str, Any]]:
         """Return the row of each run."""

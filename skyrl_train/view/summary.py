@@ -12,6 +12,8 @@ from skyrl_train.run.run_folder import RUN_INFO
 from skyrl_train.view.columns import Columns, thinned
 from skyrl_train.view.folders import RunFolder
 
+TOKENS = "generate/num_sampled_tokens"
+NEEDED = (EVAL_SCORE, TRAIN_REWARD, TOKENS, "time", "elapsed_s")  # of the metrics: the table asks for no more
 SPARK = 60  # points of a sparkline
 MAX_INFO = 4_000_000  # bytes of a run.json
 
@@ -49,7 +51,7 @@ def summary_of(run: RunFolder, description: dict[str, Any], columns: Columns) ->
     times, seconds = columns.series("time"), columns.series("elapsed_s")
     step, total = max(columns.steps, default=0), description.get("total_steps")
     shown = evals if len(evals) > 1 or not rewards else rewards
-    tokens = sum(value for _, value in columns.series("generate/num_sampled_tokens"))
+    tokens = sum(value for _, value in columns.series(TOKENS))
     return {
         "model": short_model(description.get("model")),
         "environment": str(description.get("environment") or ""),
@@ -63,9 +65,13 @@ def summary_of(run: RunFolder, description: dict[str, Any], columns: Columns) ->
         "before": shown[0][1] if shown else None,
         "after": shown[-1][1] if shown else None,
         "reward_of": "evaluation" if shown is evals else "training",
-        "spark": thinned(rewards, SPARK),
-        "spark_evals": thinned(evals, SPARK),
+        "spark": _spark(rewards),
+        "spark_evals": _spark(evals),
     }
+
+
+def _spark(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, float(f"{value:.4g}")) for step, value in thinned(points, SPARK)]
 
 
 def plain(value: Any) -> Any:

@@ -127,7 +127,7 @@ def kill_one(run: Started, victim: str, wanted: str, chance: random.Random) -> K
     if wanted == "start":
         run.wait(lambda: bool(run.of(victim)), STARTS_WITHIN_S)
         time.sleep(chance.uniform(0.0, 8.0))
-    elif not run.wait(lambda: run.step() > before and bool(run.of(victim)), STARTS_WITHIN_S):
+    elif not run.wait(lambda: run.step() >= before + 1 and bool(run.of(victim)), STARTS_WITHIN_S):
         return Kill(victim, wanted, before, "none", 0.0, f"no step was made: {run.last_words}")
     else:
         time.sleep(chance.uniform(0.0, 1.5))
@@ -207,16 +207,22 @@ def arguments(given: Path, folder: Path, epochs: int, backend: str) -> list[str]
     ]
 
 
-def plan(count: int, victims: list[str], chance: random.Random) -> list[tuple[str, str]]:
-    """Return (victim, phase) of every kill: each victim and each phase about as often as the others."""
-    pairs = [(victims[i % len(victims)], PHASES[(i // len(victims)) % len(PHASES)]) for i in range(count)]
-    chance.shuffle(pairs)
-    return pairs
+def plan(count: int, victims: list[str], chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield (victim, phase) of every kill: two that the run survives, and one that ends it.
+
+    So one start of the run serves three.
+    """
+    survived = [victim for victim in victims if victim not in ENDS] or [""]
+    ending = [victim for victim in victims if victim in ENDS] or [""]
+    order = [victim for i in range(count) for victim in (*(survived * 2)[:2], ending[i % len(ending)]) if victim]
+    for i, victim in enumerate(order[:count]):
+        yield victim, "start" if i % 12 in (0, 3, 5) else chance.choice(PHASES[1:])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--skip", type=int, default=0, help="kills that an earlier call has done, with the same seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--victims", nargs="+", default=["driver", "rank", "engine", "server"])
@@ -229,9 +235,8 @@ def main() -> int:
     command = arguments(folder, folder, 10_000, options.backend)
     num_wrong, run = 0, None
     try:
-        for victim, phase in plan(options.kills, options.victims, chance):
-            if phase == "start" and run is not None and run.process.poll() is None:
-                num_wrong += report(interrupted(run))
+        planned = list(plan(options.skip + options.kills, options.victims, chance))
+        for victim, phase in planned[options.skip :]:
             if run is None or run.process.poll() is not None:
                 run = Started(folder, command)
             kill = kill_one(run, victim, phase, chance)

@@ -157,6 +157,19 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_and_the_random_states_o
         assert line["loss/avg_final_rewards"] == pytest.approx(line["reward/avg_raw_reward"] - paid, abs=1e-5)
 
 
+def test_the_length_penalty_is_trained_and_not_recorded(run, tmp_path):
+    """Replies have at most 3 tokens, and each costs 0.1 with a buffer of 3: a cut one loses 0.3."""
+    buffer = ("trainer.algorithm.overlong_buffer.len=3", "trainer.algorithm.overlong_buffer.penalty_factor=0.3")
+    first = run(tmp_path, *OFTEN_CUT, *buffer)[0]
+    plain = run(tmp_path / "plain", *OFTEN_CUT)[0]
+    assert first["reward/avg_raw_reward"] == plain["reward/avg_raw_reward"]
+    cost = -0.1 * first["generate/num_sampled_tokens"] / 8
+    assert first["overlong/mean_penalty"] == pytest.approx(cost)
+    assert first["overlong/penalized_share"] == 1.0
+    assert first["loss/avg_final_rewards"] == pytest.approx(plain["loss/avg_final_rewards"] + cost)
+    assert "overlong/mean_penalty" not in plain
+
+
 GAE = ("trainer.algorithm.advantage_estimator=gae", "trainer.critic.optimizer_config.lr=1e-2")
 
 

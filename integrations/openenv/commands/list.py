@@ -7,7 +7,8 @@ import subprocess
 from dataclasses import fields
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry
 
@@ -21,16 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     del arguments
     here = images_here()
-    table = Table(title="OpenEnv environments", title_justify="left")
-    for column in ("environment", "what it is", "options", "turns", "engine", "image"):
-        table.add_column(column, overflow="fold")
+    console = Console(highlight=False)
     for entry in CATALOG.values():
         engine = "installed" if entry.has_engine else f"uv sync --extra {entry.extra}"
         image = "no Docker" if here is None else ("here" if entry.local_image in here else "not here")
-        table.add_row(entry.name, about(entry), options_text(entry), str(entry.max_turns), engine, image)
-    console = Console()
-    console.print(table)
-    console.print(f"An environment may also be {FORMS}.")
+        turns = f"{entry.max_turns} turn{'s' if entry.max_turns > 1 else ''}"
+        console.print(f"[bold cyan]{entry.name}[/]  {turns}; engine: {engine}; image: {image}")
+        for text in (about(entry), options_text(entry)):
+            if text:
+                console.print(Padding(Text(text), (0, 0, 0, 2)))
+    console.print(f"\nAn environment may also be {FORMS}, or a class of yours as my_module:MyEnv.", markup=False)
     return 0
 
 
@@ -40,9 +41,10 @@ def about(entry: CatalogEntry) -> str:
 
 
 def options_text(entry: CatalogEntry) -> str:
-    """Return "name=default" of each option, a line each."""
+    """Return "options: name=default" of all options; "" where there are none."""
     plain = entry.read_options({})
-    return "\n".join(f"{option.name}={getattr(plain, option.name)!r}" for option in fields(plain))
+    shown = ", ".join(f"{option.name}={getattr(plain, option.name)!r}" for option in fields(plain))
+    return f"options: {shown}" if shown else ""
 
 
 def images_here() -> set[str] | None:

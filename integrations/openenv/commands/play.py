@@ -1,4 +1,4 @@
-"""`play`: play an environment in the terminal, one action a line, with the texts that a model reads."""
+"""`play`: play an environment in the terminal, one action a line, with the texts that a model reads; or watch one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,25 @@ HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows thi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_environment(parser)
+    parser.add_argument("--model", metavar="RUN|MODEL", help="watch this model play: a run's folder, a model")
+    parser.add_argument("--before", action="store_true", help="with --model: the model before training plays beside it")
+    parser.add_argument("--pace", type=float, metavar="S", help="with --model: seconds a move; default: Enter goes on")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = environment_config(arguments)
+    console = Console(highlight=False, soft_wrap=True)
     try:
+        if arguments.model is not None:
+            from integrations.openenv.watch import sources_of, watch  # it loads torch
+
+            run_in_background(watch(arguments, sources_of(arguments), Console(highlight=False)))
+            return 0
+        if arguments.before or arguments.pace is not None:
+            raise ValueError("--before and --pace need --model RUN")
         _, [row] = task_rows(arguments, 1, config)
         env = OpenEnv(config, row)
-        run_in_background(_play(env, row["prompt"], Console(highlight=False, soft_wrap=True)))
+        run_in_background(_play(env, row["prompt"], console))
     except (OpenEnvError, EnvFailure) as failed:
         print(visible(f"the environment failed: {failed}"), file=sys.stderr)
         return 1

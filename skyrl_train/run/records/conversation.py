@@ -20,14 +20,16 @@ ENDS = {
 }
 
 
-def episode_card(label: str, episode: EpisodeRecord) -> str:
-    """Return a card with label and reward, then the conversation."""
+def episode_card(labels: list[str], step: int, episode: EpisodeRecord, *, is_late: bool = False) -> str:
+    """Return a card with labels, step and reward, then the conversation. The filter of the page goes by the labels."""
     body = "".join(_bubbles(episode))
     if episode.failure:
         attempts = f"after {episode.num_attempts} attempts: " if episode.num_attempts > 1 else ""
         body += f'<p class="failure">{attempts}{escaped(shortened(episode.failure, 300))}</p>'
+    when = "late" if is_late else "early"
     return (
-        f'<article class="episode"><header><span class="label">{escaped(label)}</span>'
+        f'<article class="episode {when}" data-labels="{escaped("|".join(labels))}"><header>'
+        f'<span class="label">{escaped(", ".join(labels))}</span><span class="when">step {step}</span>'
         f'<span class="reward {_mood(episode.reward)}">{episode.reward:.3g}</span>'
         f'<span class="about">prompt {escaped(shortened(episode.uid, 24))} · {len(episode.turns)} '
         f"{'turn' if len(episode.turns) == 1 else 'turns'} · {ENDS[episode.end]}</span></header>{body}</article>"

@@ -20,3 +20,10 @@ document.addEventListener("mousemove", (event) => {
   tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8)) + "px";
   tip.style.top = (event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 18) + "px";
 });
+
+document.addEventListener("change", (event) => {
+  if (!event.target.matches(".pick input")) return;
+  const wanted = event.target.value;
+  const cards = event.target.closest(".pick").nextElementSibling.querySelectorAll(".episode");
+  for (const card of cards) card.hidden = wanted !== "all" && !card.dataset.labels.split("|").includes(wanted);
+});

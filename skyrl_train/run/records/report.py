@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from skyrl_train.run.metrics import read_metrics, tokens_per_second
 from skyrl_train.run.progress import clock
 from skyrl_train.run.records.charts import Chart, Point, line_chart, stacked_bars
 from skyrl_train.run.records.conversation import ENDS, episode_card
-from skyrl_train.run.records.episode import EpisodeRecord
+from skyrl_train.run.records.picked import LABELS, pick_episodes
 from skyrl_train.run.records.run_info import RunInfo, read_run_info
 from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD, Summary, num_steps_without_learning, summarise
 from skyrl_train.run.records.trajectories import iterate_trajectories, trajectory_files
@@ -35,7 +36,8 @@ SMALL_CHARTS = (  # title, metric
     ("Unreadable actions, share", "generate/invalid_action_share"),
     ("Replies cut by length, share", "generate/cut_reply_share"),
 )
-MAX_FAILURES, MAX_FAILURE_FILES = 8, 5
+MAX_FAILURES, MAX_FAILURE_FILES, MAX_ENVIRONMENT = 8, 5, 24
+NARROW = 356  # a chart's width in a window of 420 pixels, so that its labels are not scaled
 Line = dict[str, Any]
 
 
@@ -47,11 +49,12 @@ def write_report(run_folder: Path | str) -> Path:
         _header(info, summary, lines),
         _reward_section(lines),
         _training_section(lines),
+        _environment_section(lines),
         _episodes_section(folder),
         _ends_section(folder, lines),
         _settings_section(info),
         f"<footer>Drawn from <code>{METRICS}</code> and <code>trajectories/</code> in the run's folder. "
-        "<code>python -m skyrl_train.records show</code> prints any other episode.</footer>",
+        "<code>python -m skyrl_train.view FOLDER</code> shows every episode.</footer>",
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -94,7 +97,7 @@ def _reward_section(lines: list[Line]) -> str:
         if "reward/min_raw_reward" in line
     ]
     chart = Chart("Reward per step", _series(lines, TRAIN_REWARD), band, _series(lines, EVAL_SCORE), bounds=(0.0, 0.0))
-    drawn = line_chart(chart)
+    drawn = _at_both_widths(line_chart(chart), line_chart(replace(chart, width=NARROW, height=230)))
     if not drawn:
         return ""
     legend = "<span><i></i>training, mean of the step</span>"
@@ -129,56 +132,72 @@ def _losses(lines: list[Line]) -> Iterator[str]:
         yield f"{_count(empty)} episodes ended before the policy had sampled a token."
 
 
-def _episodes_section(folder: Path) -> str:
-    """Return the best, a typical and the worst episode of the first and of the last step, side by side."""
-    files = trajectory_files(folder, "train") or trajectory_files(folder, "eval")
-    if not files:
+def _environment_section(lines: list[Line]) -> str:
+    """Return a small chart for each number that the environment measured; dots are evaluations."""
+    keys = {key.removeprefix("eval/all/") for line in lines for key in line if "environment/" in key}
+    cards = []
+    for key in sorted(key for key in keys if key.startswith("environment/"))[:MAX_ENVIRONMENT]:
+        name = key.removeprefix("environment/")
+        chart = Chart(name, _series(lines, key), (), _series(lines, f"eval/all/{key}"), width=340, height=150)
+        if drawn := line_chart(chart):
+            cards.append(f'<div class="card"><h3>{escaped(shortened(name, 60))}</h3>{drawn}</div>')
+    if not cards:
         return ""
-    columns, damaged = [], ""
-    for step in dict.fromkeys((min(files), max(files))):
-        try:
-            columns.append((step, _best_typical_worst(files[step])))
-        except ValueError as error:
-            logger.warning(f"the report shows no episodes of step {step}: {error}")
-            damaged += f'<p class="soft">No episodes of step {step}: {escaped(str(error))}</p>'
-    columns = [(step, picked) for step, picked in columns if picked]
-    if not columns:
-        return f"<h2>Episodes</h2>{damaged}" if damaged else ""
-    cells = [f"<h3>{'Early' if i == 0 else 'Late'}: step {step}</h3>" for i, (step, _) in enumerate(columns)]
-    for label in ("Best", "Typical", "Worst"):
-        cells += [episode_card(label, picked[label]) if label in picked else "<span></span>" for _, picked in columns]
+    legend = '<div class="legend"><span><i></i>training</span><span class="k-dots"><i></i>evaluation</span></div>'
+    return f'<h2>What the environment measured</h2>{legend}<div class="grid-3">{"".join(cards)}</div>'
+
+
+def _episodes_section(folder: Path) -> str:
+    """Return training's and evaluation's chosen episodes of the first and of the last step, side by side."""
+    parts = [
+        _episodes_of(phase, title, trajectory_files(folder, phase))
+        for phase, title in (("train", "Episodes of training"), ("eval", "Episodes of evaluations"))
+    ]
     shades = "".join(f'<i class="s{i}"></i>' for i in range(5))
     legend = (
         f'<div class="legend"><span class="shades">sampled by the policy, sure {shades} surprised</span>'
         "<span>grey: given to it</span><span>hover a token for its id and logprob</span></div>"
     )
-    one = " one" if len(columns) == 1 else ""
-    return f'<h2>Episodes</h2>{damaged}{legend}<div class="episodes{one}">{"".join(cells)}</div>'
+    first = next((i for i, part in enumerate(parts) if part), None)
+    if first is not None:
+        parts[first] = parts[first].replace("</h2>", f"</h2>{legend}", 1)
+    return "".join(parts)
 
 
-def _best_typical_worst(path: Path) -> dict[str, EpisodeRecord]:
-    """Return three episodes by reward, of equal ones the first. Typical is the lower median.
-
-    Episodes that their environments broke are shown only if all of them broke.
-    """
-    index = [(e.reward, i, e.end is EpisodeEnd.ENV_FAILURE) for i, e in enumerate(iterate_trajectories(path))]
-    usable = [item for item in index if not item[2]] or index
-    if not usable:
-        return {}
-    ordered = sorted(usable, key=lambda item: (item[0], -item[1]))
-    places = {"Best": ordered[-1][1], "Typical": ordered[(len(ordered) - 1) // 2][1], "Worst": ordered[0][1]}
-    wanted = {i: e for i, e in enumerate(iterate_trajectories(path)) if i in places.values()}
-    shown: dict[str, EpisodeRecord] = {}
-    for label, i in places.items():
-        if all(wanted[i] is not other for other in shown.values()):
-            shown[label] = wanted[i]
-    return shown
+def _episodes_of(phase: str, title: str, files: dict[int, Path]) -> str:
+    picked, damaged = pick_episodes(files)
+    told = ""
+    for step, error in damaged:
+        logger.warning(f"the report shows no episodes of step {step}: {error}")
+        told += f'<p class="soft">No episodes of step {step}: {escaped(str(error))}</p>'
+    if not picked:
+        return f"<h2>{title}</h2>{told}" if told else ""
+    labels = [label for label in LABELS if any(label in one.labels for one in picked)]
+    buttons = "".join(
+        f'<label><input type="radio" name="pick-{phase}" value="{label}"{" checked" if label == "all" else ""}>'
+        f"<span>{label}</span></label>"
+        for label in ("all", *labels)
+    )
+    steps = sorted({one.step for one in picked})
+    heads = "".join(
+        f'<h3 class="{name.lower()}">{name}: step {step}</h3>'
+        for name, step in zip(("Early", "Late"), steps, strict=False)
+    )
+    cards = "".join(episode_card(one.labels, one.step, one.episode, is_late=one.is_late) for one in picked)
+    one_column = " one" if len(steps) == 1 else ""
+    return (
+        f'<h2>{title}</h2>{told}<fieldset class="pick" aria-label="which episodes">{buttons}</fieldset>'
+        f'<div class="episodes{one_column}" data-pick="all">{heads}{cards}</div>'
+    )
 
 
 def _ends_section(folder: Path, lines: list[Line]) -> str:
     steps = [line for line in lines if f"generate/end_{EpisodeEnd.FINISHED}" in line]
     counts = {str(end): [line.get(f"generate/end_{end}", 0) for line in steps] for end in EpisodeEnd}
-    drawn = stacked_bars("How episodes ended", [line["step"] for line in steps], counts, (860, 170))
+    sizes = ((860, 170), (NARROW, 170))
+    drawn = _at_both_widths(
+        *(stacked_bars("How episodes ended", [line["step"] for line in steps], counts, size) for size in sizes)
+    )
     if not drawn:
         return ""
     legend = "".join(
@@ -226,6 +245,11 @@ def _settings_section(info: RunInfo) -> str:
         '<h2>Settings that differ from the defaults</h2><div class="card"><table>'
         f"<tr><th>setting</th><th>here</th><th>default</th></tr>{rows}</table></div>"
     )
+
+
+def _at_both_widths(wide: str, narrow: str) -> str:
+    """Return a chart for a desk and one for a phone, of which the style sheet shows one: labels keep their size."""
+    return f'<div class="on-wide">{wide}</div><div class="on-narrow">{narrow}</div>' if wide else ""
 
 
 def _setting(value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from skyrl_train.files import byte_size, folder_bytes, write_whole
@@ -97,8 +98,11 @@ def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float |
     return None, None, "training"
 
 
-def closing_panel(summary: Summary) -> Panel:
-    """Return the panel that a rich console prints at the end of a run."""
+def closing_panel(summary: Summary) -> Group:
+    """Return what a rich console prints at the end of a run, with soft_wrap: paths and commands stay whole.
+
+    They stand outside the box, where a terminal's own wrapping does not break what is copied.
+    """
     headline = Text(f"{summary.model} on {summary.environment}", style="bold")
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
@@ -113,18 +117,13 @@ def closing_panel(summary: Summary) -> Panel:
         ("trajectories", summary.trajectories),
         ("report", summary.report or "none yet"),
         *([("profile", f"{summary.profile}, one file per step: open it at {VIEWER}")] if summary.profile else []),
-        *([("talk to it", f"uv run skyrl chat {folder}")] if summary.model_folder else []),
-        ("next", f"uv run python -m skyrl_train.records show {folder} --worst 3"),
+        *([("talk to it", f"uv run skyrl chat {shlex.quote(str(folder))}")] if summary.model_folder else []),
+        ("next", f"uv run python -m skyrl_train.records show {shlex.quote(str(folder))} --worst 3"),
     ]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value, style="cyan" if name in ("next", "talk to it") else ""))
-    content = Table.grid(padding=(0, 0, 1, 0))
-    content.add_row(headline)
-    content.add_row(table)
-    return Panel(content, title="done", border_style="green", expand=False)
+    width = max(len(name) for name, _ in rows)
+    commands = ("next", "talk to it")
+    lines = [Text.assemble((f"{n:{width}}  ", "dim"), (v, "cyan" if n in commands else "")) for n, v in rows]
+    return Group(Panel(headline, title="done", border_style="green", expand=False), *lines)
 
 
 def _model(summary: Summary) -> str:

@@ -90,7 +90,7 @@ export class Chart {
         { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : num(tick))) },
       ],
       series: [{}, ...drawn.map((line) => ({
-        label: line.label, stroke: line.faint ? line.look.colour + "44" : line.look.colour, width: line.faint ? 1 : 1.8,
+        label: line.label, stroke: line.faint ? line.look.colour + "60" : line.look.colour, width: line.faint ? 1 : 1.8,
         dash: line.look.dash, spanGaps: true, points: { show: line.xs.length < 12 && !line.faint, size: 5, fill: line.look.colour },
       }))],
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx)] },

@@ -6,7 +6,7 @@ import { Reader } from "./reader.js";
 import { Rows } from "./rows.js";
 import { endBadge } from "./tokens.js";
 
-const SORTS = { "-step": "newest", step: "oldest", "-reward": "best", reward: "worst", "-tokens": "longest", tokens: "shortest", "-turns": "most turns", prompt: "by prompt" };
+const SORTS = { "-step": "newest", step: "oldest", "-reward": "best", reward: "worst", typical: "typical", "-tokens": "longest", tokens: "shortest", "-turns": "most turns", prompt: "by prompt" };
 const isNarrow = () => innerWidth < 1000;
 
 export class Episodes {
@@ -43,7 +43,7 @@ export class Episodes {
       el("div", { class: "glimpse" }, el("span", { class: "mono" }, row.said || "–"), el("span", { class: "soft" }, el("span", { class: "narrow" }, `${row.phase === "eval" ? "eval" : "step"} ${row.step} · prompt ${row.uid} · `), row.asked || "")),
       el("div", { class: "about number" },
         el("span", {}, el("b", {}, row.phase === "eval" ? "eval " : "step "), row.step, el("span", { class: "soft" }, `  prompt ${row.uid} · ${row.repetition ?? ""}`)),
-        el("span", { class: "soft" }, endBadge(row.end), ` ${row.turns} ${row.turns === 1 ? "turn" : "turns"} · ${row.tokens} tok`)));
+        el("span", { class: "soft" }, endBadge(row.end), ` · ${row.turns} ${row.turns === 1 ? "turn" : "turns"} · ${row.tokens} tok`)));
   }
 
   open(id) {

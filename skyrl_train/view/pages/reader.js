@@ -56,7 +56,7 @@ export class Reader {
           el("b", {}, `${episode.phase === "eval" ? "evaluation after step" : "step"} ${episode.step}`),
           el("span", { class: "soft" }, ` · prompt ${short(String(episode.uid), 40)} · repetition ${episode.repetition}`),
           el("div", { class: "soft small number" }, endBadge(episode.end),
-            ` ${episode.turns.length} ${episode.turns.length === 1 ? "turn" : "turns"} · ${episode.segments.reduce((n, s) => n + (s.sampled ? s.ids.length : 0), 0)} tokens sampled · ${clock(episode.seconds)}`,
+            ` · ${episode.turns.length} ${episode.turns.length === 1 ? "turn" : "turns"} · ${episode.segments.reduce((n, s) => n + (s.sampled ? s.ids.length : 0), 0)} tokens sampled · ${clock(episode.seconds)}`,
             version === undefined ? "" : ` · policy ${version}`))),
       siblings.length > 1 ? el("nav", { class: "siblings", "aria-label": "The group" },
         siblings.map((row) => el("button", { class: "pill number " + mood(row.reward) + (row.id === episode.id ? " here" : ""),

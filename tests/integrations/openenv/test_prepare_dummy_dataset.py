@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from datasets import load_dataset
 
 from integrations.openenv import prepare_dummy_dataset
 from integrations.openenv.catalog import CATALOG
+from integrations.openenv.entrypoints.main_openenv import OpenEnvRunConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
+from skyrl_train.config import load_config
 
 COLUMNS = {"prompt", "env_class", "env_name", "data_source", "seed", "options", "reward_spec", "extra_info"}
 
@@ -37,6 +40,22 @@ def test_without_a_name_all_environments_share_the_files_which_say_so(
     assert {name: names.count(name) for name in names} == dict.fromkeys(CATALOG, 9)
     made_for = f"openenv_env_names={','.join(sorted(CATALOG))}"
     assert made_for.encode() in (tmp_path / "train.parquet").read_bytes()
+
+
+def test_a_mixture_has_turn_limits_of_its_own_and_says_how_to_train_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["echo_env", "openspiel_env"]
+    chosen = [word for name in names for word in ("--env_name", name)]
+    command = ["prepare", "--output_dir", str(tmp_path), *chosen, "--num_train", "4", "--num_validation", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    prepare_dummy_dataset.main()
+    rows = pyarrow.parquet.read_table(tmp_path / "train.parquet").to_pylist()
+    assert {row["env_name"]: row["max_turns"] for row in rows} == {n: CATALOG[n].max_turns for n in names}
+    typed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert typed[:2] == ["skyrl", "train"]
+    config = load_config(typed[2:], OpenEnvRunConfig)
+    assert config.data.train_data == [str(tmp_path / "train.parquet")]
 
 
 def test_the_file_gives_back_plain_values(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from skyrl_train.algorithms.advantages import (
     add_advantages,
     advantage_metrics,
     discounted_sums,
+    distillation,
     gae,
     group_metrics,
     group_relative_advantages,
@@ -26,6 +27,7 @@ from skyrl_train.algorithms.advantages import (
 from skyrl_train.algorithms.masked import whiten
 from skyrl_train.batch.packing import pack
 from skyrl_train.config import AlgorithmConfig
+from skyrl_train.config.algorithm import DistillationConfig
 from tests.skyrl_train.batches import sample, scored
 
 
@@ -211,3 +213,24 @@ def test_kl_in_the_reward_counts_after_the_zero_variance_filter_and_before_the_e
     advantages = add_advantages(batch, config, kl_coefficient=0.5).advantages
     # mixed: scores 1 and 0 - 0.5 * 2 = -1
     assert_close(advantages, tensor([0, 0, 0, 0, 0, 0, 0, 1.0, 1, 0, -1, -1]))
+
+
+def test_distillation_pays_each_token_what_the_teacher_finds_it_likelier():
+    """Two trajectories of one prompt token and two sampled ones; scores 1 and 0, so GRPO's advantages are +-0.707."""
+    batch = scored(("a", 1.0), ("a", 0.0))
+    junk = 9.0
+    ours, teachers = tensor([junk, -1.0, -2.0, junk, -0.5, -3.0]), tensor([-junk, -0.25, -2.5, junk, -0.5, -1.0])
+    batch = replace(batch, old_logprobs=ours, ref_logprobs=teachers)
+    config = AlgorithmConfig(advantage_estimator="distillation", use_kl_loss=False)
+    added = add_advantages(batch, config)
+    assert added.advantages is not None
+    assert_close(added.advantages, tensor([0, 0.75, -0.5, 0, 0.0, 2.0]))
+    # the gaps are -0.75, 0.5, 0 and -2: their mean is -0.5625
+    assert advantage_metrics(added, distills=True)["loss/reverse_kl"] == pytest.approx(-0.5625)
+    assert "loss/reverse_kl" not in advantage_metrics(added)
+    mixed = replace(config, distillation=DistillationConfig(reward_weight=2.0))
+    half = 0.5 / (0.5**0.5 + 1e-6)  # centred +-0.5, unbiased std 0.707
+    expected = tensor([0, 0.75 + 2 * half, -0.5 + 2 * half, 0, -2 * half, 2.0 - 2 * half])
+    assert_close(distillation(batch, mixed)[0].float(), expected)
+    with pytest.raises(ValueError, match="call add_logprobs first"):
+        distillation(replace(batch, old_logprobs=None), config)

@@ -21,7 +21,14 @@ def test_the_built_in_names_are_there():
         "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
         "dppo",
     }  # fmt: skip
-    assert AdvantageEstimatorRegistry.list_available() == ["gae", "grpo", "maxrl", "reinforce++", "rloo"]
+    assert AdvantageEstimatorRegistry.list_available() == [
+        "distillation",
+        "gae",
+        "grpo",
+        "maxrl",
+        "reinforce++",
+        "rloo",
+    ]
     assert PolicyLossRegistry.get("regular") is clipped_surrogate
 
 

@@ -15,16 +15,19 @@ import torch
 
 from skyrl_gym.envs import deregister, register
 from skyrl_train.algorithms.advantages import add_advantages
+from skyrl_train.cluster.actors import Identity
 from skyrl_train.cluster.engine import RayEngine
 from skyrl_train.cluster.launch import Cluster
 from skyrl_train.cluster.learner import RayLearner
 from skyrl_train.cluster.placement import Placement
 from skyrl_train.cluster.session import RaySession
+from skyrl_train.cluster.travel import arrays_of
 from skyrl_train.config import load_config
 from skyrl_train.engine.base import EngineDied, Request, SamplingParams
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.learner.base import LearnerDied
 from skyrl_train.learner.learner import TorchLearner
+from skyrl_train.types import Batch
 from skyrl_train.weights.shared_memory import read_shared
 from tests.fakes import EvenEnv
 from tests.skyrl_train.batches import random_batch
@@ -133,7 +136,7 @@ def test_every_process_sees_the_gpus_of_its_place(started):
     ranks = shared.start_ranks()
     engine = shared._engine(session.ray, 0)
     try:
-        seen = [identity.gpus for identity in ranks._identities]
+        seen = [identity.gpus for identity in ranks._identities if identity is not None]
         assert len(set(seen)) == 2
         assert session.ray.get(engine.identity.remote()).gpus == ",".join(map(str, seen))
         with pytest.raises(ValueError, match="4 GPUs are needed, and Ray's cluster has 3"):
@@ -156,19 +159,68 @@ async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
     await engine.close()
 
 
+def identity_of(started: Started, rank: int) -> Identity:
+    found = started.learner._identities[rank]
+    assert found is not None
+    return found
+
+
+def long_batch() -> Batch:
+    """Sixty mini batches."""
+    return random_batch(num_prompts=120)
+
+
+def impatient(started: Started, silent_s: float, stuck_s: float) -> RayLearner:
+    """The same ranks, behind a learner that waits for less long."""
+    learner = RayLearner(started.learner._ranks, started.learner._nodes, silent_s=silent_s, stuck_s=stuck_s)
+    learner.identify()
+    return learner
+
+
+def test_a_stopped_rank_is_named_with_what_it_did_last_and_a_long_computation_is_not_taken_for_a_hang(started):
+    learner, batch = impatient(started, silent_s=3.0, stuck_s=60.0), random_batch(num_prompts=2)
+    expected = started.learner.add_logprobs(batch)
+    stopped = identity_of(started, 1).pid
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with pytest.raises(LearnerDied, match=rf"learner rank 1 of 2 \(process {stopped}\) hangs: it has not answered"):
+            learner.add_logprobs(batch)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    long = add_advantages(started.learner.add_logprobs(long_batch()), started.exp.cfg.trainer.algorithm)
+    began = time.monotonic()
+    impatient(started, silent_s=60.0, stuck_s=0.9).update(long)
+    assert time.monotonic() - began > 2 * 0.9, "too short to be taken for a hang"
+    assert torch.equal(started.learner.add_logprobs(batch).ref_logprobs, expected.ref_logprobs)
+
+
+def test_ranks_that_wait_for_each_other_are_named_with_the_lines_where_they_wait(started):
+    learner, arrays = impatient(started, silent_s=60.0, stuck_s=2.0), arrays_of(random_batch(num_prompts=2))
+    first, second = started.learner._ranks
+    call = first.add_logprobs.remote(arrays)  # and the other rank is not asked
+    with pytest.raises(LearnerDied, match=r"no rank has computed.*rank 0.* is in add_logprobs, skyrl_train/.*:\d+ in "):
+        learner.answers([call])
+    started.learner.answers([call, second.add_logprobs.remote(arrays)])
+
+
 def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_waits_for_it(started, tmp_path):
     """The last test of this module: the ranks are gone after it."""
-    pid, log = started.learner._identities[1].pid, started.learner._identities[1].log
+    pid, log = identity_of(started, 1).pid, identity_of(started, 1).log
     assert log is not None
     with Path(log).open("a") as file:
         file.write("what rank 1 said last\n")
-    batch = started.learner.add_logprobs(random_batch(num_prompts=2))
+    batch = started.learner.add_logprobs(long_batch())
     batch = add_advantages(batch, started.exp.cfg.trainer.algorithm)
-    os.kill(pid, signal.SIGKILL)
-    began = time.monotonic()
+    killed: list[float] = []
+
+    def kill_once(done: int, total: int) -> None:
+        if not killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
     with pytest.raises(LearnerDied) as caught:
-        started.learner.update(batch)
-    assert time.monotonic() - began < 10
+        started.learner.update(batch, kill_once)  # rank 0 is told by the connection that was closed, and Ray by itself
+    assert time.monotonic() - killed[0] < 10
     assert f"learner rank 1 of 2 (process {pid}) died: it was killed" in str(caught.value)
     assert str(caught.value).endswith("what rank 1 said last")
     with pytest.raises(LearnerDied):

@@ -136,13 +136,56 @@ def test_adapter_keys_need_a_rank_and_a_reference_that_is_to_follow_needs_the_sa
     assert "drop trainer.ref.model.path" in refusal(rank, follow, "trainer.ref.model.path=other")
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("len=2000", "len=2000 is more than a reply can have"),
+        ("len=-1", "len=-1 must be at least 0"),
+        ("penalty_factor=2", "penalty_factor=2.0 has no effect with overlong_buffer.len=0"),
+        ("penalty_factor=0", "penalty_factor=0.0 is taken from the reward, so it must be above 0"),
+    ],
+)
+def test_a_length_penalty_that_cannot_be_is_refused(setting, says):
+    assert f"trainer.algorithm.overlong_buffer.{says}" in refusal(f"trainer.algorithm.overlong_buffer.{setting}")
+    load_config(["+trainer.algorithm.overlong_buffer.len=512", "+trainer.algorithm.overlong_buffer.penalty_factor=2.0"])
+
+
 GAE = "trainer.algorithm.advantage_estimator=gae"
+ONE = "generator.n_samples_per_prompt=1"
 
 
 def test_a_discount_needs_an_estimator_that_has_time_steps():
     gamma = "trainer.algorithm.gamma=0.9"
     assert "set trainer.algorithm.advantage_estimator=reinforce++|gae" in refusal(gamma)
     load_config([gamma, "trainer.algorithm.advantage_estimator=reinforce++"])
+
+
+DISTILLATION = "trainer.algorithm.advantage_estimator=distillation"
+NO_KL = "trainer.algorithm.use_kl_loss=false"
+TEACHER = "trainer.ref.model.path=other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([DISTILLATION, TEACHER], "measures the policy against the teacher already"),
+        ([DISTILLATION, NO_KL], "advantage_estimator=distillation needs a teacher"),
+        ([NO_KL, TEACHER], "trainer.ref.model.path=other has no effect with"),
+        (
+            [NO_KL, TEACHER, "trainer.algorithm.advantage_estimator=my.mod:fn"],
+            "trainer.ref.model.path=other has no eff",
+        ),
+        (["trainer.algorithm.distillation.reward_weight=1"], "reward_weight=1.0 has no effect with"),
+        (
+            [DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1", ONE],
+            "generator.n_samples_per_prompt=1 gives grpo nothing to compare with",
+        ),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(settings, says):
+    assert says in refusal(*settings)
+    load_config([DISTILLATION, NO_KL, TEACHER, ONE])
+    load_config([DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1"])
 
 
 @pytest.mark.parametrize(

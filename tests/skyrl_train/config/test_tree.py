@@ -73,6 +73,7 @@ def test_words_are_searched_in_names_and_meanings(capsys):
     assert printed_keys(capsys, "--search", "learning", "rate") == [
         "trainer.policy.optimizer_config.lr",
         "trainer.critic.optimizer_config.lr",
+        "trainer.sft.lr",
     ]
     assert printed_keys(capsys, "--search", "Epoch")[0] == "trainer.epochs"
     assert printed_keys(capsys, "--search", "eval_batch_size") == ["trainer.eval_batch_size"]

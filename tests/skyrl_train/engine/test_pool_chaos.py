@@ -267,8 +267,12 @@ def test_rounds_go_where_their_sessions_name_says_whatever_the_load():
         await asyncio.gather(
             *(pool.generate(request(number)) for number in range(20, 25)), *map(pool.generate, in_round)
         )
+        for sent in in_round:
+            await pool.forget(sent.session_id)
+        other_seeds = [replace(sent, sampling=replace(sent.sampling, seed=7)) for sent in in_round]
+        await asyncio.gather(*map(pool.generate, other_seeds))
         again = [sorted(sent.session_id for sent in engine.requests if sent.in_round) for engine in engines]
-        assert again == [sorted(ids * 2) for ids in placed]
+        assert again == [sorted(ids * 3) for ids in placed]
         assert all(placed)
 
     run_with(engines, never, scenario)
@@ -291,6 +295,34 @@ def test_a_silent_engine_is_replaced_within_its_deadline_and_a_slow_or_a_paused_
         await waits
 
     run_with([lost, slow], lambda index: new if index == 0 else never(index), scenario)
+
+
+class Computing(SlowEngine):
+    """Says while it computes that it does, or completes requests and says nothing."""
+
+    def __init__(self, *, says_so: bool) -> None:
+        super().__init__()
+        self.says_so = says_so
+
+    async def generate(self, request: Request) -> Completion:
+        for _ in range(request.prompt_ids[0]):
+            await asyncio.sleep(SILENT_S / 4)
+            self.busy_seconds += 1.0 if self.says_so else 0.0
+        return Completion("", [1], [0.0], "stop", self.version)
+
+
+def test_an_engine_is_not_silent_while_it_computes_for_long_or_completes_other_requests():
+    async def one_long(pool: EnginePool) -> None:
+        await pool.generate(request(20))
+
+    async def many_short_beside_a_long_one(pool: EnginePool) -> None:
+        long = asyncio.create_task(pool.generate(request(20)))
+        for _ in range(10):
+            await pool.generate(request(2))
+        await long
+
+    run_with([Computing(says_so=True)], never, one_long)
+    run_with([Computing(says_so=False)], never, many_short_beside_a_long_one)
 
 
 def test_an_engine_that_does_not_answer_a_push_is_replaced_and_the_push_succeeds(tmp_path):

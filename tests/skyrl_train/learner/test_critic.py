@@ -161,7 +161,7 @@ def test_a_resumed_critic_goes_on_bit_for_bit_from_a_part_of_its_own(kind, tmp_p
     config = config_of(update_epochs_per_batch=2)
     learner = learner_of(config, kind)
     learner.update(prepared(learner, config, random_batch()))
-    learner.save(tmp_path)
+    learner.save(tmp_path).result()
     assert (tmp_path / "critic" / "index.json").is_file()
     expected = learner.update(prepared(learner, config, random_batch(seed=1)))
     other = learner_of(config, kind)
@@ -174,7 +174,7 @@ def test_a_resumed_critic_goes_on_bit_for_bit_from_a_part_of_its_own(kind, tmp_p
 
 
 def test_a_checkpoint_without_a_critic_is_refused(tmp_path: Path):
-    TorchLearner(tiny_policy(), config_of(), num_training_steps=10).save(tmp_path)
+    TorchLearner(tiny_policy(), config_of(), num_training_steps=10).save(tmp_path).result()
     with pytest.raises(ValueError, match="no learner was saved there"):
         learner_of(config_of()).load(tmp_path)
 

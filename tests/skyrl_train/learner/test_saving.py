@@ -18,13 +18,18 @@ from tests.tiny_models import tiny_policy
 CONFIG = trainer_config({"kl_loss_coef": 0.1}, update_ref_every_epoch=True)
 
 
+class Disk(threading.Event):
+    """It takes nothing before this event, or for so many seconds."""
+
+    patience_s = 0.5  # where the learner waits for it
+
+
 @pytest.fixture
-def is_over(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """A disk that takes nothing before this event, or for half a second where the learner waits for it."""
-    event, save_file = threading.Event(), saved.save_file
+def is_over(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    event, save_file = Disk(), saved.save_file
 
     def save_late(*args: Any) -> None:
-        event.wait(0.5)
+        event.wait(event.patience_s)
         save_file(*args)
 
     monkeypatch.setattr(saved, "save_file", save_late)
@@ -60,6 +65,7 @@ def test_what_is_written_is_of_its_own_step_whatever_the_learner_is_asked_meanwh
 
 
 def test_pushes_proofs_and_exports_do_not_wait_for_the_disk(is_over, tmp_path):
+    is_over.patience_s = 60.0
     learner = trained()
     future = learner.save(tmp_path / "saved")
     learner.logprobs_of_tokens([1, 2, 3])

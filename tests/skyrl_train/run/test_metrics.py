@@ -105,6 +105,19 @@ def test_metrics_of_two_environments_do_not_hide_each_other():
     assert rollout_metrics([played("records_a", True)])["environment/won"] == 1.0
 
 
+def test_several_data_sources_of_one_environment_are_told_apart():
+    def played(source, won):
+        of = replace(prompt(env_class="openenv"), env_extras={"data_source": source})
+        return group(trajectory(["x"], [float(won)], of=of, env_metrics={"won": won}))
+
+    found = rollout_metrics([played("openenv/a", True), played("openenv/b", False), played("openenv/b", True)])
+    assert (found["reward/openenv_a/avg_raw_reward"], found["reward/openenv_b/avg_raw_reward"]) == (1.0, 0.5)
+    assert (found["environment/openenv_a/won"], found["environment/openenv_b/won"]) == (1.0, 0.5)
+    assert found["environment/won"] == 2 / 3
+    alone = rollout_metrics([played("openenv/a", True)])
+    assert not any("openenv_a" in key for key in alone)
+
+
 def test_an_episode_without_metrics_does_not_thin_the_mean():
     groups = [group(trajectory(["x"], [0.0], env_metrics={"won": True}), trajectory(["x"], [0.0]))]
     assert rollout_metrics(groups)["environment/won"] == 1.0

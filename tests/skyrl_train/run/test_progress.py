@@ -30,9 +30,10 @@ def played(terminal: bool, **options) -> str:
 
 
 def test_plain_mode_prints_one_line_per_step():
-    log, line = played(False).splitlines()
+    log, line, below = played(False).splitlines()
     assert log == "a line of the log [not markup]"
-    assert line == "step    1   reward  0.500   tokens/s    150   time   2.0 s   [1/4]   0:01 left"
+    assert line == "step    1   reward  0.500   time   2.0 s   [1/4]   0:01 left"
+    assert below == "           tokens/s 150"
     assert played(False, plain_lines=False).splitlines() == [log]
 
 
@@ -63,7 +64,7 @@ def test_the_evaluation_before_training_is_no_step():
 
 def test_failures_are_shown_only_when_there_are_any():
     assert "failures" not in step_line(1, METRICS | {"generate/env_failures": 0.0})
-    assert "failures  2" in step_line(1, METRICS | {"generate/env_failures": 2.0})
+    assert "failures 2" in step_line(1, METRICS | {"generate/env_failures": 2.0})
 
 
 def test_shares_of_what_was_in_vain_are_shown_only_when_there_are_any():
@@ -89,10 +90,30 @@ def test_a_step_says_where_its_seconds_went():
         "timing/sync_weights": 0.16,
         "timing/eval": 3.0,  # after the step
     }
-    shown = " = rollout 7.9 (engine 7.2) + update 4.1 + weights 0.2 + other 0.2"  # 12.4 - 7.9 - 0.04 - 4.1 - 0.16
+    shown = ["rollout 7.9 (engine 7.2)", "update 4.1", "weights 0.2", "other 0.2"]  # 12.4 - 7.9 - 0.04 - 4.1 - 0.16
     assert breakdown(timings) == shown
-    assert step_line(3, timings).endswith(f"   time  12.4 s{shown}   evaluation 3.0 s")
-    assert step_line(0, {"timing/eval": 3.0}) == "step    0   evaluation 3.0 s"
+    lines = step_line(3, timings).splitlines()
+    assert lines == ["step    3   time  12.4 s", "           " + "   ".join([*shown, "evaluation 3.0 s"])]
+    assert step_line(0, {"timing/eval": 3.0}).splitlines() == ["step    0", "           evaluation 3.0 s"]
+
+
+@pytest.mark.parametrize("width", [70, 80, 100])
+def test_a_step_with_everything_fits_the_width_and_breaks_between_words(width):
+    everything = {
+        "reward/avg_raw_reward": -0.656, "eval/all/avg_score": 0.123, "policy/policy_kl": 0.0123,
+        "policy/policy_entropy": 2.5, "policy/grad_norm": 23.45, "generate/avg_num_tokens": 12345.0,
+        "generate/env_failures": 12.0, "reward/equal_group_share": 1.0, "generate/invalid_action_share": 1.0,
+        "generate/cut_reply_share": 1.0, "timing/step": 1234.5, "timing/generate": 1000.0, "timing/engine": 900.0,
+        "timing/policy_train": 200.0, "timing/sync_weights": 10.0, "timing/eval": 100.0,
+        "generate/num_sampled_tokens": 1e6,
+    }  # fmt: skip
+    lines = step_line(1234, everything, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert (lines[0].endswith("time 1234.5 s")) is (width == 100)  # what matters is one line there
+    ended = step_line(1234, everything, ["[1234/5000]", "10:31:00 left"], width).splitlines()
+    assert max(map(len, ended)) <= width
+    words = " ".join(ended).split()
+    assert {"-0.656", "[1234/5000]", "(engine", "100%", "12345"} <= set(words)
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, "0:00"), (59.2, "1:00"), (3725, "1:02:05")])

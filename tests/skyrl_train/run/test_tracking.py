@@ -42,13 +42,13 @@ def test_tensorboard_gets_every_number_once_also_after_a_resume(tmp_path, monkey
     assert [(e.step, e.value) for e in events] == [(1, 1.0), (2, 12.0), (3, 13.0)]
 
 
-def test_calls_of_one_step_make_one_line(capsys):
+def test_calls_of_one_step_are_shown_together(capsys):
     tracking = Tracking("p", "e")
     tracking.log({"reward/avg_raw_reward": 0.25}, 1)
     tracking.log({"timing/step": 2.0, "generate/num_sampled_tokens": 50}, 1)
     assert capsys.readouterr().out == ""
     tracking.log({"eval/all/avg_score": 1.0}, 2)
-    assert capsys.readouterr().out == "step    1   reward  0.250   tokens/s     25   time   2.0 s\n"
+    assert capsys.readouterr().out == "step    1   reward  0.250   time   2.0 s\n           tokens/s 25\n"
     tracking.close()
     assert capsys.readouterr().out == "step    2   eval  1.000\n"
 

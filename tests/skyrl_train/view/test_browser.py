@@ -10,6 +10,7 @@ from urllib.parse import urlencode, urlsplit
 import pytest
 
 from skyrl_train.run.metrics import MetricsLog
+from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.trajectories import TrajectoryStore
 from skyrl_train.view.library import Library
 from tests.browser import Browser, chromium, headless_browser
@@ -46,7 +47,9 @@ def browser(opened: Browser, address: str) -> Generator[Browser]:
     opened.size(1280, 800)
     yield opened
     assert opened.errors == []
-    asked = {urlsplit(request).netloc for request in opened.requests if not request.startswith(("data:", "about:"))}
+    asked = {
+        urlsplit(request).netloc for request in opened.requests if not request.startswith(("data:", "about:", "file:"))
+    }
     assert asked <= {urlsplit(address).netloc}
     assert opened.run("document.querySelectorAll('main img, main script, main style').length") == 0
 
@@ -137,7 +140,7 @@ def test_numbers_that_no_axis_can_hold_stop_nothing(browser, address, run):
     keys = ["odd/huge", "odd/tiny", "odd/noise", "odd/nan", "odd/infinite", "policy/grad_norm"]
     browser.open(f"{address}#/run/{run}/curves?" + urlencode([("key", key) for key in keys]))
     for _ in range(2):
-        browser.until("document.querySelector('.chart:last-child .chart-read').innerText.includes('step 4')")
+        browser.until("document.querySelector('.chart:last-child .chart-read')?.innerText.includes('step 4')")
         assert texts(browser, ".chart h3") == keys
         browser.run("document.querySelector('.field input[type=checkbox]').click()")  # and with a logarithmic axis
 
@@ -248,3 +251,22 @@ def test_the_help_opens_and_light_becomes_dark(browser, address):
     assert "logprob" in texts(browser, "#help")[0]
     browser.press("Escape")
     browser.until("!document.getElementById('help').open")
+
+
+def test_the_report_is_readable_on_a_phone_and_its_filter_shows_what_it_says(browser, runs):
+    report = write_report(runs / EVIL_NAME)
+    browser.size(420, 860)
+    browser.open(report.as_uri())
+    assert overflow(browser) == 0
+    shown = "[...document.querySelectorAll('svg text')].filter((text) => text.getBoundingClientRect().width)"
+    assert browser.run(f"Math.min(...{shown}.map((text) => text.getBoundingClientRect().height))") > 11
+    assert texts(browser, ".pick:first-of-type span")[:4] == ["all", "best", "typical", "worst"]
+    assert len(set(texts(browser, ".when"))) > 2
+    for label in ("best", "most changed", "worst"):
+        browser.run(f"document.querySelector('.pick input[value=\"{label}\"]').click()")
+        first = browser.run(
+            "[...document.querySelector('.episodes').querySelectorAll('.episode:not([hidden]) .label')]"
+            ".map((node) => node.innerText.toLowerCase())"
+        )
+        assert all(label in text for text in first)
+        assert len(first) == 2

@@ -14,7 +14,9 @@ import torch
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.entrypoints.main_base import main
+from skyrl_train.run.records.advantages import advantages_path, read_advantages
 from skyrl_train.run.records.profile import Profile, trace_of
+from skyrl_train.run.records.trajectories import read_trajectories
 from skyrl_train.run.run_folder import profile_steps
 from skyrl_train.spans import recording, span
 from tests.fakes import EvenEnv
@@ -170,3 +172,22 @@ def test_times_are_microseconds():
     [work] = recorder.spans
     assert event["ts"] * 1000 == pytest.approx(work.start_ns)
     assert event["dur"] * 1000 == pytest.approx(work.end_ns - work.start_ns)
+
+
+def test_the_advantages_that_the_run_learned_from_are_kept_beside_its_episodes(finished):
+    """A group's advantages have mean 0, and stand on the tokens that were sampled."""
+    for step in (1, 2):
+        groups: dict[str, list[float]] = {}
+        for episode in read_trajectories(finished / f"trajectories/train_step_{step:06d}.jsonl.zst"):
+            rows = read_advantages(advantages_path(finished, step), episode)
+            told = [(segment.sampled, value) for segment, row in zip(episode.segments, rows, strict=True)
+                    for _, value in row or []]  # fmt: skip
+            assert told
+            assert all((value is not None) == sampled for sampled, value in told)
+            [advantage] = {value for _, value in told if value is not None}
+            groups.setdefault(episode.uid, []).append(advantage)
+        assert len(groups) == 2
+        for advantages in groups.values():
+            assert len(advantages) == 4
+            assert sum(advantages) == pytest.approx(0, abs=1e-4)
+        assert any(any(advantages) for advantages in groups.values())

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import re
 from html.parser import HTMLParser
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from skyrl_train.run.metrics import MetricsLog, eval_metrics, rollout_metrics
+from skyrl_train.run.progress import RunProgress
 from skyrl_train.run.records.charts import MAX_POINTS, Chart, line_chart, nice_ticks, thinned
 from skyrl_train.run.records.conversation import MAX_TOKENS, episode_card
 from skyrl_train.run.records.episode import episode_record
+from skyrl_train.run.records.picked import pick_episodes
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.run_info import RunInfo, changed_settings, write_run_info
 from skyrl_train.run.records.summary import before_and_after, closing_panel, write_summary
 from skyrl_train.run.records.tokens import TokenTexts
-from skyrl_train.run.records.trajectories import TrajectoryStore
+from skyrl_train.run.records.trajectories import TrajectoryStore, trajectory_files
+from skyrl_train.run.run import Run
+from skyrl_train.run.tracking import Tracking
 from skyrl_train.types import EpisodeEnd
 from skyrl_train.visible import escaped, visible
 from tests.skyrl_train.run.records.episodes import TOKENIZER, group, prompt, trajectory
@@ -45,7 +50,7 @@ def run(tmp_path):
 class Page(HTMLParser):
     """Tags that are open, scripts, event handlers and addresses of a page."""
 
-    void = ("meta", "br", "link", "img")
+    void = ("meta", "br", "link", "img", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -87,9 +92,13 @@ def test_the_page_says_what_happened(run):
     assert "trainer.seed" in text
     assert "Early: step 1" in text
     assert "Late: step 2" in text
-    cards = re.findall(r'class="label">(\w+)</span><span class="reward \w+">([\d.]+)<', text)
-    # Of two episodes the typical one is the lower, which is also the worst: shown once.
-    assert cards == [("Best", "0.5"), ("Best", "1"), ("Typical", "0"), ("Typical", "0.75")]
+    card = r'class="label">([\w, ]+)</span><span class="when">step (\d)</span><span class="reward \w+">([\d.]+)<'
+    # Of two episodes the typical one is the lower, which is also the worst: shown once. Of equal ones the first is near
+    # the mean, so the early 0 and the late 1 stand for the prompt that changed.
+    assert re.findall(card, text) == [
+        ("best", "1", "0.5"), ("best, most changed", "2", "1"), ("typical, worst, most changed", "1", "0"),
+        ("typical, worst", "2", "0.75"),
+    ]  # fmt: skip
 
 
 def test_the_page_and_the_last_words_say_what_was_in_vain(tmp_path):
@@ -121,7 +130,7 @@ def test_a_report_of_an_empty_folder_is_still_a_page(tmp_path):
 
 def test_tokens_are_marked_by_who_made_them():
     episode = episode_record(trajectory(["é"], [1.0], question="q"), "train", 1, TokenTexts(TOKENIZER))
-    card = episode_card("Best", episode)
+    card = episode_card(["best"], 1, episode)
     sampled = " ".join(str(i) for i in episode.segments[1].ids)
     first, second = (f"{logprob:.3f}" for logprob in episode.segments[1].logprobs)
     assert first != second
@@ -131,7 +140,7 @@ def test_tokens_are_marked_by_who_made_them():
 
 def test_a_long_episode_is_cut_in_the_middle_and_says_so():
     long = trajectory(["a" * 5000, "b" * 5000], [0.0, 1.0], question="q", observation="o")
-    card = episode_card("Best", episode_record(long, "train", 1, TokenTexts(TOKENIZER)))
+    card = episode_card(["best"], 1, episode_record(long, "train", 1, TokenTexts(TOKENIZER)))
     assert card.count("<i ") == MAX_TOKENS
     assert f"{10_002 - MAX_TOKENS} tokens left out" in card
     assert card.count(">a</i>") == MAX_TOKENS // 2 - 1
@@ -181,6 +190,9 @@ def test_the_summary_adds_up(run):
     printed = console.export_text()
     assert "0.250 → 0.875" in printed
     assert "--worst 3" in printed
+    narrow = Console(record=True, width=40)
+    narrow.print(closing_panel(summary), soft_wrap=True)
+    assert f"uv run python -m skyrl_train.records show {run} --worst 3\n" in narrow.export_text()  # in one piece
     assert str(run / "report.html") in printed
     assert summary.profile is None
     assert "perfetto" not in printed
@@ -216,7 +228,7 @@ def test_changed_settings():
 
 def test_the_card_of_a_broken_episode_is_as_safe():
     lost = trajectory([EVIL], [0.0], end=EpisodeEnd.ENV_FAILURE, num_attempts=3, failure=EVIL, of=prompt(EVIL))
-    card = episode_card(EVIL, episode_record(lost, "train", 1, TokenTexts(TOKENIZER)))
+    card = episode_card([EVIL], 1, episode_record(lost, "train", 1, TokenTexts(TOKENIZER)))
     page = Page(card)
     assert (page.open, page.scripts, page.suspects) == ([], 0, [])
     assert "after 3 attempts: &lt;script&gt;" in card
@@ -236,3 +248,50 @@ def test_the_report_of_a_long_run_stays_small(tmp_path):
 @pytest.mark.parametrize(("model", "name"), [("/cache/SmolLM2", "SmolLM2"), ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B")])
 def test_a_folder_is_called_by_its_last_part(model, name):
     assert RunInfo(model).model_name == name
+
+
+def test_an_interrupted_run_has_the_report_of_its_last_evaluation(tmp_path):
+    """The report follows what was kept before it, in the store's thread, and no other step writes one."""
+    store, log = TrajectoryStore(tmp_path, TOKENIZER), MetricsLog(tmp_path)
+    parts: dict[str, Any] = {"metrics": log, "trajectories": store, "progress": RunProgress(2, plain_lines=False)}
+    parts["tracking"] = Tracking("project", "run", [], {}, folder=tmp_path, resumed_at=0)
+    others = dict.fromkeys(("start", "config", "contents", "checkpoints", "profile"))
+    run = Run(folder=tmp_path, **parts, **cast(Any, others))
+    played = group(trajectory(["said in training"], [0.5]))
+    run.keep("train", 1, [played])
+    run.log(1, rollout_metrics([played]))
+    store.flush()
+    assert not (tmp_path / "report.html").exists()
+    evaluated = group(trajectory(["said when evaluated"], [0.875]))
+    run.keep("eval", 2, [evaluated])
+    run.log(2, eval_metrics([evaluated]))
+    store.flush()
+    text = re.sub(r"</?i[^>]*>", "", (tmp_path / "report.html").read_text())
+    assert "said in training" in text
+    assert "said when evaluated" in text
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    run.log(3, eval_metrics([evaluated]))
+    store.close()  # a report that cannot be written does not end the run
+
+
+def test_the_episodes_that_changed_the_most_are_those_of_one_prompt(tmp_path):
+    store = TrajectoryStore(tmp_path, TOKENIZER)
+    rewards = {"a": [[0.0, 0.2], [0.4, 0.4]], "b": [[0.9, 0.1, 0.5], [0.0, 0.0, 0.1]], "c": [[1.0], [0.8]]}
+    for step in (0, 1):
+        store.add(
+            "eval",
+            step,
+            [trajectory([f"{uid}{step}{r}"], [r], of=prompt(uid)) for uid in rewards for r in rewards[uid][step]],
+        )
+    store.close()
+    picked, damaged = pick_episodes(trajectory_files(tmp_path, "eval"))
+    assert damaged == []
+    changed = [one for one in picked if "most changed" in one.labels]
+    # b: 0.5 -> 0.033, whose nearest are 0.5 and the first 0
+    assert [(one.episode.uid, one.step, one.episode.reward, one.is_late) for one in changed] == [
+        ("b", 0, 0.5, False), ("b", 1, 0.0, True),
+    ]  # fmt: skip
+    assert [(one.labels, one.episode.reward) for one in picked if one.step == 0] == [
+        (["best"], 1.0), (["typical"], 0.2), (["worst"], 0.0),
+        (["most changed"], 0.5),
+    ]  # fmt: skip

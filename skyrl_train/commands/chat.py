@@ -1,0 +1,111 @@
+"""`skyrl chat RUN|MODEL`: talk to a model in the terminal, through its own chat template."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skyrl_train.commands.trained import Talker
+    from skyrl_train.engine.base import Engine, SamplingParams
+    from skyrl_train.rollout.chat import Chat
+    from skyrl_train.types import Message
+
+HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends"
+
+
+def main(words: list[str]) -> int:
+    """Talk until the input ends; return 0."""
+    options = parser().parse_intermixed_args(words)
+    from skyrl_train.commands.sources import source
+    from skyrl_train.commands.trained import Talker
+    from skyrl_train.console import lasting_output
+    from skyrl_train.visible import make_errors_visible
+
+    with lasting_output():
+        make_errors_visible()
+        talker = Talker(source(options.model, before=options.before, step=options.step), options.keys)
+        sampling = reply_sampling(options)
+        asyncio.run(_talk(talker, sampling, options.system))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="skyrl chat", description=f"Talk to a model in the terminal: {HELP}.")
+    add_model(made)
+    made.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    made.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of one reply; default: 512")
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest tokens")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
+    return made
+
+
+def add_model(made: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model."""
+    made.add_argument("model", metavar="RUN|MODEL", help="a run's folder (trainer.ckpt_path), a model's folder or name")
+    made.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="settings in place of the run's")
+    made.add_argument("--before", action="store_true", help="the model that the run began with")
+    made.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; default: the newest")
+
+
+def reply_sampling(options: argparse.Namespace) -> SamplingParams:
+    from skyrl_train.engine.base import SamplingParams
+
+    return SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+
+
+async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) -> None:
+    engine = await talker.start()
+    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        print(f"{talker.source.label}: {HELP}")
+    chat, reply_ids, number = None, [], 0
+    try:
+        while (line := await asyncio.to_thread(_read, on_terminal)) is not None and line != "/quit":
+            if line == "/reset":
+                chat, number = None, number + 1
+                continue
+            if not line:
+                continue
+            said: Message = {"role": "user", "content": line}
+            if chat is None:
+                chat = talker.chat_template.start([*opening, said])
+            else:
+                chat.append(reply_ids, [said])
+            if len(chat.ids) >= engine.max_model_len:
+                print(
+                    f"the conversation has {len(chat.ids)} tokens, and the model reads {engine.max_model_len}: /reset"
+                )
+                chat = None
+                continue
+            reply_ids = await _reply(engine, talker, chat, sampling, f"chat_{number}")
+    finally:
+        await engine.close()
+
+
+async def _reply(engine: Engine, talker: Talker, chat: Chat, sampling: SamplingParams, session: str) -> list[int]:
+    from skyrl_train.commands.streaming import streamed
+    from skyrl_train.visible import visible
+
+    ids: list[int] = []
+    async for piece in streamed(engine, talker.chat_template, chat.ids, sampling, session):
+        print(visible(piece.text), end="", flush=True)
+        ids = piece.ids
+    print()
+    return ids
+
+
+def _read(on_terminal: bool) -> str | None:
+    """Return a line of the input, or None at its end. A terminal shows a prompt, and keeps the lines for the arrows."""
+    if not on_terminal:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    import readline  # noqa: F401 (input() edits lines with it)
+
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None

@@ -1,0 +1,75 @@
+"""`skyrl serve RUN|MODEL`: answer OpenAI's API with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skyrl_train.commands.chat import add_model
+
+if TYPE_CHECKING:
+    from skyrl_train.commands.trained import Talker
+
+LONGEST_REPLY = 1024  # tokens, where a call names no other number
+
+
+def main(words: list[str]) -> int:
+    """Serve until a signal ends it; return 0."""
+    options = parser().parse_intermixed_args(words)
+    from skyrl_train.commands.sources import source
+    from skyrl_train.commands.trained import Talker
+    from skyrl_train.console import lasting_output
+    from skyrl_train.visible import make_errors_visible
+
+    with lasting_output():
+        make_errors_visible()
+        talker = Talker(source(options.model, before=options.before, step=options.step), options.keys)
+        with suppress(asyncio.CancelledError):  # SIGTERM, SIGHUP
+            asyncio.run(serve(talker, options))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="skyrl serve",
+        description="Serve a model with OpenAI's API, until Ctrl-C. At any host but this machine's own a key is "
+        "needed: SKYRL_API_KEY, or one that is made and printed.",
+    )
+    add_model(made)
+    made.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    made.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    made.add_argument("--name", help="of the model; default: the folder's")
+    return made
+
+
+async def serve(talker: Talker, options: argparse.Namespace) -> None:
+    from skyrl_train.entrypoints.process import cancel_on_signals
+    from skyrl_train.rollout.agents.endpoint import Endpoint
+    from skyrl_train.rollout.sampling import sampling_params
+
+    cancel_on_signals()
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port={options.port} must be from 0 to 65535")
+    engine = await talker.start()
+    try:
+        sampling = replace(sampling_params(talker.cfg.generator.sampling_params), max_tokens=LONGEST_REPLY)
+        name = options.name or Path(options.model).name
+        try:
+            endpoint = Endpoint(
+                engine, talker.chat_template, sampling, model=name, host=options.host, port=options.port
+            )
+        except OSError as error:
+            raise ValueError(
+                f"cannot serve at {options.host}:{options.port} ({error}); give another --host or --port"
+            ) from None
+        try:
+            await endpoint.start()
+            await asyncio.Event().wait()
+        finally:
+            endpoint.close()
+    finally:
+        await engine.close()

@@ -1,0 +1,60 @@
+"""`play ENV --model`: the moves of a model as the environment answered them, of one player or two side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from integrations.openenv.__main__ import main
+from integrations.openenv.watch import Move, Player, board
+from tests.tiny_models import save_tiny_model
+
+ESCAPE = "\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("given") / "model", max_position_embeddings=2048)
+
+
+def test_a_model_plays_a_game_to_its_end_and_its_moves_are_shown(model, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    words = ["play", "echo_env", "--model", str(model), "--seed", "3", "--runtime", "local", "--pace", "0"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("user: The environment echoes")
+    assert "turn 1" in out
+    assert "There is no action in your reply." in out  # a random model writes none
+    assert "turn 2" not in out  # an episode of echo_env has one turn
+    assert "earned 0" in out
+    assert all(letter.isprintable() or letter == "\n" for letter in out)
+
+
+def test_two_players_stand_side_by_side_and_what_they_say_cannot_steer_the_terminal():
+    players = [Player(name, *[None] * 3, total=total) for name, total in (("run before", 0.0), ("run step 9", 1.0))]  # ty: ignore[invalid-argument-type]
+    moves = [Move(f"left{ESCAPE} [red]", "..o..\n..x..", -0.5), None]
+    console = Console(width=60, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(board(4, players, moves))
+    shown = console.export_text()
+    assert [name in shown.splitlines()[2] for name in ("run before", "run step 9")] == [True, True]
+    assert "left␛[31m [red]" in shown
+    assert "│ ..o..  " in shown
+    assert "reward -0.5" in shown
+    assert "the episode is over" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--before"], "--before and --pace need --model"),
+        (["--model", "./nowhere"], "there is no such folder"),
+        (["--model", "MODEL", "--before"], "is no run, so there is nothing before it"),
+        (["--model", "MODEL", "--pace", "-1"], "must be a number of seconds"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(model, words, says, capsys):
+    assert main(["play", "echo_env", *(str(model) if word == "MODEL" else word for word in words)]) == 2
+    assert says in capsys.readouterr().err

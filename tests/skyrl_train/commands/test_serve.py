@@ -1,0 +1,87 @@
+"""`skyrl serve` with the real client of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+
+from skyrl_train.commands import serve
+from skyrl_train.commands.main import main
+from skyrl_train.commands.sources import source
+from skyrl_train.commands.trained import Talker
+from skyrl_train.engine.base import Request, SamplingParams
+
+CPU = ["trainer.device=cpu", "trainer.bf16=false"]
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return asked.getsockname()[1]
+
+
+@asynccontextmanager
+async def served(talker: Talker, *words: str) -> AsyncGenerator[str]:
+    """Run the command's server in this event loop, and give its base URL."""
+    port = free_port()
+    options = serve.parser().parse_intermixed_args([talker.source.named, "--port", str(port), *words])
+    serving = asyncio.create_task(serve.serve(talker, options))
+    try:
+        for _ in range(600):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                break
+            except OSError:
+                assert not serving.done(), serving.exception()
+                await asyncio.sleep(0.05)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def test_openais_client_gets_the_reply_of_the_trained_model(runs):
+    run = runs["lora"]
+    talker = Talker(source(str(run)), CPU)
+    engine = await talker.start()
+    ids = talker.chat_template.start(HELLO).ids
+    expected = await engine.generate(Request(ids, SamplingParams(max_tokens=9, temperature=0.0), "a"))
+    await engine.close()
+    async with served(talker) as url, openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        assert [model.id for model in (await client.models.list()).data] == [run.name]
+        asked: Any = {"model": run.name, "messages": HELLO, "max_tokens": 9, "temperature": 0}
+        done = await client.chat.completions.create(**asked)
+        assert done.choices[0].message.content == expected.text
+        pieces = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+        assert "".join(c.choices[0].delta.content or "" for c in pieces if c.choices) == expected.text
+
+
+async def test_another_host_needs_the_key(runs, monkeypatch):
+    monkeypatch.setenv("SKYRL_API_KEY", "open sesame")
+    talker = Talker(source(str(runs["full"])), CPU)
+    async with served(talker, "--host", "0.0.0.0") as url:
+        async with openai.AsyncOpenAI(base_url=url, api_key="guessed", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.chat.completions.create(model="any", messages=HELLO, max_tokens=1)
+        async with openai.AsyncOpenAI(base_url=url, api_key="open sesame", max_retries=0) as client:
+            done = await client.chat.completions.create(model="any", messages=HELLO, max_tokens=1)
+            assert done.usage is not None
+            assert done.usage.completion_tokens == 1
+
+
+def test_a_port_that_is_taken_is_refused(runs, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = [str(runs["full"]), *CPU, "--port", str(taken.getsockname()[1])]
+        assert main(["serve", *words]) == 2
+    assert "give another --host or --port" in capsys.readouterr().err
+    assert main(["serve", str(runs["full"]), "--port", "70000", *CPU]) == 2
