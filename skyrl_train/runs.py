@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _list(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="runs", description="List the runs below some folders, the newest first.")
+    parser = argparse.ArgumentParser(prog="skyrl runs", description="List the runs below some folders, newest first.")
     about = f"{DEFAULT_FOLDER} if none is given; or: compare A B"
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help=about)
     parser.add_argument("--json", action="store_true", help="print everything that is known of each run as JSON")
@@ -157,7 +157,7 @@ def short_path(folder: str) -> str:
 
 
 def _compare(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="runs compare", description="Show what differs between two runs.")
+    parser = argparse.ArgumentParser(prog="skyrl runs compare", description="Show what differs between two runs.")
     parser.add_argument("a", metavar="A", help="folder of a run")
     parser.add_argument("b", metavar="B", help="folder of another")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")

@@ -46,7 +46,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("skyrl_train.commands.serve", "serve a trained model with OpenAI's API"),
     "export": Command("skyrl_train.commands.export", "write the model of a run as a Hugging Face folder"),
     "runs": Command("skyrl_train.runs", "list runs, and compare them"),
-    "view": Command("skyrl_train.view", "look at runs and their episodes in a browser"),
+    "view": Command("skyrl_train.view.command", "look at runs and their episodes in a browser"),
     "check": Command(OPENENV, "find what would make training in an environment fail", "check"),
     "config": Command("skyrl_train.commands.config", "print the settings, with defaults and meanings"),
     "doctor": Command(OPENENV, "report what this machine can run, and why not", "doctor"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from skyrl_train.policy.model import Policy
     from skyrl_train.rollout.chat import ChatTemplate
 
-MAX_CONTEXT = 8192  # tokens of a conversation, unless the model's context ends before
+MAX_CONTEXT = 4096  # tokens of a conversation, unless the model's context ends before
 
 
 class TrainedModel(RolloutParts):

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if arguments.model is not None:
-            from integrations.openenv.watch import sources_of, watch  # it loads torch
+            from integrations.openenv.commands.watch import sources_of, watch  # it loads torch
 
             run_in_background(watch(arguments, sources_of(arguments), Console(highlight=False)))
             return 0

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from integrations.openenv.__main__ import main
-from integrations.openenv.watch import Move, Player, board
+from integrations.openenv.commands.watch import Move, Player, board
 from tests.tiny_models import save_tiny_model
 
 ESCAPE = "\x1b[31m"
