@@ -60,7 +60,8 @@ def _add_text(found: Filter, text: str, with_words: bool) -> None:
     """Each word must begin a word of the episode, a "quoted text" stand in it; signs alone are looked for as such."""
     phrase = match_of(text) if with_words else ""
     if phrase:
-        found.add("e.id IN (SELECT rowid FROM words WHERE words MATCH ?)", phrase)
+        # "+": walk the episodes in the order of the page and stop when it is full, rather than sort all that match.
+        found.add("+e.id IN (SELECT rowid FROM words WHERE words MATCH ?)", phrase)
         return
     likeness = "%" + re.sub(r"([\\%_])", r"\\\1", text.strip('"')) + "%"
     found.add(

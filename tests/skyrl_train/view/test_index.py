@@ -98,6 +98,9 @@ def test_an_index_that_cannot_be_trusted_is_built_anew_and_nothing_else_is_touch
     entry = only(read_whole(folder))
     assert entry.num_episodes == 2 * EACH + 6
     assert other.read_bytes() == b"precious"
+    assert entry.index is not None
+    with open_to_read(entry.index) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'").fetchone()[0] == 0
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(folder, tmp_path, monkeypatch):
