@@ -47,7 +47,9 @@ def browser(opened: Browser, address: str) -> Generator[Browser]:
     opened.size(1280, 800)
     yield opened
     assert opened.errors == []
-    asked = {urlsplit(request).netloc for request in opened.requests if not request.startswith(("data:", "about:", "file:"))}
+    asked = {
+        urlsplit(request).netloc for request in opened.requests if not request.startswith(("data:", "about:", "file:"))
+    }
     assert asked <= {urlsplit(address).netloc}
     assert opened.run("document.querySelectorAll('main img, main script, main style').length") == 0
 
