@@ -185,6 +185,7 @@ def test_rl_begins_with_fresh_moments_and_the_whole_schedule(tokenizer, tmp_path
 def test_the_reference_that_has_imitated_is_kept_in_a_checkpoint(tokenizer, tmp_path):
     """It is no longer the model that was loaded, so a resumed run would measure the KL from another one."""
     config = trainer_config({"kl_loss_coef": 0.1}, sft=SFTConfig(data=["shown.jsonl"]))
+    config.ref.model.path = config.policy.model.path  # as a whole configuration resolves it
 
     def learner_of() -> TorchLearner:
         return TorchLearner(tiny_policy(), config, num_training_steps=10, reference=tiny_policy())
