@@ -14,6 +14,7 @@ import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.batch.samples import to_samples
+from skyrl_train.config import SFTConfig
 from skyrl_train.conversations import Conversations, read_conversations, row_conversation, sample_of
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.learner.learner import TorchLearner
@@ -179,3 +180,23 @@ def test_rl_begins_with_fresh_moments_and_the_whole_schedule(tokenizer, tmp_path
     assert (
         set(optimizer.plain_state()["steps"].values()) == set(other._optimizer.plain_state()["steps"].values()) == {1}
     )
+
+
+def test_the_reference_that_has_imitated_is_kept_in_a_checkpoint(tokenizer, tmp_path):
+    """It is no longer the model that was loaded, so a resumed run would measure the KL from another one."""
+    config = trainer_config({"kl_loss_coef": 0.1}, sft=SFTConfig(data=["shown.jsonl"]))
+    config.ref.model.path = config.policy.model.path  # as a whole configuration resolves it
+
+    def learner_of() -> TorchLearner:
+        return TorchLearner(tiny_policy(), config, num_training_steps=10, reference=tiny_policy())
+
+    learner, other = learner_of(), learner_of()
+    sample = sample_of([*PROMPT, {"role": "assistant", "content": "yes"}], ChatTemplate(tokenizer), "row 0")
+    learner.imitate(Conversations([sample], batch_size=1, epochs=1, seed=0).batch(1))
+    learner.update_reference()
+    learner.save(tmp_path).result()
+    other.load(tmp_path)
+    for each in (learner, other):
+        assert each.reference is not None
+        weights = each.reference.weights
+        assert all(torch.equal(weight, learner.policy.weights[name]) for name, weight in weights.items())
