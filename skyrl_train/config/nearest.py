@@ -31,7 +31,11 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
 
     generator.temperature -> generator.sampling_params.temperature, generator.eval_sampling_params.temperature
     learning_rate -> trainer.policy.optimizer_config.lr
+
+    The warm start has keys with the names of the training's own; they are meant only where it is named.
     """
+    if "sft" not in key:
+        known = [other for other in known if not other.startswith("trainer.sft.")]
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]
     same_name.sort(key=lambda other: -shared_sections(key, other))

@@ -1,7 +1,7 @@
 """`play ENV --model RUN|MODEL`: the model moves and a person watches; with --before the base model plays beside it.
 
-The episodes are played by the engine and the collector of an evaluation, with the environment's options given here; only
-what is shown waits for the person.
+The episodes are played by the engine and the collector of an evaluation, with the environment's options given here.
+Only what is shown waits for the person.
 """
 
 from __future__ import annotations

@@ -30,27 +30,17 @@ ON_TWO = [
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
-def added(cluster: Any, *, tries: int = 3, **settings: Any) -> Any:
-    """Return a new node. Ray gives it 30 seconds to start, which a busy machine may not have."""
-    try:
-        return cluster.add_node(**NODE, **settings)
-    except Exception:  # Ray raises no other
-        if tries > 1:
-            return added(cluster, tries=tries - 1, **settings)
-        raise
-
-
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
     """Two nodes of Ray's, for the processes that the tests start."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    added(cluster, include_dashboard=False)
+    cluster.add_node(**NODE, include_dashboard=False)
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
-        yield SimpleNamespace(cluster=cluster, second=added(cluster))
+        yield SimpleNamespace(cluster=cluster, second=cluster.add_node(**NODE))
     finally:
         os.environ.pop("RAY_ADDRESS")
         if before is not None:
@@ -83,7 +73,7 @@ def test_a_dead_machine_ends_the_run_with_its_name_and_nothing_is_left(machines,
 @pytest.mark.timeout(900)
 def test_the_same_command_goes_on_once_there_are_as_many_machines_again(machines, given):
     """After the run of the test above."""
-    machines.second = added(machines.cluster)
+    machines.second = machines.cluster.add_node(**NODE)
     steps = read_metrics(given / "run" / "metrics.jsonl")[-1]["step"]
     process = start(given, *ON_TWO, f"trainer.epochs={-(-steps // NUM_STEPS) + 1}")
     output, _ = process.communicate(timeout=400)

@@ -130,7 +130,10 @@ def test_an_unknown_key_that_other_trainers_have_is_told_ours(key, meant):
 def test_every_synonym_is_no_key_and_means_one_that_does_something():
     keys = [key for key, _ in leaves(SkyRLConfig())]
     assert set(SYNONYMS.values()) <= set(keys)
-    assert SYNONYMS.keys() & {squeezed(key.rpartition(".")[2]) for key in keys} == {"model"}  # the judge's
+    assert SYNONYMS.keys() & {squeezed(key.rpartition(".")[2]) for key in keys} == {
+        "model",
+        "batchsize",
+    }  # the judge's, the warm start's
     assert problem("environment.llm_as_a_judge.model=x").endswith("environment.skyrl_gym.llm_as_a_judge.model?")
 
 

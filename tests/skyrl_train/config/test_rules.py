@@ -46,7 +46,7 @@ def test_a_mini_batch_is_not_larger_than_a_step():
         ("trainer.policy.optimizer_config.scheduler=step", "must be one of constant"),
         ("trainer.algorithm.policy_loss_type=ppo", "is not known; take one of cispo, clip_cov"),
         ("trainer.algorithm.policy_loss_type='my mod:f'", "is not known"),
-        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of gae, grpo"),
+        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of distillation, gae, grpo"),
         ("trainer.algorithm.kl_estimator_type=k4", "must be one of k1, k2, k3, abs"),
         ("trainer.algorithm.loss_reduction=mean", "must be one of token_mean"),
         ("trainer.algorithm.use_kl_in_reward=true", "add trainer.algorithm.use_kl_loss=false"),
