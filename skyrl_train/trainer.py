@@ -340,11 +340,11 @@ class Trainer:
 
     def _penalized(self, groups: list[Group]) -> tuple[list[Group], Metrics]:
         """Take DAPO's penalty for length from the rewards. Dynamic sampling has compared those without it."""
-        buffer, generator = self.config.trainer.algorithm.overlong_buffer, self.config.generator
-        if buffer.len == 0:
+        penalty, generator = self.config.trainer.algorithm.overlong_penalty, self.config.generator
+        if penalty.len == 0:
             return groups, {}
         limit = generator.sampling_params.max_generate_length
-        penalized = with_overlong_penalties(groups, limit, buffer.len, buffer.penalty_factor)
+        penalized = with_overlong_penalties(groups, limit, penalty.len, penalty.factor)
         return penalized, overlong_metrics(groups, penalized)
 
     def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:

@@ -11,7 +11,7 @@ from skyrl_train.config.algorithm import (
     KLCovConfig,
     KLCtrlConfig,
     OffPolicyCorrectionConfig,
-    OverlongBufferConfig,
+    OverlongPenaltyConfig,
     SAPOConfig,
 )
 from skyrl_train.config.critic import CriticConfig
@@ -72,7 +72,7 @@ __all__ = [
     "ModelConfig",
     "OffPolicyCorrectionConfig",
     "OptimizerConfig",
-    "OverlongBufferConfig",
+    "OverlongPenaltyConfig",
     "PlacementConfig",
     "PolicyConfig",
     "Problem",

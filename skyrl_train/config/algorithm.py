@@ -145,19 +145,19 @@ class DynamicSamplingConfig(Section, at="trainer.algorithm.dynamic_sampling"):
 
 
 @dataclass
-class OverlongBufferConfig(Section, at="trainer.algorithm.overlong_buffer"):
+class OverlongPenaltyConfig(Section, at="trainer.algorithm.overlong_penalty"):
     """The soft penalty of DAPO for replies that come near the length limit."""
 
-    # length penalty: of a reply's last tokens before max_generate_length, each costs penalty_factor / len; 0: none
+    # length penalty: of a reply's last tokens before max_generate_length, each costs factor / len; 0: none
     len: int = 0
-    penalty_factor: float = 1.0  # what a reply of max_generate_length tokens loses
+    factor: float = 1.0  # what a reply of max_generate_length tokens loses
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(0, "len")
-        if self.penalty_factor <= 0:
-            yield self.problem("penalty_factor", "is taken from the reward, so it must be above 0")
-        elif self.len == 0 and self.penalty_factor != 1.0:
-            yield self.problem("penalty_factor", "has no effect with overlong_buffer.len=0; drop it, or set len")
+        if self.factor <= 0:
+            yield self.problem("factor", "is taken from the reward, so it must be above 0")
+        elif self.len == 0 and self.factor != 1.0:
+            yield self.problem("factor", "has no effect with overlong_penalty.len=0; drop it, or set len")
 
 
 @dataclass
@@ -198,7 +198,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     max_seq_len: int | None = None
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+    overlong_penalty: OverlongPenaltyConfig = field(default_factory=OverlongPenaltyConfig)
     off_policy_correction: OffPolicyCorrectionConfig = field(default_factory=OffPolicyCorrectionConfig)
     sapo: SAPOConfig = field(default_factory=SAPOConfig)
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)

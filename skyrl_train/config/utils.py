@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -17,9 +16,9 @@ from skyrl_train.config.typed import typed_defaults
 config_dir = str(Path(__file__).parent)
 # As plain nodes, so that Hydra lets +my.key=value pass; `validate_cfg` checks types, too. The refused keys are there:
 # Hydra would refuse to set what it does not know, and say nothing of the reason.
-_tree: Any = OmegaConf.to_container(typed_defaults(SkyRLConfig), resolve=False)
-del _tree["trainer"]["algorithm"]["overlong_buffer"]  # SkyRL's users add it, +trainer.algorithm.overlong_buffer.len=512
-ConfigStore.instance().store(name="ppo_base_config", node=_tree)
+ConfigStore.instance().store(
+    name="ppo_base_config", node=OmegaConf.to_container(typed_defaults(SkyRLConfig), resolve=False)
+)
 
 
 def get_default_config() -> DictConfig:

@@ -62,10 +62,10 @@ def dynamic_sampling_problems(trainer: TrainerConfig, generator: GeneratorConfig
 
 
 def overlong_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
-    size, longest = trainer.algorithm.overlong_buffer.len, generator.sampling_params.max_generate_length
+    size, longest = trainer.algorithm.overlong_penalty.len, generator.sampling_params.max_generate_length
     if size > longest:
         yield Problem(
-            "trainer.algorithm.overlong_buffer.len",
+            "trainer.algorithm.overlong_penalty.len",
             size,
             f"is more than a reply can have (generator.sampling_params.max_generate_length={longest}), so an empty one "
             f"would be penalised; use less than {longest}",

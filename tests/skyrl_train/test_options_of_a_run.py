@@ -159,7 +159,7 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_and_the_random_states_o
 
 def test_the_length_penalty_is_trained_and_not_recorded(run, tmp_path):
     """Replies have at most 3 tokens, and each costs 0.1 with a buffer of 3: a cut one loses 0.3."""
-    buffer = ("trainer.algorithm.overlong_buffer.len=3", "trainer.algorithm.overlong_buffer.penalty_factor=0.3")
+    buffer = ("trainer.algorithm.overlong_penalty.len=3", "trainer.algorithm.overlong_penalty.factor=0.3")
     first = run(tmp_path, *OFTEN_CUT, *buffer)[0]
     plain = run(tmp_path / "plain", *OFTEN_CUT)[0]
     assert first["reward/avg_raw_reward"] == plain["reward/avg_raw_reward"]

@@ -123,7 +123,7 @@ def _requirements(versions: dict[str, str]) -> bytes:
 
 def _sources() -> list[Path]:
     gym = REPOSITORY_ROOT / "skyrl_gym"
-    first = [REPOSITORY_ROOT / "integrations" / "__init__.py", gym / "contract.py"]
+    first = [REPOSITORY_ROOT / "integrations" / "__init__.py", gym / "contract.py", gym / "tool_calls.py"]
     return sorted([*first, *DOCKERFILE.parents[1].rglob("*.py"), *(gym / "walls").glob("*.py")])
 
 

@@ -141,13 +141,13 @@ def test_adapter_keys_need_a_rank_and_a_reference_that_is_to_follow_needs_the_sa
     [
         ("len=2000", "len=2000 is more than a reply can have"),
         ("len=-1", "len=-1 must be at least 0"),
-        ("penalty_factor=2", "penalty_factor=2.0 has no effect with overlong_buffer.len=0"),
-        ("penalty_factor=0", "penalty_factor=0.0 is taken from the reward, so it must be above 0"),
+        ("factor=2", "factor=2.0 has no effect with overlong_penalty.len=0"),
+        ("factor=0", "factor=0.0 is taken from the reward, so it must be above 0"),
     ],
 )
 def test_a_length_penalty_that_cannot_be_is_refused(setting, says):
-    assert f"trainer.algorithm.overlong_buffer.{says}" in refusal(f"trainer.algorithm.overlong_buffer.{setting}")
-    load_config(["+trainer.algorithm.overlong_buffer.len=512", "+trainer.algorithm.overlong_buffer.penalty_factor=2.0"])
+    assert f"trainer.algorithm.overlong_penalty.{says}" in refusal(f"trainer.algorithm.overlong_penalty.{setting}")
+    load_config(["+trainer.algorithm.overlong_penalty.len=512", "+trainer.algorithm.overlong_penalty.factor=2.0"])
 
 
 GAE = "trainer.algorithm.advantage_estimator=gae"

@@ -185,7 +185,9 @@ def test_the_context_holds_the_servers_and_pinned_requirements_and_nothing_else(
         "skyrl_gym",
     }
     gym = {name for name in names if name.startswith("skyrl_gym")}
-    assert {name.rpartition("/")[0] for name in gym - {"skyrl_gym/contract.py"}} == {"skyrl_gym/walls"}
+    assert {name.rpartition("/")[0] for name in gym - {"skyrl_gym/contract.py", "skyrl_gym/tool_calls.py"}} == {
+        "skyrl_gym/walls"
+    }
     assert "integrations/openenv/servers/coding_env.py" in names
     server, engine = (files[f"requirements/{name}.txt"].splitlines() for name in ("server", "engine"))
     assert "openenv-core==0.3.0" in server
