@@ -1,4 +1,4 @@
-"""What a length limit does to rewards and masks: zero_reward_on_non_stop, apply_overlong_filtering, overlong_penalty."""
+"""What a length limit does to rewards and masks: zero rewards, filtering of samples, and a penalty near the limit."""
 
 from __future__ import annotations
 
