@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from skyrl_train.view import main
+from skyrl_train.view.command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,8 @@ from urllib.request import urlopen
 import pytest
 from starlette.testclient import TestClient
 
-from skyrl_train.view import main
 from skyrl_train.view.app import make_app
+from skyrl_train.view.command import main
 from skyrl_train.view.library import Library
 from tests.skyrl_train.view.conftest import EVIL, EVIL_NAME, NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, read_whole, write_run
 
