@@ -87,6 +87,7 @@ def test_the_kernels_round_as_torch_does_without_them():
 
 
 def test_a_small_adapter_is_felt_in_the_weights_that_the_engine_reads():
+    torch.manual_seed(0)  # the mean of 10,000 rounded changes is off by a tenth for 5 in 200 seeds
     layer = LoraLinear(nn.Linear(100, 100, bias=False).bfloat16(), rank=1, scale=1.0)
     layer.lora_A.data.fill_(1e-3)
     layer.lora_B.data.fill_(1e-2)

@@ -120,7 +120,7 @@ def test_it_is_checked_before_a_model_is_loaded():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tests.fakes:nothing", "environment.reward: 'tests.fakes:nothing': tests.fakes has no nothing"),
+        ("tests.fakes:nothing", "environment.reward: 'tests.fakes:nothing': module tests.fakes has no nothing"),
         ("tests.skyrl_train.rollout.test_reward:ASKED", "is a list, not a function"),
         ("json.tool.nothing:f", "environment.reward: .*there is no module"),
     ],
