@@ -170,7 +170,10 @@ class ModelParts:
         try:
             return plan_of_run(module, trainer, generator, self.device, reference_weights=references, critic=critic)
         except NoSuchModules as error:
-            raise ValueError(f"model.lora: {error}") from error
+            section = (
+                "trainer.policy.model.lora" if critic is None else "model.lora of trainer.policy or trainer.critic"
+            )
+            raise ValueError(f"{section}: {error}") from error
 
     def num_reference_weights(self) -> int:
         """Return the number of weights of a reference policy that must be loaded beside the policy; else 0."""

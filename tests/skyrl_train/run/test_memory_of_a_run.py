@@ -67,7 +67,7 @@ def test_what_it_proposes_is_planned(tmp_path, an_80_gb_gpu, settings):
     AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-7b"]).save_pretrained(tmp_path / "model")
     cfg = load_config([*arguments(tmp_path), *settings])
     experiment = object.__new__(OnGpu)
-    experiment.cfg, experiment.model_path = cfg, str(tmp_path / "model")
+    experiment.cfg, experiment.model_path, experiment.critic_path = cfg, str(tmp_path / "model"), None
     experiment.device, experiment.compute_dtype = experiment.get_device()
     plan = experiment.memory = experiment.get_memory_plan()
     assert plan is not None
@@ -80,7 +80,7 @@ def test_a_reference_of_its_own_is_counted(tmp_path, an_80_gb_gpu):
     AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-0.5b"]).save_pretrained(tmp_path / "model")
     experiment = object.__new__(OnGpu)
     experiment.cfg = load_config([*arguments(tmp_path), "trainer.algorithm.use_kl_loss=true"])
-    experiment.model_path = str(tmp_path / "model")
+    experiment.model_path, experiment.critic_path = str(tmp_path / "model"), None
     experiment.device, experiment.compute_dtype = experiment.get_device()
     plan = experiment.get_memory_plan()
     assert plan is not None
