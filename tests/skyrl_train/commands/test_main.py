@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,10 @@ def test_the_help_of_every_subcommand_names_it_and_does_nothing(name, tmp_path, 
 def test_the_help_of_every_program_does_nothing(module, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for name in (module, f"{module}.__main__"):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of a module that it runs a second time
+    spec = find_spec(module)
+    assert spec is not None
+    program = f"{module}.__main__" if spec.submodule_search_locations else module
+    monkeypatch.delitem(sys.modules, program, raising=False)  # runpy warns of a module that it runs a second time
     monkeypatch.setattr(sys, "argv", [module, *(["trainer.epochs=0"] if ".main_" in module else []), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
