@@ -162,7 +162,7 @@ class OverlongPenaltyConfig(Section, at="trainer.algorithm.overlong_penalty"):
 
 @dataclass
 class DistillationConfig(Section, at="trainer.algorithm.distillation"):
-    """On-policy distillation: trainer.ref.model.path is the teacher."""
+    """Settings of on-policy distillation; trainer.ref.model.path is the teacher."""
 
     reward_weight: float = 0.0  # distillation: weight of GRPO's advantages of the rewards beside the teacher's; 0: none
 

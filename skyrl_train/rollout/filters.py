@@ -1,4 +1,4 @@
-"""What a length limit does to rewards and masks: zero rewards, filtering of samples, and a penalty near the limit."""
+"""The effects of a length limit: zero rewards, filtering of samples, and a penalty near the limit."""
 
 from __future__ import annotations
 

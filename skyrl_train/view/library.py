@@ -29,7 +29,7 @@ KEPT_COLUMNS = 48  # runs whose metrics stay in memory
 
 @dataclass
 class Entry:
-    """What is known of a run."""
+    """The facts known of a run."""
 
     folder: RunFolder
     index: Path | None = None  # None until the index exists

@@ -1,4 +1,4 @@
-"""What the table of runs shows of a run, and the run's own description."""
+"""The row of a run in the table of runs, and the run's own description."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ TIMEOUT_S = 600.0  # of the environment's calls
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What the model said, what the environment answered and paid."""
+    """A turn: the words of the model, the answer of the environment, and what it paid."""
 
     reply: str
     answer: str

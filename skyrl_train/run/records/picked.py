@@ -25,7 +25,7 @@ class Picked:
 
 @dataclass(frozen=True)
 class _Row:
-    """What of an episode is needed to choose it. place: in its file."""
+    """The part of an episode that is needed to choose it. place: in its file."""
 
     place: int
     reward: float
