@@ -160,7 +160,7 @@ def gae(batch: Batch, values: Tensor | None, gamma: float, lambd: float) -> tupl
 
 @register_advantage_estimator("distillation")
 def distillation(batch: Batch, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Return, for on-policy distillation, how much more likely the teacher finds each token that the policy has sampled.
+    """Return, for on-policy distillation, how much more likely the teacher finds each token of the policy.
 
         A_t = log p_teacher(t) - log p_policy(t) + reward_weight * A_t of GRPO
     The mean of the first term over the policy's own samples is minus the reverse KL, so the update follows its gradient
