@@ -171,7 +171,7 @@ class Endpoint:
             if session is None:
                 await self.engine.forget(recorded.id)
         recorded.calls.append(Call(messages, ids, completion, tools))
-        return Reply(body, number, self.model, ids, completion)
+        return Reply(body, number, self.model, ids, completion, may_call=bool(tools))
 
     def _passing_session(self, body: Body, number: int) -> AgentSession:
         """Return a session for one call that belongs to none: it may choose its own sampling and seed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
 import inspect
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 
 from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_reward
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.error import Error
+from skyrl_gym.importing import import_named
 from skyrl_train.rollout.agents.endpoint import Endpoint
 from skyrl_train.rollout.agents.session import AgentSession, SessionLimits
 from skyrl_train.rollout.env_calls import failure
@@ -51,10 +52,9 @@ class Agent:
     @classmethod
     def named(cls, name: str) -> Agent:
         """Return the agent that `package.module:function` names. ValueError if there is none."""
-        module, _, function = name.partition(":")
         try:
-            found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
+            found = import_named(name)
+        except (Error, ImportError) as error:
             raise ValueError(f"generator.agent={name} cannot be found as package.module:function: {error}") from error
         if not callable(found):
             raise ValueError(f"generator.agent={name} is no function")

@@ -191,7 +191,9 @@ def said_in(text: str, *, may_call: bool) -> tuple[str, list[ToolCall]]:
 class Reply:
     """The answer to one request, as a whole or as the events of a stream."""
 
-    def __init__(self, body: Body, number: int, model: str, prompt_ids: list[int], completion: Completion) -> None:
+    def __init__(
+        self, body: Body, number: int, model: str, prompt_ids: list[int], completion: Completion, *, may_call: bool
+    ) -> None:
         self.body, self.completion, self.prompt_ids = body, completion, prompt_ids
         self.is_chat = isinstance(body, ChatBody)
         self._head = {
@@ -200,7 +202,7 @@ class Reply:
             "model": model,
         }
         self._kind = "chat.completion" if self.is_chat else "text_completion"
-        self._words, calls = said_in(completion.text, may_call=isinstance(body, ChatBody) and bool(body.offered_tools))
+        self._words, calls = said_in(completion.text, may_call=may_call)
         self._calls = [_call_body(call, f"call_{number}_{place}") for place, call in enumerate(calls)]
         self._finish_reason = "tool_calls" if calls and completion.stop_reason == "stop" else completion.stop_reason
 

@@ -1,4 +1,4 @@
-"""Our extension of vLLM's worker, with a way back: vLLM imports this module in its worker."""
+"""An extension of vLLM's worker with a way back to vLLM's own sampler. vLLM imports this module in its worker."""
 
 from __future__ import annotations
 
