@@ -14,6 +14,7 @@ MAX_TEXT_CHARS = 8000  # about 2000 tokens a turn: four of them fill a small mod
 SLOW_STEP_MS = 1000.0
 SAME = 1e-6
 MAX_REFUSAL_CHARS = 300
+MIN_EPISODES_TO_JUDGE = 10  # of random play: fewer may all earn the same by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +132,18 @@ def _reward_findings(seen: Measurements) -> Iterator[Finding]:
     if both and max(both) - min(both) < SAME:
         ended = any(episode.ended for episode in (*seen.random, *seen.gold))
         advice = "" if ended else " and none reached its end: allow more with --max-turns, or"
-        yield Finding(
-            "fail",
-            f"the reward never varies: every episode earned {both[0]:g}{advice or ';'} give option "
-            "reward=my_pkg.mod:fn",
-        )
+        if ended and not seen.gold and len(both) < MIN_EPISODES_TO_JUDGE:
+            yield Finding(
+                "warn",
+                f"all {len(both)} episodes earned {both[0]:g}, which may be chance: give -n 20 to see whether the "
+                "reward varies",
+            )
+        else:
+            yield Finding(
+                "fail",
+                f"the reward never varies: every episode earned {both[0]:g}{advice or ';'} give option "
+                "reward=my_pkg.mod:fn",
+            )
     elif random is not None and gold is not None and gold.mean <= random.mean + SAME:
         yield Finding(
             "fail", f"playing well earns no more ({gold.mean:.3g}) than playing at random ({random.mean:.3g})"

@@ -44,6 +44,15 @@ def test_rewards_must_vary_and_reward_playing_well() -> None:
     assert words(random=[episode(0.0), episode(0.0)]).startswith("warn: random play always earns 0")
 
 
+def test_few_episodes_of_equal_reward_may_be_chance() -> None:
+    few, enough = ({"random": [episode(0.0)] * count, "again": [], "gold": []} for count in (9, 10))
+    assert "warn: all 9 episodes earned 0, which may be chance: give -n 20" in words(**few)
+    assert report(measurements(**few)).passed
+    assert "fail: the reward never varies: every episode earned 0;" in words(**enough)
+    cut = {**few, "random": [episode(0.0, ended=False)]}
+    assert "fail: the reward never varies: every episode earned 0 and none reached its end" in words(**cut)
+
+
 def test_a_gold_player_must_keep_its_promise() -> None:
     assert "fail: the gold player earned 0.9 where 1 is promised" in words(
         gold=[episode(0.9, gold_reward=1.0), episode(1.0, gold_reward=1.0)]
