@@ -90,13 +90,6 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if trainer.critic.shares_policy and trainer.strategy != "single":
-        yield Problem(
-            "trainer.critic.shares_policy",
-            True,
-            f"is not possible with trainer.strategy={trainer.strategy}; "
-            f"use trainer.critic.model.path={trainer.policy.model.path}",
-        )
     if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
