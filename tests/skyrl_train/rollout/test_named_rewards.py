@@ -27,7 +27,7 @@ HERE = __name__
 
 
 class ManyRewards(CountdownEnv):
-    """Pays `right` for the right number and `short` for a reply of one letter, which extras["leaves_out"] never pays."""
+    """Pays `right` for the right number and `short` for a reply of one letter, but never extras["leaves_out"]."""
 
     def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
         super().__init__(env_config, extras)
