@@ -220,11 +220,11 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_
 
     with pytest.raises(LearnerDied) as caught:
         started.learner.update(batch, kill_once)  # rank 0 is told by the connection that was closed, and Ray by itself
-    assert time.monotonic() - killed[0] < 10
+    assert time.monotonic() - killed[0] < 40
     assert f"learner rank 1 of 2 (process {pid}) died: it was killed" in str(caught.value)
     assert str(caught.value).endswith("what rank 1 said last")
     with pytest.raises(LearnerDied):
         started.learner.publish(tmp_path / "weights")
     began = time.monotonic()
     started.learner.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30

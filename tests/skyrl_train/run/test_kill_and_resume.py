@@ -80,7 +80,7 @@ def start(given: Path, run_folder: Path, *, deterministic: bool) -> multiprocess
 
 def finish(given: Path, run_folder: Path, *, deterministic: bool) -> None:
     child = start(given, run_folder, deterministic=deterministic)
-    child.join(120)
+    child.join(250)
     assert child.exitcode == 0, (given / "log.txt").read_text()[-3000:]
 
 
@@ -161,7 +161,7 @@ def test_another_seed_ends_with_other_weights(given, unbroken, tmp_path):
     args = [*arguments(given, tmp_path / "run", deterministic=True), "trainer.seed=1"]
     child = CONTEXT.Process(target=run_to_its_end, args=(args, given / "log.txt"))
     child.start()
-    child.join(120)
+    child.join(250)
     got = weights(tmp_path / "run")
     assert any(not torch.equal(got[name], tensor) for name, tensor in unbroken[0].items())
 

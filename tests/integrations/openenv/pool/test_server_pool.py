@@ -358,7 +358,7 @@ def test_a_process_whose_owner_died_is_found_by_its_mark_and_ended() -> None:
     processes = {owner: subprocess.Popen(["sleep", "60"], env=os.environ | {OWNER_VARIABLE: owner}) for owner in others}
     try:
         reap_processes()  # or another test that runs beside this one
-        assert processes.pop(str(mark)).wait(10) == -signal.SIGKILL
+        assert processes.pop(str(mark)).wait(60) == -signal.SIGKILL
         assert all(process.poll() is None for process in processes.values())
     finally:
         for process in processes.values():
