@@ -18,6 +18,7 @@ from skyrl_train.config import LoraConfig
 from skyrl_train.files import byte_size, folder_bytes, naming, whole_folder
 from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.ops import ops_for
+from skyrl_train.policy.four_bit import freeze_in_four_bits
 from skyrl_train.policy.lora import adapters_of, add_adapters
 from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_merged
 from skyrl_train.policy.model import Policy
@@ -92,6 +93,8 @@ def trained_module(saved: SavedRun, dtype: torch.dtype, *, base: Path | str | No
     prefix = "trainer.policy.model_config_kwargs."
     changes = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     module = load_module(saved.base_model(base), dtype, changes)
+    if settings.get("trainer.policy.model.load_in_4bit"):
+        freeze_in_four_bits(module, "cpu")
     if saved.lora_rank:
         lora = {
             field.name: settings[LORA + field.name] for field in fields(LoraConfig) if LORA + field.name in settings
