@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from skyrl_train.commands.trained import Talker
     from skyrl_train.engine.base import Engine, SamplingParams
     from skyrl_train.rollout.chat import Chat
+    from skyrl_train.rollout.step_wise import StepWiseChat
     from skyrl_train.types import Message
 
 HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends"
@@ -86,7 +87,9 @@ async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) ->
         await engine.close()
 
 
-async def _reply(engine: Engine, talker: Talker, chat: Chat, sampling: SamplingParams, session: str) -> list[int]:
+async def _reply(
+    engine: Engine, talker: Talker, chat: Chat | StepWiseChat, sampling: SamplingParams, session: str
+) -> list[int]:
     from skyrl_train.commands.streaming import streamed
     from skyrl_train.visible import visible
 

@@ -9,7 +9,7 @@ from typing import Any
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion, EngineDied, SamplingParams
 from skyrl_train.rollout.agents.openai_api import BadRequest, Body, said_in
-from skyrl_train.rollout.chat import Chat, ChatTemplate
+from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.rollout.template_check import TemplateRefused
@@ -63,7 +63,7 @@ class AgentSession:
             template = self.template.offering(tools) if tools else self.template
             for call in reversed(self.calls):
                 if call.tools == tools and (news := _continues(call, messages)) is not None:
-                    chat = Chat(template, call.prompt_ids)
+                    chat = template.start(call.messages, call.prompt_ids)
                     chat.append(call.completion.response_ids, news)
                     return chat.ids
             return template.start(messages).ids
