@@ -1,6 +1,6 @@
 """Advantages, losses, KL and off-policy corrections: pure functions on flat tensors, each naming its paper."""
 
-from skyrl_train.algorithms import advantages, covariance_losses, losses  # fills the registries
+from skyrl_train.algorithms import advantages, covariance_losses, losses, multi_reward  # fills the registries
 from skyrl_train.algorithms.registry import (
     AdvantageEstimatorRegistry,
     PolicyLossRegistry,
@@ -14,6 +14,7 @@ __all__ = [
     "advantages",
     "covariance_losses",
     "losses",
+    "multi_reward",
     "register_advantage_estimator",
     "register_policy_loss",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "reinforce++", "gae", "distillation")
+OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "gdpo", "reinforce++", "gae", "distillation")
 OWN_LOSSES = (
     "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
     "dppo",
@@ -174,7 +174,7 @@ class DistillationConfig(Section, at="trainer.algorithm.distillation"):
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
-    # grpo, rloo, maxrl, reinforce++, gae, distillation, a registered name, or package.module:function
+    # grpo, rloo, maxrl, gdpo, reinforce++, gae, distillation, a registered name, or package.module:function
     advantage_estimator: str = "grpo"
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
@@ -232,6 +232,9 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
                 "trainer.algorithm.use_kl_loss=false, and drop use_kl_in_reward",
                 ("trainer.algorithm.advantage_estimator=distillation", "trainer.algorithm.use_kl_loss=false"),
             )
+        if self.advantage_estimator == "gdpo" and (self.use_kl_in_reward or self.zero_variance_filter):
+            key = "use_kl_in_reward" if self.use_kl_in_reward else "zero_variance_filter"
+            yield self.problem(key, "reads the sum of the rewards, which advantage_estimator=gdpo keeps apart; drop it")
         yield from self._correction_rules()
 
     @property

@@ -7,11 +7,12 @@ import netrc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
-from skyrl_train.config.problems import Problem
+from skyrl_train.config.problems import NO_VALUE, Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
@@ -90,14 +91,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if trainer.critic.shares_policy and trainer.strategy != "single":
-        yield Problem(
-            "trainer.critic.shares_policy",
-            True,
-            f"is not possible with trainer.strategy={trainer.strategy}; "
-            f"use trainer.critic.model.path={trainer.policy.model.path}",
-        )
-    if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
+    if estimator in ("grpo", "rloo", "maxrl", "gdpo") and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -122,6 +116,37 @@ def reward_problems(environment: EnvironmentConfig, generator: GeneratorConfig) 
             environment.reward,
             f"is never called: generator.agent={generator.agent} pays its own episodes; drop one of the two",
         )
+    if generator.agent is None:
+        return
+    for name, value in environment.rewards.items():
+        if not isinstance(value, int | float):
+            yield Problem(
+                f"environment.rewards.{name}",
+                NO_VALUE,
+                f"is never called: generator.agent={generator.agent} pays its own episodes; write the weight of what "
+                "it pays under this name, or drop it",
+            )
+
+
+def named_reward_problems(environment: EnvironmentConfig, trainer: TrainerConfig) -> Iterator[Problem]:
+    algorithm = trainer.algorithm
+    if algorithm.advantage_estimator == "gdpo" and (environment.reward is not None or len(environment.rewards) == 1):
+        yield Problem(
+            "trainer.algorithm.advantage_estimator",
+            "gdpo",
+            "normalises several named rewards apart, and there is one; name more in environment.rewards, or use grpo",
+        )
+    judges = [name for name, value in environment.rewards.items() if "judge" in (value, _function_of(value))]
+    if trainer.deterministic and judges:
+        yield Problem(
+            f"environment.rewards.{judges[0]}",
+            NO_VALUE,
+            "asks a judge, whose answers no run can repeat; drop trainer.deterministic=true",
+        )
+
+
+def _function_of(value: Any) -> Any:
+    return value.get("function") if isinstance(value, dict) else None
 
 
 def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:

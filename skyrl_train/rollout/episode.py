@@ -121,7 +121,9 @@ class Episode:
         if self.turns:
             self.waits_for = "the environment's cut_short"
             last = self.turns[-1]
-            self.turns[-1] = replace(last, reward=last.reward + await self.env.cut_short())
+            reward, rewards = await self.env.cut_short()
+            named = {name: last.rewards.get(name, 0.0) + rewards.get(name, 0.0) for name in last.rewards | rewards}
+            self.turns[-1] = replace(last, reward=last.reward + reward, rewards=named)
 
     def _next_sampling(self, chat: Chat | StepWiseChat) -> SamplingParams | None:
         """Return the sampling of the next turn, or None if the history is too long for another turn."""
@@ -144,6 +146,7 @@ class Episode:
                 stop_reason=completion.stop_reason,
                 policy_version=completion.policy_version,
                 observation=step.observations,
+                rewards=step.rewards,
             )
         )
         if over:

@@ -68,7 +68,7 @@ class StepWiseChat:
             raise EnvFailure(str(error)) from error
 
     def _text_of(self, reply_ids: list[int]) -> str:
-        """Return a reply's text, with marks of thinking that are special tokens. Alone it could lose its first space."""
+        """Return a reply's text, special tokens included; decoded alone, it could lose its first space."""
         last = self.ids[-1:]
         return self._decoded([*last, *reply_ids])[len(self._decoded(last)) :]
 

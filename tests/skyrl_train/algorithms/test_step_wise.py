@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from skyrl_train.algorithms.advantages import add_advantages, group_metrics
 from skyrl_train.algorithms.kl import kl_metrics
+from skyrl_train.algorithms.multi_reward import NamedRewards
 from skyrl_train.algorithms.registry import AdvantageEstimatorRegistry
 from skyrl_train.algorithms.skyrl_style import is_ours
 from skyrl_train.batch.packing import pack, with_loss_weights
@@ -28,6 +29,7 @@ ROWS = {
     "apart": [FIRST, GOES_ON, OTHER],
     "rewritten": [FIRST, REWRITTEN, OTHER],
 }
+NAMED = NamedRewards(("near", "short"), tensor([[3.0, 0.0], [1.0, 1.0]]).double(), tensor([1.0, 0.5]).double())
 VALUES = {5: 0.5, 6: 1.0, 7: 1.0, 8: 0.5, 9: 0.5}  # of a critic, by token
 
 # The advantages of the tokens 5 6 7 | 8 9.
@@ -41,6 +43,8 @@ BY_HAND = {
     # gamma 0.5, lambda 1: returns as above less the values: 0.5, 1, 1 | 0, 0.5; mean 0.6,
     # squares 0.01 + 0.16 + 0.16 + 0.36 + 0.01 = 0.7, / 4
     "gae": [x / 0.175**0.5 for x in (-0.1, 0.4, 0.4, -0.6, -0.1)],
+    # names "near" 3 and 1, "short" 0 and 1 at weight 0.5: (1 - 0.5) / sqrt(2) and minus that, whose std is 0.5
+    "gdpo": [x / 2**0.5 for x in (1, 1, 1, -1, -1)],
     "distillation": [0.5, 0.4, 0.3, -1.8, -1.9],  # -token / 10 of the teacher, and GRPO's
 }
 
@@ -80,7 +84,7 @@ def test_turn_rewards_by_hand(estimator, rows):
         use_kl_loss=False,
     )
     batch = batch_of(rows)
-    advantages = add_advantages(batch, algorithm).advantages
+    advantages = add_advantages(batch, algorithm, named_rewards=NAMED).advantages
     assert_close(tensor(by_token(batch, advantages)), tensor(BY_HAND[estimator], dtype=torch.float32))
 
 
