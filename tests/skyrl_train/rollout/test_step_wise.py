@@ -11,7 +11,10 @@ import pytest
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.batch.samples import to_samples
+from skyrl_train.config import ConfigError, load_config
+from skyrl_train.conversations import sample_of
 from skyrl_train.engine.base import Request, SamplingParams
+from skyrl_train.prompts import DataError
 from skyrl_train.rollout.agents.session import AgentSession, Call, SessionLimits
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, Round
@@ -19,6 +22,7 @@ from skyrl_train.rollout.template_check import TemplateRefused
 from skyrl_train.types import Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.real_templates import byte_tokenizer, message, render, source_of, space_tokenizer
+from tests.skyrl_train.rollout.test_real_templates import FAMILIES, family_end, ids_of
 from tests.skyrl_train.rollout.test_whole_episodes import LIMITS, SECOND, EditingEnv, ThreeTurnsEnv, sampled, trained
 from tests.tiny_models import tiny_tokenizer
 
@@ -112,17 +116,19 @@ def test_a_reply_cut_by_its_length_is_closed_by_the_template_and_goes_on():
     assert trained(sample)[:40] == sampled(engine.completions[0])
 
 
-@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "Qwen-Qwen3-4B-Thinking-2507", "Qwen-QwQ-32B@16488a"])
-def test_published_thinking_templates_are_read_as_they_print(name):
-    """The last two are refused where turns are appended; the first is not, although it drops reasoning."""
-    tokenizer = byte_tokenizer(source_of(name), ["<|im_end|>"], eos="<|im_end|>")
-    chat = ChatTemplate(tokenizer, step_wise=True).start([message("user", "go")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_templates_are_read_as_they_print(name):
+    """Also those that are refused where turns are appended, and those that silently leave reasoning out."""
+    end = family_end(name)
+    tokenizer = byte_tokenizer(source_of(name), FAMILIES[name][0], eos=FAMILIES[name][0][0])
+    template = ChatTemplate(tokenizer, step_wise=True, end_ids=ids_of(tokenizer, FAMILIES[name][0]))
     history = [message("user", "go")]
+    chat = template.start(history)
     for reply in REPLIES:
         assert tokenizer.decode(chat.ids) == render(tokenizer, history)
         history += [message("assistant", reply), message("user", "on")]
-        chat.append(tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False), [history[-1]])
-    assert "hm" not in tokenizer.decode(chat.ids)
+        chat.append(tokenizer.encode(reply + end, add_special_tokens=False), [history[-1]])
+    assert tokenizer.decode(chat.ids) == render(tokenizer, history)
 
 
 @pytest.mark.parametrize("spaces", ["before every piece", "before the text", "nowhere"])
@@ -155,3 +161,30 @@ def test_an_agents_conversation_is_printed_anew_too():
         again = session.prompt_of(later, [])
         assert tokenizer.decode(again) == render(tokenizer, later, chat_template=FORGETS)
         assert (again[: len(prompt) + len(completion.response_ids)] == prompt + completion.response_ids) == goes_on
+
+
+def test_a_conversation_to_imitate_that_the_template_edits_is_refused():
+    template = ChatTemplate(tiny_tokenizer(), template=FORGETS, step_wise=True)
+    plain = [message("user", "go"), message("assistant", "b"), message("user", "on"), message("assistant", "c")]
+    kept = sample_of(plain, template, "row 0")
+    appended = sample_of(plain, ChatTemplate(tiny_tokenizer()), "row 0")
+    assert (kept.input_ids, kept.loss_mask) == (appended.input_ids, appended.loss_mask)
+    with pytest.raises(DataError, match="row 1: the chat template edits earlier turns"):
+        sample_of([plain[0], message("assistant", REPLIES[0]), *plain[2:]], template, "row 1")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "generator.batched=true",
+        "generator.use_conversation_multi_turn=false",
+        "generator.chat_template.keep_thinking=true",
+        "generator.append_eos_token_after_stop_str_in_multi_turn=false",
+    ],
+)
+def test_settings_that_contradict_it_are_refused_by_name(other):
+    load_config(["generator.step_wise_trajectories=true"])
+    with pytest.raises(ConfigError, match="drop") as refused:
+        load_config(["generator.step_wise_trajectories=true", other])
+    assert other.partition("=")[0] in str(refused.value)
+    assert "step_wise_trajectories" in str(refused.value)
