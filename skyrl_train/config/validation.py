@@ -98,7 +98,10 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             f"is not possible with trainer.strategy={trainer.strategy}; "
             f"use trainer.critic.model.path={trainer.policy.model.path}",
         )
-    if estimator in ("grpo", "rloo", "maxrl", "gdpo") and generator.n_samples_per_prompt == 1:
+    if (
+        estimator in ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")
+        and generator.n_samples_per_prompt == 1
+    ):
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -205,7 +208,7 @@ def has_wandb_key() -> bool:
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
     """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
-    if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
+    if algorithm.policy_loss_type in ("gspo", "gmpo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
             f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
             f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"

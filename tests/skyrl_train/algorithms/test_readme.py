@@ -16,7 +16,7 @@ ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `(.*)` \|$", TEXT, re.MULTILINE)
 
 
 def full(setting: str) -> str:
-    return setting if setting.startswith(("generator.", "trainer.")) else f"trainer.algorithm.{setting}"
+    return setting if setting.startswith(("environment.", "generator.", "trainer.")) else f"trainer.algorithm.{setting}"
 
 
 @pytest.mark.parametrize(("name", "settings"), ROWS, ids=[name for name, _ in ROWS])
