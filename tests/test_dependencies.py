@@ -23,7 +23,6 @@ NOT_EVERYWHERE = {
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
     "accelerate": "transformers asks for it where it reads a GGUF file (policy/packaged.py)",
-    "gguf": "transformers reads the weights of the packaged model with it (policy/packaged.py)",
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
     "skfolio": "its price file is read, the module never imported (servers/stock_prices.py)",

@@ -17,6 +17,7 @@ from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY = "shared_memory"
+COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -91,17 +92,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if trainer.critic.shares_policy and trainer.strategy != "single":
-        yield Problem(
-            "trainer.critic.shares_policy",
-            True,
-            f"is not possible with trainer.strategy={trainer.strategy}; "
-            f"use trainer.critic.model.path={trainer.policy.model.path}",
-        )
-    if (
-        estimator in ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")
-        and generator.n_samples_per_prompt == 1
-    ):
+    if estimator in COMPARE_SIBLINGS and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,

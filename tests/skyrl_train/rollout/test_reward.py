@@ -27,7 +27,7 @@ def play(function: Any, prompt: Prompt = COUNTDOWN, max_input_length: int = 400)
     """Play one episode in which the policy says 2, 1, 0; returns its trajectory."""
     tokenizer = tiny_tokenizer()
     replies = iter("210")
-    limits = EpisodeLimits(5, max_input_length, 512, step_timeout_s=5, episode_timeout_s=10)
+    limits = EpisodeLimits(5, max_input_length, 512, step_timeout_s=60, episode_timeout_s=300)
     engine = ScriptedEngine(tokenizer, lambda _: next(replies))
     rewards = None if function is None else Rewards(alone=RewardFunction("m:f", function))
     collector = Collector(engine, ChatTemplate(tokenizer), limits, env_configs={}, rewards=rewards)

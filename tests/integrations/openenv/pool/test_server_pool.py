@@ -71,11 +71,11 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
 
 
 async def test_a_stopped_server_counts_as_dead() -> None:
-    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=0.5))
+    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=2.0))
     lease = await pool.lease(ECHO_SOURCE)
     server = only_server(pool)
     os.kill(server.pid, signal.SIGSTOP)
-    with pytest.raises(SessionLost, match=r"no answer to step within 0\.5 s"):
+    with pytest.raises(SessionLost, match=r"no answer to step within 2 s"):
         await lease.step(HELLO)
     await lease.release()
     assert await asyncio.to_thread(gone, [server.pid])
@@ -111,18 +111,23 @@ async def test_shared_pools_are_one_per_configuration(echo_url: str) -> None:
 
 async def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(ServerStartFailed, match="No module named"):
-        await ServerProcess.start("integrations.openenv.servers.chess_env", max_sessions=1, timeout_s=30)
+        await ServerProcess.start("integrations.openenv.servers.chess_env", max_sessions=1, timeout_s=90)
 
 
-async def test_leases_that_waited_for_a_failing_start_share_its_error() -> None:
+async def test_leases_that_waited_for_a_failing_start_share_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_starts = 0
+
+    async def start_server(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_starts
+        num_starts += 1
+        return await launch.start_server(*args, **kwargs)
+
+    monkeypatch.setattr(fleet, "start_server", start_server)
     chess = ServerSource("chess_env", module="integrations.openenv.servers.chess_env")
     pool = ServerPool(LOCAL)
-    start = time.monotonic()
-    first = await asyncio.gather(pool.lease(chess), return_exceptions=True)
-    one_s, start = time.monotonic() - start, time.monotonic()
     outcomes = await asyncio.gather(*(pool.lease(chess) for _ in range(20)), return_exceptions=True)
-    assert all(isinstance(outcome, ServerStartFailed) for outcome in [*first, *outcomes])
-    assert time.monotonic() - start < 10 * one_s
+    assert all(isinstance(outcome, ServerStartFailed) for outcome in outcomes)
+    assert num_starts == 1
     await pool.close()
 
 
@@ -165,9 +170,9 @@ def test_nothing_outlives_the_trainer(how: signal.Signals) -> None:
     assert len(pids) in (3, 4)  # server, bubblewrap where it is here, nursery, worker
     time.sleep(0.3)
     process.send_signal(how)
-    process.wait(20)
+    process.wait(60)
     process.stdout.close()
-    assert gone(pids, within_s=5)
+    assert gone(pids)
 
 
 def with_sessions(num_sessions: int) -> ServerSource:
@@ -277,9 +282,9 @@ async def test_a_session_that_is_held_too_long_is_taken_back(echo_url: str, name
 
 
 async def test_a_session_in_use_is_not_idle(echo_url: str) -> None:
-    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=1.5))
+    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=2.0))
     lease = await pool.lease(ECHO_SOURCE)
-    for _ in range(10):
+    for _ in range(12):
         await asyncio.sleep(0.2)
         await lease.step(HELLO)
     await lease.release()
