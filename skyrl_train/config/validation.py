@@ -18,6 +18,7 @@ from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY = "shared_memory"
 INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
+COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -93,7 +94,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if estimator in ("grpo", "rloo", "maxrl", "gdpo") and generator.n_samples_per_prompt == 1:
+    if estimator in COMPARE_SIBLINGS and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -227,7 +228,7 @@ def has_wandb_key() -> bool:
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
     """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
-    if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
+    if algorithm.policy_loss_type in ("gspo", "gmpo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
             f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
             f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"

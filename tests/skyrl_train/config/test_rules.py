@@ -48,7 +48,7 @@ def test_a_mini_batch_is_not_larger_than_a_step():
         ("trainer.policy.optimizer_config.scheduler=step", "must be one of constant"),
         ("trainer.algorithm.policy_loss_type=ppo", "is not known; take one of cispo, clip_cov"),
         ("trainer.algorithm.policy_loss_type='my mod:f'", "is not known"),
-        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of distillation, gae, grpo"),
+        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of distillation, gae, gdpo, gpg, grpo"),
         ("trainer.algorithm.kl_estimator_type=k4", "must be one of k1, k2, k3, abs"),
         ("trainer.algorithm.loss_reduction=mean", "must be one of token_mean"),
         ("trainer.algorithm.use_kl_in_reward=true", "add trainer.algorithm.use_kl_loss=false"),
@@ -113,9 +113,9 @@ def test_off_policy_correction_is_checked():
     assert "takes no off-policy correction" in refusal(
         f"{section}.tis_ratio_type=token", "trainer.algorithm.policy_loss_type=kl_cov"
     )
-    assert refusal(f"{section}.outlier_token_is_threshold_low=0.1").startswith(
-        f"{section}.outlier_token_is_threshold_low=0.1 only acts beside"
-    )
+    low, high = (f"{section}.token_mask_is_threshold_{side}" for side in ("low", "high"))
+    assert "must be below token_mask_is_threshold_high=0.5" in refusal(f"{low}=0.5", f"{high}=0.5")
+    assert load_config([f"{section}.outlier_token_is_threshold_low=0.1"]).trainer.algorithm.off_policy_correction.is_on
 
 
 def test_a_tracker_without_its_key_or_package_is_refused(monkeypatch):
