@@ -147,6 +147,13 @@ def test_every_process_sees_the_gpus_of_its_place(started):
         session.ray.util.remove_placement_group(shared._group)
 
 
+def test_every_process_gets_as_much_of_a_busy_machine_as_the_driver(started):
+    engine = started.engine._identity
+    pids = [identity_of(started, 0).pid, identity_of(started, 1).pid, engine.pid]
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [niceness] * 3
+
+
 async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
     engine = await started.cluster.start_engine(1)
     long = Request(IDS, SamplingParams(max_tokens=400, min_tokens=400, seed=1), "s")
