@@ -87,6 +87,19 @@ def test_a_template_that_forgets_reasoning_is_read_as_it_prints_and_every_reply_
     assert ([r for r in first.rewards if r], [r for r in rest.rewards if r]) == ([1.0], [2.0, 4.0])
 
 
+def test_a_reply_stays_in_the_tokens_that_were_sampled_where_encoding_its_text_gives_others():
+    tokenizer = tiny_tokenizer()
+    letters = tokenizer.encode("ab", add_special_tokens=False)
+    tokenizer.add_tokens(["ab"])
+    chat = ChatTemplate(tokenizer, step_wise=True).start([message("user", "go")])
+    before, reply = chat.ids, [*letters, tokenizer.eos_token_id]
+    chat.append(reply, [message("user", "on")])
+    assert chat.ids[: len(before) + 3] == before + reply
+    again = tokenizer.encode(chat.printed, add_special_tokens=False)
+    assert len(again) == len(chat.ids) - 1
+    assert tokenizer.decode(again) == tokenizer.decode(chat.ids)
+
+
 def test_white_space_that_the_template_trims_opens_a_new_sample():
     trajectory, engine = play(TRIMS, ["a ", "b", "c"])
     assert "a<|im_end|>" in read_by(engine)[1]
