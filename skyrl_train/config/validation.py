@@ -17,6 +17,8 @@ from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY = "shared_memory"
+INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
+COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -27,6 +29,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
+    yield from quantized_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
     if not data.train_data:
@@ -91,7 +94,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if estimator in ("grpo", "rloo", "maxrl", "gdpo") and generator.n_samples_per_prompt == 1:
+    if estimator in COMPARE_SIBLINGS and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -159,6 +162,33 @@ def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
         )
 
 
+def quantized_problems(trainer: TrainerConfig) -> Iterator[Problem]:
+    """Weights and moments in few bits: what they need, and where they are not possible."""
+    asked: list[tuple[str, object]] = []
+    if trainer.policy.model.load_in_4bit:
+        asked.append(("trainer.policy.model.load_in_4bit", True))
+        if trainer.policy.model.lora.rank == 0:
+            yield Problem(
+                "trainer.policy.model.load_in_4bit",
+                True,
+                "freezes the model, and without adapters nothing is left to train; use lora.rank=16",
+            )
+    for name in ("policy", "critic"):
+        optimizer = getattr(trainer, name).optimizer_config
+        if optimizer.optim != "adamw":
+            asked.append((f"trainer.{name}.optimizer_config.optim", optimizer.optim))
+    for key, value in asked:
+        if trainer.strategy != "single":
+            yield Problem(
+                key,
+                value,
+                f"is not possible with trainer.strategy={trainer.strategy}: the blocks that share a scale are not "
+                "sharded; use trainer.strategy=single, or drop it",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield Problem(key, value, f"needs the package bitsandbytes: {INSTALL_QUANTIZED}, or drop it")
+
+
 def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
     """SkyRL's nccl stands for the best way on shared devices, which here is shared memory; apart it would be NCCL."""
     backend, shares = generator.weight_sync_backend, trainer.placement.colocate_all
@@ -198,7 +228,7 @@ def has_wandb_key() -> bool:
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
     """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
-    if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
+    if algorithm.policy_loss_type in ("gspo", "gmpo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
             f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
             f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"

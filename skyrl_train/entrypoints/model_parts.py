@@ -213,6 +213,7 @@ class ModelParts:
             model_config_kwargs=trainer.policy.model_config_kwargs,
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
             max_length=self.max_length,
+            four_bit=trainer.policy.model.load_in_4bit,
         )
         if trainer.policy.model.lora.rank > 0:
             self.add_adapters(policy, trainer.policy.model.lora, "trainer.policy.model.lora")

@@ -32,6 +32,11 @@ PROMPT = Prompt("0", ASKED, "tests.fakes:CountdownEnv", {"start": 3, "answer": "
 Answer = Callable[[dict[str, Any]], Any]  # the body of a request -> a text, or (status, headers, body)
 
 
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that gave up."""
+
+
 class JudgeServer:
     """Answers chat completions with `answer`; keeps the requests and the most that were under way at once."""
 
@@ -40,6 +45,7 @@ class JudgeServer:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.now = self.most = 0
+        self.two = threading.Event()  # were under way at once
         self._lock = threading.Lock()
         server = self
 
@@ -51,6 +57,8 @@ class JudgeServer:
                     server.keys.append(self.headers.get("authorization"))
                     server.now += 1
                     server.most = max(server.most, server.now)
+                    if server.now == 2:
+                        server.two.set()
                 said = server.answer(body)
                 with server._lock:
                     server.now -= 1
@@ -63,8 +71,7 @@ class JudgeServer:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.handle_error = lambda *about: None  # a client that gave up
+        self._http = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -90,6 +97,7 @@ def running() -> Iterator[JudgeServer]:
 def server(running: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
     monkeypatch.setattr(judge_module, "FIRST_PAUSE_S", 0.01)
     running.answer, running.most = lambda body: "SCORE: 0.5", 0
+    running.two.clear()
     running.bodies.clear()
     running.keys.clear()
     return running
@@ -211,8 +219,7 @@ def test_no_more_requests_than_allowed_are_under_way(server):
 
     async def asks() -> list[float]:
         asking = asyncio.gather(*(asked.score(PROMPT, [(reply, [])]) for reply in "abcdef"))
-        while server.now < 2:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(server.two.wait, 60)
         await asyncio.sleep(0.1)  # in which a third would come
         let_go.set()
         return await asking
