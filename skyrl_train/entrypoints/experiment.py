@@ -61,7 +61,7 @@ class BasePPOExp(RolloutParts):
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
-        self.reward = self.get_reward()
+        self.rewards = self.get_rewards()
         self.check_conversations()
         self.conversations = self.get_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
@@ -192,7 +192,7 @@ class BasePPOExp(RolloutParts):
             weights=parts.weights,
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
-            extra_metrics=lambda: {**collector.metrics, **self.extra_metrics()},
+            extra_metrics=lambda: {**collector.metrics, **self.judge_metrics(), **self.extra_metrics()},
             conversations=self.conversations,
             users=self.get_users_trainer(run, collector),
             shape_rewards=self.shape_rewards,
@@ -203,6 +203,10 @@ class BasePPOExp(RolloutParts):
         """Steps of the whole run: those that imitate, and those of RL."""
         assert self.schedule is not None
         return self.schedule.num_steps + (self.conversations.num_steps if self.conversations else 0)
+
+    def judge_metrics(self) -> dict[str, float]:
+        """Return how often judges were asked so far, and how often in vain."""
+        return self.rewards.metrics if self.rewards else {}
 
     def extra_metrics(self) -> dict[str, float]:
         """Override it to log more with every step."""

@@ -80,8 +80,17 @@ CASES = {
         {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
         trainer={"critic_mini_batch_size": 2},
         batches=("random", "shared"),
-        has_critic=True,
+        critic="own",
     ),
+    "a critic on the policy's hidden states": Case(
+        {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
+        trainer={"critic_mini_batch_size": 2},
+        batches=("random", "shared"),
+        critic="shared",
+    ),
+    "imitation before the updates, with KL": Case({"kl_loss_coef": 0.1}, num_imitated=2),
+    "imitation with adapters": Case({"kl_loss_coef": 0.1}, lora_rank=2, num_imitated=2),
+    "a teacher": Case({**PLAIN, "advantage_estimator": "distillation"}, batches=("random", "shared")),
 }
 
 
@@ -216,8 +225,9 @@ def test_saved_by_two_it_is_read_by_one_three_and_two_bit_for_bit(two, three, na
     assert again.metrics == unbroken[0].metrics
 
 
-def test_a_critic_saved_by_two_is_read_by_one_and_three(two, three, tmp_path):
-    case, saved = CASES["a critic"], tmp_path / "saved"
+@pytest.mark.parametrize("name", ["a critic", "a critic on the policy's hidden states"])
+def test_a_critic_saved_by_two_is_read_by_one_and_three(two, three, name, tmp_path):
+    case, saved = CASES[name], tmp_path / "saved"
     two.call(save, case, saved)
     resume(case, saved, False, tmp_path / "by_1")
     three.call(resume, case, saved, True, tmp_path / "by_3")

@@ -230,10 +230,10 @@ def test_the_command_serves_until_it_is_interrupted(runs):
         assert process.stdout is not None
         assert process.stdout.readline().startswith("2 runs in ")
         address = process.stdout.readline().split()[0]
-        with urlopen(f"{address}/api/runs", timeout=20) as answer:
+        with urlopen(f"{address}/api/runs", timeout=60) as answer:
             assert len(json.load(answer)["rows"]) == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("folder", ["missing", "file", "nul\0"])
