@@ -59,7 +59,7 @@ def run(folder: Path, name: str, *more: str) -> list[dict[str, float]]:
         *more,
     ]
     assert main(settings) == 0
-    return read_metrics(folder / name / "metrics.jsonl")
+    return [line for line in read_metrics(folder / name / "metrics.jsonl") if line["step"] > 0]
 
 
 def test_a_run_with_rewritten_histories_keeps_its_records_and_goes_on_where_it_stood(folder, capsys):

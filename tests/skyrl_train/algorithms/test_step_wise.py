@@ -38,6 +38,9 @@ BY_HAND = {
     "grpo": [1, 1, 1, -1, -1],
     "rloo": [2, 2, 2, -2, -2],  # 3 - 1 and 1 - 3
     "maxrl": [0.5, 0.5, 0.5, -0.5, -0.5],  # (3 - 2) / 2
+    "opo": [0.8, 0.8, 0.8, -1.2, -1.2],  # less (3 tokens x 3 + 2 x 1) / 5 = 2.2
+    "pass_at_k": [2, 2, 2, 0, 0],  # the lead of the best episode
+    "gpg": [1, 1, 1, -1, -1],
     # gamma 0.5: 2, 1 + 1, 0 + 1 | 1, 0.5; mean 1.3, squares 0.09 + 0.49 + 0.49 + 0.64 + 0.09 = 1.8, / 4
     "reinforce++": [x / 0.45**0.5 for x in (-0.3, 0.7, 0.7, -0.8, -0.3)],
     # gamma 0.5, lambda 1: returns as above less the values: 0.5, 1, 1 | 0, 0.5; mean 0.6,

@@ -18,11 +18,12 @@ from skyrl_train.prompts import DataError
 from skyrl_train.rollout.agents.session import AgentSession, Call, SessionLimits
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector, Round
+from skyrl_train.rollout.step_wise import StepWiseChat
 from skyrl_train.rollout.template_check import TemplateRefused
 from skyrl_train.types import Prompt, Trajectory
 from tests.fakes import ScriptedEngine
 from tests.real_templates import byte_tokenizer, message, render, source_of, space_tokenizer
-from tests.skyrl_train.rollout.test_real_templates import FAMILIES, family_end, ids_of
+from tests.skyrl_train.rollout.test_real_templates import FAMILIES, REFUSED, family_end, ids_of
 from tests.skyrl_train.rollout.test_whole_episodes import LIMITS, SECOND, EditingEnv, ThreeTurnsEnv, sampled, trained
 from tests.tiny_models import tiny_tokenizer
 
@@ -87,6 +88,20 @@ def test_a_template_that_forgets_reasoning_is_read_as_it_prints_and_every_reply_
     assert ([r for r in first.rewards if r], [r for r in rest.rewards if r]) == ([1.0], [2.0, 4.0])
 
 
+def test_a_reply_stays_in_the_tokens_that_were_sampled_where_encoding_its_text_gives_others():
+    tokenizer = tiny_tokenizer()
+    letters = tokenizer.encode("ab", add_special_tokens=False)
+    tokenizer.add_tokens(["ab"])
+    chat = ChatTemplate(tokenizer, step_wise=True).start([message("user", "go")])
+    assert isinstance(chat, StepWiseChat)
+    before, reply = chat.ids, [*letters, tokenizer.eos_token_id]
+    chat.append(reply, [message("user", "on")])
+    assert chat.ids[: len(before) + 3] == before + reply
+    again = tokenizer.encode(chat.printed, add_special_tokens=False)
+    assert len(again) == len(chat.ids) - 1
+    assert tokenizer.decode(again) == tokenizer.decode(chat.ids)
+
+
 def test_white_space_that_the_template_trims_opens_a_new_sample():
     trajectory, engine = play(TRIMS, ["a ", "b", "c"])
     assert "a<|im_end|>" in read_by(engine)[1]
@@ -116,9 +131,9 @@ def test_a_reply_cut_by_its_length_is_closed_by_the_template_and_goes_on():
     assert trained(sample)[:40] == sampled(engine.completions[0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, (_, setting) in FAMILIES.items() if setting != REFUSED])
 def test_published_templates_are_read_as_they_print(name):
-    """Also those that are refused where turns are appended, and those that silently leave reasoning out."""
+    """Also those whose turns can be appended only with a switch, and those that leave reasoning out."""
     end = family_end(name)
     tokenizer = byte_tokenizer(source_of(name), FAMILIES[name][0], eos=FAMILIES[name][0][0])
     template = ChatTemplate(tokenizer, step_wise=True, end_ids=ids_of(tokenizer, FAMILIES[name][0]))
