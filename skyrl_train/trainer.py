@@ -136,6 +136,7 @@ class Trainer:
         if not samples:  # no episode sampled a token: the step counts, and there is nothing to update with
             return measured
         batch = pack(samples)  # -> batch
+        measured |= {"generate/samples_per_episode": batch.num_samples / batch.num_trajectories}
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, kl_values = self._add_advantages(batch, self._named_rewards(samples, groups))
@@ -360,7 +361,7 @@ class Trainer:
         coefficient = self.kl_controller.coefficient
         metrics |= kl_metrics(batch, coefficient, algorithm.kl_estimator_type)
         if batch.loss_mask.any():  # the KL of no token says nothing about the policy
-            self.kl_controller.update(metrics["loss/avg_kl"], batch.num_samples)
+            self.kl_controller.update(metrics["loss/avg_kl"], batch.num_trajectories)
         return add_advantages(batch, algorithm, coefficient, named), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:

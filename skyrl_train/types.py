@@ -217,6 +217,10 @@ class Batch:
         return self.offsets.numel() - 1
 
     @property
+    def num_trajectories(self) -> int:
+        return self.trajectory_index.unique().numel()
+
+    @property
     def lengths(self) -> Tensor:
         """[S] tokens of each sample."""
         return self.offsets.diff()

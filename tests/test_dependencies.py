@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_EVERYWHERE = {
     "vllm": "vllm", "liger_kernel": "liger-kernel", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio",
     "swanlab": "swanlab", "pyspiel": "open-spiel", "ale_py": "ale-py", "sumo_rl": "sumo-rl", "skfolio": "skfolio",
+    "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
     "accelerate": "transformers asks for it where it reads a GGUF file (policy/packaged.py)",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from skyrl_train.commands.trained import Talker
     from skyrl_train.engine.base import Engine, SamplingParams
     from skyrl_train.rollout.chat import Chat
+    from skyrl_train.rollout.step_wise import StepWiseChat
     from skyrl_train.types import Message
 
 HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends"
@@ -87,7 +88,9 @@ async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) ->
         await engine.close()
 
 
-async def _reply(engine: Engine, talker: Talker, chat: Chat, sampling: SamplingParams, session: str) -> list[int]:
+async def _reply(
+    engine: Engine, talker: Talker, chat: Chat | StepWiseChat, sampling: SamplingParams, session: str
+) -> list[int]:
     """Print a reply as it is sampled, and return its tokens."""
     from skyrl_train.engine.base import Completion, Request
     from skyrl_train.rollout.agents.streaming import ShownText, in_pieces

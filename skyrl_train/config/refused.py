@@ -135,7 +135,6 @@ REFUSED: dict[str, str] = {
     "generator.enable_ray_prometheus_stats": NO_VLLM,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
-    "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
     "generator.sampling_params.additional_kwargs": PER_CALL,
     "generator.eval_sampling_params.additional_kwargs": PER_CALL,
     "generator.sampling_params.seed": SEED,

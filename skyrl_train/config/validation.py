@@ -17,6 +17,7 @@ from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY = "shared_memory"
+INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
 COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
@@ -28,6 +29,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
+    yield from quantized_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
     if not data.train_data:
@@ -158,6 +160,33 @@ def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             "cannot give adapters to another model than the policy's own; drop trainer.ref.model.path and "
             "trainer.ref.model_config_kwargs, or use trainer.policy.model.lora.rank=0",
         )
+
+
+def quantized_problems(trainer: TrainerConfig) -> Iterator[Problem]:
+    """Weights and moments in few bits: what they need, and where they are not possible."""
+    asked: list[tuple[str, object]] = []
+    if trainer.policy.model.load_in_4bit:
+        asked.append(("trainer.policy.model.load_in_4bit", True))
+        if trainer.policy.model.lora.rank == 0:
+            yield Problem(
+                "trainer.policy.model.load_in_4bit",
+                True,
+                "freezes the model, and without adapters nothing is left to train; use lora.rank=16",
+            )
+    for name in ("policy", "critic"):
+        optimizer = getattr(trainer, name).optimizer_config
+        if optimizer.optim != "adamw":
+            asked.append((f"trainer.{name}.optimizer_config.optim", optimizer.optim))
+    for key, value in asked:
+        if trainer.strategy != "single":
+            yield Problem(
+                key,
+                value,
+                f"is not possible with trainer.strategy={trainer.strategy}: the blocks that share a scale are not "
+                "sharded; use trainer.strategy=single, or drop it",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield Problem(key, value, f"needs the package bitsandbytes: {INSTALL_QUANTIZED}, or drop it")
 
 
 def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:

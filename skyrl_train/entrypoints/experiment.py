@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loguru import logger
+
 from skyrl_train.config import SkyRLConfig, is_resolved, validate_cfg
 from skyrl_train.entrypoints.overrides import check_overrides
 from skyrl_train.entrypoints.process import cancel_on_signals
@@ -242,7 +244,7 @@ class BasePPOExp(RolloutParts):
         from skyrl_train.run.model_folder import export_at_the_end
 
         if self.cfg.trainer.save_model:
-            run.progress.print(f"model: {export_at_the_end(run.folder)}")
+            logger.info(f"model: {export_at_the_end(run.folder)}")
 
     async def _train(self, run: Run) -> None:
         from skyrl_train import compute

@@ -54,7 +54,7 @@ class RolloutParts(DataParts):
         from skyrl_train.config import LoraConfig
 
         self.cfg = copy.deepcopy(self.cfg)
-        self.cfg.trainer.policy.model.lora = LoraConfig()
+        self.cfg.trainer.policy.model.lora, self.cfg.trainer.policy.model.load_in_4bit = LoraConfig(), False
         policy = await asyncio.wrap_future(compute.submit(self.get_policy))
         policy.module.requires_grad_(False)
         engine: Any = self.get_engine(policy)

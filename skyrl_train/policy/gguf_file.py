@@ -62,6 +62,8 @@ def refuse_unless_gguf(config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
         "sliding windows": _has_windows(config),
         f"rope_type={rope['rope_type']}": rope["rope_type"]
         not in ("default", *(["llama3"] if kind == "llama" else [])),
+        "heads that are narrower or wider than hidden_size": kind == "qwen2"
+        and _head_dim(config) * config.num_attention_heads != config.hidden_size,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):

@@ -19,6 +19,7 @@ from skyrl_train.config import LoraConfig
 from skyrl_train.files import byte_size, folder_bytes, naming, whole_file, whole_folder
 from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.ops import ops_for
+from skyrl_train.policy.four_bit import freeze_in_four_bits
 from skyrl_train.policy.lora import adapters_of, add_adapters
 from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_merged
 from skyrl_train.policy.model import Policy
@@ -117,6 +118,8 @@ def trained_module(saved: SavedRun, dtype: torch.dtype, *, base: Path | str | No
     """Return the model with the weights of the checkpoint, rounded as the learner rounds them; adapters stay apart."""
     settings = saved.settings
     module = load_module(saved.base_model(base), dtype, _changes(saved))
+    if settings.get("trainer.policy.model.load_in_4bit"):
+        freeze_in_four_bits(module, "cpu")
     if saved.lora_rank:
         lora = {
             field.name: settings[LORA + field.name] for field in fields(LoraConfig) if LORA + field.name in settings

@@ -81,6 +81,7 @@ class Endpoint:
                         Route("/health", self._health),
                     ]
                 ),
+                log_config=None,
                 log_level="warning",
                 lifespan="off",
                 timeout_graceful_shutdown=1,

@@ -11,7 +11,7 @@ from skyrl_train.engine.base import Completion, EngineDied, SamplingParams
 from skyrl_train.rollout.agents.openai_api import BadRequest, Body
 from skyrl_train.rollout.agents.replies import said_in
 from skyrl_train.rollout.agents.streaming import cut_at_stop
-from skyrl_train.rollout.chat import Chat, ChatTemplate
+from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.rollout.template_check import TemplateRefused
@@ -63,13 +63,14 @@ class AgentSession:
         """Return the tokens of a conversation with these tools. BadRequest if the template does not print it.
 
         Where it goes on from an earlier call, its reply included, these are the tokens that were read and sampled then,
-        and what the template prints behind them: nothing that was sampled is encoded again.
+        and what the template prints behind them: nothing that was sampled is encoded again, unless the template prints
+        it otherwise by now (generator.step_wise_trajectories).
         """
         try:
             template = self.template.offering(tools) if tools else self.template
             for call in reversed(self.calls):
                 if call.tools == tools and (news := _continues(call, messages)) is not None:
-                    chat = Chat(template, call.prompt_ids)
+                    chat = template.start(call.messages, call.prompt_ids)
                     chat.append(call.completion.response_ids, news)
                     return chat.ids
             return template.start(messages).ids

@@ -86,8 +86,8 @@ def title(process: psutil.Process) -> str:
 
 
 def nothing_is_left(family: list[psutil.Process]) -> bool:
-    """Return whether none of these lives after ten seconds, and no memory that a run shares."""
-    _, alive = psutil.wait_procs(family, timeout=10)
+    """Return whether none of these lives after a minute, and no memory that a run shares."""
+    _, alive = psutil.wait_procs(family, timeout=60)
     return not alive and not shared_memory_of_nobody()
 
 

@@ -58,7 +58,6 @@ def refusal(*overrides: str) -> str:
         "generator.inference_engine_tensor_parallel_size=2",
         "generator.inference_engine_data_parallel_size=2",
         "generator.gpu_memory_utilization=0.7",
-        "generator.step_wise_trajectories=true",
         "generator.async_engine=false",
         "generator.model_dtype=bfloat16",
         "generator.engine_init_kwargs={max_model_len:100}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from skyrl_train.config import POLICY_LOSSES, ConfigError, load_config
@@ -131,3 +133,27 @@ def test_exports_in_the_folder_of_the_checkpoints_are_refused():
     places = ("trainer.ckpt_path=/r", "trainer.export_path=/r/")
     assert "an export would replace a part of the checkpoint" in refusal(*places, "trainer.hf_save_interval=5")
     load_config(["data.train_data=['a.jsonl']", *places])  # without exports they do not meet
+
+
+QUANTIZED = ["trainer.policy.model.load_in_4bit=true", "trainer.policy.model.lora.rank=16"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (QUANTIZED[:1], "freezes the model, and without adapters nothing is left to train; use lora.rank=16"),
+        ([*QUANTIZED, "trainer.strategy=fsdp2"], "is not possible with trainer.strategy=fsdp2"),
+        (["trainer.policy.optimizer_config.optim=adamw_8bit", "trainer.strategy=fsdp2"], "use trainer.strategy=single"),
+        (["trainer.policy.optimizer_config.optim=adam8"], "must be one of adamw, adamw_8bit"),
+    ],
+)
+def test_weights_and_moments_in_few_bits_are_refused_where_they_are_not_possible(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(overrides)
+
+
+@pytest.mark.parametrize("overrides", [QUANTIZED, ["trainer.policy.optimizer_config.optim=adamw_8bit"]])
+def test_without_bitsandbytes_they_are_refused_with_the_command_that_installs_it(overrides, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs the package bitsandbytes: uv sync --inexact --extra quantized"):
+        load_config(overrides)

@@ -141,15 +141,22 @@ def test_every_setting_has_the_gradient_of_one_process(ranks, name):
     assert_equal_to_one_process(ranks.call(train, CASES[name], True), of_one_process(name))
 
 
+IN_BFLOAT16 = {
+    "whole": Case(PLAIN, model=BFLOAT16),
+    "adapters": Case(PLAIN, lora_rank=2, model=BFLOAT16),
+    "a critic": replace(CASES["a critic"], model=BFLOAT16),
+    "a critic on the policy's hidden states": replace(CASES["a critic on the policy's hidden states"], model=BFLOAT16),
+}
+
+
 @cache
-def in_bfloat16(lora_rank: int) -> Outcome:
-    return train(Case(PLAIN, lora_rank=lora_rank, model=BFLOAT16), False)
+def in_bfloat16(name: str) -> Outcome:
+    return train(IN_BFLOAT16[name], False)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_in_bfloat16_masters_and_gradients_are_float32_and_as_near_as_rounding_lets_them(ranks, lora_rank):
-    case = Case(PLAIN, lora_rank=lora_rank, model=BFLOAT16)
-    outcomes, expected = ranks.call(train, case, True), in_bfloat16(lora_rank)
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_in_bfloat16_masters_and_gradients_are_float32_and_as_near_as_rounding_lets_them(ranks, name):
+    outcomes, expected = ranks.call(train, IN_BFLOAT16[name], True), in_bfloat16(name)
     assert {tensor.dtype for tensor in outcomes[0].gradients[0].values()} == {torch.float32}
     assert outcomes[0].metrics == outcomes[-1].metrics
     assert distance(outcomes[0].gradients[0], expected.gradients[0]) < 1e-2

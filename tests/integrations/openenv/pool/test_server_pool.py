@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from integrations.openenv.pool.fleet import MAX_FAILURES
 from integrations.openenv.pool.server_pool import NoFreeSession, ServerPool, close_shared_pools, shared_pool
 from tests.integrations.openenv.processes import gone
 from tests.integrations.openenv.proxy import proxy_to
+from tests.ports import taken_port
 
 ECHO, CODING = EchoEntry(), CodingEntry()
 ECHO_SOURCE = ECHO.source(ECHO.read_options({}))
@@ -305,7 +305,7 @@ async def test_a_server_that_keeps_failing_is_given_up_with_the_end_of_its_log()
 
 
 async def test_a_port_that_is_taken_is_the_reason_given_and_the_next_lease_tries_again() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with taken_port() as taken:
         port = taken.getsockname()[1]
         source = ServerSource("echo_env", module=ECHO.server_module, arguments=("--port", str(port)))
         pool = ServerPool(LOCAL)
@@ -357,8 +357,8 @@ def test_a_process_whose_owner_died_is_found_by_its_mark_and_ended() -> None:
     others = {str(mark), str(this_process()), str(replace(mark, boot="another machine"))}
     processes = {owner: subprocess.Popen(["sleep", "60"], env=os.environ | {OWNER_VARIABLE: owner}) for owner in others}
     try:
-        assert reap_processes() >= 1
-        assert processes.pop(str(mark)).wait(10) == -signal.SIGKILL
+        reap_processes()  # or another test that runs beside this one
+        assert processes.pop(str(mark)).wait(60) == -signal.SIGKILL
         assert all(process.poll() is None for process in processes.values())
     finally:
         for process in processes.values():
