@@ -94,6 +94,9 @@ class DataParts(ModelParts):
         for key, prompts in (("data.train_data", self.train_dataset), ("data.val_data", self.eval_dataset)):
             if prompts is not None:
                 contents[key] = prompt_contents(prompts)
+        if self.rewards is not None and self.rewards.judges:
+            texts = self.rewards.templates.items()
+            contents["environment.rewards"] = {name: template_contents(text)["template"] for name, text in texts}
         if self.conversations is not None:
             contents["trainer.sft.data"] = sample_contents(self.conversations.samples)
         if trainer.ref.model.path == trainer.policy.model.path:

@@ -20,7 +20,7 @@ NEVER_CALLED: Mapping[str, str] = {
     "get_models": "override get_policy(), get_reference(policy) or get_learner(policy)",
     "get_dataset": "override get_train_dataset() or get_eval_dataset()",
     "get_train_dataloader": "override get_train_dataset(); which rows a step plays follows from trainer.seed",
-    "get_reward_model": "rewards come from the environment's step",
+    "get_reward_model": "rewards come from the environment's step, or from environment.rewards (a judge, too)",
 }
 ALIKE = 0.85  # of difflib: get_tokeniser is meant to be get_tokenizer
 

@@ -73,6 +73,11 @@ class Rewards:
     def metrics(self) -> dict[str, float]:
         return {key: value for judge in self.judges.values() for key, value in judge.metrics.items()}
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """Return the text that each judge is asked by, which a file may hold."""
+        return {name: judge.template for name, judge in self.judges.items()}
+
     def of_environment(self, total: float, parts: Mapping[str, float]) -> dict[str, float]:
         """Return the part of what the environment paid that counts. WrongAnswer for names that have no weight."""
         if self.whole is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,11 @@ def test_a_maker_of_skyrls_engines_says_what_to_override_when_it_is_called():
         main_base.create_remote_inference_engines_from_config(None, tokenizer=None)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = main_base.nothing
+
+
+def test_each_test_that_the_page_names_is_there():
+    tests = PAGE.parents[1] / "tests"
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE.read_text())
+    assert len(named) == 16
+    for file, name in named:
+        assert any(f"def {name}(" in path.read_text() for path in tests.rglob(file)), f"{file}::{name}"
