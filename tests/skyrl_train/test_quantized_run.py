@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,6 +35,6 @@ def test_a_run_in_few_bits_trains_resumes_and_exports(given, tmp_path):
     for name in theirs.shapes:
         assert torch.equal(ours.whole(name), theirs.whole(name)), name
     exported = AutoModelForCausalLM.from_pretrained(whole / "exports" / "global_step_4" / "policy")
-    layer = trained_module(read_run(whole), torch.float32).get_submodule("model.layers.0.mlp.up_proj")
+    layer: Any = trained_module(read_run(whole), torch.float32).get_submodule("model.layers.0.mlp.up_proj")
     merged = layer.weight + layer.scale * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(exported.get_submodule("model.layers.0.mlp.up_proj").weight, merged)
