@@ -137,6 +137,7 @@ class Trainer:
             return measured
         batch = pack(samples)  # -> batch
         measured |= {"generate/samples_per_episode": batch.num_samples / batch.num_trajectories}
+        await self.weights.before_update(self.engine)
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
             batch, kl_values = self._add_advantages(batch, self._named_rewards(samples, groups))
@@ -154,6 +155,7 @@ class Trainer:
         """Make a step of the warm start: conversations -> batch -> cross entropy -> new weights."""
         assert self.conversations is not None
         batch = self.conversations.batch(self.global_step + 1)
+        await self.weights.before_update(self.engine)
         self.run.progress.phase("imitation", batch.num_tokens, "tokens")
         metrics = await self._learn("policy_train", self.learner.imitate, batch, self.run.progress.reached)
         if self.num_rl_steps == -1 and self.config.trainer.reference_is_base:

@@ -142,7 +142,12 @@ class LearnerRank:
         return self._built.policy_version
 
     def publish(self, path: Path) -> SharedWeights:
-        return self._built.publish(path)
+        """Also give the GPU back what torch keeps for its next pass: an engine that slept takes its memory again."""
+        import torch
+
+        shared = self._built.publish(path)
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        return shared
 
     def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return self._built.logprobs_of_tokens(ids)
@@ -188,6 +193,9 @@ class EngineActor:
 
     async def load_weights(self, shared: SharedWeights) -> None:
         await self._built.load_weights(shared)
+
+    async def sleep(self) -> None:
+        await self._built.sleep()
 
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return await self._built.logprobs_of_tokens(ids)

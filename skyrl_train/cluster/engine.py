@@ -59,6 +59,9 @@ class RayEngine:
             raise EngineDied(f"{self._name}: {self._node.name} is gone: {error}") from None
         await self._answer(self._actor.load_weights.remote, there)
 
+    async def sleep(self) -> None:
+        await self._answer(self._actor.sleep.remote)
+
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return await self._answer(self._actor.logprobs_of_tokens.remote, ids)
 

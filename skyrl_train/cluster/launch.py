@@ -177,7 +177,9 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
                 engine, _ = await _together(cluster.start_engines(), _in_compute_thread(learner.build, exp))
             except ValueError as error:  # a setting that only the part itself can refuse
                 raise RunRefused(str(error)) from error
-            weights = SharedMemoryWeights(proof_ids_of(exp.tokenizer), exp.compute_dtype)
+            weights = SharedMemoryWeights(
+                proof_ids_of(exp.tokenizer), exp.compute_dtype, takes_turns=placement.takes_turns
+            )
             yield ComputingParts(learner, engine, weights)
         finally:
             learner.close()

@@ -62,6 +62,12 @@ class Placement:
         return [used.count(node) for node in range(self.num_nodes)]
 
     @property
+    def takes_turns(self) -> bool:
+        """Return whether engines share GPUs with ranks in other processes: only one of them has the memory then."""
+        devices = {device for engine in self.engines for device in engine}
+        return self.on_gpu and not self.in_process and bool(devices & set(self.ranks))
+
+    @property
     def num_devices(self) -> int:
         return len({*self.ranks, *(device for engine in self.engines for device in engine)})
 

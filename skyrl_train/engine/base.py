@@ -145,6 +145,13 @@ class LoadingEngine(Engine, Protocol):
         """
         ...
 
+    async def sleep(self) -> None:
+        """Pause, and give back the memory of weights, keys and values where the engine can. Requests in flight stay.
+
+        `load_weights` takes the memory for weights again, and what computes next the rest.
+        """
+        ...
+
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         """Return the logprobs of ids[1:], each given the tokens before it, at temperature 1.
 

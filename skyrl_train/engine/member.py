@@ -42,6 +42,7 @@ class EngineState:
     proof: tuple[list[int], list[float]] | None = None
     policy_version: int | None = None
     is_paused: bool = False
+    is_asleep: bool = False
 
     async def apply_to(self, engine: LoadingEngine, loaded: OpenWeights | None) -> None:
         """Bring a new engine, which holds `loaded`, to this state. It is paused until it has the weights."""
@@ -53,7 +54,9 @@ class EngineState:
             refuse_unequal([logprobs, await engine.logprobs_of_tokens(ids)])
         if self.policy_version is not None:
             await engine.weights_changed(self.policy_version)
-        if not self.is_paused:
+        if self.is_asleep:
+            await engine.sleep()
+        elif not self.is_paused:
             await engine.resume()
 
 

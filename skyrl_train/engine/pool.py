@@ -97,12 +97,20 @@ class EnginePool:
         self._wanted = replace(self._wanted, is_paused=True)
         await self._call_all(lambda engine: engine.pause())
 
+    async def sleep(self) -> None:
+        """Let all engines give their memory back. One that is lost is replaced when the next weights come: not before,
+        since the memory that it would need is the learner's."""
+        self._wanted = replace(self._wanted, is_paused=True, is_asleep=True)
+        await self._call_all(lambda engine: engine.sleep())
+
     async def load_weights(self, shared: SharedWeights) -> None:
         """Load them into every engine that is up; one that is being replaced gets them before its first request.
 
         An engine that does not take them is replaced. If none takes them, the first one's error is raised.
         """
         self._refuse_if_stopped()
+        self._wanted = replace(self._wanted, is_asleep=False)
+        self._tell_of_change()
         before, self._wanted = self._wanted, replace(self._wanted, weights=OpenWeights(shared), proof=None)
         timeout_s = self._call_s + shared.num_bytes / BYTES_PER_S
         members, outcomes = await self._outcomes(lambda engine: engine.load_weights(shared), timeout_s)
@@ -219,6 +227,8 @@ class EnginePool:
     async def _replace(self, member: Member, why: str) -> None:
         """Start an engine in the place of a lost one, again if that fails. Stops the pool where it does not help."""
         await outcome_of(member.engine.close(), CLOSE_S)  # it holds memory that the next one needs
+        while self._wanted.is_asleep and self._stopped is None:
+            await self._changed.wait()
         while member.num_replacements < self._max_replacements:
             logger.warning(f"engine {member.index} is replaced: {why}")
             if member.num_replacements:

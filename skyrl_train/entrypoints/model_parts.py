@@ -140,12 +140,6 @@ class ModelParts:
         if not placement.in_process:
             refuse_missing_packages(self.cfg)
             logger.info(f"one process for each: {placement}")
-            if placement.on_gpu and self.cfg.trainer.placement.colocate_all:
-                share = self.cfg.generator.gpu_memory_utilization
-                logger.warning(
-                    f"vLLM keeps generator.gpu_memory_utilization={share} of each GPU while the policy trains on it; "
-                    "lower it until both fit, or use trainer.placement.colocate_all=false"
-                )
         return placement
 
     def for_other_processes(self) -> Self:
@@ -169,12 +163,27 @@ class ModelParts:
             critic = meta_module(self.critic_path, self.compute_dtype, trainer.critic.model_config_kwargs)
         references = self.num_reference_weights()
         try:
-            return plan_of_run(module, trainer, generator, self.device, reference_weights=references, critic=critic)
+            return plan_of_run(
+                module,
+                trainer,
+                generator,
+                self.device,
+                reference_weights=references,
+                critic=critic,
+                engine_share=self.engine_share,
+            )
         except NoSuchModules as error:
             section = (
                 "trainer.policy.model.lora" if critic is None else "model.lora of trainer.policy or trainer.critic"
             )
             raise ValueError(f"{section}: {error}") from error
+
+    @property
+    def engine_share(self) -> float | None:
+        """Return the share of a rank's GPU that an engine of another process takes; None: the engine is in this one."""
+        if self.placement.in_process:
+            return None
+        return self.cfg.generator.gpu_memory_utilization if self.placement.takes_turns else 0.0
 
     def num_reference_weights(self) -> int:
         """Return the number of weights of a reference policy that must be loaded beside the policy; else 0."""

@@ -80,6 +80,7 @@ class RolloutParts(DataParts):
             max_model_len=min(self.max_length, context),
             tensor_parallel_size=generator.inference_engine_tensor_parallel_size,
             gpu_memory_utilization=generator.gpu_memory_utilization,
+            enable_sleep_mode=self.placement.takes_turns,
             enforce_eager=generator.enforce_eager,
             enable_prefix_caching=generator.enable_prefix_caching,
             threads=self.placement.num_threads,

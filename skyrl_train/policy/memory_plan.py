@@ -24,6 +24,7 @@ HOST_SECONDS_PER_LAYER = 4e-3  # of one pass, forward and backward, whatever its
 FLOPS_PER_SECOND = 4e14  # of products in an update; only the ratio to the line above matters
 FEWEST_REPLIES = 16  # that must fit into the cache at once
 SHARE_OF_CACHE = 1 / 8  # of the device that keys and values should have before passes become larger
+ASLEEP_BYTES = 2 * GIB  # what vLLM's process keeps while it sleeps: CUDA's context, communicators, graphs
 RESERVE_BYTES, RESERVE_SHARE = GIB, 0.04  # fragments, CUDA graphs, kernels' workspaces
 LORA_RANK = 16  # of what is proposed
 MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}  # both moments of a number, scales included
@@ -101,6 +102,7 @@ class Demands:
     gradient_checkpointing: bool | None = None  # likewise
     reference_weights: int = 0  # of a reference model of its own
     critic: ModelMemory | None = None  # of a critic with a trunk of its own
+    engine_bytes: int | None = None  # of an engine of another process, which sleeps during updates; None: ours
 
     @classmethod
     def of(cls, trainer: TrainerConfig, generator: GeneratorConfig, context: int, reference_weights: int) -> Demands:
@@ -138,14 +140,19 @@ class MemoryPlan:
     kv_cache_bytes: int
     session_cache_bytes: int
     parts: dict[str, int]
+    engine_bytes: int | None = None  # of an engine of another process, while it samples
 
     def line(self, device: Device) -> str:
         """Return one line for people that says what the run holds."""
         how = "with" if self.gradient_checkpointing else "without"
+        slept = ""
+        if self.engine_bytes:
+            slept = f"; vLLM, which sleeps during updates, has {_gib(self.engine_bytes)} GiB while it samples"
         held = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size >= GIB / 100)
         return (
             f"memory of {device.name}, {_gib(device.available)} of {_gib(device.total)} GiB available: {held} GiB; "
             f"passes of {self.token_budget:,} tokens {how} gradient checkpointing"
+            f"{slept}"
         )
 
 
@@ -162,6 +169,8 @@ def _best(model: ModelMemory, demands: Demands, device: Device) -> MemoryPlan | 
     candidates = [_plan(model, demands, device, *choice) for choice in _choices(demands)]
     wanted = min(_most_cache(model, demands), int(SHARE_OF_CACHE * device.total))
     needed = min(demands.max_sequences, FEWEST_REPLIES) * demands.longest_sample * model.kv_bytes
+    if demands.engine_bytes is not None:  # the cache is the engine's
+        wanted = needed = 0
     for cache in (max(wanted, needed), needed):
         fitting = [plan for plan in candidates if plan.kv_cache_bytes >= cache]
         if fitting:
@@ -192,13 +201,17 @@ def _plan(model: ModelMemory, demands: Demands, device: Device, token_budget: in
     activations, logits = max((_pass(m, demands, device, num_tokens, checkpointing) for m in trained), key=sum)
     reserve = int(RESERVE_BYTES + RESERVE_SHARE * device.total)
     in_update = device.available - reserve - kept - activations - logits
-    # While sampling there is no gradient; a cache that grows lies beside the old one, half as large.
-    in_rollout = device.available - reserve - kept + parts["gradient"] - _engine_pass(model, demands)
-    cache = min(in_update, in_rollout * 3 // 4)
+    in_rollout = device.available - reserve - kept + parts["gradient"]  # there is no gradient then
+    if demands.engine_bytes is None:  # a cache that grows lies beside the old one, half as large
+        cache = min(in_update, (in_rollout - _engine_pass(model, demands)) * 3 // 4)
+    else:  # the cache is the other process's, and less than nothing is left where both do not fit
+        asleep = ASLEEP_BYTES if demands.engine_bytes else 0
+        cache = min(in_update - asleep, in_rollout - demands.engine_bytes, 0)
     most = _most_cache(model, demands)
     kv_cache, sessions = min(cache * 2 // 3, most), min(cache // 3, most)
     parts |= {"activations": activations, "logits": logits, "cache": kv_cache, "kept turns": sessions}
-    return MemoryPlan(token_budget, checkpointing, kv_cache, sessions, parts | {"reserve": reserve})
+    parts |= {"reserve": reserve}
+    return MemoryPlan(token_budget, checkpointing, kv_cache, sessions, parts, demands.engine_bytes)
 
 
 def _most_cache(model: ModelMemory, demands: Demands) -> int:
@@ -277,6 +290,11 @@ def _what_fits(model: ModelMemory, demands: Demands, device: Device) -> Iterator
         changes.append(("both of them", model, free))
     if demands.reference_weights:
         changes.append(("no KL term (trainer.algorithm.use_kl_loss=false)", model, replace(free, reference_weights=0)))
+    for share in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        smaller = replace(free, engine_bytes=int(share * device.total))
+        if (demands.engine_bytes or 0) > share * device.total and _best(model, smaller, device):
+            changes.append((f"less for vLLM, generator.gpu_memory_utilization={share}", model, smaller))
+            break
     for shorter in (demands.longest_sample // 2**halvings for halvings in range(1, 8)):
         if shorter >= 512 and _best(model, replace(free, longest_sample=shorter), device):
             says = f"samples of {shorter:,} tokens (trainer.max_prompt_length, generator.max_input_length, "

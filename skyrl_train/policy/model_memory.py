@@ -45,10 +45,12 @@ def plan_of_run(
     *,
     reference_weights: int,
     critic: PreTrainedModel | None = None,
+    engine_share: float | None = None,
 ) -> MemoryPlan:
     """Return the memory plan of a run with this model (on the meta device), and log it. Raises `DoesNotFit`.
 
-    critic: the model of a critic with a trunk of its own.
+    critic: the model of a critic with a trunk of its own. engine_share: of the GPU, for an engine of another process
+    that sleeps during updates; None: the engine is in this process.
     """
     policy = trainer.policy
     model = _memory_on(device, module, policy.model.lora, policy.optimizer_config)
@@ -61,6 +63,8 @@ def plan_of_run(
         trunk = _memory_on(device, critic, trainer.critic.model.lora, trainer.critic.optimizer_config)
         trunk = trunk.as_critic(is_tied=is_tied)
         demands = replace(demands, critic=trunk)
+    if engine_share is not None:
+        demands = replace(demands, engine_bytes=int(engine_share * here.total))
     plan = memory_plan(model, demands, here)
     logger.info(plan.line(here))
     return plan

@@ -21,6 +21,10 @@ class Weights(Protocol):
         """Numbers of the last push, `weights/...`. Empty where nothing travels."""
         ...
 
+    async def before_update(self, engine: Engine) -> None:
+        """Give the learner the memory of an engine that shares its device. The engine is paused until the next push."""
+        ...
+
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Let the engine sample from the learner's weights as they are now.
 

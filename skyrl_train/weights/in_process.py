@@ -23,6 +23,9 @@ class InProcessWeights:
 
     metrics: ClassVar[dict[str, float]] = {}  # nothing travels
 
+    async def before_update(self, engine: Engine) -> None:
+        """Do nothing: the memory plan has room for both."""
+
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Pause the engine, tell it, and resume it. PushFailed if it breaks in between; then it stays paused."""
         version = learner.policy_version

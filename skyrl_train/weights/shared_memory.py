@@ -145,13 +145,30 @@ class SharedMemoryWeights:
     left of it when the processes have gone, however they end.
     """
 
-    def __init__(self, proof_ids: list[int], compute_dtype: torch.dtype, *, deadline_s: float = 10.0) -> None:
-        """proof_ids: the prompt of the proof, see `proof_ids_of`. deadline_s: what one answer of an engine may take."""
+    def __init__(
+        self, proof_ids: list[int], compute_dtype: torch.dtype, *, deadline_s: float = 10.0, takes_turns: bool = False
+    ) -> None:
+        """proof_ids: the prompt of the proof, see `proof_ids_of`. deadline_s: what one answer of an engine may take.
+
+        takes_turns: learner and engines share GPUs, so the engines sleep from the end of a rollout to the next push.
+        """
         if len(proof_ids) < 2:
             raise ValueError(f"{len(proof_ids)} tokens prove nothing: the first has no logprob")
-        self._proof_ids, self._deadline_s = proof_ids, deadline_s
+        self._proof_ids, self._deadline_s, self._takes_turns = proof_ids, deadline_s, takes_turns
         self._limit = LARGEST_MEAN_DIFFERENCE[compute_dtype]
         self.metrics: dict[str, float] = {}
+
+    async def before_update(self, engine: Engine) -> None:
+        """Let the engines sleep, if they take turns with the learner. PushFailed if they do not answer in time."""
+        if not self._takes_turns:
+            return
+        try:
+            sleeping = cast("LoadingEngine", engine).sleep()
+            await self._within(self._deadline_s, "giving its memory back", sleeping)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise PushFailed(
+                f"the engine did not give the learner the memory of the GPU they share: {error}"
+            ) from error
 
     async def push(self, learner: Learner, engine: Engine) -> None:
         """Pause the engine, hand it the learner's weights, compare the logprobs of one prompt, and resume it.

@@ -44,6 +44,10 @@ class LoadingTorchEngine(TorchEngine):
         await asyncio.wrap_future(compute.submit(self._load, shared))
         self._not_loaded = None
 
+    async def sleep(self) -> None:
+        """Pause. The memory stays: this engine never shares a GPU with a learner of another process (placement.py)."""
+        await self.pause()
+
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         if self._stopped is not None:
             raise self._refusal()

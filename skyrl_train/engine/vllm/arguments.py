@@ -38,7 +38,7 @@ def arguments_of(settings: VllmSettings) -> AsyncEngineArgs:
     }
     for name in (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "gpu_memory_utilization",
-        "enforce_eager", "enable_prefix_caching", "seed", "trust_remote_code",
+        "enforce_eager", "enable_prefix_caching", "seed", "trust_remote_code", "enable_sleep_mode",
     ):  # fmt: skip
         arguments[name] = getattr(settings, name)
     if current_platform.is_cpu():

@@ -52,6 +52,7 @@ class VllmEngine:
         self._running = asyncio.Event()  # not paused
         self._running.set()
         self._version: int | None = None  # of the weights; None before there are any
+        self._asleep: list[str] = []  # vLLM's names of the memory that is given back
         self._is_tempered = False  # whether `_check_logprobs` has seen the logprobs that the learner computes
         self._request_ids = itertools.count()
         self.tokens_reused = 0  # of prompts, out of the prefix cache
@@ -100,12 +101,22 @@ class VllmEngine:
             self._stop(f"the weights of version {shared.version} were not loaded: {failure}")
             raise self._refusal() from failure
 
+    async def sleep(self) -> None:
+        """Pause and give all memory back. The weights are dropped, not kept: a push brings others before they are read.
+
+        vLLM's build for CPUs keeps its memory, with a warning, and goes through the same states.
+        """
+        self._running.clear()
+        await self._answer(self._llm.sleep(level=2, mode="keep"))
+        self._asleep = ["weights", "kv_cache"]
+
     async def weights_changed(self, policy_version: int) -> None:
         """Stamp later completions. `load_weights` has done so already, unless the version has another name now."""
         if policy_version != self._version:
             await self._answer(self._forget_old_weights(policy_version))
 
     async def resume(self) -> None:
+        await self._answer(self._wake("weights", "kv_cache"))
         await self._answer(self._llm.resume_generation())
         self._running.set()
 
@@ -114,6 +125,7 @@ class VllmEngine:
 
         The first time also checks the logprobs of sampled tokens: EngineDied if they are not the learner's.
         """
+        await self._answer(self._wake("weights", "kv_cache"))
         if self._running.is_set():
             return await self._answer(self._proof(ids))
         await self._answer(self._llm.resume_generation())
@@ -174,7 +186,14 @@ class VllmEngine:
     def _refusal(self) -> EngineDied:
         return EngineDied(self._stopped.result())
 
+    async def _wake(self, *kinds: str) -> None:
+        """Take the memory again that `sleep` gave back. Once all is there vLLM lets its scheduler go on by itself."""
+        for kind in [kind for kind in self._asleep if kind in kinds]:
+            await self._llm.wake_up([kind])
+            self._asleep.remove(kind)
+
     async def _load(self, shared: SharedWeights) -> None:
+        await self._wake("weights")
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(SharedFile.of(shared)))
         await self._llm.finish_weight_update()

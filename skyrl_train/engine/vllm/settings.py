@@ -16,7 +16,7 @@ OURS = {
     "model", "tokenizer", "dtype", "load_format", "skip_tokenizer_init", "logprobs_mode", "max_logprobs",
     "worker_extension_cls", "weight_transfer_config", "tensor_parallel_size", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization", "seed",
-    "enable_lora", "quantization", "enable_chunked_prefill", "hf_overrides",
+    "enable_sleep_mode", "enable_lora", "quantization", "enable_chunked_prefill", "hf_overrides",
 }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.8
     enforce_eager: bool = True
     enable_prefix_caching: bool = True
+    enable_sleep_mode: bool = False  # whether `sleep` gives memory back, on a GPU
     kv_cache_bytes: int = 1 << 30
     threads: int = 1
     seed: int = 0

@@ -121,6 +121,22 @@ async def test_a_round_is_the_same_up_to_the_bit_also_after_a_death(engines, wei
     await pool.close()
 
 
+async def test_an_engine_lost_while_the_learner_has_the_memory_is_replaced_when_new_weights_come(engines, weights):
+    pool = EnginePool([engines.make(0), engines.make(1)], engines.start)
+    await push(pool, weights(7))
+    await pool.sleep()
+    await engines.last(1).close()
+    await pool.weights_changed(7)  # here its death is seen
+    waiting = asyncio.create_task(answers(pool, requests(8)))
+    await asyncio.sleep(0.1)
+    assert len(engines.made) == 2
+    assert not waiting.done()
+    await push(pool, weights(9))
+    assert tokens(await waiting) == tokens(await alone(9, requests(8)))
+    assert len(engines.made) == 3
+    await pool.close()
+
+
 async def test_requests_of_an_engine_that_dies_are_sent_again_and_replied_to_alike(engines, weights):
     pool = EnginePool([engines.make(0), engines.make(1)], engines.start)
     await push(pool, weights(7))

@@ -61,6 +61,9 @@ class SlowEngine:
         await self._after(0.5)
         self.weights = int(weights)
 
+    async def sleep(self) -> None:
+        await self.pause()
+
     async def weights_changed(self, policy_version: int) -> None:
         await self._call("weights_changed")
         self.version = policy_version

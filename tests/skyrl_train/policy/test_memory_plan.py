@@ -79,6 +79,26 @@ def test_full_fine_tuning_that_fits_with_moments_of_8_bits_is_told_so():
     assert eight / (8 * 7_615_616_512) == pytest.approx(0.254, abs=0.001)
 
 
+def test_an_engine_that_sleeps_during_updates_has_its_share_while_it_samples():
+    adapted, device = SEVEN_B.with_adapters(16), gpu(79.6)
+    plan = memory_plan(adapted, replace(DEMANDS, engine_bytes=int(0.5 * device.total)), device)
+    assert (plan.kv_cache_bytes, plan.session_cache_bytes) == (0, 0)
+    assert "vLLM, which sleeps during updates, has 39.8 GiB while it samples" in plan.line(device)
+    held = plan.parts["weights"] + plan.parts["masters"] + plan.parts["moments"]
+    assert held + 0.5 * device.total <= device.available
+    # asleep it holds 2 GiB, so a pass may be larger than beside a cache of our own
+    assert plan.token_budget > memory_plan(adapted, DEMANDS, device).token_budget
+    assert sum(plan.parts.values()) + 2 * GIB <= device.available
+    with pytest.raises(DoesNotFit, match=r"less for vLLM, generator\.gpu_memory_utilization=0\.7"):
+        memory_plan(adapted, replace(DEMANDS, engine_bytes=int(0.8 * device.total)), device)
+
+
+def test_an_engine_on_other_gpus_takes_nothing_of_the_learners():
+    plan = memory_plan(HALF_B, replace(DEMANDS, engine_bytes=0), gpu(23.6))
+    assert (plan.kv_cache_bytes, plan.parts["cache"]) == (0, 0)
+    assert plan.token_budget >= memory_plan(HALF_B, DEMANDS, gpu(23.6)).token_budget
+
+
 def test_the_gpu_that_is_proposed_is_large_enough_and_not_by_much():
     with pytest.raises(DoesNotFit) as refused:
         memory_plan(SEVEN_B, DEMANDS, gpu(79.6))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from skyrl_train.cluster.placement import Placement
 from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.policy import model_memory
@@ -69,6 +70,7 @@ def test_what_it_proposes_is_planned(tmp_path, an_80_gb_gpu, settings):
     experiment = object.__new__(OnGpu)
     experiment.cfg, experiment.model_path, experiment.critic_path = cfg, str(tmp_path / "model"), None
     experiment.device, experiment.compute_dtype = experiment.get_device()
+    experiment.placement = experiment.get_placement()
     plan = experiment.memory = experiment.get_memory_plan()
     assert plan is not None
     assert plan.parts["reference"] == 0
@@ -82,9 +84,28 @@ def test_a_reference_of_its_own_is_counted(tmp_path, an_80_gb_gpu):
     experiment.cfg = load_config([*arguments(tmp_path), "trainer.algorithm.use_kl_loss=true"])
     experiment.model_path, experiment.critic_path = str(tmp_path / "model"), None
     experiment.device, experiment.compute_dtype = experiment.get_device()
+    experiment.placement = experiment.get_placement()
     plan = experiment.get_memory_plan()
     assert plan is not None
     assert plan.parts["reference"] == 2 * 494_032_768
+
+
+@pytest.mark.parametrize(("engines", "share"), [(((0,),), 0.4), (((1,),), 0.0)])
+def test_an_engine_of_another_process_has_its_share_of_a_gpu_that_it_takes_turns_on(
+    tmp_path, an_80_gb_gpu, engines, share
+):
+    AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-0.5b"]).save_pretrained(tmp_path / "model")
+    experiment = object.__new__(OnGpu)
+    experiment.cfg = load_config(
+        [*arguments(tmp_path), "generator.backend=vllm", "generator.gpu_memory_utilization=0.4"]
+    )
+    experiment.model_path, experiment.critic_path = str(tmp_path / "model"), None
+    experiment.device, experiment.compute_dtype = experiment.get_device()
+    experiment.placement = Placement(on_gpu=True, in_process=False, ranks=(0,), engines=engines, num_threads=1)
+    plan = experiment.get_memory_plan()
+    assert plan is not None
+    assert experiment.placement.takes_turns == (share > 0)
+    assert (plan.engine_bytes, plan.kv_cache_bytes) == (int(share * int(79.6 * GIB)), 0)
 
 
 def test_names_of_adapters_that_do_not_exist_are_refused_here_too(tmp_path, capsys, an_80_gb_gpu):

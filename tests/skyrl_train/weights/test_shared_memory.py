@@ -101,6 +101,36 @@ async def test_an_engine_that_falls_silent_is_named_within_the_deadline(engine, 
     assert weights.metrics == {}
 
 
+async def test_an_engine_that_shares_its_gpu_sleeps_from_the_update_to_the_push(engine):
+    weights = SharedMemoryWeights(proof_ids_of(tiny_tokenizer()), torch.float32, takes_turns=True)
+    await weights.push(learner_of(policy_of(2), 1), engine)
+    await weights.before_update(engine)
+    waiting = asyncio.create_task(engine.generate(ask("a")))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    await weights.push(learner_of(policy_of(3), 2), engine)
+    assert (await waiting).policy_version == 2
+
+
+async def test_an_engine_with_a_device_of_its_own_goes_on_during_an_update(engine):
+    weights = weights_of()
+    await weights.push(learner_of(policy_of(2), 1), engine)
+    await weights.before_update(engine)
+    assert (await engine.generate(ask("a"))).policy_version == 1
+
+
+async def test_an_engine_that_does_not_fall_asleep_is_named_within_the_deadline(engine, monkeypatch):
+    async def never() -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(engine, "sleep", never)
+    ids = proof_ids_of(tiny_tokenizer())
+    weights = SharedMemoryWeights(ids, torch.float32, deadline_s=0.2, takes_turns=True)
+    async with asyncio.timeout(5):
+        with pytest.raises(PushFailed, match=r"did not give the learner the memory .* took longer than 0\.2 seconds"):
+            await weights.before_update(engine)
+
+
 async def test_logprobs_that_are_no_numbers_prove_nothing(engine, monkeypatch):
     async def nothing(ids: list[int]) -> list[float]:
         return [float("nan")] * (len(ids) - 1)

@@ -38,6 +38,9 @@ class LoadingTorchEngine(TorchEngine):
                 self._policy.weights[name].copy_(tensor)
         await self.weights_changed(shared.version)
 
+    async def sleep(self) -> None:
+        await self.pause()
+
     async def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return learner_of(self._policy, 0).logprobs_of_tokens(ids)
 

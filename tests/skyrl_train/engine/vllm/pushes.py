@@ -66,6 +66,38 @@ async def test_a_push_among_many_replies_loses_none_and_each_says_its_oldest_ver
     assert [completion.policy_version for completion in completions] == [4] * 8 + [5] * 8
 
 
+async def test_an_engine_that_slept_wakes_its_weights_takes_the_push_and_then_wakes_its_cache(vllm_engine, monkeypatch):
+    """vLLM's build for CPUs goes through the states of a GPU's and keeps its memory."""
+    calls: list[str] = []
+
+    def noting(name: str) -> Any:
+        call = getattr(vllm_engine._llm, name)
+
+        async def noted(*args: Any, **settings: Any) -> Any:
+            calls.append(" ".join([name, *args[0]] if name == "wake_up" else [name]))
+            return await call(*args, **settings)
+
+        return noted
+
+    weights = SharedMemoryWeights(proof_ids_of(tiny_tokenizer()), torch.float32, takes_turns=True)
+    await weights.push(learner_of(policy_of(5, tie_word_embeddings=True), 1), vllm_engine)
+    running = asyncio.create_task(vllm_engine.generate(ask("a", **LONG)))
+    await asyncio.sleep(0.1)
+    for name in ("sleep", "wake_up", "start_weight_update", "update_weights", "finish_weight_update"):
+        monkeypatch.setattr(vllm_engine._llm, name, noting(name))
+    await weights.before_update(vllm_engine)
+    assert await vllm_engine._llm.is_sleeping()
+    assert not running.done()
+    learner = learner_of(policy_of(6, tie_word_embeddings=True), 2)
+    await weights.push(learner, vllm_engine)
+    assert not await vllm_engine._llm.is_sleeping()
+    assert calls == [
+        "sleep", "wake_up weights", "start_weight_update", "update_weights", "finish_weight_update", "wake_up kv_cache",
+    ]  # fmt: skip
+    assert weights.metrics["weights/max_logprob_difference"] < 1e-4
+    assert len((await running).response_ids) == 300
+
+
 async def test_the_next_turn_finds_its_history_in_the_cache_until_the_weights_change(vllm_engine):
     learner = learner_of(policy_of(3, tie_word_embeddings=True), 6)
     await weights_of().push(learner, vllm_engine)
