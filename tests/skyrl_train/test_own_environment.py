@@ -19,6 +19,7 @@ from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.show import show
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from tests.fakes import EvenEnv
+from tests.skyrl_train.rollout.test_judge import JudgeServer
 from tests.tiny_models import save_tiny_model
 
 EVEN = "tests.fakes:EvenEnv"
@@ -113,6 +114,26 @@ def test_several_rewards_train_and_are_kept_by_name(given, tmp_path):
     shown = Console(record=True, width=200)
     show(tmp_path / "run", "train", None, "first", 1, shown)
     assert ", brief -" in shown.export_text()
+
+
+def test_a_judge_trains_and_its_key_is_written_nowhere(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    server = JudgeServer()
+    server.answer = lambda body: f"SCORE: 0.{len(body['messages'][0]['content'].encode()) % 10}"
+    judge = {"function": "judge", "base_url": server.url, "model": "m", "api_key_env": "MY_KEY", "weight": 2}
+    rows = [{"prompt": f"say {i}"} for i in range(2)]
+    try:
+        skyrl_train.train(settings(given, tmp_path / "run", rows, **{"environment.rewards": {"good": judge}}))
+    finally:
+        server.close()
+    [line] = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 1]
+    assert line["reward/avg_raw_reward"] == pytest.approx(2 * line["rewards/good/mean"])
+    asked = line["judge/good/requests"] + line["judge/good/cached"]
+    assert asked == 8
+    assert len(server.bodies) == line["judge/good/requests"] + 1  # once at start-up
+    assert set(server.keys) == {"Bearer sk-secret"}
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert [path.name for path in files if b"sk-secret" in path.read_bytes()] == []
 
 
 def test_a_row_may_name_only_code_that_the_configuration_names(given, tmp_path, capsys):
