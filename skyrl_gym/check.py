@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import skyrl_gym
-from skyrl_gym.contract import Outcome, short, wrong_messages, wrong_step
+from skyrl_gym.contract import Outcome, checked_pay, short, wrong_messages, wrong_step
 from skyrl_gym.core import load_entry_point
 from skyrl_gym.envs.base_text_env import BaseTextEnv, ConversationType
 
@@ -244,7 +244,7 @@ class _Check:
             if not self.expect(self.STEP, not wrong, f"{what}: {wrong}"):
                 return None
             observations.append(copy.deepcopy(output["observations"]))
-            rewards.append(float(output["reward"]))
+            rewards.append(checked_pay(output["reward"])[0])
             if output["done"]:
                 break
         self.rewards.append(sum(rewards))

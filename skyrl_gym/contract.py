@@ -10,15 +10,18 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
 from types import TracebackType
 from typing import Any
 
 MAX_REWARD = 1e9  # float32 has a spacing of 64 there, and sums of its squares do not overflow
+REWARD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")  # becomes part of a metric's name
+MAX_NAMED_REWARDS = 32  # of one turn; each name is a metric
 _ROLES = {"system", "user", "assistant", "tool"}
 
 Messages = list[dict[str, Any]]
@@ -37,10 +40,11 @@ class Step:
     """The part of a step's answer that the rollout reads, copied: the environment holds no reference to it."""
 
     observations: Messages
-    reward: float
+    reward: float  # the sum of `rewards`, where the environment names them
     done: bool
     truncated: bool
     postprocessed_action: str | None
+    rewards: dict[str, float] = field(default_factory=dict)  # by name; empty where the environment pays one number
 
 
 class Outcome(AbstractContextManager["Outcome"]):
@@ -86,9 +90,11 @@ def checked_step(answer: Any) -> Step:
     edited = answer.get("postprocessed_action")
     if not isinstance(edited, str | None):
         raise WrongAnswer(f"postprocessed_action must be a string or None: {short(edited)}")
+    reward, rewards = checked_pay(answer["reward"])
     step = Step(
         observations=checked_messages(answer["observations"]),
-        reward=checked_reward(answer["reward"]),
+        reward=reward,
+        rewards=rewards,
         done=_flag(answer["done"], "done"),
         truncated=truncated is not None and _flag(truncated, "truncated"),
         postprocessed_action=None if edited is None else _text(edited, "postprocessed_action"),
@@ -118,6 +124,26 @@ def checked_reward(reward: Any) -> float:
         words = f"reward must lie within ±{MAX_REWARD:g} to be learned from, not {value:g}: scale it down"
         raise NotANumberToLearnFrom(words)
     return value
+
+
+def checked_pay(reward: Any) -> tuple[float, dict[str, float]]:
+    """Return what a turn pays and, where it is a mapping of name to number, its rewards by name; else {} for these.
+
+    WrongAnswer, as for `checked_reward`: one of the numbers is none, or a name could not be the name of a metric.
+    """
+    if not isinstance(reward, Mapping):
+        return checked_reward(reward), {}
+    if not 1 <= len(reward) <= MAX_NAMED_REWARDS:
+        raise WrongAnswer(f"reward must name 1 to {MAX_NAMED_REWARDS} rewards, not {len(reward)}")
+    named = {}
+    for name, value in reward.items():
+        if not isinstance(name, str) or not REWARD_NAME.fullmatch(name):
+            raise WrongAnswer(f"a reward's name is a letter, then letters, digits, _ or -, not {short(name)}")
+        try:
+            named[name] = checked_reward(value)
+        except WrongAnswer as wrong:
+            raise type(wrong)(f"reward {name}: {wrong}") from None
+    return checked_reward(sum(named.values())), named
 
 
 def checked_metrics(metrics: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def row_conversation(place: str, row: Row) -> list[Message]:
 def sample_of(messages: Sequence[Message], template: ChatTemplate, place: str) -> Sample:
     """Return the conversation as a sample: what its assistant says is trained, with the end of each turn."""
     try:
-        parts = list(_parts(messages, template))
+        parts = list(_parts(messages, template, place))
     except EnvFailure as error:
         raise DataError(f"{place}: {error}") from error
     ids = [token for part, _ in parts for token in part]
@@ -110,7 +110,7 @@ def sample_of(messages: Sequence[Message], template: ChatTemplate, place: str) -
     )
 
 
-def _parts(messages: Sequence[Message], template: ChatTemplate) -> Iterator[tuple[list[int], bool]]:
+def _parts(messages: Sequence[Message], template: ChatTemplate, place: str) -> Iterator[tuple[list[int], bool]]:
     """Yield (tokens, whether the assistant says them), in turns: what is read, what is said, what is read, ..."""
     turns = [list(turn) for _, turn in groupby(messages, key=lambda message: message["role"] == "assistant")]
     chat = template.start(turns[0])
@@ -120,6 +120,11 @@ def _parts(messages: Sequence[Message], template: ChatTemplate) -> Iterator[tupl
         reply = template.said(turns[i][0]["content"], observation)
         yield reply, True
         if observation is not None:
-            before = len(chat.ids) + len(reply)
+            before = [*chat.ids, *reply]
             chat.append(reply, observation)
-            yield chat.ids[before:], False
+            if chat.ids[: len(before)] != before:  # only with generator.step_wise_trajectories
+                raise DataError(
+                    f"{place}: the chat template edits earlier turns once the conversation goes on; give each reply "
+                    "that is to be imitated as a conversation of its own"
+                )
+            yield chat.ids[len(before) :], False

@@ -45,6 +45,22 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Generator[Path]:
+    """Yield a path to write to, which takes the name `path` only when the block ends well and all is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + WRITING)
+    try:
+        with naming(path):
+            yield unfinished
+        _sync(unfinished)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    unfinished.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
 def whole_folder(path: Path) -> Generator[Path]:
     """An empty folder to fill, which takes the name `path` only when the block ends well and all is on the disk.
 

@@ -79,12 +79,13 @@ class RayPPOTrainer:
         """Return the groups as `postprocess_generator_output` leaves them."""
         if type(self).postprocess_generator_output is RayPPOTrainer.postprocess_generator_output:
             return groups
-        output, uids = output_of(groups, one_reward=self.cfg.generator.batched)
+        step_wise = self.cfg.generator.step_wise_trajectories
+        output, uids = output_of(groups, one_reward=self.cfg.generator.batched, step_wise=step_wise)
         answer: Any = self.postprocess_generator_output(output, uids)
         if isinstance(answer, tuple):  # the newest SkyRL returns (output, uids)
             answer = answer[0]
         check_output(answer, num_episodes_in(groups))
-        return with_output(groups, answer)
+        return with_output(groups, answer, step_wise=step_wise)
 
     def listens_to(self, event: str) -> bool:
         """Return whether a callback overrides the event."""

@@ -21,7 +21,7 @@ from skyrl_train.run.records.compare import Comparison, compare
 from skyrl_train.run.records.run_info import RunInfo, read_run_info, state_of
 from skyrl_train.run.records.summary import Summary, summarise
 from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO
-from skyrl_train.visible import visible
+from skyrl_train.visible import say, visible
 
 DEFAULT_FOLDER = "~/ckpts"  # below it lie the runs of run_openenv.sh and of examples/
 MAX_DEPTH = 4
@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             return _compare(words[1:]) if words[:1] == ["compare"] else _list(words)
         except (OSError, ValueError) as refused:
-            print(visible(f"runs: {refused}"), file=sys.stderr)
+            say(f"runs: {refused}")
             return 2
 
 

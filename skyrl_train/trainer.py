@@ -16,6 +16,7 @@ from loguru import logger
 from skyrl_train import compute
 from skyrl_train.algorithms.advantages import add_advantages, advantage_metrics, group_metrics
 from skyrl_train.algorithms.kl import KLController, kl_metrics
+from skyrl_train.algorithms.multi_reward import NamedRewards, named_rewards
 from skyrl_train.batch.dumped import dump_batch
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
@@ -135,9 +136,10 @@ class Trainer:
         if not samples:  # no episode sampled a token: the step counts, and there is nothing to update with
             return measured
         batch = pack(samples)  # -> batch
+        measured |= {"generate/samples_per_episode": batch.num_samples / batch.num_trajectories}
         batch = await self._learn("fwd_logprobs_values_reward", self.learner.add_logprobs, batch)
         with self._timed("compute_advantages_and_returns"):
-            batch, kl_values = self._add_advantages(batch)
+            batch, kl_values = self._add_advantages(batch, self._named_rewards(samples, groups))
         self.run.keep_advantages(self.global_step + 1, samples, batch)
         if self.config.trainer.dump_data_batch:
             await asyncio.to_thread(dump_batch, batch, self.config.trainer.export_path, self.global_step + 1)
@@ -347,16 +349,20 @@ class Trainer:
         penalized = with_overlong_penalties(groups, limit, penalty.len, penalty.factor)
         return penalized, overlong_metrics(groups, penalized)
 
-    def _add_advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
+    def _named_rewards(self, samples: list[Sample], groups: list[Group]) -> NamedRewards | None:
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        return named_rewards(samples, trajectories, self.config.environment.reward_weights)
+
+    def _add_advantages(self, batch: Batch, named: NamedRewards | None) -> tuple[Batch, Metrics]:
         """Add advantages. With use_kl_in_reward the rewards lose the KL first, and its controller is told of it."""
         algorithm, metrics = self.config.trainer.algorithm, group_metrics(batch)
         if not algorithm.use_kl_in_reward:
-            return add_advantages(batch, algorithm), metrics
+            return add_advantages(batch, algorithm, named_rewards=named), metrics
         coefficient = self.kl_controller.coefficient
         metrics |= kl_metrics(batch, coefficient, algorithm.kl_estimator_type)
         if batch.loss_mask.any():  # the KL of no token says nothing about the policy
-            self.kl_controller.update(metrics["loss/avg_kl"], batch.num_samples)
-        return add_advantages(batch, algorithm, coefficient), metrics
+            self.kl_controller.update(metrics["loss/avg_kl"], batch.num_trajectories)
+        return add_advantages(batch, algorithm, coefficient, named), metrics
 
     async def _learn(self, name: str, call: Callable[..., T], *args: Any) -> T:
         """Run a call in the compute thread, so that environments and the progress bar stay alive meanwhile."""

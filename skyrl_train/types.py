@@ -53,6 +53,7 @@ class Turn:
     stop_reason: str  # "stop", "length" or "abort"
     policy_version: int
     observation: list[Message] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)  # those with a name, before their weights
 
     def __post_init__(self) -> None:
         if len(self.response_ids) != len(self.logprobs):
@@ -84,6 +85,12 @@ class Trajectory:
     def reward(self) -> float:
         """Sum over turns: the score of the episode."""
         return float(sum(turn.reward for turn in self.turns))
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Return the sum over turns of each reward that has a name, before its weight."""
+        names = dict.fromkeys(name for turn in self.turns for name in turn.rewards)
+        return {name: float(sum(turn.rewards.get(name, 0.0) for turn in self.turns)) for name in names}
 
     def plus(self, reward: float) -> Trajectory:
         """Return the same episode, paid so much more (less, if negative) at its last sampled token.
@@ -208,6 +215,10 @@ class Batch:
     @property
     def num_samples(self) -> int:
         return self.offsets.numel() - 1
+
+    @property
+    def num_trajectories(self) -> int:
+        return self.trajectory_index.unique().numel()
 
     @property
     def lengths(self) -> Tensor:

@@ -10,10 +10,13 @@ import logging
 import sys
 import traceback
 import unicodedata
+import warnings
 from types import TracebackType
 from typing import Any
 
 from loguru import logger
+
+from skyrl_train.log_style import INDENT, LibraryLogs, log_format, show_warning, width_of, wrapped
 
 
 def visible(text: str) -> str:
@@ -32,28 +35,28 @@ def escaped(text: str) -> str:
 
 
 def log_to(sink: Any) -> None:
-    """Send log lines to the sink and nowhere else, in a short form for people."""
-    write = sink if callable(sink) else sink.write
+    """Send log lines to the sink, a stream or a function, and nowhere else, in our style."""
+    write = sink if callable(sink) else lambda text: sink.write(wrapped(text, width_of(sink), INDENT))
     logger.remove()
-    logger.add(lambda message: write(visible(message)), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
+    logger.add(lambda message: write(visible(message)), format=log_format, level="INFO")
 
 
 def make_errors_visible() -> None:
-    """Make logs, also those of libraries, and the traceback that ends the process go through `visible` to stderr."""
+    """Send logs and warnings, also those of libraries, and the traceback that ends the process to stderr, `visible`."""
     log_to(sys.stderr)
     sys.excepthook = _print_visible
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_VisibleFormatter())
+    logging.lastResort = LibraryLogs(logging.WARNING)  # for libraries without a handler of their own
+    setattr(warnings, "showwarning", show_warning)  # noqa: B010 (ty takes it for one function alone)
+
+
+def say(text: str) -> None:
+    """Print words for the person to stderr: what is refused, why it ended, how to go on."""
+    print(wrapped(visible(text), width_of(sys.stderr)), file=sys.stderr)
 
 
 def _print_visible(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
     if sys.stderr is not None:  # as in a process that was started without one
         sys.stderr.write(visible("".join(traceback.format_exception(kind, error, frames))))
-
-
-class _VisibleFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
 
 
 def shortened(text: str, limit: int) -> str:

@@ -111,7 +111,7 @@ class Browser:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return found["result"].get("value")
 
-    def until(self, script: str, seconds: float = 15) -> None:
+    def until(self, script: str, seconds: float = 60) -> None:
         """Wait until an expression is true; an element that is there is true."""
         deadline = time.monotonic() + seconds
         while True:

@@ -11,7 +11,8 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -66,8 +67,27 @@ class OnCuda(Tensor):
         return _wrapped(func(*tree_map(_host, args), **tree_map(_host, kwargs or {})), args)
 
 
+class PretendEvent:
+    """Stands for torch.cuda.Event: the pretended device has computed everything at once."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class PretendCuda(TorchFunctionMode):
     """Context in which every torch call of this thread computes on the pretended device."""
+
+    def __enter__(self) -> Self:
+        self._event = patch.object(torch.cuda, "Event", PretendEvent)
+        self._event.start()
+        return super().__enter__()
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self._event.stop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")

@@ -33,7 +33,7 @@ WITHOUT_KERNELS = re.compile(r"(kernels|passes|tiles) is (not )?None")
 # above it. An import in a function may go down (an entry point builds everything); one under TYPE_CHECKING is a name.
 OF_A_RUN = ("records", "runs", "view", "cluster", "entrypoints")
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("types", "config", "files", "spans", "compute", "console", "visible", "callbacks"),
+    ("types", "config", "files", "spans", "compute", "console", "log_style", "visible", "callbacks"),
     ("algorithms", "batch"),
     ("ops",),
     ("policy",),

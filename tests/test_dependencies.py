@@ -20,10 +20,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_EVERYWHERE = {
     "vllm": "vllm", "liger_kernel": "liger-kernel", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio",
     "swanlab": "swanlab", "pyspiel": "open-spiel", "ale_py": "ale-py", "sumo_rl": "sumo-rl", "skfolio": "skfolio",
+    "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
 DECLARED_NOT_IMPORTED = {
     "accelerate": "transformers asks for it where it reads a GGUF file (policy/packaged.py)",
-    "gguf": "transformers reads the weights of the packaged model with it (policy/packaged.py)",
     "tensorboard": "torch.utils.tensorboard, which run/tracking.py imports, needs it",
     "libsumo": "imported as traci (servers/sumo_worker.py)",
     "skfolio": "its price file is read, the module never imported (servers/stock_prices.py)",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from skyrl_train.policy.model import Policy, wrap_module
@@ -26,6 +26,29 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=EOS, chat_template=CHATML
+    )
+
+
+def tiny_bpe_tokenizer(expression: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of 400 tokens, with ChatML's two special tokens and one that is not special.
+
+    expression: what cuts text into words before the merges; None: GPT-2's own.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if expression is not None:
+        split = pre_tokenizers.Split(Regex(expression), behavior="isolated")
+        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=397, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator([str(number) for number in range(500)] + [CHATML, __doc__ or ""], trainer)
+    backend.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=EOS, chat_template=CHATML
     )

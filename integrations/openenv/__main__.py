@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from integrations.openenv.commands import check, doctor, play, serve
 from integrations.openenv.commands import list as list_command
 from skyrl_train.console import lasting_output
-from skyrl_train.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, say
 
 COMMANDS = {
     "list": (list_command, "the environments and their options"),
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m integrations
             make_errors_visible()
             return COMMANDS[arguments.command][0].run(arguments)
     except ValueError as refused:  # an unknown environment or option
-        print(visible(f"{parser.prog} {arguments.command}: {refused}"), file=sys.stderr)
+        say(f"{parser.prog} {arguments.command}: {refused}")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,9 @@ class BaseTextEnvStepOutput(TypedDict):
     """The keys of the dict that a text environment's `step` returns."""
 
     observations: ConversationType  # the environment's reply; may be empty
-    reward: float  # of this turn, finite and within ±1e9; the score of an episode is the sum over its turns
+    # A float, finite and within ±1e9: what this turn earns; the score of an episode is the sum over its turns. Or
+    # several by name, {"right": 1.0, "format": 0.2}: each is logged, and environment.rewards.format=0.5 weighs it.
+    reward: Any
     done: bool
     metadata: dict[str, Any]
     postprocessed_action: NotRequired[str | None]  # the action as it shall stand in the history, if not as written
@@ -88,7 +90,7 @@ class BaseTextEnv(Env[ConversationType, str]):
         """
         return None
 
-    def cut_short(self) -> float:
+    def cut_short(self) -> float | dict[str, float]:
         """Return what is added to the last turn's reward when the run has no tokens left for another turn.
 
         An environment in which stopping early could pay more than playing on returns a penalty.

@@ -8,6 +8,7 @@ that it names as parameters. Ours are flat, and so is what it returns then (T to
     group_index          [S], which prompt
     trajectory_index     [S], which trajectory
     values               [T] from a critic, or None
+    named_rewards        those of each trajectory by name (multi_reward.py), or None
     config, grpo_norm_by_std, gamma, lambd
 A function that names none of them but SkyRL's `token_level_rewards`, `response_mask`, `index` (or takes **kwargs alone)
 gets and returns [trajectories, response tokens]: see skyrl_style.py.
@@ -28,10 +29,16 @@ from skyrl_train.algorithms.skyrl_style import call_estimator, checked_pair, is_
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
+    from skyrl_train.algorithms.multi_reward import NamedRewards
     from skyrl_train.config import AlgorithmConfig
 
 
-def add_advantages(batch: Batch, algorithm: AlgorithmConfig, kl_coefficient: float | None = None) -> Batch:
+def add_advantages(
+    batch: Batch,
+    algorithm: AlgorithmConfig,
+    kl_coefficient: float | None = None,
+    named_rewards: NamedRewards | None = None,
+) -> Batch:
     """Return the batch with `advantages` and `returns`, both 0 wherever loss_mask is False.
 
     With `kl_coefficient` (use_kl_in_reward) the KL to the reference is first taken from the rewards.
@@ -40,18 +47,21 @@ def add_advantages(batch: Batch, algorithm: AlgorithmConfig, kl_coefficient: flo
         batch = zero_variance_filter(batch)
     if kl_coefficient is not None:
         batch = with_kl_in_rewards(batch, kl_coefficient, algorithm.kl_estimator_type)
-    advantages, returns = estimated(batch, algorithm)
+    advantages, returns = estimated(batch, algorithm, named_rewards)
     advantages = torch.where(batch.loss_mask, advantages, 0.0)
     if algorithm.advantage_batch_normalize:
         advantages = normalize_advantages(advantages, batch.loss_mask)
     return replace(batch, advantages=advantages.float(), returns=torch.where(batch.loss_mask, returns, 0.0).float())
 
 
-def estimated(batch: Batch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+def estimated(
+    batch: Batch, algorithm: AlgorithmConfig, named_rewards: NamedRewards | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns), both [T], of the estimator that the configuration names."""
     estimator = AdvantageEstimatorRegistry.get(algorithm.advantage_estimator)
     settings = {
         "values": batch.values,
+        "named_rewards": named_rewards,
         "config": algorithm,
         "grpo_norm_by_std": algorithm.grpo_norm_by_std,
         "gamma": algorithm.gamma,
@@ -109,21 +119,21 @@ def grpo(batch: Batch, grpo_norm_by_std: bool) -> tuple[Tensor, Tensor]:
     """Group-relative advantages of the trajectory scores, on every trained token of the trajectory."""
     scores, groups, trajectory_of_sample = trajectory_scores(batch)
     advantages = group_relative_advantages(scores, groups, divide_by_std=grpo_norm_by_std)
-    return _on_tokens(advantages, trajectory_of_sample, batch)
+    return on_tokens(advantages, trajectory_of_sample, batch)
 
 
 @register_advantage_estimator("rloo")
 def rloo(batch: Batch) -> tuple[Tensor, Tensor]:
     """Leave-one-out advantages of the trajectory scores, on every trained token of the trajectory."""
     scores, groups, trajectory_of_sample = trajectory_scores(batch)
-    return _on_tokens(leave_one_out_advantages(scores, groups), trajectory_of_sample, batch)
+    return on_tokens(leave_one_out_advantages(scores, groups), trajectory_of_sample, batch)
 
 
 @register_advantage_estimator("maxrl")
 def maxrl(batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean-normalised advantages of the trajectory scores, on every trained token of the trajectory."""
     scores, groups, trajectory_of_sample = trajectory_scores(batch)
-    return _on_tokens(mean_normalized_advantages(scores, groups), trajectory_of_sample, batch)
+    return on_tokens(mean_normalized_advantages(scores, groups), trajectory_of_sample, batch)
 
 
 @register_advantage_estimator("reinforce++")
@@ -276,7 +286,7 @@ def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     return group, size
 
 
-def _on_tokens(advantages: Tensor, trajectory_of_sample: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def on_tokens(advantages: Tensor, trajectory_of_sample: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return one number per trajectory on each of its trained tokens, as advantages and as returns."""
     on_tokens = torch.where(batch.loss_mask, advantages[trajectory_of_sample][batch.sample_index], 0.0)
     return on_tokens, on_tokens

@@ -53,13 +53,15 @@ def with_kl_in_rewards(batch: Batch, coefficient: float, estimator: str) -> Batc
 
 
 def kl_metrics(batch: Batch, coefficient: float, estimator: str) -> dict[str, float]:
-    """Return the metrics of the KL; `loss/avg_kl`, the mean over rows of the row mean, steers the controller."""
+    """Return the metrics of the KL; `loss/avg_kl`, the mean over episodes of their mean, steers the controller."""
     kl = batch_kl(batch, estimator)
-    sums = row_sums(kl, batch.loss_mask, batch.sample_index, batch.num_samples)
-    counts = row_sums(torch.ones_like(kl), batch.loss_mask, batch.sample_index, batch.num_samples)
-    row_means = sums / counts.clamp(min=1)
+    episodes, episode_of_sample = batch.trajectory_index.unique(return_inverse=True)
+    episode_of_token = episode_of_sample[batch.sample_index]
+    sums = row_sums(kl, batch.loss_mask, episode_of_token, len(episodes))
+    counts = row_sums(torch.ones_like(kl), batch.loss_mask, episode_of_token, len(episodes))
+    means = sums / counts.clamp(min=1)
     return {
-        "loss/avg_kl": float(masked_mean(row_means, counts > 0)),
+        "loss/avg_kl": float(masked_mean(means, counts > 0)),
         "loss/avg_kl_max": float(kl.max()),
         "loss/kl_loss_coef": coefficient,
     }
@@ -70,6 +72,8 @@ class KLController:
     """The weight of the KL in the reward. Without a target it is fixed; with one it adapts (arXiv 1909.08593, eq. 3).
 
     coefficient <- coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
+
+    num_samples: episodes, however many samples their turns became.
     """
 
     coefficient: float

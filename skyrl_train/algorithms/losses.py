@@ -91,6 +91,30 @@ def gspo(
     return _clip(ratio, advantages, loss_mask, eps_clip_low, eps_clip_high)
 
 
+@register_policy_loss("gmpo")
+def gmpo(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    sample_index: Tensor,
+    eps_clip_low: float,
+    eps_clip_high: float,
+) -> Loss:
+    """GMPO (arXiv 2507.20673, eq. 4): the geometric mean over the sequence of ratios that are clipped token by token.
+
+    -A exp(mean of c), c = ln r, kept in [-low, high] where that is the smaller gain: low and high bound the logarithm.
+    Every trained token of a sample has this loss, so loss_reduction=sequence_mean gives the paper's.
+    """
+    log_ratio = _log_ratio(log_probs, old_log_probs, loss_mask)
+    clipped, sign = log_ratio.clamp(-eps_clip_low, eps_clip_high), advantages.sign()
+    kept = sign * torch.minimum(sign * log_ratio, sign * clipped)
+    num_rows = int(sample_index.max()) + 1
+    counts = row_sums(torch.ones_like(kept), loss_mask, sample_index, num_rows).clamp(min=1)
+    ratio = safe_exp(row_sums(kept, loss_mask, sample_index, num_rows) / counts)[sample_index]
+    return _masked(-ratio * advantages, loss_mask), {"clip_ratio": _share(kept != log_ratio, loss_mask)}
+
+
 @register_policy_loss("cispo")
 def cispo(
     log_probs: Tensor,

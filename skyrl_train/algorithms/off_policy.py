@@ -64,6 +64,27 @@ def outlier_mask(
 
 
 @torch.no_grad()
+def token_mask(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, low: float | None, high: float | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the mask without the tokens whose ratio exp(d) is outside [low, high]; no metrics without a bound.
+
+    IcePop (arXiv 2510.18855, section 3) keeps the ratio as a weight inside the bounds: tis_ratio_type=token beside it.
+    """
+    if low is None and high is None:
+        return mask, {}
+    ratio = safe_exp(torch.where(mask, old_logprobs - rollout_logprobs, 0.0))
+    over = mask & (ratio > (torch.inf if high is None else high))
+    under = mask & (ratio < (0.0 if low is None else low))
+    metrics = {
+        "token_mask_ratio": float(masked_mean((over | under).float(), mask)),
+        "token_mask_over_high_ratio": float(masked_mean(over.float(), mask)),
+        "token_mask_under_low_ratio": float(masked_mean(under.float(), mask)),
+    }
+    return mask & ~over & ~under, metrics
+
+
+@torch.no_grad()
 def sequence_mask(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,

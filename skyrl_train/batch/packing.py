@@ -70,24 +70,26 @@ def with_loss_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None
 def _token_weights(batch: Batch, loss_reduction: str, max_seq_len: int | None = None) -> Tensor:
     """Return weights [T] so that sum(weights * values) is the reduction. N = masked tokens.
 
-        token_mean               1 / N                                  DAPO, arXiv 2503.14476, eq. 8
-        sequence_mean            1 / (rows * N of the row)              GRPO, arXiv 2402.03300, eq. 3
-        seq_mean_token_sum_norm  1 / (rows * max_seq_len)               Dr. GRPO, arXiv 2503.20783, listing 1
+        token_mean               1 / N                                      DAPO, arXiv 2503.14476, eq. 8
+        sequence_mean            1 / (episodes * N of the episode)          GRPO, arXiv 2402.03300, eq. 3
+        seq_mean_token_sum_norm  1 / (episodes * max_seq_len)               Dr. GRPO, arXiv 2503.20783, listing 1
 
-    rows: samples with at least one masked token; a row without any weighs nothing and counts nowhere.
+    episodes: those with at least one masked token; one without any weighs nothing and counts nowhere. An episode counts
+    once, however many samples its turns became, so the weights do not depend on which turns could be joined.
     """
-    sample_index = batch.sample_index
     mask = batch.loss_mask.to(torch.float64)
-    tokens_of_sample = mask.new_zeros(batch.num_samples).index_add(0, sample_index, mask)
-    num_rows = (tokens_of_sample > 0).sum().clamp(min=1)
+    episodes, episode_of_sample = batch.trajectory_index.unique(return_inverse=True)
+    episode_of_token = episode_of_sample[batch.sample_index]
+    tokens_of_episode = mask.new_zeros(len(episodes)).index_add(0, episode_of_token, mask)
+    num_episodes = (tokens_of_episode > 0).sum().clamp(min=1)
     if loss_reduction == "token_mean":
         weights = mask / mask.sum().clamp(min=1)
     elif loss_reduction == "sequence_mean":
-        weights = mask / (num_rows * tokens_of_sample.clamp(min=1)[sample_index])
+        weights = mask / (num_episodes * tokens_of_episode.clamp(min=1)[episode_of_token])
     elif loss_reduction == "seq_mean_token_sum_norm":
         if max_seq_len is None or max_seq_len < 1:
             raise ValueError(f"seq_mean_token_sum_norm divides by max_seq_len, which is {max_seq_len}: set it to >= 1")
-        weights = mask / (num_rows * max_seq_len)
+        weights = mask / (num_episodes * max_seq_len)
     else:
         raise ValueError(f"loss_reduction={loss_reduction!r} is unknown; use one of {', '.join(LOSS_REDUCTIONS)}")
     return weights.float()

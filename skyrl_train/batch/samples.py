@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from skyrl_train.batch.steps import merged
 from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory, Turn
 
 
@@ -27,7 +28,7 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
         if trajectory.end is EpisodeEnd.ENV_FAILURE:
             continue
         if trajectory.samples is not None:
-            samples += trajectory.samples  # masked ones too: their rewards count in the mean of the group
+            samples += merged(trajectory.samples)  # masked ones too: their rewards count in the mean of the group
             continue
         drafts = _drafts(trajectory.turns)
         _check_provenance(trajectory, drafts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.cluster.actors import Identity
@@ -42,7 +43,9 @@ class RayEngine:
         return self._busy_seconds
 
     async def generate(self, request: Request) -> Completion:
-        completion, busy_seconds = await self._answer(self._actor.generate.remote, request)
+        """Return the completion. What is sampled on the way stays in the other process."""
+        apart = replace(request, on_progress=None)
+        completion, busy_seconds = await self._answer(self._actor.generate.remote, apart)
         self._busy_seconds = max(self._busy_seconds, busy_seconds)
         return completion
 

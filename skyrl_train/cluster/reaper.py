@@ -2,7 +2,8 @@
 
 Started as `python -I reaper.py MARK PID`. The processes that Ray starts first carry the run's mark in their
 environment; the others descend from them. Those overwrite their environment with a title, and lose their parent when
-that is killed: so the reaper notes every two seconds who there is. It needs the standard library alone.
+that is killed: so the reaper notes every two seconds who there is, and now and then which shared memory they map (the
+workers of a vLLM engine leave theirs behind when they are killed). It needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "SKYRL_RUN_MARK"
 LOOK_S, NOTE_S = 0.2, 2.0  # between two looks at the driver, and between two at all processes
+MEMORY_S = 20.0  # between two looks at what they map, which costs milliseconds for each
+SHARED_MEMORY = "/dev/shm/"
 SWEEP_S = 8.0  # for which it looks for what is left
 Known = dict[int, str]  # process -> when it began, which tells it from a later one of this number
 
@@ -35,11 +40,16 @@ def main(mark: str, driver: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     known: Known = {}
-    noted = 0.0
+    memory: set[str] = set()
+    noted, looked = 0.0, time.monotonic()
     while os.getppid() == driver and not asked:
         if time.monotonic() - noted > NOTE_S:
             known, noted = belonging(mark, known), time.monotonic()
+        if time.monotonic() - looked > MEMORY_S:
+            memory, looked = memory | shared_memory_of(known), time.monotonic()
         time.sleep(LOOK_S)
+    known = belonging(mark, known)
+    memory |= shared_memory_of(known)
     deadline = time.monotonic() + SWEEP_S
     while (known := belonging(mark, known)) and time.monotonic() < deadline:
         for pid in known:
@@ -48,6 +58,9 @@ def main(mark: str, driver: int) -> None:
             except ProcessLookupError:
                 continue
         time.sleep(0.05)
+    for path in memory - shared_memory_of(processes(mark)):  # of nobody: a cluster that was joined goes on
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def belonging(mark: str, known: Known) -> Known:
@@ -60,6 +73,18 @@ def belonging(mark: str, known: Known) -> Known:
         found |= children
         grown = bool(children)
     return {pid: there[pid].began for pid in found - {os.getpid()}}
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Return the files of shared memory that any of these processes maps, as far as they have a name still."""
+    found: set[str] = set()
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        except OSError:  # ended meanwhile
+            continue
+        found |= {line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line}
+    return {path for path in found if os.path.exists(path)}
 
 
 def processes(mark: str) -> dict[int, Seen]:

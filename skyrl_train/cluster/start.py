@@ -54,10 +54,12 @@ def import_ray() -> Any:
     """Return the module. Raise an ImportError that names the extra where Ray is not installed.
 
     Ray reads the settings when it is imported: nothing is reported to its makers, and a driver below `uv run` starts
-    its workers with its own Python instead of another `uv run`, which fails outside the project's folder.
+    its workers with its own Python instead of another `uv run`, which fails outside the project's folder. And one when
+    it starts: its workers get as much of a busy machine as the driver, where Ray would give them niceness 15.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
     except ModuleNotFoundError as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skyrl_train.commands.trained import Talker
     from skyrl_train.engine.base import Engine, SamplingParams
     from skyrl_train.rollout.chat import Chat
+    from skyrl_train.rollout.step_wise import StepWiseChat
     from skyrl_train.types import Message
 
 HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends"
@@ -86,14 +88,20 @@ async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) ->
         await engine.close()
 
 
-async def _reply(engine: Engine, talker: Talker, chat: Chat, sampling: SamplingParams, session: str) -> list[int]:
-    from skyrl_train.commands.streaming import streamed
+async def _reply(
+    engine: Engine, talker: Talker, chat: Chat | StepWiseChat, sampling: SamplingParams, session: str
+) -> list[int]:
+    """Print a reply as it is sampled, and return its tokens."""
+    from skyrl_train.engine.base import Completion, Request
+    from skyrl_train.rollout.agents.streaming import ShownText, in_pieces
     from skyrl_train.visible import visible
 
-    ids: list[int] = []
-    async for piece in streamed(engine, talker.chat_template, chat.ids, sampling, session):
-        print(visible(piece.text), end="", flush=True)
-        ids = piece.ids
+    shown, ids = ShownText(talker.tokenizer), []
+    request = Request(chat.ids, sampling, session)
+    async for piece in in_pieces(lambda told: engine.generate(replace(request, on_progress=told))):
+        ids = piece.response_ids
+        text = shown.rest(piece.text) if isinstance(piece, Completion) else shown.news(ids)
+        print(visible(text), end="", flush=True)
     print()
     return ids
 

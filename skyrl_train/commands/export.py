@@ -1,4 +1,4 @@
-"""`skyrl export RUN`: the model of a run as a Hugging Face folder, whether the run finished, stopped or was killed."""
+"""`skyrl export RUN`: the model of a run as a Hugging Face folder or a GGUF file, however the run ended."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES, OF_GGUF = ("bfloat16", "float16", "float32"), "q8_0"
 
 
 def main(words: list[str]) -> int:
     """Write the folder and say where it is; return 0."""
     options = parser().parse_args(words)
-    from skyrl_train.run.model_folder import export_model
+    is_gguf = options.format == "gguf"
+    if is_gguf and options.adapter:
+        raise ValueError("--adapter writes PEFT's format, and --format gguf the whole model; choose one")
+    if options.dtype == OF_GGUF and not is_gguf:
+        raise ValueError(f"--dtype {OF_GGUF} is for --format gguf")
+    from skyrl_train.run.model_folder import export_gguf, export_model
     from skyrl_train.run.saved_run import read_run
 
-    folder = None if options.output is None else options.output.expanduser()
+    output = None if options.output is None else options.output.expanduser()
     saved = read_run(options.run, options.step)
-    done = export_model(saved, folder, dtype=options.dtype, adapter=options.adapter, base=options.base)
+    if is_gguf:
+        done = export_gguf(saved, output, dtype=options.dtype, base=options.base)
+    else:
+        done = export_model(saved, output, dtype=options.dtype, adapter=options.adapter, base=options.base)
     if options.json:
         print(json.dumps(asdict(done)))
     else:
@@ -28,13 +36,18 @@ def main(words: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="skyrl export", description="Write the model of a run as a Hugging Face folder."
+        prog="skyrl export", description="Write the model of a run as a Hugging Face folder, or as a GGUF file."
     )
     made.add_argument("run", type=Path, metavar="RUN", help="the run's folder (trainer.ckpt_path)")
-    made.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/model, or RUN/adapter with --adapter")
+    made.add_argument(
+        "--output", type=Path, metavar="PATH", help="default: RUN/model, RUN/adapter, or the file RUN/model.gguf"
+    )
+    made.add_argument(
+        "--format", choices=("folder", "gguf"), default="folder", help="gguf: for llama.cpp, Ollama, LM Studio"
+    )
     made.add_argument("--step", type=int, metavar="N", help="of this checkpoint; default: the newest")
     made.add_argument("--adapter", action="store_true", help="the adapters alone, as PEFT keeps them")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    made.add_argument("--dtype", choices=(*DTYPES, OF_GGUF), default="bfloat16", help="default: bfloat16")
     made.add_argument("--base", type=Path, metavar="FOLDER", help="the model that the run began with, if it was moved")
     made.add_argument("--json", action="store_true", help="print folder, step, kind, dtype and bytes as JSON")
     return made

@@ -79,9 +79,9 @@ def run(name: str, command: Command, words: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as refused:
-        from skyrl_train.visible import visible
+        from skyrl_train.visible import say
 
-        print(visible(f"skyrl {name}: {refused}"), file=sys.stderr)
+        say(f"skyrl {name}: {refused}")
         return REFUSED
 
 

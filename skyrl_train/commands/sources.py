@@ -22,7 +22,9 @@ NOT_OF_PLAYING = (
     "generator.engine_init_kwargs", "generator.enable_http_endpoint", "generator.http_endpoint_host",
     "generator.http_endpoint_port", "generator.served_model_name",
 )  # fmt: skip
-OF_THE_MODEL = ("generator.chat_template", "trainer.policy.model_config_kwargs", MODEL_PATH)
+OF_THE_MODEL = (
+    "generator.chat_template", "generator.step_wise_trajectories", "trainer.policy.model_config_kwargs", MODEL_PATH,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

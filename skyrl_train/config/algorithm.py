@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
-OWN_ESTIMATORS = ("grpo", "rloo", "maxrl", "reinforce++", "gae", "distillation")
+OWN_ESTIMATORS = (
+    "grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo", "reinforce++", "gae", "distillation",
+)  # fmt: skip
 OWN_LOSSES = (
     "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
-    "dppo",
+    "dppo", "gmpo",
 )  # fmt: skip
 # Names a configuration may use. Registering an estimator or a loss adds its name here, so that names can be checked
 # without importing torch; "package.module:function" works without registering.
 ADVANTAGE_ESTIMATORS: set[str] = set(OWN_ESTIMATORS)
 POLICY_LOSSES: set[str] = set(OWN_LOSSES)
 UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_sampling", "dppo")  # no off-policy correction
+
+
+THRESHOLDS = ("outlier_token_is_threshold", "token_mask_is_threshold")
 
 
 @dataclass
@@ -49,6 +54,8 @@ class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correc
     product_mask_low: float = 0.5  # product: a sequence below is dropped
     outlier_token_is_threshold_low: float | None = None  # a sequence with any token ratio below is dropped
     outlier_token_is_threshold_high: float | None = None  # a sequence with any token ratio above is dropped
+    token_mask_is_threshold_low: float | None = None  # a token with a ratio below is dropped
+    token_mask_is_threshold_high: float | None = None  # a token with a ratio above is dropped
 
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("tis_ratio_type", (None, "token", "sequence"))
@@ -56,6 +63,10 @@ class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correc
         for key in ("token_tis_ratio_clip_high", "sequence_tis_ratio_clip_high"):
             if getattr(self, key) <= 0:
                 yield self.problem(key, "caps an importance weight, so it must be above 0")
+        for kind in ("outlier_token", "token_mask"):
+            low, high = (getattr(self, f"{kind}_is_threshold_{side}") for side in ("low", "high"))
+            if low is not None and high is not None and low >= high:
+                yield self.problem(f"{kind}_is_threshold_low", f"must be below {kind}_is_threshold_high={high}")
         for kind in ("geo", "product"):
             if getattr(self, f"{kind}_mask_low") >= getattr(self, f"{kind}_mask_high"):
                 high = getattr(self, f"{kind}_mask_high")
@@ -63,7 +74,13 @@ class OffPolicyCorrectionConfig(Section, at="trainer.algorithm.off_policy_correc
 
     @property
     def is_on(self) -> bool:
-        return self.tis_ratio_type is not None or self.sequence_mask_metric is not None
+        return self.tis_ratio_type is not None or self.rejects
+
+    @property
+    def rejects(self) -> bool:
+        """Return whether tokens or whole samples may be dropped."""
+        thresholds = (getattr(self, f"{kind}_{side}") for kind in THRESHOLDS for side in ("low", "high"))
+        return self.sequence_mask_metric is not None or any(bound is not None for bound in thresholds)
 
 
 @dataclass
@@ -174,7 +191,8 @@ class DistillationConfig(Section, at="trainer.algorithm.distillation"):
 class AlgorithmConfig(Section, at="trainer.algorithm"):
     """Advantages, losses, KL and entropy."""
 
-    # grpo, rloo, maxrl, reinforce++, gae, distillation, a registered name, or package.module:function
+    # grpo, rloo, maxrl, opo, gpg, pass_at_k, gdpo, reinforce++, gae, distillation, a registered name, or
+    # package.module:function
     advantage_estimator: str = "grpo"
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
@@ -191,7 +209,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     gamma: float = 1.0  # discount of later token rewards (reinforce++, gae)
     lambd: float = 1.0  # gae: 1 trusts the rewards alone, 0 the critic's values alone
     value_clip: float | None = 0.2  # how far an update may move a value before its gain ends; null: plain squared error
-    eps_clip_low: float = 0.2  # the ratio is kept above 1 - this
+    eps_clip_low: float = 0.2  # the ratio is kept above 1 - this; in gmpo, its logarithm above - this
     eps_clip_high: float = 0.2  # the ratio is kept below 1 + this; DAPO's "clip higher" uses 0.28
     clip_ratio_c: float = 3.0  # dual_clip: bound of the loss where the advantage is negative
     # Divisor of seq_mean_token_sum_norm; null is generator.max_input_length + max_generate_length.
@@ -232,6 +250,9 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
                 "trainer.algorithm.use_kl_loss=false, and drop use_kl_in_reward",
                 ("trainer.algorithm.advantage_estimator=distillation", "trainer.algorithm.use_kl_loss=false"),
             )
+        if self.advantage_estimator == "gdpo" and (self.use_kl_in_reward or self.zero_variance_filter):
+            key = "use_kl_in_reward" if self.use_kl_in_reward else "zero_variance_filter"
+            yield self.problem(key, "reads the sum of the rewards, which advantage_estimator=gdpo keeps apart; drop it")
         yield from self._correction_rules()
 
     @property
@@ -253,10 +274,5 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
         if correction.is_on and self.policy_loss_type in UNCORRECTED_LOSSES:
             yield self.problem(
                 "policy_loss_type",
-                "takes no off-policy correction; set off_policy_correction.tis_ratio_type and "
-                "sequence_mask_metric to null, or take another loss",
+                "takes no off-policy correction; drop trainer.algorithm.off_policy_correction, or take another loss",
             )
-        for key in ("outlier_token_is_threshold_low", "outlier_token_is_threshold_high"):
-            if getattr(correction, key) is not None and not correction.is_on:
-                problem = correction.problem(key, "only acts beside tis_ratio_type or sequence_mask_metric; set one")
-                yield problem.under("off_policy_correction")

@@ -139,6 +139,8 @@ def set_leaf(tree: DictConfig, hint: Any, key: str, value: Any, leaf: str, defau
     if key != leaf and not takes_mapping(hint):
         return [unknown(key, value, defaults)]
     try:
+        if key != leaf and OmegaConf.select(tree, leaf, throw_on_resolution_failure=False) is None:
+            OmegaConf.update(tree, leaf, {}, merge=False, force_add=True)  # null has no entries to add to
         is_none = OmegaConf.select(tree, key, throw_on_resolution_failure=False) is None  # nothing to merge with
         OmegaConf.update(tree, key, value, merge=not is_none, force_add=True)
     except OmegaConfBaseException:

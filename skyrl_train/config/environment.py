@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from skyrl_gym.importing import is_import_path
-from skyrl_train.config.problems import Problem
+from skyrl_train.config.problems import NO_VALUE, Problem
+from skyrl_train.config.rewards import NamedReward, named_rewards, wrong_rewards
 from skyrl_train.config.section import Section, is_section
 from skyrl_train.config.settings import EnvSettings, as_settings
 
@@ -62,21 +63,44 @@ class EnvironmentConfig(Section, at="environment"):
     env_class: str = "gsm8k"
     # my_module:my_function decides what a turn earns, in the place of the environment (skyrl_train/rollout/reward.py)
     reward: str | None = None
+    # several rewards by name: my_module:my_function, environment or judge, each with a weight (config/rewards.py)
+    rewards: dict[str, Any] = field(default_factory=dict)
     env_classes: list[str] = field(default_factory=list)  # further classes (my_module:MyEnv) that rows may name
     trust_dataset_code: bool = False  # let rows name any class that can be imported: it runs as your own code
     skyrl_gym: SkyRLGymConfig = field(default_factory=SkyRLGymConfig)
 
     def settle(self) -> None:
-        if self.reward and self.env_class == "gsm8k":  # the default: rows without an environment take one reply
+        if self.pays_itself and self.env_class == "gsm8k":  # the default: rows without an environment take one reply
             self.env_class = SINGLE_TURN
+
+    @property
+    def pays_itself(self) -> bool:
+        """Return whether a function or a judge pays, so that the environment need not."""
+        if self.reward:
+            return True
+        values = self.rewards.values() if isinstance(self.rewards, dict) else ()
+        return any(not isinstance(value, int | float) and value != "environment" for value in values)
+
+    @property
+    def named_rewards(self) -> dict[str, NamedReward]:
+        return named_rewards(self.rewards)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Return the weight of each reward that is named here; any other one weighs 1."""
+        return {name: reward.weight for name, reward in self.named_rewards.items()}
 
     def rules(self) -> Iterator[Problem]:
         if not self.env_class:
             yield self.problem("env_class", "is empty; name a registered environment, or a class as my_module:MyEnv")
-        if self.env_class == SINGLE_TURN and not self.reward:
+        if self.env_class == SINGLE_TURN and not self.pays_itself:
             yield self.problem("env_class", "pays nothing by itself; set environment.reward=my_module:my_function, too")
         if self.reward is not None and not is_import_path(self.reward):
             yield self.problem("reward", "must name a function as my_module:my_function")
+        if self.reward is not None and self.rewards:
+            yield self.problem("reward", "pays alone, so environment.rewards is never asked; drop one of the two")
+        for name, value, says in wrong_rewards(self.rewards):
+            yield Problem(f"rewards.{name}" if name else "rewards", value or NO_VALUE, says)
         for name in self.env_classes:
             if not is_import_path(name):
                 yield self.problem("env_classes", f"must name classes as my_module:MyEnv; {name!r} has another form")

@@ -100,6 +100,7 @@ class GeneratorConfig(Section, at="generator"):
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
     use_conversation_multi_turn: bool = True  # true: a message per turn; false: one growing assistant message
     append_eos_token_after_stop_str_in_multi_turn: bool = True  # close a turn that a stop string ended
+    step_wise_trajectories: bool = False  # print the history anew before every turn, as the chat template edits it
     eval_sampling_params: EvalSamplingConfig = field(default_factory=EvalSamplingConfig)
     eval_n_samples_per_prompt: int = 1  # episodes per prompt in evaluation
     zero_reward_on_non_stop: bool = False  # no reward for an episode cut off by a length limit
@@ -120,6 +121,8 @@ class GeneratorConfig(Section, at="generator"):
         if self.agent is not None and not self.use_conversation_multi_turn:
             yield self.problem("agent", "sends a message per turn; drop use_conversation_multi_turn=false")
         yield from self._engine_rules()
+        if self.step_wise_trajectories:
+            yield from self._step_wise_rules()
         for key in ("step_timeout_s", "episode_timeout_s"):
             if getattr(self, key) <= 0:
                 yield self.problem(key, "must be above 0 seconds")
@@ -131,6 +134,25 @@ class GeneratorConfig(Section, at="generator"):
         if self.batched and (self.max_turns or 1) > 1:
             yield self.problem(
                 "batched", f"plays one turn per prompt, but generator.max_turns={self.max_turns}; drop batched=true"
+            )
+
+    def _step_wise_rules(self) -> Iterator[Problem]:
+        if self.batched:
+            yield self.problem("step_wise_trajectories", "has no second turn with generator.batched=true; drop one")
+        if not self.use_conversation_multi_turn:
+            yield self.problem(
+                "step_wise_trajectories", "needs a message per turn; drop generator.use_conversation_multi_turn=false"
+            )
+        if self.chat_template.keep_thinking:
+            problem = self.chat_template.problem(
+                "keep_thinking",
+                "keeps earlier turns, which generator.step_wise_trajectories=true prints anew; drop one",
+            )
+            yield problem.under("chat_template")
+        if not self.append_eos_token_after_stop_str_in_multi_turn:
+            yield self.problem(
+                "append_eos_token_after_stop_str_in_multi_turn",
+                "has no effect with generator.step_wise_trajectories=true: the template closes each turn; drop one",
             )
 
     def _engine_rules(self) -> Iterator[Problem]:

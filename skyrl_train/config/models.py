@@ -14,6 +14,7 @@ from skyrl_train.config.section import Section
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
 )  # fmt: skip
+OPTIMIZERS = ("adamw", "adamw_8bit")
 LORA_STARTS = ("kaiming", "xavier", "normal")
 
 
@@ -57,6 +58,7 @@ class ModelConfig(Section, at="trainer.policy.model"):
     """The policy's weights."""
 
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a model's name on the hub, or its folder
+    load_in_4bit: bool = False  # QLoRA: the frozen weights under the adapters rest in 4 bits (NF4), except embeddings
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -77,12 +79,14 @@ class OptimizerConfig(Section, at="trainer.policy.optimizer_config"):
     max_grad_norm: float = 1.0  # gradients are scaled down to this total norm; <= 0 turns clipping off
     num_warmup_steps: int = 0  # optimizer steps over which the rate rises from 0
     scheduler: str = "constant_with_warmup"  # a transformers schedule, by name
+    optim: str = "adamw"  # adamw: both moments are float32; adamw_8bit: 8 bits, blocks of 256 numbers share a scale
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(0, "lr", "weight_decay", "num_warmup_steps")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             yield self.problem("adam_betas", "must be two numbers, each from 0 to below 1")
         yield from self.one_of("scheduler", SCHEDULES)
+        yield from self.one_of("optim", OPTIMIZERS)
 
 
 @dataclass

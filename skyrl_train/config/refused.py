@@ -36,6 +36,54 @@ PER_CALL = "is not a sampling parameter of the torch engine; those it has are li
 PER_CALL += "`python -m skyrl_train.config --search sampling_params`"
 SEED = "is not read: every reply's seed derives from trainer.seed; use trainer.seed"
 
+# Keys that only the newest SkyRL has.
+NO_QUANTISATION = "is not possible: the policy is trained in its own dtype; drop it"
+NO_IMAGES = "is not possible: models read text alone; drop it"
+ONE_ADAPTER = "has nothing to do: a policy has one adapter, and the engine samples the merged weights; drop it"
+NO_MTP = "is not possible: models are trained without multi-token prediction; drop it"
+CHUNKS = "is not read: logits are computed in chunks of a fixed size; drop it"
+PRINTED = "is not read: every episode is kept in the run's folder, and `skyrl view` shows it; drop it"
+TORCH_PROFILER = "is not read; use trainer.profile, which writes where the time of each step went"
+NEWEST: dict[str, str] = {
+    "data.dataloader": "has nothing to do: rows are read once, before the first step; drop it",
+    "trainer.use_expandable_segments": "is not read; use PYTORCH_CUDA_ALLOC_CONF in the environment",
+    **{f"trainer.{part}.model.fake_int4_qat": NO_QUANTISATION for part in ("policy", "ref", "critic")},
+    **{
+        f"trainer.{part}.model.lora.{key}": ONE_ADAPTER
+        for part in ("policy", "critic")
+        for key in ("max_loras", "max_cpu_loras")
+    },
+    **{f"trainer.{part}.torch_profiler_config": TORCH_PROFILER for part in ("policy", "ref", "critic")},
+    "trainer.policy.language_model_only": NO_IMAGES,
+    "trainer.ref.language_model_only": NO_IMAGES,
+    "generator.vision_language_generator": NO_IMAGES,
+    "trainer.policy.inference_only_init": "is not read; use skyrl_train.entrypoints.main_generate",
+    "trainer.algorithm.temperature": "is not read; use generator.sampling_params.temperature, for both are the same",
+    "trainer.algorithm.zero_variance_filter_tol": "is not read: rewards are equal up to 1e-6 of their size; drop it",
+    "trainer.algorithm.cispo.cispo_anchor": "is not read: the ratio is that to the policy before the update; drop it",
+    "trainer.algorithm.dppo.dppo_type": "is not read; use trainer.algorithm.dppo.dppo_divergence=tv or kl",
+    "trainer.algorithm.dppo.delta_low": "is not read; use trainer.algorithm.dppo.dppo_max_divergence",
+    "trainer.algorithm.dppo.delta_high": "is not read; use trainer.algorithm.dppo.dppo_max_divergence",
+    "trainer.mtp": NO_MTP,
+    "trainer.max_training_steps": "is not read; use trainer.epochs, or fewer rows in data.train_data",
+    "trainer.recompute_old_logprobs_per_minibatch": "is not read: old_logprobs are those before the update; drop it",
+    "trainer.enable_ray_gpu_monitor": "is not read; drop it",
+    "trainer.tags": "is not read; use trainer.run_name",
+    "trainer.print_example_interval": PRINTED,
+    "trainer.num_logger_eval_samples": PRINTED,
+    "trainer.num_logger_train_samples": PRINTED,
+    "trainer.log_example_interval": PRINTED,
+    "trainer.logprobs_chunk_size": CHUNKS,
+    "trainer.vocab_entropy_chunk_size": CHUNKS,
+    "trainer.vocab_entropy_chunk_memory_mb": CHUNKS,
+    "trainer.fused_lm_head_logprob": CHUNKS,
+    "trainer.fused_lm_head_logprob_backend": CHUNKS,
+    "trainer.placement.reward_num_nodes": "is not read: rewards are computed in the driver, a judge elsewhere; drop it",
+    "trainer.placement.reward_num_gpus_per_node": "is not read: rewards are computed in the driver; drop it",
+    "generator.use_cache_salt": "is not read: a push of new weights empties the engine's caches; drop it",
+    "generator.merge_stepwise_output": "is not read: turns that extend each other are always one sample; drop it",
+}
+
 REFUSED: dict[str, str] = {
     "trainer.placement.colocate_policy_ref": REFERENCE_PLACE,
     "trainer.sequence_parallel_backend": ONE_SEQUENCE,
@@ -87,13 +135,13 @@ REFUSED: dict[str, str] = {
     "generator.enable_ray_prometheus_stats": NO_VLLM,
     "generator.rope_scaling": ROPE,
     "generator.rope_theta": ROPE,
-    "generator.step_wise_trajectories": "is not possible yet: turns that extend each other are one sample; drop it",
     "generator.sampling_params.additional_kwargs": PER_CALL,
     "generator.eval_sampling_params.additional_kwargs": PER_CALL,
     "generator.sampling_params.seed": SEED,
     "generator.eval_sampling_params.seed": SEED,
     "generator.inference_engine": NO_VLLM,
     "trainer.remove_microbatch_padding": NO_PADDING,
+    **NEWEST,
     "hydra": "is a setting of Hydra itself, which only reads your overrides here; drop it",
 }
 

@@ -96,5 +96,4 @@ ROWS: dict[str, Key] = {
         "${trainer.rope_scaling}", "RoPE scaling of the engine; follows the policy's", MAPPING | None
     ),
     "generator.rope_theta": Key("${trainer.rope_theta}", "RoPE base of the engine; follows the policy's", float | None),
-    "generator.step_wise_trajectories": Key(False, "each turn becomes a sample of its own"),
 }

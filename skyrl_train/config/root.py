@@ -19,7 +19,7 @@ from skyrl_train.config.problems import Problem, written
 from skyrl_train.config.section import Section, is_interpolation
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.config.tree import leaves
-from skyrl_train.config.validation import advice, problems_across_sections, reward_problems
+from skyrl_train.config.validation import advice, named_reward_problems, problems_across_sections, reward_problems
 
 
 @dataclass
@@ -55,6 +55,7 @@ class SkyRLConfig(Section, at=""):
             yield from keys_without_effect(self)
             yield from problems_across_sections(self.data, self.trainer, self.generator)
             yield from reward_problems(self.environment, self.generator)
+            yield from named_reward_problems(self.environment, self.trainer)
 
     def advised(self) -> Self:
         """Return this tree, after a warning about each setting that is allowed but rarely intended."""

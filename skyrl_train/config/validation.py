@@ -7,15 +7,18 @@ import netrc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
-from skyrl_train.config.problems import Problem
+from skyrl_train.config.problems import NO_VALUE, Problem
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY = "shared_memory"
+INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
+COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
 def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -26,6 +29,7 @@ def problems_across_sections(data: DataConfig, trainer: TrainerConfig, generator
     yield from overlong_problems(trainer, generator)
     yield from agent_problems(trainer, generator)
     yield from adapter_problems(trainer)
+    yield from quantized_problems(trainer)
     yield from weight_sync_problems(trainer, generator)
     yield from tracker_problems(trainer)
     if not data.train_data:
@@ -90,14 +94,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
-    if trainer.critic.shares_policy and trainer.strategy != "single":
-        yield Problem(
-            "trainer.critic.shares_policy",
-            True,
-            f"is not possible with trainer.strategy={trainer.strategy}; "
-            f"use trainer.critic.model.path={trainer.policy.model.path}",
-        )
-    if estimator in ("grpo", "rloo", "maxrl") and generator.n_samples_per_prompt == 1:
+    if estimator in COMPARE_SIBLINGS and generator.n_samples_per_prompt == 1:
         yield Problem(
             "generator.n_samples_per_prompt",
             1,
@@ -122,6 +119,37 @@ def reward_problems(environment: EnvironmentConfig, generator: GeneratorConfig) 
             environment.reward,
             f"is never called: generator.agent={generator.agent} pays its own episodes; drop one of the two",
         )
+    if generator.agent is None:
+        return
+    for name, value in environment.rewards.items():
+        if not isinstance(value, int | float):
+            yield Problem(
+                f"environment.rewards.{name}",
+                NO_VALUE,
+                f"is never called: generator.agent={generator.agent} pays its own episodes; write the weight of what "
+                "it pays under this name, or drop it",
+            )
+
+
+def named_reward_problems(environment: EnvironmentConfig, trainer: TrainerConfig) -> Iterator[Problem]:
+    algorithm = trainer.algorithm
+    if algorithm.advantage_estimator == "gdpo" and (environment.reward is not None or len(environment.rewards) == 1):
+        yield Problem(
+            "trainer.algorithm.advantage_estimator",
+            "gdpo",
+            "normalises several named rewards apart, and there is one; name more in environment.rewards, or use grpo",
+        )
+    judges = [name for name, value in environment.rewards.items() if "judge" in (value, _function_of(value))]
+    if trainer.deterministic and judges:
+        yield Problem(
+            f"environment.rewards.{judges[0]}",
+            NO_VALUE,
+            "asks a judge, whose answers no run can repeat; drop trainer.deterministic=true",
+        )
+
+
+def _function_of(value: Any) -> Any:
+    return value.get("function") if isinstance(value, dict) else None
 
 
 def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
@@ -132,6 +160,33 @@ def adapter_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             "cannot give adapters to another model than the policy's own; drop trainer.ref.model.path and "
             "trainer.ref.model_config_kwargs, or use trainer.policy.model.lora.rank=0",
         )
+
+
+def quantized_problems(trainer: TrainerConfig) -> Iterator[Problem]:
+    """Weights and moments in few bits: what they need, and where they are not possible."""
+    asked: list[tuple[str, object]] = []
+    if trainer.policy.model.load_in_4bit:
+        asked.append(("trainer.policy.model.load_in_4bit", True))
+        if trainer.policy.model.lora.rank == 0:
+            yield Problem(
+                "trainer.policy.model.load_in_4bit",
+                True,
+                "freezes the model, and without adapters nothing is left to train; use lora.rank=16",
+            )
+    for name in ("policy", "critic"):
+        optimizer = getattr(trainer, name).optimizer_config
+        if optimizer.optim != "adamw":
+            asked.append((f"trainer.{name}.optimizer_config.optim", optimizer.optim))
+    for key, value in asked:
+        if trainer.strategy != "single":
+            yield Problem(
+                key,
+                value,
+                f"is not possible with trainer.strategy={trainer.strategy}: the blocks that share a scale are not "
+                "sharded; use trainer.strategy=single, or drop it",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield Problem(key, value, f"needs the package bitsandbytes: {INSTALL_QUANTIZED}, or drop it")
 
 
 def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
@@ -173,7 +228,7 @@ def has_wandb_key() -> bool:
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
     """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
-    if algorithm.policy_loss_type in ("gspo", "sapo") and algorithm.loss_reduction != "sequence_mean":
+    if algorithm.policy_loss_type in ("gspo", "gmpo", "sapo") and algorithm.loss_reduction != "sequence_mean":
         yield (
             f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
             f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from skyrl_train.weights.shared_memory import SharedWeights
 
 StopReason = Literal["stop", "length", "abort"]
+OnProgress = Callable[[list[int], list[float]], None]  # the ids sampled so far, and their logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,16 @@ class Request:
 
     in_round: compute it together with the requests that were made in the same tick of the event loop, and no others.
     Then the same rounds in the same order give the same bits, whatever else the engine is asked for.
+
+    on_progress: is called in the caller's event loop after each step, with what is sampled so far, until the completion
+    is returned. Only an engine in this process calls it.
     """
 
     prompt_ids: list[int]
     sampling: SamplingParams
     session_id: str
     in_round: bool = False
+    on_progress: OnProgress | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from skyrl_train.types import AGENT
 if TYPE_CHECKING:
     from skyrl_train.conversations import Conversations
     from skyrl_train.prompts import PromptDataset, PromptSchedule
-    from skyrl_train.rollout.reward import RewardFunction
+    from skyrl_train.rollout.rewards import Rewards
 
 
 class DataParts(ModelParts):
@@ -24,7 +24,7 @@ class DataParts(ModelParts):
 
     train_dataset: PromptDataset | None  # None where nothing is trained
     eval_dataset: PromptDataset | None
-    reward: RewardFunction | None  # of the user's, in the place of the environments'
+    rewards: Rewards | None  # what pays, where that is not the environments alone
     conversations: Conversations | None  # to imitate first
 
     def get_train_dataset(self) -> PromptDataset | None:
@@ -36,16 +36,18 @@ class DataParts(ModelParts):
             return None
         return self._dataset(self.cfg.data.val_data)
 
-    def get_reward(self) -> RewardFunction | None:
-        """Return the function that pays the turns, tried on the data; None where environments do it themselves."""
-        name = self.cfg.environment.reward
-        if name is None:
+    def get_rewards(self) -> Rewards | None:
+        """Return what pays the turns, tried on the data; None where environments alone do it."""
+        environment = self.cfg.environment
+        if environment.reward is None and not environment.rewards:
             return None
-        from skyrl_train.rollout.reward import RewardFunction
+        from skyrl_train.rollout.rewards import Rewards
 
-        reward = RewardFunction.named(name)
-        reward.check([*(self.train_dataset or []), *(self.eval_dataset or [])], self.cfg.generator.step_timeout_s)
-        return reward
+        rewards = Rewards.of(environment.reward, environment.named_rewards)
+        if rewards is not None:
+            prompts = [*(self.train_dataset or []), *(self.eval_dataset or [])]
+            rewards.check(prompts, self.cfg.generator.step_timeout_s)
+        return rewards
 
     def check_conversations(self) -> None:
         """Refuse a chat template that does not print the data set's kinds of prompts, or what follows them, exactly."""
@@ -130,7 +132,7 @@ def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
             "the data set's row names code to run, and the configuration does not: "
             f"environment.env_classes=['{env_class}'] allows it; environment.trust_dataset_code=true trusts all rows"
         )
-    if env_class == SINGLE_TURN and not environment.reward:
+    if env_class == SINGLE_TURN and not environment.pays_itself:
         raise ValueError("it pays nothing by itself; set environment.reward=my_module:my_function, too")
     made = load_entry_point(spec(env_class).entry_point)
     if not callable(made):

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loguru import logger
+
 from skyrl_train.config import SkyRLConfig, is_resolved, validate_cfg
 from skyrl_train.entrypoints.overrides import check_overrides
 from skyrl_train.entrypoints.process import cancel_on_signals
@@ -59,7 +61,7 @@ class BasePPOExp(RolloutParts):
         self.fit_tokenizer()
         self.train_dataset = self.get_train_dataset()
         self.eval_dataset = self.get_eval_dataset()
-        self.reward = self.get_reward()
+        self.rewards = self.get_rewards()
         self.check_conversations()
         self.conversations = self.get_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
@@ -190,7 +192,7 @@ class BasePPOExp(RolloutParts):
             weights=parts.weights,
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
-            extra_metrics=lambda: {**collector.metrics, **self.extra_metrics()},
+            extra_metrics=lambda: {**collector.metrics, **self.judge_metrics(), **self.extra_metrics()},
             conversations=self.conversations,
             users=self.get_users_trainer(run, collector),
             shape_rewards=self.shape_rewards,
@@ -201,6 +203,10 @@ class BasePPOExp(RolloutParts):
         """Steps of the whole run: those that imitate, and those of RL."""
         assert self.schedule is not None
         return self.schedule.num_steps + (self.conversations.num_steps if self.conversations else 0)
+
+    def judge_metrics(self) -> dict[str, float]:
+        """Return how often judges were asked so far, and how often in vain."""
+        return self.rewards.metrics if self.rewards else {}
 
     def extra_metrics(self) -> dict[str, float]:
         """Override it to log more with every step."""
@@ -238,7 +244,7 @@ class BasePPOExp(RolloutParts):
         from skyrl_train.run.model_folder import export_at_the_end
 
         if self.cfg.trainer.save_model:
-            run.progress.print(f"model: {export_at_the_end(run.folder)}")
+            logger.info(f"model: {export_at_the_end(run.folder)}")
 
     async def _train(self, run: Run) -> None:
         from skyrl_train import compute

@@ -17,7 +17,7 @@ from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, load_conf
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
-from skyrl_train.visible import make_errors_visible, visible
+from skyrl_train.visible import make_errors_visible, say
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 
@@ -80,13 +80,13 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
     except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied) as error:
         return _stopped(error, cfg.trainer)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        print(f"interrupted; {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        say(f"interrupted; {_how_to_go_on(cfg.trainer)}")
         return Exit.INTERRUPTED
     except OSError as error:
         if error.errno not in NO_ROOM or error.filename is None:
             raise
-        print(f"broken off: cannot write {error.filename}: {error.strerror}{_room(error)}", file=sys.stderr)
-        print(f"When there is room, {_how_to_go_on(cfg.trainer)}", file=sys.stderr)
+        say(f"broken off: cannot write {error.filename}: {error.strerror}{_room(error)}")
+        say(f"When there is room, {_how_to_go_on(cfg.trainer)}")
         return Exit.STOPPED
     except Exception as error:
         if (death := engine_death(error)) is not None:  # however it was wrapped on its way
@@ -96,7 +96,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
 
 
 def _stopped(error: Exception, trainer: TrainerConfig) -> int:
-    print(visible(f"stopped: {error}\n{_how_to_go_on(trainer)}"), file=sys.stderr)
+    say(f"stopped: {error}\n{_how_to_go_on(trainer)}")
     return Exit.STOPPED
 
 
@@ -119,7 +119,7 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
 
 
 def _refused(error: Exception) -> int:
-    print(visible(f"refused: {error}"), file=sys.stderr)
+    say(f"refused: {error}")
     return Exit.REFUSED
 
 

@@ -97,6 +97,7 @@ class ModelParts:
                 end_ids=end_of_turn_ids(generation_config, self.tokenizer),
                 grows=generator.max_turns != 1 and not generator.batched,
                 keep_thinking=generator.chat_template.keep_thinking,
+                step_wise=generator.step_wise_trajectories,
             )
         except TemplateError as error:
             raise ValueError(f"the chat template cannot print a question and its answer: {error}") from error
@@ -212,6 +213,7 @@ class ModelParts:
             model_config_kwargs=trainer.policy.model_config_kwargs,
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
             max_length=self.max_length,
+            four_bit=trainer.policy.model.load_in_4bit,
         )
         if trainer.policy.model.lora.rank > 0:
             self.add_adapters(policy, trainer.policy.model.lora, "trainer.policy.model.lora")

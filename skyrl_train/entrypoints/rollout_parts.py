@@ -54,7 +54,7 @@ class RolloutParts(DataParts):
         from skyrl_train.config import LoraConfig
 
         self.cfg = copy.deepcopy(self.cfg)
-        self.cfg.trainer.policy.model.lora = LoraConfig()
+        self.cfg.trainer.policy.model.lora, self.cfg.trainer.policy.model.load_in_4bit = LoraConfig(), False
         policy = await asyncio.wrap_future(compute.submit(self.get_policy))
         policy.module.requires_grad_(False)
         engine: Any = self.get_engine(policy)
@@ -130,7 +130,7 @@ class RolloutParts(DataParts):
             seed=self.cfg.trainer.seed,
             deterministic=self.cfg.trainer.deterministic,
             agent=(Agent.named(generator.agent), endpoint) if generator.agent and endpoint else None,
-            reward=self.reward,
+            rewards=self.rewards,
         )
 
     def get_generator(
@@ -153,10 +153,9 @@ class RolloutParts(DataParts):
         generator, endpoint = self.get_generator(self.cfg, self.tokenizer, client), self.get_endpoint(engine)
         if generator is None:
             player = self.get_collector(engine, endpoint) if endpoint else self.get_collector(engine)
-        elif self.reward is not None:
+        elif self.rewards is not None:
             raise ValueError(
-                f"environment.reward={self.reward.name} is never called: the generator of get_generator pays the "
-                "episodes; drop the key"
+                f"{self.rewards.label} is never called: the generator of get_generator pays the episodes; drop the key"
             )
         else:
             needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on

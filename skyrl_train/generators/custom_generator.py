@@ -10,7 +10,7 @@ from typing import Any
 from loguru import logger
 
 from skyrl_train.generators.base import BatchMetadata, GeneratorInput, GeneratorInterface, TrajectoryID
-from skyrl_train.generators.generator_output import WrongOutput, check_output, groups_of
+from skyrl_train.generators.generator_output import WrongOutput, check_output, groups_of, repeats_rewards
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.inference_engines.utils import sampling_dict
 from skyrl_train.rollout.collector import refuse_if_all_failed
@@ -26,6 +26,7 @@ class GeneratorCollector:
     ) -> None:
         self.generator, self.client, self.needs_logprobs = generator, client, needs_logprobs
         self.metrics: dict[str, float] = {}
+        self._has_told = False
 
     async def groups(self, this_round: Round, on_episode: OnEpisode | None = None) -> AsyncGenerator[Group]:
         """Yield the groups of the round in the order of its prompts, all when the generator has returned."""
@@ -55,6 +56,12 @@ class GeneratorCollector:
             )
         if not any(any(mask) for mask in output["loss_masks"]):
             logger.warning("every loss mask that the generator returned is 0: nothing of this round is trained")
+        if repeats_rewards(output) and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "every turn of an episode has the reward of its last step. SkyRL reads only that one; here the rewards "
+                "of an episode's turns are added up. If they mean the whole episode, pay 0 for all turns but the last"
+            )
         groups = groups_of(
             output, this_round.prompts, this_round.samples_per_prompt, self.client.tokenizer, self.client.policy_version
         )

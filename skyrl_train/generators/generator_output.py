@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from typing import Any
 
 from skyrl_train.batch.samples import to_samples
+from skyrl_train.batch.steps import merged, steps
 from skyrl_train.generators.base import GeneratorOutput, TrajectoryID
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Sample, Trajectory, Turn
 
@@ -34,12 +35,42 @@ def check_output(output: Any, num_episodes: int) -> None:
     episodes = num if output.get("is_last_step") is None else sum(map(bool, output["is_last_step"]))
     if episodes != num_episodes:
         raise WrongOutput(f"the generator was given {num_episodes} prompts and returned {episodes} episodes")
-    if output.get("is_last_step") is not None and output.get("trajectory_ids") is None:
-        raise WrongOutput("an output with is_last_step needs trajectory_ids, one per turn")
+    is_last, names = output.get("is_last_step"), output.get("trajectory_ids")
+    if is_last is not None:
+        if names is None:
+            raise WrongOutput("an output with is_last_step needs trajectory_ids, one per turn")
+        _check_steps(is_last, names, _entries_by_episode(output))
     if len({isinstance(reward, list) for reward in output["rewards"]}) > 1:
         raise WrongOutput("the generator mixed rewards per response with rewards per token; return one kind")
     for i in range(num):
         _check_entry(output, i)
+
+
+def _check_steps(is_last: list[bool], names: list[TrajectoryID], episodes: list[list[int]]) -> None:
+    """Raise WrongOutput unless the turns of each episode stand together, the one marked as its last at their end."""
+    if not is_last[-1]:
+        raise WrongOutput("the last entry of an output with is_last_step must end its episode")
+    for entries in episodes:
+        last = entries[-1]
+        other = next((i for i in entries if names[i] != names[last]), None)
+        if other is not None:
+            raise WrongOutput(
+                f"entry {other} belongs to {names[other]}, and entry {last}, the next marked as a last step, to "
+                f"{names[last]}; return the turns of an episode in a row"
+            )
+
+
+def repeats_rewards(output: GeneratorOutput) -> bool:
+    """Return whether every turn of every episode of several turns is paid what its last one is, and that is not 0.
+
+    SkyRL reads the reward of the last step only, so a generator may repeat it; here the turns of an episode add up.
+    """
+    if output.get("is_last_step") is None:
+        return False
+    paid = [sum(reward) if isinstance(reward, list) else reward for reward in output["rewards"]]
+    several = [entries for entries in _entries_by_episode(output) if len(entries) > 1]
+    is_repeated = all(paid[i] == paid[entries[-1]] for entries in several for i in entries)
+    return is_repeated and any(paid[entries[-1]] for entries in several)
 
 
 def _check_entry(output: GeneratorOutput, i: int) -> None:
@@ -84,7 +115,7 @@ def _entries_by_episode(output: GeneratorOutput) -> list[list[int]]:
     is_last = output.get("is_last_step")
     if is_last is None:
         return [[i] for i in range(len(output["response_ids"]))]
-    ends = [sum(map(bool, is_last[:i])) for i in range(len(is_last))]
+    ends = [0, *accumulate(map(bool, is_last[:-1]))]  # the number of episodes that ended before each entry
     return [[i for i, _ in members] for _, members in groupby(enumerate(ends), key=lambda pair: pair[1])]
 
 
@@ -154,21 +185,24 @@ def _turns(sample: Sample, tokenizer: Any, stop_reason: str, version: int) -> li
 
 
 def output_of(
-    groups: Sequence[Group], *, one_reward: bool, failed_too: bool = False
+    groups: Sequence[Group], *, one_reward: bool, failed_too: bool = False, step_wise: bool = False
 ) -> tuple[GeneratorOutput, list[str]]:
     """Return (what SkyRL's generator would have returned for these groups, the uid of each entry).
 
     one_reward: one number per entry, as for `generator.batched=true`, else one per response token. An episode that its
     environment broke, or in which nothing was sampled, is left out, or with failed_too one masked token whose stop
-    reason says so. One whose history was edited is one entry per sample, with is_last_step.
+    reason says so. step_wise: one entry per turn, with is_last_step; else an entry per sample, which are several where
+    the history was edited.
     """
     trajectories = [t for group in groups for t in group.trajectories if failed_too or to_samples([t])]
     rows = [
         (t, sample, sample is own[-1])
         for t in trajectories
-        for own in [to_samples([t]) or [_masked_token(t)]]
+        for own in [_rows_of(t, step_wise=step_wise) or [_masked_token(t)]]
         for sample in own
     ]
+    logprobs = [s.rollout_logprobs[s.num_prompt_tokens :] for _, s, _ in rows]
+    has_steps = step_wise or len(rows) > len(trajectories)
     output: GeneratorOutput = {
         "prompt_token_ids": [s.input_ids[: s.num_prompt_tokens] for _, s, _ in rows],
         "response_ids": [s.input_ids[s.num_prompt_tokens :] for _, s, _ in rows],
@@ -178,11 +212,16 @@ def output_of(
         "loss_masks": [[int(bit) for bit in s.loss_mask[s.num_prompt_tokens :]] for _, s, _ in rows],
         "stop_reasons": [FAILED if t.end is EpisodeEnd.ENV_FAILURE else t.stop_reason for t, _, _ in rows],
         "rollout_metrics": None,
-        "rollout_logprobs": [s.rollout_logprobs[s.num_prompt_tokens :] for _, s, _ in rows],
+        "rollout_logprobs": None if any(map(math.isnan, chain(*logprobs))) else logprobs,  # the generator gave none
         "trajectory_ids": [TrajectoryID(t.prompt.uid, t.repetition) for t, _, _ in rows],
-        "is_last_step": None if len(rows) == len(trajectories) else [is_last for _, _, is_last in rows],
+        "is_last_step": [is_last for _, _, is_last in rows] if has_steps else None,
     }
     return output, [t.prompt.uid for t, _, _ in rows]
+
+
+def _rows_of(trajectory: Trajectory, *, step_wise: bool) -> list[Sample]:
+    samples = to_samples([trajectory])
+    return [step for sample in samples for step in steps(sample)] if step_wise else samples
 
 
 def _masked_token(trajectory: Trajectory) -> Sample:
@@ -195,18 +234,20 @@ def num_episodes_in(groups: Sequence[Group]) -> int:
     return sum(bool(to_samples([t])) for group in groups for t in group.trajectories)
 
 
-def with_output(groups: Sequence[Group], output: GeneratorOutput) -> list[Group]:
+def with_output(groups: Sequence[Group], output: GeneratorOutput, *, step_wise: bool = False) -> list[Group]:
     """Return the groups that `output_of` was made of, with the output's rewards and loss masks as they are now."""
     entries = iter(range(len(output["response_ids"])))
     return [
-        Group(group.prompt, [_with_entries(trajectory, entries, output) for trajectory in group.trajectories])
+        Group(group.prompt, [_with_entries(t, entries, output, step_wise=step_wise) for t in group.trajectories])
         for group in groups
     ]
 
 
-def _with_entries(trajectory: Trajectory, entries: Iterator[int], output: GeneratorOutput) -> Trajectory:
+def _with_entries(
+    trajectory: Trajectory, entries: Iterator[int], output: GeneratorOutput, *, step_wise: bool
+) -> Trajectory:
     samples = []
-    before = to_samples([trajectory])
+    before = _rows_of(trajectory, step_wise=step_wise)
     for old in before:
         i = next(entries)
         new = _sample(output, i, trajectory.prompt, trajectory.id)
@@ -221,5 +262,5 @@ def _with_entries(trajectory: Trajectory, entries: Iterator[int], output: Genera
     change = sum(sum(new.rewards) - sum(old.rewards) for new, old in zip(samples, before, strict=True))
     last = trajectory.turns[-1]
     return replace(
-        trajectory, samples=samples, turns=[*trajectory.turns[:-1], replace(last, reward=last.reward + change)]
+        trajectory, samples=merged(samples), turns=[*trajectory.turns[:-1], replace(last, reward=last.reward + change)]
     )

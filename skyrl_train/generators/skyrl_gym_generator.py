@@ -71,7 +71,8 @@ class SkyRLGymGenerator(GeneratorInterface):
             [client.policy_version]
             + [turn.policy_version for group in groups for t in group.trajectories for turn in t.turns]
         )
-        output, _ = output_of(groups, one_reward=self.generator_cfg.batched, failed_too=True)
+        cfg = self.generator_cfg
+        output, _ = output_of(groups, one_reward=cfg.batched, failed_too=True, step_wise=cfg.step_wise_trajectories)
         played = [t for group in groups for t in group.trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
         metrics = get_rollout_metrics(
             output["response_ids"],

@@ -28,14 +28,17 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # ty: ignore[incompatible-method-override]
-        weights = [
-            MasterWeight(master, parameter, master.grad, **self.moments(master))
-            for master, parameter in self._pairs
-            if master.grad is not None
-        ]
         [group] = self.param_groups
         beta1, beta2 = group["betas"]
         settings = AdamWSettings(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], self.clip)
+        self._move([pair for pair in self._pairs if pair[0].grad is not None], settings)
+
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]], settings: AdamWSettings) -> None:
+        weights = [
+            MasterWeight(master, parameter, master.grad, **self.moments(master))
+            for master, parameter in pairs
+            if master.grad is not None
+        ]
         self._ops.adamw(weights, settings)
 
     def gradient_norm(self) -> float:
@@ -56,6 +59,11 @@ class AdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         return {name: state[name] for name in ("step", *MOMENTS)}
+
+    def saved(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint needs beside the master and `num_steps`."""
+        moments = self.moments(master)
+        return {kind: moments[kind] for kind in MOMENTS}
 
     def num_steps(self, master: Tensor) -> int:
         """Return how many steps the moments of a master have seen."""

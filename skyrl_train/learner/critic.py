@@ -18,7 +18,7 @@ from skyrl_train.batch.packing import mini_batches, with_loss_weights
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.passes import Budget, passes
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
-from skyrl_train.learner.saved import SavedLearner, write_rank
+from skyrl_train.learner.saved import SavedLearner, ToSave
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.value_head import Critic
 from skyrl_train.spans import span
@@ -90,9 +90,9 @@ class CriticLearner:
         counts = WeightedMetrics.of({"num_skipped_steps": float(outcomes[True])}, 1)
         return {f"critic/{name}": value for name, value in WeightedMetrics.merged(*measured, counts).means().items()}
 
-    def save(self, folder: Path) -> None:
-        """Write masters, moments and schedule into a folder of their own inside the learner's."""
-        write_rank(folder / FOLDER, self._optimizer.parts(), {"optimizer": self._optimizer.plain_state()}, self._ranks)
+    def to_save(self, folder: Path) -> ToSave:
+        """Return masters, moments and schedule, for a folder of their own inside the learner's."""
+        return ToSave(folder / FOLDER, self._optimizer.parts(), {"optimizer": self._optimizer.plain_state()})
 
     def load(self, folder: Path) -> None:
         self._optimizer.load(SavedLearner(folder / FOLDER))

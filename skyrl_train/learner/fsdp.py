@@ -4,15 +4,15 @@
     rows a..b of every weight   stay on a rank: float32, the masters of the optimizer
 
 A rank computes its share of each mini batch (passes.py). The loss weights are made on the whole mini batch, so ranks
-add up their gradients and divide by nothing. The root is a module whose forward is the logprobs of a batch: inside it
-every weight of the root is whole, the embedding and the head, which may be the same, among them.
+add up their gradients and divide by nothing. The root is a module whose forward is a whole pass: inside it every weight
+of the root is whole, the embedding and the head, which may be the same, among them.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora import BaseUnderAdapters, merged_weights
 from skyrl_train.policy.lora_files import save_whole
 from skyrl_train.policy.model import Policy
-from skyrl_train.policy.value_head import Critic, batch_values
+from skyrl_train.policy.value_head import Critic, batch_values, hidden_before_tokens, values_of_hidden
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def sharded_learner(
         num_training_steps=num_training_steps,
         temperature=temperature,
         reference=theirs,
-        critic=None if critic is None else shard_critic(critic, offload=offload),
+        critic=None if critic is None else shard_critic(critic, sharded, offload=offload),
         ranks=ranks,
     )
 
@@ -102,7 +102,7 @@ class ShardedRanks(Ranks):
     def values_of(self, critic: Critic) -> Values:
         if not isinstance(critic, ShardedCritic):
             raise TypeError("the critic is not sharded, and its ranks would compute with weights of their own")
-        return critic.root
+        return critic.values_of_batch
 
     def local(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
@@ -158,13 +158,13 @@ class ShardedRanks(Ranks):
 class ShardedPolicy(Policy):
     """A policy whose weights are rows on every rank. Outside of a pass `module` holds nothing whole."""
 
-    root: LogprobsOfBatch = field(kw_only=True)
+    root: WholePass = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)
     computes_on: torch.device = field(kw_only=True)
 
     def logprobs_of_batch(self, batch: Batch, **settings: Any) -> tuple[Tensor, Tensor]:
         """Return what `batch_logprobs` returns. It is a collective, forward and backward."""
-        return self.root(batch, **settings)
+        return self.root(batch_logprobs, self, batch, **settings)
 
     @property
     def device(self) -> torch.device:
@@ -204,40 +204,35 @@ class ShardedBase(ShardedPolicy):
                     parameters[name].copy_(adapter)
 
 
-class LogprobsOfBatch(nn.Module):
-    """The root of the sharded modules: its forward is a whole pass, the head with its recomputation included."""
-
-    policy: Policy
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.module = policy.module
-
-    def forward(self, batch: Batch, *, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
-        return batch_logprobs(self.policy, batch, temperature=temperature, with_entropy=with_entropy)
-
-
 @dataclass(frozen=True)
 class ShardedCritic(Critic):
-    """A critic whose weights, the head's among them, are rows on every rank."""
+    """A critic whose weights, the head's among them, are rows on every rank. `root`: of its trunk."""
 
-    root: ValuesOfBatch = field(kw_only=True)
+    root: WholePass = field(kw_only=True)
     computes_on: torch.device = field(kw_only=True)
 
     @property
     def device(self) -> torch.device:
         return self.computes_on
 
+    def values_of_batch(self, batch: Batch) -> Tensor:
+        """Return what `batch_values` returns. It is a collective, forward and backward."""
+        if self.owns_trunk:
+            return self.root(batch_values, self, self.head, batch)
+        with torch.no_grad():
+            hidden = self.root(hidden_before_tokens, self, batch)
+        return values_of_hidden(self.head, hidden, batch)
 
-class ValuesOfBatch(nn.Module):
-    """The root of a critic's sharded modules: its forward is a whole pass."""
 
-    def __init__(self, critic: Critic) -> None:
+class WholePass(nn.Module):
+    """The root of the sharded modules. Its forward calls `compute`, for which every weight of the root is whole."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.critic = critic.module, critic
+        self.module = module
 
-    def forward(self, batch: Batch) -> Tensor:
-        return batch_values(self.critic, self.critic.head, batch)
+    def forward(self, compute: Callable[..., T], *args: Any, **settings: Any) -> T:
+        return compute(*args, **settings)
 
 
 class RoundedShard(Tensor):
@@ -269,38 +264,41 @@ class RoundedShard(Tensor):
 
 def shard(policy: Policy, *, offload: bool = False) -> ShardedPolicy:
     """Return the policy with its weights sharded, block by block; those that are trained become float32 masters."""
-    device, dtype, root = policy.device, policy.compute_dtype, LogprobsOfBatch(policy)
-    _shard_weights(policy, root, offload=offload)
-    sharded = ShardedPolicy(policy.module, policy.gradient_checkpointing, root=root, dtype=dtype, computes_on=device)
-    root.policy = sharded
-    return sharded
+    device, dtype, root = policy.device, policy.compute_dtype, WholePass(policy.module)
+    _shard_weights([*_blocks(policy), root], device, dtype, offload=offload)
+    return ShardedPolicy(policy.module, policy.gradient_checkpointing, root=root, dtype=dtype, computes_on=device)
 
 
-def shard_critic(critic: Critic, *, offload: bool = False) -> ShardedCritic:
-    """Return the critic with its weights sharded likewise. ValueError for one that reads the policy's hidden states."""
-    if not critic.owns_trunk:
-        raise ValueError("a critic on the policy's hidden states cannot be sharded; give it a trunk of its own")
-    device, root = critic.device, ValuesOfBatch(critic)
-    _shard_weights(critic, root, offload=offload)
-    sharded = ShardedCritic(
-        critic.module, critic.gradient_checkpointing, head=critic.head, owns_trunk=True, root=root, computes_on=device
+def shard_critic(critic: Critic, policy: ShardedPolicy, *, offload: bool = False) -> ShardedCritic:
+    """Return the critic with its weights sharded likewise. `policy`: whose hidden states it reads without a trunk."""
+    if critic.owns_trunk:
+        device, dtype, root = critic.device, critic.compute_dtype, WholePass(critic.module)
+        _shard_weights([*_blocks(critic), root], device, dtype, offload=offload)
+    else:
+        device, root = policy.device, policy.root
+        _shard_weights([critic.head], device, policy.compute_dtype, offload=offload)
+    return ShardedCritic(
+        critic.module,
+        critic.gradient_checkpointing,
+        head=critic.head,
+        owns_trunk=critic.owns_trunk,
+        root=root,
+        computes_on=device,
     )
-    root.critic = sharded
-    return sharded
 
 
-def _shard_weights(policy: Policy, root: nn.Module, *, offload: bool) -> None:
-    device, dtype = policy.device, policy.compute_dtype
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    trained = [parameter for parameter in policy.module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
+def _shard_weights(modules: list[nn.Module], device: torch.device, dtype: torch.dtype, *, offload: bool) -> None:
+    """Shard each module; the last one is around all the others."""
+    mesh, root = init_device_mesh(device.type, (dist.get_world_size(),)), modules[-1]
+    for parameter in root.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     precision = MixedPrecisionPolicy()
     if dtype != torch.float32:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
-    for module in (*_blocks(policy), root):
+    for module in modules:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offloading)
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -308,7 +306,7 @@ def _shard_weights(policy: Policy, root: nn.Module, *, offload: bool) -> None:
             module.set_force_sum_reduction_for_comms(True)  # as gloo has it; NCCL could also multiply on the way
             module.set_reduce_scatter_unused_params(True)  # a rank may have tokens for a weight and another none
     if dtype != torch.float32:
-        for parameter in policy.module.parameters():
+        for parameter in root.parameters():
             if parameter.requires_grad and isinstance(parameter, DTensor):
                 parameter._local_tensor = parameter._local_tensor.as_subclass(RoundedShard)
 

@@ -24,7 +24,7 @@ from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.optimizer import MasterOptimizer
 from skyrl_train.learner.passes import Budget
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
-from skyrl_train.learner.saved import Part, SavedLearner, Writer
+from skyrl_train.learner.saved import Part, SavedLearner, ToSave, Writer
 from skyrl_train.learner.weighted_metrics import WeightedMetrics
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.policy.model import Policy
@@ -167,12 +167,16 @@ class TorchLearner:
                 self._ranks.local(weight).copy_(self._ranks.computed(ours[name]))
 
     def save(self, folder: Path) -> Future[None]:
-        """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves."""
+        """Begin to write all that the next update depends on: masters, moments, schedule, a reference that moves.
+
+        The critic's are written after the policy's, by the same thread.
+        """
         optimizer = self._optimizer.plain_state()
         plain = {"policy_version": self.policy_version, "optimizer": optimizer, "imitated": self._imitated}
+        files = [ToSave(folder, self._optimizer.parts() | self._reference_parts(), plain)]
         if self._critic is not None:
-            self._critic.save(folder)
-        return self._writer.begin(folder, self._optimizer.parts() | self._reference_parts(), plain, self._ranks)
+            files.append(self._critic.to_save(folder))
+        return self._writer.begin(files, self._ranks)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

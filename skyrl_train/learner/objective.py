@@ -14,7 +14,7 @@ from skyrl_train.algorithms import PolicyLossRegistry
 from skyrl_train.algorithms.kl import token_kl
 from skyrl_train.algorithms.loss_style import LossCall, LossReturns, LossStyle, loss_style
 from skyrl_train.algorithms.masked import masked_mean, masked_std
-from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask
+from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask, token_mask
 from skyrl_train.types import Batch
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Objective:
         if style.returns is not LossReturns.TOKENS and self.algorithm.off_policy_correction.is_on:
             raise ValueError(
                 f"trainer.algorithm.policy_loss_type={self.algorithm.policy_loss_type} returns one number, so its "
-                "tokens cannot be corrected; set off_policy_correction.tis_ratio_type and sequence_mask_metric to null "
+                "tokens cannot be corrected; drop trainer.algorithm.off_policy_correction "
                 "(the loss itself may use rollout_logprobs), or return one loss per token"
             )
         return style
@@ -63,10 +63,8 @@ class Objective:
 
     @property
     def rejects_samples(self) -> bool:
-        """Return whether samples may be dropped by how far old_logprobs are from rollout_logprobs."""
-        correction = self.algorithm.off_policy_correction
-        thresholds = correction.outlier_token_is_threshold_low, correction.outlier_token_is_threshold_high
-        return correction.is_on and (correction.sequence_mask_metric is not None or thresholds != (None, None))
+        """Return whether samples or tokens may be dropped by how far old_logprobs are from rollout_logprobs."""
+        return self.algorithm.off_policy_correction.rejects
 
     @property
     def is_of_whole_mini_batch(self) -> bool:
@@ -107,7 +105,7 @@ class Objective:
         return total, metrics
 
     def without_rejected(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """Take the samples that drifted too far out of loss_mask. Call it before loss_weights are made."""
+        """Take the samples and tokens that drifted too far out of loss_mask. Call it before loss_weights are made."""
         if not self.rejects_samples:
             return batch, {}
         if batch.old_logprobs is None:
@@ -121,6 +119,14 @@ class Objective:
             low=correction.outlier_token_is_threshold_low,
             high=correction.outlier_token_is_threshold_high,
         )
+        mask, more = token_mask(
+            batch.old_logprobs,
+            batch.rollout_logprobs,
+            mask,
+            low=correction.token_mask_is_threshold_low,
+            high=correction.token_mask_is_threshold_high,
+        )
+        metrics |= more
         metric = correction.sequence_mask_metric
         if metric is not None:
             prefix = "geo" if metric == "geometric" else "product"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from skyrl_train.learner.adamw import MOMENTS, AdamW
+from skyrl_train.learner.adamw import AdamW
+from skyrl_train.learner.adamw_8bit import AdamW8bit
 from skyrl_train.learner.ranks import ONE_PROCESS, Ranks
 from skyrl_train.learner.saved import Part, SavedLearner
 from skyrl_train.policy.master_gradient import MasterGradient
@@ -60,7 +61,8 @@ class MasterOptimizer:
                 MasterGradient(parameter, self.masters[name])
             pairs.append((self.masters[name], held))
         beta1, beta2 = config.adam_betas
-        self._adamw = AdamW(pairs, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
+        kind = AdamW8bit if config.optim == "adamw_8bit" else AdamW
+        self._adamw = kind(pairs, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
         self._schedule = get_scheduler(config.scheduler, self._adamw, config.num_warmup_steps, num_training_steps)
         self._max_grad_norm = config.max_grad_norm
 
@@ -106,7 +108,8 @@ class MasterOptimizer:
         """Return this rank's rows of masters and moments. They are live: save them before the next step."""
         parts = {}
         for name, kind, tensor in self._tensors():
-            parts[f"{kind}/{name}"] = Part(tensor, tuple(self.parameters[name].shape))
+            is_cut = tensor.shape == self.masters[name].shape  # scales are not, and then there is one rank
+            parts[f"{kind}/{name}"] = Part(tensor, tuple((self.parameters[name] if is_cut else tensor).shape))
         return parts
 
     def plain_state(self) -> dict[str, Any]:
@@ -147,8 +150,7 @@ class MasterOptimizer:
         """Yield (name of the weight, kind, this rank's rows) of every master and every moment."""
         for name, master in self.masters.items():
             yield name, "masters", master
-            moments = self._adamw.moments(master)
-            yield from ((name, kind, moments[kind]) for kind in MOMENTS)
+            yield from ((name, kind, tensor) for kind, tensor in self._adamw.saved(master).items())
 
     def _refuse_other_model(self, saved: SavedLearner) -> None:
         shapes = {

@@ -10,10 +10,10 @@ Reading it runs no code. Whoever keeps the folder digests its files (run/checkpo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ class Part:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ToSave:
+    """What `write_rank` writes for one model. The rows are live."""
+
+    folder: Path
+    parts: Mapping[str, Part]
+    plain: Mapping[str, Any]
+
+
 def write_rank(folder: Path, parts: Mapping[str, Part], plain: Mapping[str, Any], ranks: Ranks) -> None:
     """Write this rank's rows, and on rank 0 the index. `plain`: what JSON can hold, equal on every rank."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +67,11 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
-    def begin(self, folder: Path, parts: Mapping[str, Part], plain: Mapping[str, Any], ranks: Ranks) -> Future[None]:
-        """Call `write_rank`. Until the returned future is done no tensor may change: call `wait` before."""
+    def begin(self, files: Sequence[ToSave], ranks: Ranks) -> Future[None]:
+        """Call `write_rank` for each. Until the returned future is done no tensor may change: call `wait` before."""
         self.wait()
-        self._writing = self._thread.submit(write_rank, folder, parts, deepcopy(dict(plain)), ranks)
+        files = [replace(one, plain=deepcopy(dict(one.plain))) for one in files]
+        self._writing = self._thread.submit(_write_each, files, ranks)
         return self._writing
 
     def wait(self) -> None:
@@ -73,6 +83,11 @@ class Writer:
 
     def close(self) -> None:
         self._thread.shutdown()
+
+
+def _write_each(files: Sequence[ToSave], ranks: Ranks) -> None:
+    for one in files:
+        write_rank(one.folder, one.parts, one.plain, ranks)
 
 
 def refuse_incomplete(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Low-rank adapters: only A and B of y = x W^T + b + (alpha / rank) (x A^T) B^T learn (LoRA, Hu et al. 2021, eq. 3).
 
 The linear layers of a policy are replaced in place, under their old names: whoever calls the module computes with the
-adapters, and whoever reads a layer's `weight` reads the frozen base; `effective_weight` is both in one matrix.
+adapters, and whoever reads a layer's `weight` reads the frozen base; `effective_weight` is both in one matrix. The base
+may rest in 4 bits (four_bit.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl_train.ops import ops_for
+from skyrl_train.policy.four_bit import FourBitLinear, FourBitMatrix, four_bit_matrices
 from skyrl_train.policy.model import Policy
 
 if TYPE_CHECKING:
@@ -41,39 +43,79 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(base.weight.new_zeros(rank, base.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self._take(base)
+        self.bias = base.bias
+        empty = torch.empty(0, dtype=self.base.dtype, device=self.base.device)
+        self.lora_A = nn.Parameter(empty.new_zeros(rank, base.in_features))
+        self.lora_B = nn.Parameter(empty.new_zeros(base.out_features, rank))
         self.scale = scale
+
+    def _take(self, base: nn.Linear) -> None:
+        self.weight = base.weight
+
+    @property
+    def base(self) -> Tensor | FourBitMatrix:
+        return self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input if input.dim() == 2 else input.flatten(0, -2)
-        out = _AdaptedLinear.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        out = _AdaptedLinear.apply(rows, self.base, self.bias, self.lora_A, self.lora_B, self.scale)
         return out if input.dim() == 2 else out.unflatten(0, input.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.lora_A)}"
 
 
+class FourBitLoraLinear(LoraLinear):
+    """An adapter on a layer that rests in 4 bits. Each reader of `weight` gets a whole matrix of its own."""
+
+    matrix: FourBitMatrix
+
+    def _take(self, base: nn.Linear) -> None:
+        assert isinstance(base, FourBitLinear)
+        self.matrix = base.matrix
+
+    @property
+    def base(self) -> FourBitMatrix:
+        return self.matrix
+
+    @property
+    def weight(self) -> Tensor:  # ty: ignore[incompatible-property-override]
+        return self.matrix.whole()
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """Maps rows [T, in] -> [T, out]; the adapter's matmuls are added in place, forward and backward."""
+    """Maps rows [T, in] -> [T, out]; the adapter's matmuls are added in place, forward and backward.
+
+    A base in 4 bits is made whole in each of them, and not kept in between.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any,
+        rows: Tensor,
+        base: Tensor | FourBitMatrix,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
     ) -> Tensor:
         thin = F.linear(rows, lora_a)
-        out = F.linear(rows, weight, bias).addmm_(thin, lora_b.t(), alpha=scale)
-        ctx.save_for_backward(rows, thin, weight, lora_a, lora_b)
-        ctx.scale = scale
+        is_whole = isinstance(base, Tensor)
+        out = F.linear(rows, base if is_whole else base.whole(), bias).addmm_(thin, lora_b.t(), alpha=scale)
+        ctx.save_for_backward(rows, thin, lora_a, lora_b, base if is_whole else None)
+        ctx.four_bits, ctx.scale = None if is_whole else base, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        rows, thin, weight, lora_a, lora_b = ctx.saved_tensors
+        rows, thin, lora_a, lora_b, weight = ctx.saved_tensors
         [grad_out] = grads
         grad_thin = (grad_out @ lora_b).mul_(ctx.scale)
-        grad_rows = (grad_out @ weight).addmm_(grad_thin, lora_a) if ctx.needs_input_grad[0] else None
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.four_bits.whole() if weight is None else weight
+            grad_rows = (grad_out @ weight).addmm_(grad_thin, lora_a)
         return grad_rows, None, None, grad_thin.t() @ rows, (grad_out.t() @ thin).mul_(ctx.scale), None
 
 
@@ -86,7 +128,9 @@ def add_adapters(policy: Policy, config: LoraConfig, *, seed: int) -> None:
     names = adapted_names(policy, config)
     module.requires_grad_(False)
     for name in names:
-        layer = LoraLinear(module.get_submodule(name), config.rank, config.alpha / config.rank)  # ty: ignore
+        base: Any = module.get_submodule(name)
+        kind = FourBitLoraLinear if isinstance(base, FourBitLinear) else LoraLinear
+        layer = kind(base, config.rank, config.alpha / config.rank)
         start = STARTS[config.init_method](torch.empty(layer.lora_A.shape), generator)
         layer.lora_A.data.copy_(start)
         module.set_submodule(name, layer)
@@ -123,13 +167,16 @@ def merged_weights(
         if last not in ("lora_A", "lora_B"):
             is_adapted = last == "weight" and layer in adapted
             yield name, _merged(adapted[layer], whole) if is_adapted else whole(parameter)
+    for layer, matrix in four_bit_matrices(module).items():
+        yield f"{layer}.weight", _merged(adapted[layer], whole) if layer in adapted else matrix.whole()
 
 
 def adapted_names(policy: Policy, config: LoraConfig) -> list[str]:
     """Full names of the layers that get an adapter, in the model's order: those of `target_modules` that are not among
     `exclude_modules`. The output head never gets one: its weights may be the embedding's too."""
     head, family = policy.module.get_output_embeddings(), type(policy.module).__name__
-    linears = [name for name, layer in policy.module.named_modules() if type(layer) is nn.Linear and layer is not head]
+    kinds = nn.Linear, FourBitLinear
+    linears = [name for name, layer in policy.module.named_modules() if type(layer) in kinds and layer is not head]
     if not linears:
         raise NoSuchModules(f"{family} has no linear layers that could get an adapter; train it whole with rank=0")
     targets = linears

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from skyrl_train.policy.four_bit import four_bit_matrices
 from skyrl_train.policy.lora import LoraLinear, adapters_of, effective_weight, is_named
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def save_whole(
 def merged_state(module: nn.Module, adapted: dict[str, LoraLinear]) -> dict[str, Tensor]:
     """The state that the module would have, had it been trained whole."""
     state = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    state |= {f"{name}.weight": matrix.whole() for name, matrix in four_bit_matrices(module).items()}
     return state | {f"{name}.weight": effective_weight(layer) for name, layer in adapted.items()}
 
 

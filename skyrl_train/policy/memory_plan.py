@@ -26,6 +26,8 @@ FEWEST_REPLIES = 16  # that must fit into the cache at once
 SHARE_OF_CACHE = 1 / 8  # of the device that keys and values should have before passes become larger
 RESERVE_BYTES, RESERVE_SHARE = GIB, 0.04  # fragments, CUDA graphs, kernels' workspaces
 LORA_RANK = 16  # of what is proposed
+MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}  # both moments of a number, scales included
+FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of a number: its 4 bits, and its share of two kinds of scales
 
 
 class DoesNotFit(ValueError):
@@ -48,6 +50,10 @@ class ModelMemory:
     has_flash: bool  # attention builds no mask and no scores
     logits_copies: int = 1  # of a chunk at once, where a family scales or caps its logits
     linear_sides: int = 0  # inputs + outputs of all linear layers but the head, for adapters
+    linear_weights: int = 0  # of these layers
+    widest_linear: int = 0  # weights of the largest of them
+    is_four_bit: bool = False  # whether they rest in 4 bits; a pass makes one layer whole at a time
+    optim: str = "adamw"
 
     @property
     def kv_bytes(self) -> int:
@@ -63,12 +69,19 @@ class ModelMemory:
     @property
     def states(self) -> dict[str, int]:
         """Bytes of what stays while it is trained: float32 weights are their own masters (see learner/optimizer.py)."""
+        in_four_bits = self.linear_weights if self.is_four_bit else 0
+        whole = (self.num_weights - in_four_bits) * self.itemsize
         return {
-            "weights": self.num_weights * self.itemsize,
+            "weights": whole + int(in_four_bits * FOUR_BIT_BYTES),
             "masters": 4 * self.num_trained if self.itemsize < 4 else 0,
-            "moments": 8 * self.num_trained,
+            "moments": int(MOMENTS_BYTES[self.optim] * self.num_trained),
             "gradient": 4 * self.num_trained,
         }
+
+    @property
+    def made_whole(self) -> int:
+        """Bytes of the layer in 4 bits that a pass reads just now."""
+        return self.widest_linear * self.itemsize if self.is_four_bit else 0
 
     def with_adapters(self, rank: int) -> ModelMemory:
         """The same model, frozen, with adapters of this rank on all linear layers but the head."""
@@ -222,14 +235,15 @@ def _pass(
     head_gradient = model.head_weights * (model.itemsize if is_whole else model.itemsize + 8)
     logits = chunk * model.logits_copies + head_gradient + 4 * row
     if not checkpointing:
-        return model.num_layers * layer, logits
-    return model.num_layers * row, max(logits, layer * 3 // 2)
+        return model.num_layers * layer + model.made_whole, logits
+    return model.num_layers * row + model.made_whole, max(logits, layer * 3 // 2)
 
 
 def _engine_pass(model: ModelMemory, demands: Demands) -> int:
     """Bytes of one step of the engine: a layer's values, and logits in three float32 copies while sampling."""
     rows = min(demands.max_sequences, demands.prefill_tokens)
-    return demands.prefill_tokens * model.layer_bytes + rows * model.vocab_size * (model.itemsize + 12)
+    sampled = rows * model.vocab_size * (model.itemsize + 12)
+    return demands.prefill_tokens * model.layer_bytes + model.made_whole + sampled
 
 
 def _refusal(model: ModelMemory, demands: Demands, device: Device) -> str:
@@ -269,10 +283,18 @@ def _what_fits(model: ModelMemory, demands: Demands, device: Device) -> Iterator
             says += "generator.sampling_params.max_generate_length)"
             changes.append((says, model, replace(free, longest_sample=shorter)))
             break
+    if model.optim == "adamw":
+        says = "moments of 8 bits, trainer.policy.optimizer_config.optim=adamw_8bit"
+        changes.append((says, replace(model, optim="adamw_8bit"), free))
+    alone, adapted = free, model
     if model.num_trained == model.num_weights:  # with adapters the base is its own reference
-        adapted = model.with_adapters(LORA_RANK)
+        alone, adapted = replace(free, reference_weights=0), model.with_adapters(LORA_RANK)
         says = f"adapters, trainer.policy.model.lora.rank={LORA_RANK}"
-        changes.append((says, adapted, replace(free, reference_weights=0)))
+        changes.append((says, adapted, alone))
+    if not model.is_four_bit and model.linear_weights:
+        rank = "" if adapted is model else f"trainer.policy.model.lora.rank={LORA_RANK} "
+        says = f"adapters on weights of 4 bits, {rank}trainer.policy.model.load_in_4bit=true"
+        changes.append((says, replace(adapted, is_four_bit=True), alone))
     for setting, changed, demanded in changes:
         if (plan := _best(changed, demanded, device)) is not None:
             yield setting, plan

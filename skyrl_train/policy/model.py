@@ -17,6 +17,7 @@ from skyrl_train.ops.base import Attention
 from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
 from skyrl_train.policy.blocks import head_takes_out, replace_blocks
 from skyrl_train.policy.check import refuse_unlike_transformers
+from skyrl_train.policy.four_bit import freeze_in_four_bits
 from skyrl_train.policy.model_files import load_module
 
 if TYPE_CHECKING:
@@ -109,15 +110,19 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     max_length: int | None = None,
+    four_bit: bool = False,
 ) -> Policy:
     """Load the causal language model in folder (or hub id) `path`, weights in `compute_dtype`.
 
     Raises ModelRefused where its files are not a whole model, or where it is one that we would compute differently from
     transformers, checked up to sequences of `max_length` tokens. With bfloat16 the learner keeps its own float32 master
-    weights, so learner and engine compute with the same numbers.
+    weights, so learner and engine compute with the same numbers. `four_bit`: the linear layers but the head are frozen
+    in 4 bits (four_bit.py), for adapters on top.
     """
     prepare(torch.device(device), compute_dtype)
     module = load_module(path, compute_dtype, model_config_kwargs or {}, trust_remote_code=trust_remote_code)
+    if four_bit:
+        freeze_in_four_bits(module, device)
     return wrap_module(module.to(device), gradient_checkpointing=gradient_checkpointing, max_length=max_length)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from loguru import logger
 
+from skyrl_train.log_style import use_our_logs
 from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
 from skyrl_train.policy.refusal import FOREIGN_ERRORS, ModelRefused, one_line
 
@@ -49,6 +50,7 @@ def load_module(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    use_our_logs("transformers", "huggingface_hub")
     register_attention()
     config = load_config(path, changes, trust_remote_code=trust_remote_code)
     try:
@@ -101,6 +103,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """Read the tokenizer in folder (or hub id) `path`. Without a padding token, the end-of-sequence token serves."""
     from transformers import AutoTokenizer
 
+    use_our_logs("transformers", "huggingface_hub")
     try:
         tokenizer = cast(
             "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

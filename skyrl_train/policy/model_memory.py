@@ -30,7 +30,7 @@ from skyrl_train.policy.model import Policy
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from skyrl_train.config import GeneratorConfig, LoraConfig, TrainerConfig
+    from skyrl_train.config import GeneratorConfig, LoraConfig, OptimizerConfig, TrainerConfig
 
 MEASURED_TOKENS = 64
 LEAST_FREE_SHARE = 0.9  # the rest is the driver's own
@@ -50,22 +50,28 @@ def plan_of_run(
 
     critic: the model of a critic with a trunk of its own.
     """
-    model = _memory_on(device, module, trainer.policy.model.lora)
+    policy = trainer.policy
+    model = _memory_on(device, module, policy.model.lora, policy.optimizer_config)
+    model = replace(model, is_four_bit=policy.model.load_in_4bit)
     context = module.config.get_text_config().max_position_embeddings
     here = gpu(device, whole=trainer.deterministic)
     demands = Demands.of(trainer, generator, context, reference_weights)
     if critic is not None:
         is_tied = critic.config.get_text_config().tie_word_embeddings
-        trunk = _memory_on(device, critic, trainer.critic.model.lora).as_critic(is_tied=is_tied)
+        trunk = _memory_on(device, critic, trainer.critic.model.lora, trainer.critic.optimizer_config)
+        trunk = trunk.as_critic(is_tied=is_tied)
         demands = replace(demands, critic=trunk)
     plan = memory_plan(model, demands, here)
     logger.info(plan.line(here))
     return plan
 
 
-def _memory_on(device: torch.device, module: PreTrainedModel, lora: LoraConfig) -> ModelMemory:
+def _memory_on(
+    device: torch.device, module: PreTrainedModel, lora: LoraConfig, optimizer: OptimizerConfig
+) -> ModelMemory:
     has_flash = cuda.has_flash(device, module.dtype, head_dim(module.config.get_text_config()))
-    return model_memory(module, lora, has_flash=has_flash, is_fused=cuda.has_fused_blocks())
+    model = model_memory(module, lora, has_flash=has_flash, is_fused=cuda.has_fused_blocks())
+    return replace(model, optim=optimizer.optim)
 
 
 def num_weights(module: nn.Module) -> int:
@@ -108,6 +114,7 @@ def model_memory(module: PreTrainedModel, lora: LoraConfig, *, has_flash: bool, 
     head: Any = module.get_output_embeddings()
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     sides = {name: sum(layer.weight.shape) for name, layer in linears.items() if layer is not head}
+    sizes = [linears[name].weight.numel() for name in sides]
     adapted = sides if lora.rank == 0 else adapted_names(Policy(module), lora)
     adapters = lora.rank * sum(sides[name] for name in adapted)
     num_base = num_weights(module)
@@ -127,6 +134,8 @@ def model_memory(module: PreTrainedModel, lora: LoraConfig, *, has_flash: bool, 
         has_flash=has_flash,
         logits_copies=_logits_copies(config),
         linear_sides=sum(sides.values()),
+        linear_weights=sum(sizes),
+        widest_linear=max(sizes, default=0),
     )
 
 

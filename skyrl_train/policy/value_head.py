@@ -62,16 +62,30 @@ class Critic(Policy):
 def batch_values(trunk: Policy, head: nn.Module, batch: Batch, *, learns_trunk: bool = True) -> Tensor:
     """Return values of one forward pass, [T] float32, 0 wherever loss_mask is False.
 
-    A prefix that samples share is computed once. `learns_trunk`: the values have a gradient to the trunk's weights.
+    `learns_trunk`: the values have a gradient to the trunk's weights.
+    """
+    with torch.set_grad_enabled(learns_trunk and torch.is_grad_enabled()):
+        hidden = hidden_before_tokens(trunk, batch)
+    return values_of_hidden(head, hidden, batch)
+
+
+def hidden_before_tokens(trunk: Policy, batch: Batch) -> Tensor:
+    """Return the hidden state before each token with loss_mask, [N, hidden] float32.
+
+    A prefix that samples share is computed once.
     """
     segments, device = share_prefixes(batch), trunk.device
     attention = PackedAttention(segments.offsets, segments.before, device)
-    with torch.set_grad_enabled(learns_trunk and torch.is_grad_enabled()):
-        hidden = trunk.hidden_states(segments.input_ids.to(device), segments.position_ids.to(device), attention)
-    tokens = torch.nonzero(batch.loss_mask).flatten()
-    before = segments.row[tokens - 1].to(device)  # samples may share it, so backward sums in float32
-    values = head(hidden.float().index_select(0, before))
-    return values.new_zeros(batch.num_tokens).index_put((tokens.to(device),), values)
+    hidden = trunk.hidden_states(segments.input_ids.to(device), segments.position_ids.to(device), attention)
+    before = segments.row[torch.nonzero(batch.loss_mask).flatten() - 1].to(device)
+    return hidden.float().index_select(0, before)  # samples may share a row, so backward sums in float32
+
+
+def values_of_hidden(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """Return values [T] of what `hidden_before_tokens` has found."""
+    values = head(hidden)
+    tokens = torch.nonzero(batch.loss_mask).flatten().to(values.device)
+    return values.new_zeros(batch.num_tokens).index_put((tokens,), values)
 
 
 def _head_for(trunk: Policy) -> ValueHead:

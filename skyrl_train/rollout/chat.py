@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
 from skyrl_train.rollout.encoding import Encoder
+from skyrl_train.rollout.step_wise import StepWiseChat
 from skyrl_train.rollout.template_check import (
     TemplateRefused,
     check_growth,
@@ -67,6 +68,7 @@ class ChatTemplate:
     grows: False if no episode has a second turn; then nothing is asked of the template but to print the prompt.
     keep_thinking: earlier turns stay as the model read and said them, where the template would print other marks of
     thinking between a header and a reply (`generator.chat_template.keep_thinking`).
+    step_wise: the history is printed anew before every turn (step_wise.py), so the template may edit it.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ChatTemplate:
         end_ids: Sequence[int] | None = None,
         grows: bool = True,
         keep_thinking: bool = False,
+        step_wise: bool = False,
     ) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -96,6 +99,7 @@ class ChatTemplate:
         own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.end_ids = own_end if end_ids is None else tuple(end_ids)
         self.keep_thinking = keep_thinking
+        self.step_wise = step_wise
         self._grows = grows
         self._observations: set[tuple[str, ...]] = set()  # roles of observations that were checked
         self._offering: dict[str, Self] = {}  # by the tools
@@ -110,6 +114,9 @@ class ChatTemplate:
         """
         check_opening(self, roles)
         if self.one_message or not grows:
+            return
+        if self.step_wise:
+            check_observation(self, [answers])
             return
         try:
             check_growth(self, roles, answers)
@@ -171,10 +178,15 @@ class ChatTemplate:
         """
         return self._position_of_end(self._behind_reply([], add_generation_prompt=False)) is not None
 
-    def start(self, messages: Sequence[Message]) -> Chat:
-        """Return a conversation that waits for the first reply. EnvFailure if the template refuses the messages."""
+    def start(self, messages: Sequence[Message], ids: list[int] | None = None) -> Chat | StepWiseChat:
+        """Return a conversation that waits for a reply. EnvFailure if the template refuses the messages.
+
+        ids: what the model has read of these messages, where that is known.
+        """
         try:
-            return Chat(self, self.encode(messages, add_generation_prompt=True))
+            if self.step_wise:
+                return StepWiseChat.of(self, messages, ids)
+            return Chat(self, self.encode(messages, add_generation_prompt=True) if ids is None else ids)
         except TemplateRefused as error:
             raise EnvFailure(str(error)) from error
 
@@ -190,7 +202,7 @@ class ChatTemplate:
         if self.one_message:
             text = "".join(message["content"] for message in observation)
             return self.encode_text(text)
-        self._check_roles(tuple(message["role"] for message in observation))
+        self.check_roles(tuple(message["role"] for message in observation))
         ids = self.between(observation)
         ended = bool(reply_ids) and reply_ids[-1] in self.end_ids
         if ended and (self.closes_turns or reply_ids[-1] == ids[0]):
@@ -234,7 +246,7 @@ class ChatTemplate:
                 break
         return None
 
-    def _check_roles(self, roles: tuple[str, ...]) -> None:
+    def check_roles(self, roles: tuple[str, ...]) -> None:
         """Raise TemplateRefused if the template does not print messages of these roles behind a reply."""
         if roles not in self._observations:
             check_observation(self, roles)

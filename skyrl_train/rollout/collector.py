@@ -23,7 +23,7 @@ from skyrl_train.rollout.episode import Cut, Episode, EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.failures import Failures
 from skyrl_train.rollout.garbage import rare_collections
 from skyrl_train.rollout.playing import Playing
-from skyrl_train.rollout.reward import RewardFunction
+from skyrl_train.rollout.rewards import Rewards
 from skyrl_train.rollout.round import EveryEpisodeFailed, OnEpisode, Round
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.spans import episode_lane
@@ -47,11 +47,11 @@ class Collector:
         seed: int = 42,
         deterministic: bool = False,
         agent: tuple[Agent, Endpoint] | None = None,
-        reward: RewardFunction | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
         """agent: what plays the episodes in the place of environments, and where its calls are answered.
 
-        reward: what pays the turns in the place of the environments.
+        rewards: what pays the turns, where that is not the environments alone.
         """
         self.engine = engine
         self.template = template
@@ -60,7 +60,7 @@ class Collector:
         self.seed = seed
         self.deterministic = deterministic
         self.agent = agent
-        self.reward = reward
+        self.rewards = rewards
         self._env_config = env_configs if callable(env_configs) else lambda env_id: env_configs.get(env_id, {})
         self._executor = ThreadPoolExecutor(max(1, max_env_workers), thread_name_prefix="environment")
         self._told: set[Cut] = set()
@@ -159,8 +159,8 @@ class Collector:
     def _episode(self, task: EpisodeTask, playing: Playing, attempt: int) -> Episode | AgentEpisode:
         if self.agent is not None:
             agent, endpoint = self.agent
-            return AgentEpisode(task, agent, endpoint, self.limits, self._executor, attempt)
-        env = EnvCalls(self._make_env, task, self.limits, self._executor, self.reward)
+            return AgentEpisode(task, agent, endpoint, self.limits, self._executor, attempt, rewards=self.rewards)
+        env = EnvCalls(self._make_env, task, self.limits, self._executor, self.rewards)
         return Episode(task, self.engine, self.template, self.limits, env, playing.lockstep, attempt)
 
     def _make_env(self, env_class: str, extras: dict[str, Any]) -> Any:

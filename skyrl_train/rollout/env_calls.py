@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import sysconfig
 import time
 import traceback
@@ -24,6 +25,7 @@ from skyrl_gym.contract import (
     checked_close,
     checked_init,
     checked_metrics,
+    checked_pay,
     checked_reward,
     checked_step,
     checked_tool_schemas,
@@ -40,6 +42,7 @@ from skyrl_train.visible import shortened, visible
 
 if TYPE_CHECKING:
     from skyrl_train.rollout.reward import RewardFunction
+    from skyrl_train.rollout.rewards import Rewards
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
 MAX_WORDS = 1000  # characters of a failure that are kept
@@ -74,9 +77,9 @@ class EnvCalls:
         task: EpisodeTask,
         limits: EpisodeLimits,
         executor: Executor,
-        reward: RewardFunction | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
-        """reward: a function of the user's that pays the turns, in the place of the environment."""
+        """rewards: what pays the turns, where that is not the environment alone."""
         extras = _Extras(copy.deepcopy(task.prompt.env_extras))  # so that no episode sees another's edits
         own_limit, own_seed = extras.pop("max_turns", None), extras.pop("seed", None)  # null means not given
         self.max_turns = limits.max_turns if own_limit is None else int(own_limit)
@@ -91,7 +94,9 @@ class EnvCalls:
         self._in_thread: Future[Any] | None = None  # the last call that was given to the executor
         self._step_timeout_s = limits.step_timeout_s
         self._seconds_left = limits.episode_timeout_s
-        self._reward, self._prompt, self._num_steps, self._metadata = reward, task.prompt, 0, {}
+        self._rewards, self._prompt, self._num_steps, self._metadata = rewards, task.prompt, 0, {}
+        self._told: list[tuple[str, Messages]] = []  # replies and observations, for judges
+        self._paid: set[str] = set()  # names of the rewards so far
 
     @property
     def waits_for_others(self) -> bool:
@@ -122,7 +127,7 @@ class EnvCalls:
         else:
             call = self._threaded(partial(self._env.step, action), self._checked_step)
         step = await self._answer("step", call)
-        return step if self._reward is None else replace(step, reward=await self._judged(self._reward, action, step))
+        return step if self._rewards is None else await self._weighed(self._rewards, action, step)
 
     def _checked_step(self, answer: Any) -> Step:
         step = checked_step(answer)
@@ -130,20 +135,68 @@ class EnvCalls:
         self._metadata = metadata if isinstance(metadata, dict) else {}
         return step
 
+    async def _weighed(self, rewards: Rewards, action: str, step: Step) -> Step:
+        """Return the step with what the run's rewards pay for it. A judge is asked after the last one."""
+        self._num_steps += 1
+        self._told.append((action, step.observations))
+        if rewards.alone is not None:
+            return replace(step, reward=await self._judged(rewards.alone, action, step), rewards={})
+        is_last = step.done or (self.max_turns is not None and self._num_steps >= self.max_turns)
+        paid = self._counted(rewards, "step", step.reward, step.rewards)
+        for name, function in rewards.functions.items():
+            paid[name] = await self._judged(function, action, step)
+        if is_last:
+            paid |= await self._at_the_end(rewards)
+        return replace(step, reward=self._total(rewards, paid), rewards=paid)
+
     async def _judged(self, reward: RewardFunction, action: str, step: Step) -> float:
         """Return what the user's function pays for a step."""
-        self._num_steps += 1
         prompt = copy.deepcopy(self._prompt)  # the function may change what it is given
         facts = {"turn": self._num_steps, "done": step.done, "reward": step.reward, "metadata": self._metadata}
         pay = partial(reward.of_turn, prompt, action, observations=copy.deepcopy(step.observations), **facts)
         call = self._awaited(pay, checked_reward) if reward.is_async else self._threaded(pay, checked_reward)
-        return await self._answer(f"environment.reward={reward.name}", call)
+        return await self._answer(reward.label, call)
 
-    async def cut_short(self) -> float:
+    async def _at_the_end(self, rewards: Rewards) -> dict[str, float]:
+        """Return what the judges pay for the whole episode. BrokenEnv if the environment left out a reward."""
+        self._refusing("step", partial(rewards.check_paid, self._paid))
+        found = {}
+        for name, judge in rewards.judges.items():  # whose deadlines are their own
+            ask = partial(judge.score, copy.deepcopy(self._prompt), list(self._told))
+            found[name] = await self._answer(judge.label, self._awaited(ask, checked_reward), own_timeout_s=math.inf)
+        return found
+
+    def _counted(self, rewards: Rewards, what: str, total: float, parts: dict[str, float]) -> dict[str, float]:
+        """Return the rewards of the environment's own that count. BrokenEnv for one that has no weight."""
+        own = self._refusing(what, partial(rewards.of_environment, total, parts))
+        self._paid |= own.keys()
+        return own
+
+    def _total(self, rewards: Rewards, paid: dict[str, float]) -> float:
+        return self._refusing("environment.rewards", partial(rewards.weighted, paid))
+
+    def _refusing(self, what: str, call: Callable[[], Any]) -> Any:
+        """Return what the call returns; a WrongAnswer becomes this environment's failure."""
+        outcome = Outcome.of(call)
+        if isinstance(outcome.error, WrongAnswer):
+            raise failure(outcome.error, self._name, what) from outcome.error
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.value
+
+    async def cut_short(self) -> tuple[float, dict[str, float]]:
+        """Return what is added to the last turn's reward, and to its named rewards, where no tokens are left."""
         assert self._env is not None
-        if self._reward is not None:  # it alone decides
-            return 0.0
-        return await self._answer("cut_short", self._threaded(self._env.cut_short, checked_reward))
+        rewards = self._rewards
+        total, parts = 0.0, {}
+        if rewards is None or not rewards.replaces_environment:
+            total, parts = await self._answer("cut_short", self._threaded(self._env.cut_short, checked_pay))
+        if rewards is None:
+            return total, parts
+        if rewards.alone is not None:  # it alone decides
+            return 0.0, {}
+        paid = self._counted(rewards, "cut_short", total, parts) | await self._at_the_end(rewards)
+        return self._total(rewards, paid), paid
 
     async def metrics(self) -> dict[str, Any]:
         assert self._env is not None

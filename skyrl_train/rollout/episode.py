@@ -18,6 +18,7 @@ from skyrl_train.rollout.chat import Chat, ChatTemplate
 from skyrl_train.rollout.env_calls import BrokenEnv, EnvCalls
 from skyrl_train.rollout.lockstep import Lockstep
 from skyrl_train.rollout.seeds import derive_seed
+from skyrl_train.rollout.step_wise import StepWiseChat
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.waiting import is_done_within
 from skyrl_train.spans import span
@@ -91,7 +92,7 @@ class Episode:
             return nullcontext()
         return self.lockstep.beginning(self.task.id, lambda: self.env.waits_for_others)
 
-    async def _turns(self, chat: Chat) -> EpisodeEnd:
+    async def _turns(self, chat: Chat | StepWiseChat) -> EpisodeEnd:
         while True:
             sampling = self._next_sampling(chat)
             if sampling is None:
@@ -120,9 +121,11 @@ class Episode:
         if self.turns:
             self.waits_for = "the environment's cut_short"
             last = self.turns[-1]
-            self.turns[-1] = replace(last, reward=last.reward + await self.env.cut_short())
+            reward, rewards = await self.env.cut_short()
+            named = {name: last.rewards.get(name, 0.0) + rewards.get(name, 0.0) for name in last.rewards | rewards}
+            self.turns[-1] = replace(last, reward=last.reward + reward, rewards=named)
 
-    def _next_sampling(self, chat: Chat) -> SamplingParams | None:
+    def _next_sampling(self, chat: Chat | StepWiseChat) -> SamplingParams | None:
         """Return the sampling of the next turn, or None if the history is too long for another turn."""
         sampling = self.task.sampling
         max_tokens = min(sampling.max_tokens, self.limits.max_context - len(chat.ids))
@@ -131,7 +134,7 @@ class Episode:
         seed = derive_seed(self.task.sampling_seed, "turn", len(self.turns))
         return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), seed=seed)
 
-    def _record(self, chat: Chat, completion: Completion, step: Step, over: bool) -> None:
+    def _record(self, chat: Chat | StepWiseChat, completion: Completion, step: Step, over: bool) -> None:
         reply_ids, logprobs = (completion.response_ids, completion.logprobs) if over else chat.kept(completion)
         self.turns.append(
             Turn(
@@ -143,6 +146,7 @@ class Episode:
                 stop_reason=completion.stop_reason,
                 policy_version=completion.policy_version,
                 observation=step.observations,
+                rewards=step.rewards,
             )
         )
         if over:

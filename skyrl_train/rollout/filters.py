@@ -15,7 +15,8 @@ def zero_reward_on_non_stop(trajectory: Trajectory) -> Trajectory:
     samples = trajectory.samples
     if samples is not None:
         samples = [replace(sample, rewards=[0.0] * len(sample.rewards)) for sample in samples]
-    return replace(trajectory, turns=[replace(turn, reward=0.0) for turn in trajectory.turns], samples=samples)
+    unpaid = [replace(turn, reward=0.0, rewards=dict.fromkeys(turn.rewards, 0.0)) for turn in trajectory.turns]
+    return replace(trajectory, turns=unpaid, samples=samples)
 
 
 def mask_overlong(samples: Iterable[Sample], trajectories: Iterable[Trajectory]) -> list[Sample]:

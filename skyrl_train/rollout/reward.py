@@ -1,4 +1,6 @@
-"""A reward function of the user's (`environment.reward=my_module:my_function`): it pays instead of the environment.
+"""A reward function of the user's: it pays instead of the environment.
+
+environment.reward=my_module:my_function, or one of several in environment.rewards (rewards.py).
 
 def score(reply, answer):
     return float(answer in reply)
@@ -39,18 +41,19 @@ TRIED_REPLIES = ("I do not know.", "")
 
 
 class RewardFunction:
-    """The function that `environment.reward` names."""
+    """The function that `environment.reward`, or an entry of `environment.rewards`, names."""
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], key: str = "environment.reward") -> None:
         """ValueError if the parameters of the function cannot be read."""
+        self.label = f"{key}={name}"
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"environment.reward={name} has no parameters that can be read: {error}") from None
+            raise ValueError(f"{self.label} has no parameters that can be read: {error}") from None
         by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         if by_place:
-            raise ValueError(f"environment.reward={name} takes {', '.join(by_place)} by position; drop the / from it")
-        self.name, self._function = name, function
+            raise ValueError(f"{self.label} takes {', '.join(by_place)} by position; drop the / from it")
+        self._function = function
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         self._named = {p.name for p in named}
@@ -58,18 +61,18 @@ class RewardFunction:
         self.is_async = inspect.iscoroutinefunction(function)
 
     @classmethod
-    def named(cls, name: str) -> RewardFunction:
+    def named(cls, name: str, key: str = "environment.reward") -> RewardFunction:
         """Return the function at the import path. ValueError if there is none."""
         found = Outcome.of(lambda: import_named(name))
         if isinstance(found.error, Error):
-            raise ValueError(f"environment.reward: {found.error}") from found.error
+            raise ValueError(f"{key}: {found.error}") from found.error
         if found.error is not None:
-            words = f"environment.reward={name} cannot be imported: {words_of(found.error)}"
+            words = f"{key}={name} cannot be imported: {words_of(found.error)}"
             raise ValueError(words) from found.error
         function = found.value
         if not callable(function):
-            raise ValueError(f"environment.reward={name} is a {type(function).__name__}, not a function")
-        return cls(name, function)
+            raise ValueError(f"{key}={name} is a {type(function).__name__}, not a function")
+        return cls(name, function, key)
 
     def of_turn(self, prompt: Prompt, reply: str, **facts: Any) -> Any:
         """Return what the function returns for a reply; facts: those of ALWAYS that only the step told."""
@@ -90,7 +93,7 @@ class RewardFunction:
             lacks = [name for name in self._needed if name not in ALWAYS and name not in columns(prompt)]
             if lacks:
                 raise ValueError(
-                    f"environment.reward={self.name} needs {', '.join(lacks)}, which prompt {prompt.uid} lacks; "
+                    f"{self.label} needs {', '.join(lacks)}, which prompt {prompt.uid} lacks; "
                     f"offered are {', '.join((*ALWAYS, *columns(prompt)))}"
                 )
         if first is None or self.is_async or self._named & KNOWN_AFTER_A_STEP:
@@ -98,11 +101,10 @@ class RewardFunction:
         for reply in TRIED_REPLIES:
             outcome = _within(within_s, lambda reply=reply: checked_reward(self.of_turn(copy.deepcopy(first), reply)))
             if outcome is None:
-                raise ValueError(f"environment.reward={self.name} took longer than {within_s:g} s for one reply")
+                raise ValueError(f"{self.label} took longer than {within_s:g} s for one reply")
             if outcome.error is not None:
                 raise ValueError(
-                    f"environment.reward={self.name} fails on prompt {first.uid} with the reply {reply!r}: "
-                    f"{words_of(outcome.error)}"
+                    f"{self.label} fails on prompt {first.uid} with the reply {reply!r}: {words_of(outcome.error)}"
                 )
 
 

@@ -44,14 +44,22 @@ def check_opening(template: ChatTemplate, roles: Sequence[str]) -> None:
 def check_observation(template: ChatTemplate, roles: Sequence[str]) -> None:
     """Raise TemplateRefused if the template does not print an observation of messages with these roles."""
     messages = _opening(roles)
-    _check_all_are_in(template.tokenizer.decode(template.between(messages)), messages)
+    if template.step_wise:  # the template may change what the assistant said, so nothing is found by its place
+        opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+        printed = template.render([*opening, *messages], add_generation_prompt=True)
+    else:
+        printed = template.tokenizer.decode(template.between(messages))
+    _check_all_are_in(printed, messages)
 
 
 def prints_tools(template: ChatTemplate, tools: Sequence[dict[str, Any]]) -> bool:
     """Return whether the template prints these tools, which are among its arguments, and appends what they answer."""
     try:
         printed = template.render(_opening(["user"]), add_generation_prompt=True)
-        check_growth(template, ["user"], "tool")
+        if template.step_wise:
+            check_observation(template, ["tool"])
+        else:
+            check_growth(template, ["user"], "tool")
     except TemplateRefused:
         return False
     return all(tool["function"]["name"] in printed for tool in tools)
@@ -80,6 +88,7 @@ def ways_out(template: ChatTemplate, roles: Sequence[str]) -> str:
     """Return what a user can do whose template is refused: settings that would help were tried."""
     ways = [
         *_helpful_switches(template, roles),
+        "generator.step_wise_trajectories=true (each turn reads the history as the template prints it then)",
         "generator.use_conversation_multi_turn=false (the whole episode is one message)",
         "generator.max_turns=1",
         "a Jinja file of your own with generator.chat_template.source=file generator.chat_template.name_or_path=FILE",

@@ -32,13 +32,14 @@ PHASES = {
 
 
 def rollout_metrics(groups: list[Group]) -> Metrics:
-    """Return `generate/`, `environment/` and `reward/` of one step. Environment failures count only as such."""
+    """Return `generate/`, `environment/`, `reward/` and `rewards/` of one step. Failed episodes count only as such."""
     trajectories = [t for group in groups for t in group.trajectories]
     valid = [t for t in trajectories if t.end is not EpisodeEnd.ENV_FAILURE]
     found = _length_metrics(valid) | _reply_metrics(valid) | _end_metrics(trajectories) | _environment_metrics(valid)
     found["reward/unplaced_turns"] = float(num_unplaced_rewards(valid))
     scores = reward_metrics(groups)
     found |= {f"reward/{key}": value for key, value in scores.items()}
+    found |= named_reward_metrics(valid)
     sources = by_source(groups)
     if len(sources) > 1:
         for source, members in sources.items():
@@ -86,6 +87,20 @@ def reward_metrics(groups: list[Group]) -> Metrics:
         "max_raw_reward": max(t.reward for t in episodes),
         "mean_positive_reward": _mean([sum(max(turn.reward, 0.0) for turn in t.turns) for t in episodes]),
     }
+
+
+def named_reward_metrics(trajectories: list[Trajectory]) -> Metrics:
+    """Return mean and standard deviation of each named reward, before its weight, over the episodes that have it."""
+    paid: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, reward in trajectory.rewards.items():
+            paid.setdefault(name, []).append(reward)
+    found: Metrics = {}
+    for name, rewards in paid.items():
+        mean = _mean(rewards)
+        found[f"rewards/{name}/mean"] = mean
+        found[f"rewards/{name}/std"] = math.sqrt(_mean([(reward - mean) ** 2 for reward in rewards]))
+    return found
 
 
 def _length_metrics(trajectories: list[Trajectory]) -> Metrics:

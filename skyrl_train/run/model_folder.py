@@ -3,6 +3,7 @@
 {run}/model/config.json, generation_config.json, tokenizer.json, chat_template.jinja, model.safetensors
             adapter/       the adapters alone, as PEFT keeps them, of a run that trained adapters
             skyrl.json     the step, and the settings of the run, which `skyrl chat`, `eval`, `play` and `serve` read
+{run}/model.gguf           the same model for llama.cpp, of `skyrl export --format gguf`
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skyrl_train.config import LoraConfig
-from skyrl_train.files import byte_size, folder_bytes, naming, whole_folder
+from skyrl_train.files import byte_size, folder_bytes, naming, whole_file, whole_folder
 from skyrl_train.learner.saved import SavedLearner
 from skyrl_train.ops import ops_for
+from skyrl_train.policy.four_bit import freeze_in_four_bits
 from skyrl_train.policy.lora import adapters_of, add_adapters
 from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_merged
 from skyrl_train.policy.model import Policy
-from skyrl_train.policy.model_files import load_module, load_tokenizer
+from skyrl_train.policy.model_files import load_config, load_module, load_tokenizer
 from skyrl_train.run.contents import template_contents
 from skyrl_train.run.run_folder import MODEL
 from skyrl_train.run.saved_run import SavedRun, read_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ORIGIN = "skyrl.json"
+ORIGIN, GGUF = "skyrl.json", "model.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MASTERS, LORA = "masters/", "trainer.policy.model.lora."
 TEMPLATE = "generator.chat_template.name_or_path"
@@ -37,7 +39,7 @@ TEMPLATE = "generator.chat_template.name_or_path"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A folder with a model. `kind`: model, or adapter."""
+    """A folder with a model, or a file. `kind`: model, adapter or GGUF model."""
 
     folder: str
     step: int
@@ -70,28 +72,54 @@ def export_model(
     kind = ADAPTER_FOLDER if adapter else MODEL
     folder = saved.folder / kind if folder is None else folder
     _refuse_other_folder(folder)
-    tokenizer = load_tokenizer(saved.base_model(base))
-    template = _template(saved)
+    tokenizer = trained_tokenizer(saved, base)
     module = trained_module(saved, DTYPES[dtype], base=base)
     with naming(folder), whole_folder(folder) as unfinished:
         if adapter:
             save_adapters(module, adapters_of(module), unfinished)
         else:
             save_merged(module, unfinished)
-        if template is not None:
-            setattr(tokenizer, "chat_template", template)  # noqa: B010 (its type is not declared)
         tokenizer.save_pretrained(unfinished)
         origin = {"step": saved.step, "settings": saved.settings}
         (unfinished / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     return Exported(str(folder), saved.step, kind, dtype, folder_bytes(folder))
 
 
+def export_gguf(
+    saved: SavedRun, file: Path | None = None, *, dtype: str = "bfloat16", base: Path | str | None = None
+) -> Exported:
+    """Write the model of a checkpoint, adapters merged, as one GGUF file. file: default `model.gguf` in the run's.
+
+    dtype: one of gguf_file.KINDS. ModelRefused, before anything is written, for a model that cannot be written so.
+    """
+    from skyrl_train.policy.gguf_file import refuse_unless_gguf, write_gguf
+
+    file = saved.folder / GGUF if file is None else file
+    _refuse_other_file(file)
+    tokenizer = trained_tokenizer(saved, base)
+    refuse_unless_gguf(load_config(saved.base_model(base), _changes(saved)), tokenizer)
+    module = trained_module(saved, DTYPES.get(dtype, torch.float32), base=base)
+    name = saved.folder.resolve().name
+    with whole_file(file) as unfinished:
+        about = f"step {saved.step} of the training run {name}"
+        write_gguf(unfinished, module, tokenizer, dtype=dtype, name=name, about=about)
+    return Exported(str(file), saved.step, "GGUF model", dtype, file.stat().st_size)
+
+
+def trained_tokenizer(saved: SavedRun, base: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the base, with the chat template that the run took."""
+    tokenizer = load_tokenizer(saved.base_model(base))
+    if (template := _template(saved)) is not None:
+        setattr(tokenizer, "chat_template", template)  # noqa: B010 (its type is not declared)
+    return tokenizer
+
+
 def trained_module(saved: SavedRun, dtype: torch.dtype, *, base: Path | str | None = None) -> PreTrainedModel:
     """Return the model with the weights of the checkpoint, rounded as the learner rounds them; adapters stay apart."""
     settings = saved.settings
-    prefix = "trainer.policy.model_config_kwargs."
-    changes = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-    module = load_module(saved.base_model(base), dtype, changes)
+    module = load_module(saved.base_model(base), dtype, _changes(saved))
+    if settings.get("trainer.policy.model.load_in_4bit"):
+        freeze_in_four_bits(module, "cpu")
     if saved.lora_rank:
         lora = {
             field.name: settings[LORA + field.name] for field in fields(LoraConfig) if LORA + field.name in settings
@@ -140,6 +168,22 @@ def _refuse_other_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
         raise ValueError(f"{folder} holds other files, which would be replaced; give a new or empty folder")
+
+
+def _refuse_other_file(file: Path) -> None:
+    """Raise ValueError for a file that is not an earlier GGUF."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; a GGUF model is one file: give --output FILE.gguf")
+    if file.exists():
+        with file.open("rb") as there:
+            if there.read(4) != b"GGUF":
+                raise ValueError(f"{file} is another file, which would be replaced; give a new name")
+
+
+def _changes(saved: SavedRun) -> dict[str, Any]:
+    """Return what the run changed in the configuration of its model."""
+    prefix = "trainer.policy.model_config_kwargs."
+    return {key.removeprefix(prefix): value for key, value in saved.settings.items() if key.startswith(prefix)}
 
 
 def _template(saved: SavedRun) -> str | None:

@@ -13,11 +13,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from skyrl_train.log_style import INDENT, WIDTH, wrapped
 from skyrl_train.run.metrics import PHASES, Metrics, tokens_per_second
 from skyrl_train.visible import visible
 
-WIDTH = 100  # columns of a step's lines, and fewer where the terminal is narrower
-INDENT = " " * 11  # of a line that goes on
+UNDER_STEP = " " * 11  # of a line that goes on
 Columns = tuple[tuple[str, tuple[str, ...], str], ...]
 # Heading, metric (the first that a step has), format.
 FIRST: Columns = (
@@ -60,7 +60,7 @@ def step_line(step: int, metrics: Metrics, ending: Sequence[str] = (), width: in
         second += breakdown(metrics)
     if "timing/eval" in metrics:
         second.append(f"evaluation {metrics['timing/eval']:.1f} s")
-    return "\n".join([*packed([*first, *ending], width), *packed(second, width, first=INDENT)])
+    return "\n".join([*packed([*first, *ending], width), *packed(second, width, first=UNDER_STEP)])
 
 
 def cells(columns: Columns, values: Metrics) -> list[str]:
@@ -81,7 +81,7 @@ def packed(words: Sequence[str], width: int, first: str = "") -> list[str]:
         if lines and len(lines[-1]) + 3 + len(word) <= width:
             lines[-1] += f"   {word}"
         else:
-            lines.append(f"{INDENT if lines else first}{word}")
+            lines.append(f"{UNDER_STEP if lines else first}{word}")
     return lines
 
 
@@ -185,7 +185,8 @@ class RunProgress:
 
     def print(self, text: str) -> None:
         """Print a line above the bars; a log's sink can be set to this."""
-        print_line(text.rstrip("\n"), self.live.console if self.live is not None else self.console)
+        width = min(WIDTH, self.console.width) if self.console.is_terminal else None
+        print_line(wrapped(text.rstrip("\n"), width, INDENT), self.console)
 
     def _end_phase(self) -> None:
         if self.live is not None and self.phase_bar is not None:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from loguru import logger
 
+from skyrl_train.log_style import WIDTH
 from skyrl_train.run.metrics import Metrics
-from skyrl_train.run.progress import WIDTH, print_line, step_line
+from skyrl_train.run.progress import print_line, step_line
 from skyrl_train.run.run_folder import TENSORBOARD
 
 Config = dict[str, Any]

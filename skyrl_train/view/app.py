@@ -205,6 +205,7 @@ class Pages:
         if not numbers:
             found = filter_of(request.query_params, self.with_words)
             with self._index(entry) as database:
+                found.search(database)
                 rows = database.execute(
                     f"SELECT id FROM episodes e {found.where} ORDER BY step, repetition, id LIMIT ?",
                     [*found.values, MAX_SHOWN],

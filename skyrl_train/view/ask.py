@@ -25,10 +25,11 @@ class BadQuestion(ValueError):
 
 @dataclass
 class Filter:
-    """Conditions on episodes as SQL, values apart."""
+    """Conditions on episodes as SQL, values apart. phrase: of the full-text search; the conditions name its `hits`."""
 
     conditions: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
+    phrase: str = ""
 
     def add(self, condition: str, *values: Any) -> None:
         self.conditions.append(condition)
@@ -37,6 +38,13 @@ class Filter:
     @property
     def where(self) -> str:
         return f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
+
+    def search(self, database: sqlite3.Connection) -> None:
+        """Search the words once for all questions of this connection, into `hits`, a table of numbers in memory."""
+        if self.phrase:
+            database.execute("PRAGMA temp_store = MEMORY")
+            database.execute("CREATE TEMP TABLE hits (id INTEGER PRIMARY KEY)")
+            database.execute("INSERT INTO hits SELECT rowid FROM words WHERE words MATCH ?", (self.phrase,))
 
 
 def filter_of(question: Mapping[str, str], with_words: bool) -> Filter:
@@ -61,7 +69,8 @@ def _add_text(found: Filter, text: str, with_words: bool) -> None:
     phrase = match_of(text) if with_words else ""
     if phrase:
         # "+": walk the episodes in the order of the page and stop when it is full, rather than sort all that match.
-        found.add("+e.id IN (SELECT rowid FROM words WHERE words MATCH ?)", phrase)
+        found.add("+e.id IN (SELECT id FROM hits)")
+        found.phrase = phrase
         return
     likeness = "%" + re.sub(r"([\\%_])", r"\\\1", text.strip('"')) + "%"
     found.add(
@@ -90,6 +99,7 @@ def page_of(database: sqlite3.Connection, question: Mapping[str, str], with_word
     order = ", ".join(f"{column} {direction}" for column in columns.split(", "))
     limit = min(max(int(real("limit", question.get("limit") or "100")), 1), MAX_PAGE)
     offset = max(int(real("offset", question.get("offset") or "0")), 0)
+    found.search(database)
     total = database.execute(f"SELECT count(*) FROM episodes e {found.where}", found.values).fetchone()[0]
     chosen = f"SELECT e.* FROM episodes e {found.where} ORDER BY {order} LIMIT ? OFFSET ?"
     rows = database.execute(

@@ -46,8 +46,9 @@ def _serve(roots: list[Path], listener: socket.socket, *, opens: bool) -> int:
     if opens and _has_a_screen():
         threading.Timer(0.3, webbrowser.open, [address]).start()
     config = uvicorn.Config(
-        make_app(library), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
-    )
+        make_app(library), log_config=None, log_level="warning", access_log=False, lifespan="off",
+        timeout_graceful_shutdown=1,
+    )  # fmt: skip
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:

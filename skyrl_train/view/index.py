@@ -30,7 +30,9 @@ SCHEMA = (
     "CREATE INDEX by_task ON episodes (uid, phase, step)",
     "CREATE TABLE glimpses (id INTEGER PRIMARY KEY, asked TEXT, said TEXT)",
 )
-WORDS = "CREATE VIRTUAL TABLE words USING fts5(body, content='', tokenize='unicode61 remove_diacritics 2')"
+WORDS = (
+    "CREATE VIRTUAL TABLE words USING fts5(body, content='', tokenize='unicode61 remove_diacritics 2', prefix='1 2 3')"
+)
 VERSION = int(hashlib.sha256(repr((SCHEMA, WORDS, 2)).encode()).hexdigest()[:7], 16)  # another one is built anew
 # Scripts without spaces between words: each character becomes a word, and a searched word a phrase of them.
 WITHOUT_SPACES = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff])")

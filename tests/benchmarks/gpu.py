@@ -90,6 +90,9 @@ def main() -> None:
     multiplied, read = (product_rate(8192, 8192), read_rate(GIB)) if on_gpu else (product_rate(), read_rate())
     theirs = {n: transformers_tokens_per_second(policy, n, chosen) for n in chosen.requests} if chosen.peers else {}
     numbers = {n: tokens_per_second(policy, n, chosen) for n in chosen.requests}
+    singly = (
+        {n: tokens_per_second(policy, n, chosen, ahead=False) for n in chosen.requests} if chosen.one_by_one else {}
+    )
     updates = update(policy, chosen) if chosen.update_prompts else {"tokens_per_second": 0.0}
     ceilings = {n: n / max(2 * size / read, 2 * size * n / multiplied) for n in numbers}
     most = max(numbers)
@@ -105,6 +108,7 @@ def main() -> None:
             "dtype": str(policy.compute_dtype).removeprefix("torch."),
             "parameters": size,
             "tokens_per_second": numbers,
+            "one_by_one_tokens_per_second": singly,
             "transformers_tokens_per_second": theirs,
             "share_of_ceiling_at": {n: rate / ceilings[n] for n, rate in numbers.items()},
             "product_rate_tflops": multiplied / 1e12,
@@ -124,6 +128,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of a response")
     parser.add_argument("--update-prompts", type=int, default=16, help="groups of eight in an update; 0: no update")
     parser.add_argument("--peers", action="store_true", help="transformers' generate, too, with the same weights")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="the engine that reads each step before the next, too"
+    )
     parser.add_argument("--token-budget", type=int, default=8192, help="of one forward pass")
     parser.add_argument("--rounds", type=int, default=5, help="the median counts; one more comes before them")
     chosen = parser.parse_args()
@@ -142,9 +149,11 @@ def random_policy(shape: str, device: torch.device) -> Policy:
     return wrap_module(module.to(device))
 
 
-def tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namespace) -> float:
+def tokens_per_second(policy: Policy, num_requests: int, chosen: argparse.Namespace, *, ahead: bool = True) -> float:
     """Return the tokens per second of the engine with this many concurrent requests."""
     engine = TorchEngine(policy, tiny_tokenizer(), max_num_seqs=num_requests, max_num_batched_tokens=8192)
+    if not ahead:
+        vars(engine._scheduler)["_start_ahead"] = lambda step: None
     asked = prompts(tiny_tokenizer(), -(-num_requests // GROUP), chosen.prompt_tokens)
     calls = count()
 

@@ -28,6 +28,7 @@ from integrations.openenv.prepare_dummy_dataset import dataset_rows, write_parqu
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from tests.benchmarks.side_by_side import ROOT
+from tests.skyrl_train.cluster.runs import shared_memory_of_nobody
 from tests.tiny_models import save_tiny_model
 
 STEPS_OF_EPOCH = 10
@@ -42,6 +43,7 @@ MARKS = {  # victim -> a word of its command line
 ENDS = {"driver": -signal.SIGKILL, "rank": 1}  # the victims whose death ends the run, and the exit status
 TITLES = {"rank": "learner rank", "engine": "engine"}  # in the last words of a run
 PHASES = ("start", "rollout", "update", "push", "checkpoint", "any")
+SHARED = ("skyrl", "plasma", "vllm")  # in the names of shared memory
 PUSHES = ("publish", "logprobs_of_tokens")
 
 
@@ -65,6 +67,7 @@ class Started:
 
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.folder, self.log = folder, folder / "log.txt"
+        self.left_before = shared_memory_of_nobody(SHARED)  # by others
         command = [sys.executable, "-m", "integrations.openenv.entrypoints.main_openenv", *arguments]
         variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "0"}
         with self.log.open("ab") as log:
@@ -104,6 +107,12 @@ class Started:
             return "push"
         return "update" if doing else "rollout"
 
+    def left(self, family: list[psutil.Process]) -> list[str]:
+        """Return what it has left behind ten seconds after its end."""
+        _, alive = psutil.wait_procs(family, timeout=10)
+        shared = shared_memory_of_nobody(SHARED) - self.left_before
+        return [f"left: {words(process)}" for process in alive] + [f"left in shared memory: {name}" for name in shared]
+
     def wait(self, until: Callable[[], bool], timeout_s: float, pause_s: float = 0.05) -> bool:
         """Return whether it came to that before the run ended or the time was over."""
         deadline = time.monotonic() + timeout_s
@@ -142,19 +151,12 @@ def kill_one(run: Started, victim: str, wanted: str, chance: random.Random) -> K
     went_on = run.wait(lambda: run.step() >= step + 2, ENDS_WITHIN_S if victim in ENDS else GOES_ON_WITHIN_S)
     seconds, status = time.monotonic() - began, run.process.poll()
     outcome = "went on" if went_on else "hung" if status is None else f"ended, status {status}"
-    wrong = left(family) if status is not None else []
+    wrong = run.left(family) if status is not None else []
     if status != ENDS.get(victim) and not (is_starting and victim == "engine" and status == 1):
         wrong.append(f"it should have {'ended' if victim in ENDS else 'gone on'}: {run.last_words}")
     if status == 1 and (f"stopped: {TITLES[victim]}" not in run.output or "Traceback" in run.output):
         wrong.append(f"it does not say who died, or shows a traceback: {run.last_words}")
     return Kill(victim, phase, step, outcome, seconds, "; ".join(wrong))
-
-
-def left(family: list[psutil.Process]) -> list[str]:
-    """Return what a run has left behind after ten seconds."""
-    _, alive = psutil.wait_procs(family, timeout=10)
-    shared = [path.name for path in Path("/dev/shm").glob("*") if any(s in path.name for s in ("skyrl", "plasma"))]
-    return [f"left: {words(process)}" for process in alive] + [f"left in shared memory: {name}" for name in shared]
 
 
 def played(folder: Path) -> dict[int, Counter[str]]:
@@ -272,7 +274,7 @@ def interrupted(run: Started) -> list[str]:
     except subprocess.TimeoutExpired:
         run.process.kill()
         return [f"Ctrl-C did not end the run: {run.last_words}"]
-    return left(family) + ([f"Ctrl-C: status {status}: {run.last_words}"] if status != 130 else [])
+    return run.left(family) + ([f"Ctrl-C: status {status}: {run.last_words}"] if status != 130 else [])
 
 
 def unbroken(folder: Path, backend: str) -> Path:

@@ -14,6 +14,7 @@ from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
 from skyrl_train.engine.torch.sampling import sample
 from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
+from tests.skyrl_train.engine.test_ahead import drawn_requests, pair, played
 from tests.skyrl_train.engine.test_batched_sampling import CUTS
 from tests.skyrl_train.engine.test_cuda_graphs import FAMILIES, LENGTHS, filled_cache, one_token, plainly
 from tests.skyrl_train.engine.test_sampling import row
@@ -107,6 +108,18 @@ async def test_same_seed_gives_the_same_tokens_alone_and_in_a_crowd(make_engine,
     first, *_ = await answers(engine, crowd)
     assert first.response_ids == alone.response_ids
     assert (await engine.generate(ask("hello", seed=8, max_tokens=30))).response_ids != alone.response_ids
+
+
+def test_steps_started_ahead_draw_what_steps_one_by_one_draw(device: torch.device) -> None:
+    policy = tiny_policy(device=device)
+    for seed in range(20):
+        ahead, one_by_one = pair(policy)
+        requests = drawn_requests(seed, count=12)
+        ours, theirs = played(ahead, requests), played(one_by_one, requests)
+        assert [c and c.response_ids for c in ours] == [c and c.response_ids for c in theirs]
+        for request, completion in zip(requests, ours, strict=True):
+            assert completion is not None
+            assert_learner_agrees(policy, request, completion)
 
 
 async def test_new_weights_are_seen_by_the_next_step_and_the_graphs_stay(make_engine, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from skyrl_gym.envs import deregister, register
 from skyrl_train.batch.samples import to_samples
@@ -14,7 +15,7 @@ from skyrl_train.config import load_config
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.generators import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
 from skyrl_train.generators.custom_generator import GeneratorCollector
-from skyrl_train.generators.generator_output import WrongOutput, output_of
+from skyrl_train.generators.generator_output import WrongOutput, check_output, output_of, with_output
 from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl_train.generators.utils import (
     get_response_ids_and_loss_mask_from_messages,
@@ -148,21 +149,61 @@ def test_the_output_of_groups_is_the_output_they_were_made_of(tokenizer):
     assert output_of(collect(Fixed(given), client_for(tokenizer), n=1), one_reward=True)[0]["rewards"] == [3.0, 4.0]
 
 
-def test_turns_given_apart_are_samples_of_one_trajectory(tokenizer):
-    ids = [TrajectoryID("0", 0), TrajectoryID("0", 0), TrajectoryID("1", 0)]
-    step_wise = {
-        "prompt_token_ids": [[1], [1, 5, 7], [1]],
-        "response_ids": [[5], [6], [8]],
-        "rewards": [[1.0], [2.0], [0.0]],
-        "loss_masks": [[1], [1], [1]],
-        "trajectory_ids": ids,
-        "is_last_step": [False, True, True],
+def step_wise(**changes: Any) -> Any:
+    """Two episodes: of three turns, of which the second goes on from the first and the third does not, and of one."""
+    return {
+        "prompt_token_ids": [[1], [1, 5, 7], [1, 6], [1]],
+        "response_ids": [[5, 9], [6], [4], [8]],  # 9: an observation, which the next prompt prints as 7
+        "rewards": [[1.0, 0.0], [2.0], [4.0], [0.5]],
+        "loss_masks": [[1, 0], [1], [1], [1]],
+        "trajectory_ids": [*[TrajectoryID("0", 0)] * 3, TrajectoryID("1", 0)],
+        "is_last_step": [False, False, True, True],
+        "stop_reasons": ["stop"] * 4,
+        "rollout_logprobs": None,
+        **changes,
     }
-    groups = collect(Fixed(step_wise), client_for(tokenizer), n=1)
-    samples = to_samples([group.trajectories[0] for group in groups])
-    assert [sample.trajectory_id for sample in samples] == ["0_0", "0_0", "1_0"]
-    assert groups[0].trajectories[0].reward == 3.0
-    assert math.isnan(samples[0].rollout_logprobs[-1])  # none were given
+
+
+def test_turns_given_apart_are_joined_where_the_next_goes_on(tokenizer):
+    groups = collect(Fixed(step_wise()), client_for(tokenizer), n=1)
+    joined, rewritten, other = to_samples([group.trajectories[0] for group in groups])
+    assert (joined.input_ids, joined.rewards) == ([1, 5, 7, 6], [0.0, 1.0, 0.0, 2.0])
+    assert (rewritten.input_ids, rewritten.rewards) == ([1, 6, 4], [0.0, 0.0, 4.0])
+    assert [sample.trajectory_id for sample in (joined, rewritten, other)] == ["0_0", "0_0", "1_0"]
+    assert [group.trajectories[0].reward for group in groups] == [7.0, 0.5]  # the turns add up
+    assert math.isnan(joined.rollout_logprobs[-1])  # none were given
+
+
+def test_step_wise_output_is_an_entry_per_turn_and_goes_back_into_joined_samples(tokenizer):
+    groups = collect(Fixed(step_wise()), client_for(tokenizer), n=1)
+    entries, uids = output_of(groups, one_reward=False, step_wise=True)
+    assert uids == ["0", "0", "0", "1"]
+    assert entries["is_last_step"] == [False, False, True, True]
+    assert entries["prompt_token_ids"] == step_wise()["prompt_token_ids"]
+    assert entries["response_ids"] == [[5, 7], [6], [4], [8]]
+    assert entries["rewards"] == [[1.0, 0.0], [2.0], [4.0], [0.5]]
+    check_output(entries, 2)
+    entries["rewards"] = [[1.0, 0.0], [3.0], [4.0], [0.5]]
+    entries["loss_masks"][0] = [0, 0]
+    changed = with_output(groups, entries, step_wise=True)
+    joined, rewritten, _ = to_samples([group.trajectories[0] for group in changed])
+    assert (joined.loss_mask, joined.rewards) == ([False, False, False, True], [0.0, 1.0, 0.0, 3.0])
+    assert changed[0].trajectories[0].reward == sum(joined.rewards) + sum(rewritten.rewards) == 8.0
+    one_turn_each = collect(Fixed(output()), client_for(tokenizer), n=1)
+    assert output_of(one_turn_each, one_reward=False)[0]["is_last_step"] is None
+
+
+def test_a_reward_repeated_at_every_turn_is_warned_of_once(tokenizer):
+    said: list[str] = []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    asked = Round("train", 3, PROMPTS, 1, SamplingParams(max_tokens=9))
+    for rewards, num_warnings in (([[2.0, 0.0], [2.0], [2.0], [0.5]], 1), (step_wise()["rewards"], 0)):
+        collector = GeneratorCollector(Fixed(step_wise(rewards=rewards)), client_for(tokenizer))
+        for _ in range(2):
+            asyncio.run(collector.collect(asked))
+        assert len([words for words in said if "added up" in words]) == num_warnings
+        said.clear()
+    logger.remove(handler)
 
 
 def test_an_episode_that_its_environment_broke_is_nobodys_reward(tokenizer):
@@ -188,6 +229,8 @@ def test_an_episode_that_its_environment_broke_is_nobodys_reward(tokenizer):
         ({"response_ids": [[5, 6, 7, "8"], [9, 2]]}, "entry 0: token ids must be whole numbers"),
         ({"is_last_step": [True, False]}, "was given 2 prompts and returned 1 episodes"),
         ({"is_last_step": [True, True]}, "needs trajectory_ids"),
+        (step_wise(is_last_step=[True, False, False, True]), "entry 1 belongs to .*'0', repetition_id=0.* to .*'1'"),
+        (step_wise(is_last_step=[True, False, True, False]), "the last entry of an output with is_last_step must end"),
     ],
 )
 def test_an_output_that_cannot_be_trained_on_is_refused_with_the_entry(tokenizer, changes, says):

@@ -68,7 +68,7 @@ def warnings() -> Iterator[list[str]]:
 
 
 def limits(max_turns: int | None, max_input_length: int = 400) -> EpisodeLimits:
-    return EpisodeLimits(max_turns, max_input_length, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+    return EpisodeLimits(max_turns, max_input_length, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 
 
 def play(rows: list[dict[str, Any]], of_run: EpisodeLimits, env: str = "patient", rounds: int = 1) -> list[Trajectory]:

@@ -111,4 +111,4 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
         read(text)
     last_tagged(text, "a")
     up_to_first_close(text, "a", "b")
-    assert time.perf_counter() - start < 5  # linear: under 0.5 s; quadratic: hours
+    assert time.perf_counter() - start < 60  # linear: under 0.5 s; quadratic: hours

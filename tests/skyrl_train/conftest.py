@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from skyrl_gym.envs.registration import deregister, register
+from skyrl_train.rollout import attempts
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 from tests.without_compiler import without_compiler
@@ -26,6 +27,12 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
         "transformers.generation.utils",
     ]
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play failed episodes again at once: how long the pauses are is tested in integrations/openenv."""
+    monkeypatch.setattr(attempts, "FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.skyrl_train.learner.test_learner import trainer_config
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
 PROMPT: list[Message] = [{"role": "user", "content": "count"}]
-LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 
 
 @pytest.fixture(scope="module")

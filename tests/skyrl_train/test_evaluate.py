@@ -22,7 +22,7 @@ from skyrl_train.rollout.round import Round
 from skyrl_train.types import Prompt, Trajectory
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=4, max_input_length=400, max_context=512, step_timeout_s=9, episode_timeout_s=90)
+LIMITS = EpisodeLimits(max_turns=4, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import skyrl_train
 from skyrl_train.config import ConfigError, load_config
 from skyrl_train.entrypoints.library import configuration
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.run.metrics import read_metrics
+from skyrl_train.run.records.show import show
+from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
 
@@ -82,6 +85,34 @@ def test_a_reward_function_trains_on_any_rows(given, tmp_path):
     assert summary.environment == "single_turn"
     [line] = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 1]
     assert 0 < line["reward/avg_raw_reward"] < 1
+
+
+def brief(reply: str) -> float:
+    return -float(len(reply))
+
+
+def test_several_rewards_train_and_are_kept_by_name(given, tmp_path):
+    rows = [{"question": f"say {i}"} for i in range(2)]
+    rewards = {"letters": share_of_letters, "brief": {"function": brief, "weight": 0.01}}
+    more = {"environment.rewards": rewards, "data.prompt_column": "question"}
+    more |= {"trainer.algorithm.advantage_estimator": "gdpo"}
+    skyrl_train.train(settings(given, tmp_path / "run", rows, **more))
+    [line] = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 1]
+    means = line["rewards/letters/mean"], line["rewards/brief/mean"]
+    assert line["reward/avg_raw_reward"] == pytest.approx(means[0] + 0.01 * means[1])
+    assert -8 <= means[1] < 0 < means[0] <= 1
+    assert line["rewards/letters/std"] > 0
+    assert line["policy/grad_norm"] > 0
+    [file] = trajectory_files(tmp_path / "run", "train").values()
+    for episode in read_trajectories(file):
+        assert episode.reward == pytest.approx(episode.rewards["letters"] + 0.01 * episode.rewards["brief"])
+        assert episode.turns[0].rewards == episode.rewards
+        assert episode.rewards["brief"] == -len(episode.turns[0].text)
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert " · brief -" in report
+    shown = Console(record=True, width=200)
+    show(tmp_path / "run", "train", None, "first", 1, shown)
+    assert ", brief -" in shown.export_text()
 
 
 def test_a_row_may_name_only_code_that_the_configuration_names(given, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`doctor`: report what this machine can run, and what to do if it cannot. Imports neither torch nor an engine."""
+"""`doctor`: report what this machine can run, and what to do if it cannot. It is the one command that loads torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from integrations.openenv.catalog import CATALOG
 from integrations.openenv.commands.arguments import shown
 from integrations.openenv.commands.list import images_here
 from skyrl_gym.walls.wall import strongest_wall
-from skyrl_train.ops.cpu.c_library import c_compiler
 from skyrl_train.policy.packaged import PACKAGED_MODEL, converted_folder, installed_gguf
 
 PATIENCE_S = 3.0  # for nvidia-smi
@@ -67,6 +66,8 @@ def machine_lines() -> Iterator[Line]:
     gpus = _output("nvidia-smi", "-L").count("GPU ")
     yield Line("GPU", f"{gpus}", gpus > 0, "" if gpus else "none is needed for small models; NUM_GPUS=0 is the default")
     yield _bf16_line(on_gpu=gpus > 0)
+    from skyrl_train.ops.cpu.c_library import c_compiler  # torch, which the other commands need not wait for
+
     compiler = c_compiler()
     advice = "" if compiler else "apt install gcc: with a C compiler sampling and updates are nearly twice as fast"
     yield Line("C compiler", compiler or "none", compiler is not None, advice)

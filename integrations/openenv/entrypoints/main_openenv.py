@@ -20,7 +20,7 @@ from integrations.openenv.recipe import with_recipe
 from skyrl_train.config import EnvironmentConfig, SkyRLConfig
 from skyrl_train.entrypoints import main_base
 from skyrl_train.entrypoints.main_base import BasePPOExp
-from skyrl_train.visible import visible
+from skyrl_train.visible import say
 
 
 @dataclass
@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         keys = with_recipe(words)
     except (ValueError, OpenEnvError) as refused:
-        print(visible(f"refused: {refused}"), file=sys.stderr)
+        say(f"refused: {refused}")
         return main_base.Exit.REFUSED
     return main_base.main(keys, experiment=OpenEnvExp, root=OpenEnvRunConfig)
 

@@ -1,7 +1,7 @@
 """Sampling on a GPU: all rows at once, the small inputs in one copy there, tokens and logprobs in one copy back.
 
 The same distribution and the same random numbers as row by row in sampling.py. Only rows with top-k or top-p are
-sorted, equal weights by token.
+sorted, equal weights by token. Between drawing and reading the scheduler may start the next step.
 """
 
 from __future__ import annotations
@@ -19,28 +19,68 @@ SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     """Sample as `sampling.sample` does, which calls this for logits on a GPU."""
-    scores = logits
-    if any(row.params.temperature not in (0, 1) for row in rows):
-        scores = logits / moved([row.params.temperature or 1.0 for row in rows], logits.device).float()[:, None]
-    if all(row.is_plain for row in rows):
-        weights = scores.softmax(-1, dtype=torch.float32)
-        if places := _banned(rows, weights.device):
-            weights[places] = 0
-        tokens = chosen(weights, rows)
-        logprobs = weights.gather(1, tokens[:, None]).squeeze(1).log()
-        drawn, values, likeliest = torch.stack([t.double() for t in (tokens, logprobs, weights.amax(-1))]).tolist()
-        if not all(map(math.isfinite, likeliest)):
+    return BatchedDraw(logits, rows).read()
+
+
+class BatchedDraw:
+    """Tokens that are drawn on the device. `tokens` [rows] can be computed with there before the host has read them.
+
+    `read` may find that next to nothing of a row was left beside its banned tokens. It then draws again, and
+    `is_redrawn` says that `tokens` are not the ones that count.
+    """
+
+    def __init__(self, logits: Tensor, rows: list[Row]) -> None:
+        self._rows, self.is_redrawn = rows, False
+        self._is_plain = all(row.is_plain for row in rows)
+        self._scores = logits
+        if any(row.params.temperature not in (0, 1) for row in rows):
+            temperatures = moved([row.params.temperature or 1.0 for row in rows], logits.device)
+            self._scores = logits / temperatures.float()[:, None]
+        drawn = self._draw_plainly() if self._is_plain else self._draw_cut()
+        self.tokens = drawn[0]
+        self._arriving = Arriving(torch.stack([tensor.double() for tensor in drawn]))
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Wait for this draw alone, and return its tokens and logprobs. FloatingPointError if logits are not finite."""
+        tokens, logprobs, sign = self._arriving.tolist()
+        if not all(map(math.isfinite, sign)):
             raise FloatingPointError(NOT_FINITE)
-        if min(likeliest) > UNDERFLOWED:
-            return [int(token) for token in drawn], values
-    scores = scores.to(torch.float32, copy=True)
-    normalizers = scores.logsumexp(-1)
-    tokens = chosen(cut_weights(scores.clone(), rows), rows)
-    logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - normalizers
-    drawn, values, finite = torch.stack([t.double() for t in (tokens, logprobs, normalizers)]).tolist()
-    if not all(map(math.isfinite, finite)):
-        raise FloatingPointError(NOT_FINITE)
-    return [int(token) for token in drawn], values
+        if self._is_plain and min(sign) <= UNDERFLOWED:
+            self.is_redrawn = True
+            tokens, logprobs, _ = torch.stack([tensor.double() for tensor in self._draw_cut()]).tolist()
+        return [int(token) for token in tokens], logprobs
+
+    def _draw_plainly(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, logprobs and the largest probability of each row that is left, [rows] each."""
+        weights = self._scores.softmax(-1, dtype=torch.float32)
+        if places := _banned(self._rows, weights.device):
+            weights[places] = 0
+        tokens = chosen(weights, self._rows)
+        return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log(), weights.amax(-1)
+
+    def _draw_cut(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, logprobs and the logarithm of the sum of each row, [rows] each."""
+        scores = self._scores.to(torch.float32, copy=True)
+        normalizers = scores.logsumexp(-1)
+        tokens = chosen(cut_weights(scores.clone(), self._rows), self._rows)
+        return tokens, scores.gather(1, tokens[:, None]).squeeze(1) - normalizers, normalizers
+
+
+class Arriving:
+    """Numbers on their way from the device to the host, behind which the device may go on computing."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._event = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> list:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
 
 
 def _banned(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from skyrl_train.engine.torch.draws import sent
 from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
 from skyrl_train.ops.cuda import decode_attention
 from skyrl_train.policy.attention import Attention
@@ -96,20 +97,24 @@ class DecodingStep:
 
     def __init__(self, policy: Policy, cache: KVCache, bucket: Bucket) -> None:
         self._policy, self._cache, self._bucket = policy, cache, bucket
-        on_cuda = policy.device.type == "cuda"
-        self._host = torch.zeros((3, bucket.rows), dtype=torch.int64, pin_memory=on_cuda)
-        self._inputs = torch.zeros_like(self._host, device=policy.device)  # ids, positions, places
+        self._inputs = torch.zeros((3, bucket.rows), dtype=torch.int64, device=policy.device)  # ids, positions, places
 
     def fill(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> None:
-        """All on the host, [decoding rows]. The step before is over: its tokens have been read.
+        """Positions and slots [decoding rows] lie on the host, the ids there or on the device.
 
         A slot that does not decode attends to its first key. Its new one goes to the end of the slot, where a sequence
         that still has a token to compute has nothing yet.
         """
-        self._host[:2] = 0
-        self._host[2] = self._cache.length - 1
-        self._host[:, slots] = torch.stack((input_ids, position_ids, position_ids))
-        self._inputs.copy_(self._host, non_blocking=True)
+        # New memory each time: the copy of the step before may not have been made yet.
+        host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=self._policy.device.type == "cuda")
+        host[2] = self._cache.length - 1
+        host[1:, slots] = position_ids
+        if input_ids.device == slots.device:
+            host[0, slots] = input_ids
+        self._inputs.copy_(host, non_blocking=True)
+        if input_ids.device != slots.device:
+            places = slice(len(slots)) if _is_dense(slots) else sent(slots, input_ids.device)
+            self._inputs[0, places] = input_ids
 
     def compute(self) -> Tensor:
         """Return the hidden states [rows, hidden]."""
@@ -282,8 +287,12 @@ class NothingFromTheHost(TorchDispatchMode):
 
 def _of_slots(hidden: Tensor, slots: Tensor) -> Tensor:
     """The rows of these slots, which ascend."""
-    dense = int(slots[-1]) + 1 == len(slots)
-    return hidden[: len(slots)] if dense else hidden[slots.to(hidden.device)]
+    return hidden[: len(slots)] if _is_dense(slots) else hidden[sent(slots, hidden.device)]
+
+
+def _is_dense(slots: Tensor) -> bool:
+    """Return whether these slots, which ascend, are the first ones."""
+    return int(slots[-1]) + 1 == len(slots)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

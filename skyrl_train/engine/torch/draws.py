@@ -91,5 +91,9 @@ def chosen(weights: Tensor, rows: list[Row]) -> Tensor:
 
 def moved(numbers: Sequence[object], device: torch.device) -> Tensor:
     """Copy numbers to the device as float64, without waiting for it."""
-    tensor = torch.tensor(numbers, dtype=torch.float64)
+    return sent(torch.tensor(numbers, dtype=torch.float64), device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

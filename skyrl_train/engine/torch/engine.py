@@ -227,6 +227,7 @@ class TorchEngine:
             if self._can_step():
                 for sequence, completion in self._scheduler.step():
                     self._finished.append((self._in_flight.pop(sequence), completion))
+                _tell_of_progress(self._in_flight.items())
             if not self._is_round or self._scheduler.is_idle:
                 _settle(self._finished)
                 self._finished = []
@@ -314,6 +315,13 @@ def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _tell_of_progress(in_flight: Iterable[tuple[Sequence, Pending]]) -> None:
+    for sequence, pending in in_flight:
+        on_progress = pending.request.on_progress
+        if on_progress is not None and sequence.logprobs and not pending.loop.is_closed():
+            pending.loop.call_soon_threadsafe(on_progress, sequence.response_ids, list(sequence.logprobs))
 
 
 def _settle(outcomes: Collection[tuple[Caller, object]]) -> None:

@@ -7,13 +7,31 @@ batched_sampling.py.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skyrl_train.engine.torch.batched_sampling import sample_batched
+from skyrl_train.engine.torch.batched_sampling import BatchedDraw, sample_batched
 from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniforms_of
 from skyrl_train.ops.base import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens and logprobs that the host has."""
+
+    result: tuple[list[int], list[float]]
+
+    def read(self) -> tuple[list[int], list[float]]:
+        return self.result
+
+
+def begin_sampling(logits: Tensor, rows: list[Row], draw: Draw | None = None) -> Drawn | BatchedDraw:
+    """Return what `sample` returns, to be read; from a GPU without waiting for it."""
+    if logits.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return BatchedDraw(logits, rows)
+    return Drawn(sample(logits, rows, draw))
 
 
 def sample(logits: Tensor, rows: list[Row], draw: Draw | None = None) -> tuple[list[int], list[float]]:

@@ -2,7 +2,8 @@
 
 One step is: fill free slots, compute a chunk of every sequence (its next token when it is decoding, as much of its
 prompt as the token budget allows when it is not), sample where a sequence has been computed to its end, finish.
-Plain and synchronous; engine.py runs it in a thread.
+engine.py runs it in a thread. On a GPU the next decoding step is started before the host reads the tokens of the last
+one, so that the device need not wait for the host: see `_start_ahead`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from skyrl_train.engine.base import Completion, Request, StopReason
+from skyrl_train.engine.torch.batched_sampling import BatchedDraw
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
+from skyrl_train.engine.torch.draws import Row, sent
 from skyrl_train.engine.torch.forward import forward_pass
 from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
 from skyrl_train.engine.torch.prefix_sharing import PrefixIndex
-from skyrl_train.engine.torch.sampling import Row, sample
+from skyrl_train.engine.torch.sampling import Drawn, begin_sampling
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions
 from skyrl_train.engine.torch.stop import StopStrings
 from skyrl_train.policy.end_of_turn import end_of_turn_ids
@@ -52,10 +55,19 @@ class Sequence:
     waits_for: Sequence | None = None  # a sequence that is computing the first `shared` tokens of this one right now
     shared: int = 0
     parent: Sequence | None = None  # a sequence in a slot that holds the same first `shared` tokens
+    has_ended: bool = False
 
     @property
     def response_ids(self) -> list[int]:
         return self.tokens[len(self.request.prompt_ids) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A forward pass that was started: the sequences that are computed to their end, and their next tokens."""
+
+    sequences: list[Sequence]
+    drawn: Drawn | BatchedDraw
 
 
 class Scheduler:
@@ -87,6 +99,7 @@ class Scheduler:
         self._slots: list[Sequence] = []  # without gaps, so that decoding attends over no idle slot
         self._prompts: PrefixIndex[Sequence] = PrefixIndex()  # of the sequences in slots
         self._policy_version = 0
+        self._ahead: Step | None = None  # started before the step before it was read
 
     @property
     def is_idle(self) -> bool:
@@ -122,7 +135,7 @@ class Scheduler:
 
         A response that was begun under an older version keeps that version: it says how old its oldest token may be.
         """
-        self._policy_version = policy_version
+        self._policy_version, self._ahead = policy_version, None
         self._model.weights_changed()
         self._sessions.clear()
         for sequence in self._slots:
@@ -132,18 +145,54 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Completion]]:
-        """Compute one forward pass and return the sequences that it finished."""
+        """Compute one forward pass, or read the one that was started ahead; return the sequences that it finished."""
         began = time.perf_counter()
-        self._admit()
-        chunks = self._plan()
-        with span("engine step", sequences=len(chunks), tokens=sum(chunk.count for _, chunk in chunks)):
-            hidden = self._forward(chunks)
-            self._share_prefixes()
-            with span("sample"):
-                finished = self._sample(chunks, hidden)
+        step = self._ahead or self._start_next()
+        self._ahead = self._start_ahead(step)
+        with span("sample"):
+            finished = self._read(step)
         busy = self.stats.busy_seconds + time.perf_counter() - began
-        self.stats = replace(self.stats, steps=self.stats.steps + 1, busy_seconds=busy)
+        self.stats = replace(self.stats, busy_seconds=busy)
         return finished
+
+    def _start_next(self) -> Step:
+        self._admit()
+        plan = self._plan()
+        ids = [token for sequence, chunk in plan for token in sequence.tokens[chunk.start : chunk.stop]]
+        step = self._start(plan, torch.tensor(ids))
+        self._share_prefixes()
+        return step
+
+    def _start_ahead(self, step: Step) -> Step | None:
+        """Start the decoding step that follows `step`, whose tokens only the GPU knows yet; None where that cannot be.
+
+        A sequence that turns out to have ended computes one token too many, which `_read` drops. Nothing is started
+        where the host has to decide something in between: whom to admit, which part of a prompt comes next, which
+        tokens the repetition penalty has seen.
+        """
+        if not isinstance(step.drawn, BatchedDraw) or not self._only_decodes(step):
+            return None
+        going_on = [
+            (sequence.slot, row)
+            for row, sequence in enumerate(step.sequences)
+            if not sequence.has_ended and not self._is_full(sequence, len(sequence.logprobs) + 1)
+        ]
+        if not going_on:
+            return None
+        going_on.sort()
+        sequences, rows = [self._slots[slot] for slot, _ in going_on], [row for _, row in going_on]
+        self._cache.reserve(len(self._slots), max(sequence.computed for sequence in sequences) + 1)
+        ids = step.drawn.tokens
+        if rows != list(range(len(ids))):
+            ids = ids[sent(torch.tensor(rows), ids.device)]
+        return self._start([(sequence, _chunk(sequence, 1)) for sequence in sequences], ids)
+
+    def _only_decodes(self, step: Step) -> bool:
+        """Return whether what follows `step` is one token of each sequence, whatever it draws."""
+        sequences = [sequence for sequence in step.sequences if not sequence.has_ended]
+        if len(sequences) < len(self._slots) or (self._waiting and len(self._slots) < self._max_num_seqs):
+            return False
+        return not any(s.request.in_round or s.request.sampling.repetition_penalty != 1 for s in sequences)
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, each with the longest prefix that is already known."""
@@ -210,9 +259,24 @@ class Scheduler:
         self._cache.reserve(len(self._slots), max(len(sequence.tokens) for sequence in self._slots))
         return plan
 
-    def _forward(self, plan: list[tuple[Sequence, Chunk]]) -> Tensor:
+    def _start(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> Step:
+        """Compute the tokens `ids` [T] of all chunks, and draw where a sequence is computed to its end."""
+        with span("engine step", sequences=len(plan), tokens=len(ids)):
+            hidden = self._forward(plan, ids)
+            ends, done, end = [], [], -1
+            for sequence, chunk in plan:
+                end += chunk.count
+                if sequence.computed >= len(sequence.tokens):
+                    ends.append(end)
+                    done.append(sequence)
+            if not done:
+                return Step([], Drawn(([], [])))
+            last = hidden if len(ends) == len(hidden) else hidden[sent(torch.tensor(ends), hidden.device)]
+            rows = [self._row(sequence) for sequence in done]
+            return Step(done, begin_sampling(self._model.logits(last), rows, self._draw))
+
+    def _forward(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> Tensor:
         """Hidden states of the row of all chunks, [T, hidden]."""
-        ids = torch.tensor([token for seq, chunk in plan for token in seq.tokens[chunk.start : chunk.stop]])
         positions = torch.tensor([position for _, chunk in plan for position in range(chunk.start, chunk.stop)])
         attention = CachedAttention(self._cache, [chunk for _, chunk in plan], self._device)
         model = self._model_of_rounds if plan[0][0].request.in_round else self._model
@@ -221,35 +285,40 @@ class Scheduler:
         for sequence, chunk in plan:
             computed += max(0, min(chunk.stop, len(sequence.request.prompt_ids)) - chunk.start)
             sequence.computed = chunk.stop
-        self.stats = replace(self.stats, prompt_tokens_computed=self.stats.prompt_tokens_computed + computed)
+        stats = self.stats
+        self.stats = replace(
+            stats, steps=stats.steps + 1, prompt_tokens_computed=stats.prompt_tokens_computed + computed
+        )
         return hidden
 
-    def _sample(self, plan: list[tuple[Sequence, Chunk]], hidden: Tensor) -> list[tuple[Sequence, Completion]]:
-        """The next token of every sequence that is computed to its end."""
-        ends, done, end = [], [], -1
-        for sequence, chunk in plan:
-            end += chunk.count
-            if sequence.computed == len(sequence.tokens):
-                ends.append(end)
-                done.append(sequence)
-        if not done:
-            return []
-        last = hidden if len(ends) == hidden.shape[0] else hidden[ends]
-        tokens, logprobs = sample(self._model.logits(last), [self._row(sequence) for sequence in done], self._draw)
-        self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + len(tokens))
-        finished = []
-        for sequence, token, logprob in zip(done, tokens, logprobs, strict=True):
+    def _read(self, step: Step) -> list[tuple[Sequence, Completion]]:
+        """Append the tokens that the step has drawn, and finish the sequences that they end."""
+        tokens, logprobs = step.drawn.read()
+        if isinstance(step.drawn, BatchedDraw) and step.drawn.is_redrawn:
+            self._drop_ahead()
+        finished, num_sampled = [], 0
+        for sequence, token, logprob in zip(step.sequences, tokens, logprobs, strict=True):
+            if sequence.has_ended:
+                continue
+            num_sampled += 1
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             if (reason := self._stop_reason(sequence)) is not None:
                 finished.append((sequence, reason))
+        self.stats = replace(self.stats, tokens_sampled=self.stats.tokens_sampled + num_sampled)
         finished.sort(key=lambda pair: -pair[0].slot)  # releasing from behind moves fewer sequences
         return [(sequence, self._finish(sequence, reason)) for sequence, reason in finished]
 
+    def _drop_ahead(self) -> None:
+        """Forget the step that was started ahead: its sequences compute their last token again."""
+        for sequence in self._ahead.sequences if self._ahead is not None else ():
+            sequence.computed -= 1
+        self._ahead = None
+
     def _row(self, sequence: Sequence) -> Row:
-        params = sequence.request.sampling
-        short = len(sequence.logprobs) + 1 < params.min_tokens
-        return Row(params, len(sequence.tokens), sequence.tokens, self._eos_ids if short else ())
+        params, position = sequence.request.sampling, sequence.computed
+        short = position - len(sequence.request.prompt_ids) + 1 < params.min_tokens
+        return Row(params, position, sequence.tokens, self._eos_ids if short else ())
 
     def _stop_reason(self, sequence: Sequence) -> StopReason | None:
         params, num_tokens = sequence.request.sampling, len(sequence.logprobs)
@@ -258,9 +327,13 @@ class Scheduler:
                 return "stop"
             if params.stop and self._stop_strings.ended(sequence.response_ids, params.stop):
                 return "stop"
-        if num_tokens >= params.max_tokens or len(sequence.tokens) >= self._max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full(sequence, num_tokens) else None
+
+    def _is_full(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Return whether a response of `num_tokens` may not grow longer."""
+        request = sequence.request
+        is_longest = len(request.prompt_ids) + num_tokens >= self._max_model_len
+        return is_longest or num_tokens >= request.sampling.max_tokens
 
     def _finish(self, sequence: Sequence, reason: StopReason) -> Completion:
         if sequence.computed * self._cache.bytes_per_token <= self._sessions.budget:
@@ -274,6 +347,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Free a slot; the last sequence moves into it."""
+        sequence.has_ended = True
         self._prompts.remove(sequence.request.prompt_ids, sequence)
         last = self._slots.pop()
         if last is not sequence:

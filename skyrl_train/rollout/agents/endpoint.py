@@ -15,9 +15,10 @@ import itertools
 import os
 import secrets
 import socket
-from collections.abc import Coroutine, Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import uvicorn
@@ -27,15 +28,20 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from skyrl_train.engine.base import Engine, EngineDied, Request, SamplingParams
-from skyrl_train.rollout.agents.openai_api import BadRequest, Body, ChatBody, Reply, TextBody, error_body, read_body
+from skyrl_train.engine.base import Completion, Engine, EngineDied, OnProgress, Request, SamplingParams
+from skyrl_train.rollout.agents.openai_api import BadRequest, Body, ChatBody, TextBody, error_body, read_body
+from skyrl_train.rollout.agents.replies import Reply, sse_event
 from skyrl_train.rollout.agents.session import AgentSession, Call, SessionLimits
+from skyrl_train.rollout.agents.streaming import Partial, in_pieces
 from skyrl_train.rollout.chat import ChatTemplate
+from skyrl_train.types import Message
 
 T = TypeVar("T")
 KEY_VARIABLE = "SKYRL_API_KEY"
 MAX_BODY = 64 * 2**20  # bytes
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
+GONE = Response(status_code=499)  # nginx's number for a client that has hung up; nobody is there to read it
+EPISODE_OVER = error_body("this episode is over", "not_found_error")
+EVENTS = "text/event-stream"
 
 
 class Endpoint:
@@ -75,6 +81,7 @@ class Endpoint:
                         Route("/health", self._health),
                     ]
                 ),
+                log_config=None,
                 log_level="warning",
                 lifespan="off",
                 timeout_graceful_shutdown=1,
@@ -134,44 +141,75 @@ class Endpoint:
             return JSONResponse(error_body(words, "authentication_error"), 401)
         key = request.path_params.get("session")
         if key is not None and key not in self._sessions:
-            return JSONResponse(error_body("this episode is over", "not_found_error"), 404)
+            return JSONResponse(EPISODE_OVER, 404)
         try:
-            body = read_body(kind, await _read(request))
-            with self._under_way(key):
-                answer = await _unless_gone(request, self._sampled(body, self._sessions[key] if key else None))
+            asked = self._asked(read_body(kind, await _read(request)), key)
+            if asked.body.stream:
+                return await self._streamed(request, asked)
+            completion = await _unless_gone(request, self._sampled(asked))
         except BadRequest as bad:
             return JSONResponse(bad.body, 400)
         except EngineDied as death:
             return JSONResponse(error_body(str(death), "server_error"), 503)
         except asyncio.CancelledError:
-            if key is None or key in self._sessions:
+            if self._is_open(key):
                 raise
-            return JSONResponse(error_body("this episode is over", "not_found_error"), 404)
-        if answer is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        tokens = [self.template.tokenizer.decode([token]) for token in answer.completion.response_ids]
-        if body.stream:
-            return StreamingResponse(answer.events(tokens), media_type="text/event-stream")
-        return JSONResponse(answer.whole(tokens))
+            return JSONResponse(EPISODE_OVER, 404)
+        return GONE if completion is None else JSONResponse(asked.reply.whole(completion))
 
-    async def _sampled(self, body: Body, session: AgentSession | None) -> Reply:
-        number = next(self._numbers)
-        recorded = session or self._passing_session(body, number)
-        messages, tools = (body.plain_messages, body.offered_tools) if isinstance(body, ChatBody) else ([], [])
-        ids = recorded.prompt_of(messages, tools) if messages else self._ids_of(body)
-        sampling = recorded.sampling_of(body, len(ids))
+    async def _streamed(self, request: HttpRequest, asked: Asked) -> Response:
+        """Return a stream once its first piece is there: what fails before that has a status of its own."""
+        pieces = in_pieces(partial(self._sampled, asked))
+        first = await _unless_gone(request, _next(pieces))
+        return GONE if first is None else StreamingResponse(self._events(asked, first, pieces), media_type=EVENTS)
+
+    async def _events(
+        self, asked: Asked, piece: Partial | Completion, pieces: AsyncGenerator[Partial | Completion]
+    ) -> AsyncGenerator[str]:
+        """Yield the events of a reply. An error on the way is the last one. Who hangs up cancels what is sampled."""
         try:
-            completion = await self.engine.generate(Request(ids, sampling, recorded.id))
-        except EngineDied as death:
-            recorded.death = death
-            raise
-        except ValueError as error:  # the engine does not take these tokens
-            raise BadRequest(str(error)) from error
-        finally:
-            if session is None:
-                await self.engine.forget(recorded.id)
-        recorded.calls.append(Call(messages, ids, completion, tools))
-        return Reply(body, number, self.model, ids, completion, may_call=bool(tools))
+            async with aclosing(pieces):
+                while isinstance(piece, Partial):
+                    for event in asked.reply.news(piece):
+                        yield event
+                    piece = await anext(pieces)
+            for event in asked.reply.end(piece):
+                yield event
+        except (RuntimeError, ValueError) as error:  # EngineDied and ReplyChanged among them
+            yield sse_event(error_body(str(error), "server_error"))
+        except asyncio.CancelledError:
+            if self._is_open(asked.key):
+                raise
+            yield sse_event(EPISODE_OVER)
+
+    def _asked(self, body: Body, key: str | None) -> Asked:
+        """Return a request that may be sampled. BadRequest for what cannot."""
+        number = next(self._numbers)
+        session = self._passing_session(body, number) if key is None else self._sessions[key]
+        messages, tools = (body.plain_messages, body.offered_tools) if isinstance(body, ChatBody) else ([], [])
+        ids = session.prompt_of(messages, tools) if messages else self._ids_of(body)
+        sampling = session.sampling_of(body, len(ids))
+        reply = Reply(body, number, self.model, ids, self.template.tokenizer, may_call=bool(tools))
+        return Asked(body, key, session, messages, tools, Request(ids, sampling, session.id), reply)
+
+    async def _sampled(self, asked: Asked, on_progress: OnProgress | None = None) -> Completion:
+        session = asked.session
+        with self._under_way(asked.key):
+            try:
+                completion = await self.engine.generate(replace(asked.request, on_progress=on_progress))
+            except EngineDied as death:
+                session.death = death
+                raise
+            except ValueError as error:  # the engine does not take these tokens
+                raise BadRequest(str(error)) from error
+            finally:
+                if asked.key is None:
+                    await self.engine.forget(session.id)
+        session.calls.append(Call(asked.messages, asked.request.prompt_ids, completion, asked.tools, asked.body.stops))
+        return completion
+
+    def _is_open(self, key: str | None) -> bool:
+        return key is None or key in self._sessions
 
     def _passing_session(self, body: Body, number: int) -> AgentSession:
         """Return a session for one call that belongs to none: it may choose its own sampling and seed."""
@@ -200,6 +238,7 @@ class Endpoint:
 
     @contextmanager
     def _under_way(self, key: str | None) -> Generator[None]:
+        """Let the end of the session cancel this task."""
         task = asyncio.current_task()
         if key is None or task is None:
             yield
@@ -210,6 +249,19 @@ class Endpoint:
             yield
         finally:
             calls.discard(task)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that is sampled. key: of the session that records it; None: of none."""
+
+    body: Body
+    key: str | None
+    session: AgentSession
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    request: Request
+    reply: Reply
 
 
 class _Server(uvicorn.Server):
@@ -236,6 +288,10 @@ async def _read(request: HttpRequest) -> bytes:
         if len(read) > MAX_BODY:
             raise BadRequest(f"the body is longer than {MAX_BODY} bytes")
     return bytes(read)
+
+
+async def _next(pieces: AsyncGenerator[T]) -> T:
+    return await anext(pieces)
 
 
 async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T | None:

@@ -8,11 +8,11 @@ import inspect
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_reward
+from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_pay
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.error import Error
 from skyrl_gym.importing import import_named
@@ -20,9 +20,11 @@ from skyrl_train.rollout.agents.endpoint import Endpoint
 from skyrl_train.rollout.agents.session import AgentSession, SessionLimits
 from skyrl_train.rollout.env_calls import failure
 from skyrl_train.rollout.episode import Cut
+from skyrl_train.rollout.rewards import Rewards
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
 
+USED_UP = object()  # in the place of what an agent returns that broke on a refused call
 OFFERED = ("prompt", "extras", "base_url", "api_key", "model", "seed")
 
 
@@ -83,6 +85,7 @@ class AgentEpisode:
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     cut: Cut | None = None
+    rewards: Rewards | None = None  # the weights of what the agent pays by name
 
     def __post_init__(self) -> None:
         self._extras = copy.deepcopy(self.task.prompt.env_extras)
@@ -100,16 +103,19 @@ class AgentEpisode:
         except EnvFailure:
             if session.cut is None or not session.calls:
                 raise
-            answer = 0.0  # the agent broke on the refusal of a call too many: the policy used up its turns or tokens
+            answer = (
+                USED_UP  # the agent broke on the refusal of a call too many: the policy used up its turns or tokens
+            )
         finally:
             self.messages = next((call.messages for call in session.calls), [])
             await self.endpoint.close_session(base_url)
             if session.death is not None:  # whatever the agent made of it
                 raise session.death from session.death.__cause__
-        reward, metrics = _checked(answer, self.agent.name)
+        reward, rewards, metrics = self._paid(answer)
         if not session.calls:
             raise EnvFailure(f"{self.agent.name}: it returned without a single call of {base_url}")
-        self.turns, self.cut = session.turns(reward), session.cut
+        *before, last = session.turns(reward)
+        self.turns, self.cut = [*before, replace(last, rewards=rewards)], session.cut
         return Trajectory(
             prompt=self.task.prompt,
             repetition=self.task.repetition,
@@ -126,6 +132,32 @@ class AgentEpisode:
         limits = SessionLimits(self._max_calls, self.limits.max_input_length, self.limits.max_context)
         session_id = f"{self.task.round_name}_{self.task.id}_{self.attempt}"
         return AgentSession(session_id, self.endpoint.template, self.task.sampling, limits, self.task.sampling_seed)
+
+    def _paid(self, answer: Any) -> tuple[float, dict[str, float], dict[str, Any]]:
+        """Return reward, rewards by name and metrics of what the agent returned. EnvFailure if it is none of these.
+
+        An agent whose episode was cut (USED_UP) has earned 0 under every name.
+        """
+        named = self.rewards.weights if self.rewards else {}
+        if answer is USED_UP:
+            return 0.0, dict.fromkeys(named, 0.0), {}
+        reward, metrics = (
+            (answer.get("reward"), answer.get("metrics", {})) if isinstance(answer, dict) else (answer, {})
+        )
+        outcome = Outcome.of(lambda: (self._counted(*checked_pay(reward)), checked_metrics(metrics)))
+        if isinstance(outcome.error, WrongAnswer):
+            raise failure(outcome.error, self.agent.name, "the agent")
+        if outcome.error is not None:
+            raise outcome.error
+        (total, paid), metrics = outcome.value
+        return total, paid, metrics
+
+    def _counted(self, total: float, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
+        if self.rewards is None:
+            return total, parts
+        paid = self.rewards.of_environment(total, parts)
+        self.rewards.check_paid(paid)
+        return self.rewards.weighted(paid), paid
 
     async def _answer(self, base_url: str) -> Any:
         offered = {
@@ -148,17 +180,6 @@ class AgentEpisode:
         if isinstance(outcome, BaseException):
             raise failure(outcome, self.agent.name, "the agent") from outcome
         return outcome
-
-
-def _checked(answer: Any, name: str) -> tuple[float, dict[str, Any]]:
-    """Return reward and metrics of what an agent returned. EnvFailure if that is neither."""
-    reward, metrics = (answer.get("reward"), answer.get("metrics", {})) if isinstance(answer, dict) else (answer, {})
-    outcome = Outcome.of(lambda: (checked_reward(reward), checked_metrics(metrics)))
-    if isinstance(outcome.error, WrongAnswer):
-        raise failure(outcome.error, name, "the agent")
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value
 
 
 def _end(session: AgentSession) -> EpisodeEnd:

@@ -1,17 +1,13 @@
-"""OpenAI's chat completions and completions: what a client sends, checked, and what it gets back."""
+"""OpenAI's chat completions and completions: what a client sends, checked. replies.py has what it gets back."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
-from skyrl_gym.tool_calls import ToolCall, UnreadableCall, read_tool_calls, without_tool_calls
-from skyrl_train.engine.base import Completion
 from skyrl_train.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -174,96 +170,6 @@ def _plain_call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(name, str) or not isinstance(read, dict):
         raise BadRequest(f"{place} must be functions with a name and arguments, a JSON object as text", param=place)
     return {"id": str(call.get("id")), "type": "function", "function": {"name": name, "arguments": read}}
-
-
-def said_in(text: str, *, may_call: bool) -> tuple[str, list[ToolCall]]:
-    """Return the words of a reply, and its calls of tools if it could make any. Calls that cannot be read are words."""
-    try:
-        calls = read_tool_calls(text) if may_call else []
-    except UnreadableCall:
-        calls = []
-    return (without_tool_calls(text), calls) if calls else (text, [])
-
-
-# Answers
-
-
-class Reply:
-    """The answer to one request, as a whole or as the events of a stream."""
-
-    def __init__(
-        self, body: Body, number: int, model: str, prompt_ids: list[int], completion: Completion, *, may_call: bool
-    ) -> None:
-        self.body, self.completion, self.prompt_ids = body, completion, prompt_ids
-        self.is_chat = isinstance(body, ChatBody)
-        self._head = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{number}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._kind = "chat.completion" if self.is_chat else "text_completion"
-        self._words, calls = said_in(completion.text, may_call=may_call)
-        self._calls = [_call_body(call, f"call_{number}_{place}") for place, call in enumerate(calls)]
-        self._finish_reason = "tool_calls" if calls and completion.stop_reason == "stop" else completion.stop_reason
-
-    def whole(self, tokens: list[str]) -> dict[str, Any]:
-        """Return the body of the answer. tokens: the text of each sampled token, for the logprobs."""
-        said = {"message": self._message(self._calls)} if self.is_chat else {"text": self._words}
-        token_ids = {"prompt_token_ids": self.prompt_ids} if self.body.return_token_ids else {}
-        return {
-            **self._head,
-            "object": self._kind,
-            "choices": [self._choice(said, self._finish_reason, tokens)],
-            "usage": self._usage,
-            **token_ids,
-        }
-
-    def events(self, tokens: list[str]) -> Iterator[str]:
-        """Yield the events of a stream. The engine gives whole replies, so the text comes in one piece."""
-        kind = "chat.completion.chunk" if self.is_chat else self._kind
-        calls = [{"index": place, **call} for place, call in enumerate(self._calls)]
-        said = {"delta": self._message(calls)} if self.is_chat else {"text": self._words}
-        end = {"delta": {}} if self.is_chat else {"text": ""}
-        choices = [self._choice(said, None, tokens), {"index": 0, **end, "finish_reason": self._finish_reason}]
-        events: list[dict[str, Any]] = [{"choices": [choice]} for choice in choices]
-        if (self.body.stream_options or {}).get("include_usage"):
-            events.append({"choices": [], "usage": self._usage})
-        yield from (f"data: {json.dumps({**self._head, 'object': kind, **event})}\n\n" for event in events)
-        yield "data: [DONE]\n\n"
-
-    def _message(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        said = {"role": "assistant", "content": self._words}
-        return {**said, "content": self._words or None, "tool_calls": calls} if calls else said
-
-    @property
-    def _usage(self) -> dict[str, int]:
-        prompt, reply = len(self.prompt_ids), len(self.completion.response_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
-
-    def _choice(self, said: dict[str, Any], finish_reason: str | None, tokens: list[str]) -> dict[str, Any]:
-        choice = {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
-        if self.body.wants_logprobs:
-            choice["logprobs"] = self._chat_logprobs(tokens) if self.is_chat else self._text_logprobs(tokens)
-        if self.body.return_token_ids:
-            choice["token_ids"] = self.completion.response_ids
-        return choice
-
-    def _chat_logprobs(self, tokens: list[str]) -> dict[str, Any]:
-        pairs = zip(tokens, self.completion.logprobs, strict=True)
-        return {
-            "content": [
-                {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-                for token, logprob in pairs
-            ]
-        }
-
-    def _text_logprobs(self, tokens: list[str]) -> dict[str, Any]:
-        return {"tokens": tokens, "token_logprobs": self.completion.logprobs, "top_logprobs": None}
-
-
-def _call_body(call: ToolCall, name: str) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments)}
-    return {"id": name, "type": "function", "function": function}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion, EngineDied, SamplingParams
-from skyrl_train.rollout.agents.openai_api import BadRequest, Body, said_in
-from skyrl_train.rollout.chat import Chat, ChatTemplate
+from skyrl_train.rollout.agents.openai_api import BadRequest, Body
+from skyrl_train.rollout.agents.replies import said_in
+from skyrl_train.rollout.agents.streaming import cut_at_stop
+from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.seeds import derive_seed
 from skyrl_train.rollout.template_check import TemplateRefused
@@ -27,12 +29,16 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One finished call. messages: what the agent sent; empty for a call with a plain text. tools: what it offered."""
+    """One finished call. messages: what the agent sent; empty for a call with a plain text. tools: what it offered.
+
+    stops: the agent's own stop strings, which are sampled and not sent to it.
+    """
 
     messages: list[Message]
     prompt_ids: list[int]
     completion: Completion
     tools: list[dict[str, Any]] = field(default_factory=list)
+    stops: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,13 +63,14 @@ class AgentSession:
         """Return the tokens of a conversation with these tools. BadRequest if the template does not print it.
 
         Where it goes on from an earlier call, its reply included, these are the tokens that were read and sampled then,
-        and what the template prints behind them: nothing that was sampled is encoded again.
+        and what the template prints behind them: nothing that was sampled is encoded again, unless the template prints
+        it otherwise by now (generator.step_wise_trajectories).
         """
         try:
             template = self.template.offering(tools) if tools else self.template
             for call in reversed(self.calls):
                 if call.tools == tools and (news := _continues(call, messages)) is not None:
-                    chat = Chat(template, call.prompt_ids)
+                    chat = template.start(call.messages, call.prompt_ids)
                     chat.append(call.completion.response_ids, news)
                     return chat.ids
             return template.start(messages).ids
@@ -124,7 +131,7 @@ def _continues(call: Call, messages: Sequence[Message]) -> list[Message] | None:
     if not call.messages or len(messages) <= place + 1 or list(messages[:place]) != call.messages:
         return None
     reply, news = messages[place], list(messages[place + 1 :])
-    words, calls = said_in(call.completion.text, may_call=bool(call.tools))
+    words, calls = said_in(cut_at_stop(call.completion.text, call.stops), may_call=bool(call.tools))
     again = [(said["function"]["name"], said["function"]["arguments"]) for said in reply.get("tool_calls", ())]
     is_same = reply["role"] == "assistant" and reply["content"].strip() == words.strip()
     is_same = is_same and again == [(said.name, said.arguments) for said in calls]

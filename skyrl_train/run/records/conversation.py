@@ -26,13 +26,14 @@ def episode_card(labels: list[str], step: int, episode: EpisodeRecord, *, is_lat
     if episode.failure:
         attempts = f"after {episode.num_attempts} attempts: " if episode.num_attempts > 1 else ""
         body += f'<p class="failure">{attempts}{escaped(shortened(episode.failure, 300))}</p>'
+    named = "".join(f" · {escaped(name)} {reward:.3g}" for name, reward in episode.rewards.items())
     when = "late" if is_late else "early"
     return (
         f'<article class="episode {when}" data-labels="{escaped("|".join(labels))}"><header>'
         f'<span class="label">{escaped(", ".join(labels))}</span><span class="when">step {step}</span>'
         f'<span class="reward {_mood(episode.reward)}">{episode.reward:.3g}</span>'
         f'<span class="about">prompt {escaped(shortened(episode.uid, 24))} · {len(episode.turns)} '
-        f"{'turn' if len(episode.turns) == 1 else 'turns'} · {ENDS[episode.end]}</span></header>{body}</article>"
+        f"{'turn' if len(episode.turns) == 1 else 'turns'} · {ENDS[episode.end]}{named}</span></header>{body}</article>"
     )
 
 

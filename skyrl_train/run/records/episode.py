@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from skyrl_train.types import EpisodeEnd, Message, Trajectory
@@ -39,6 +39,7 @@ class TurnRecord:
     stop_reason: str
     policy_version: int
     observation: list[Message]
+    rewards: dict[str, float] = field(default_factory=dict)  # those with a name, before their weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class EpisodeRecord:
     num_attempts: int
     failure: str | None
     seconds: float
+    rewards: dict[str, float] = field(default_factory=dict)  # those with a name, before their weights
 
     def to_json(self) -> str:
         """Return the record as one line. A value that JSON cannot hold is written as text."""
@@ -97,7 +99,7 @@ def episode_record(
         seed=trajectory.seed,
         messages=trajectory.messages,
         turns=[
-            TurnRecord(float(t.reward), t.text, t.stop_reason, t.policy_version, t.observation)
+            TurnRecord(float(t.reward), t.text, t.stop_reason, t.policy_version, t.observation, t.rewards)
             for t in trajectory.turns
         ],
         segments=segments(trajectory, token_texts),
@@ -108,6 +110,7 @@ def episode_record(
         num_attempts=trajectory.num_attempts,
         failure=trajectory.failure,
         seconds=trajectory.seconds,
+        rewards=trajectory.rewards,
     )
 
 
@@ -143,7 +146,7 @@ def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Return dataclasses as dictionaries, numpy and torch arrays as lists, their scalars as numbers; else the repr."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {part.name: getattr(value, part.name) for part in fields(value)}
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):

@@ -103,7 +103,17 @@ def _reward_section(lines: list[Line]) -> str:
     legend = "<span><i></i>training, mean of the step</span>"
     legend += '<span class="k-band"><i></i>worst to best episode</span>' if band else ""
     legend += '<span class="k-dots"><i></i>evaluation</span>' if chart.dots else ""
-    return f'<h2>Reward</h2><div class="card"><div class="legend">{legend}</div>{drawn}</div>'
+    named = "".join(_named_reward_cards(lines))
+    named = f'<div class="grid-3">{named}</div>' if named else ""
+    return f'<h2>Reward</h2><div class="card"><div class="legend">{legend}</div>{drawn}</div>{named}'
+
+
+def _named_reward_cards(lines: list[Line]) -> Iterator[str]:
+    """Yield a chart for each named reward: its mean over the episodes of a step, before its weight."""
+    for key in sorted({key for line in lines for key in line if key.startswith("rewards/") and key.endswith("/mean")}):
+        name = key.split("/")[1]
+        if drawn := line_chart(Chart(name, _series(lines, key), line_name=name, width=340, height=150)):
+            yield f'<div class="card"><h3>{escaped(name)}</h3>{drawn}</div>'
 
 
 def _training_section(lines: list[Line]) -> str:

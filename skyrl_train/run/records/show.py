@@ -36,7 +36,8 @@ def show(run_folder: Path, phase: Phase, step: int | None, pick: str, count: int
 
 def print_episode(episode: EpisodeRecord, console: Console) -> None:
     """Print every token of the episode in order; the policy's own stand out."""
-    title = f"prompt {episode.uid}, repetition {episode.repetition}: reward {episode.reward:g}, {episode.end}"
+    named = "".join(f", {name} {reward:g}" for name, reward in episode.rewards.items())
+    title = f"prompt {episode.uid}, repetition {episode.repetition}: reward {episode.reward:g}{named}, {episode.end}"
     console.rule(Text(visible(title)))
     for segment in episode.segments:
         if segment.new_history and segment.turn > 0:

@@ -49,7 +49,8 @@ export class Curves {
   }
 
   shown() {
-    return this.keys.length ? this.keys : FIRST.filter((key) => this.known.has(key));
+    const named = [...this.known].filter((key) => /^rewards\/.*\/mean$/.test(key));
+    return this.keys.length ? this.keys : [...named, ...FIRST.filter((key) => this.known.has(key))];
   }
 
   pick() {

@@ -7,7 +7,7 @@ import time
 import psutil
 
 
-def gone(pids: list[int], within_s: float = 10.0) -> bool:
+def gone(pids: list[int], within_s: float = 60.0) -> bool:
     """Return whether all processes end within that time. Zombies count as ended: they may be reaped later."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:

@@ -16,6 +16,7 @@ from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.rollout.reward import RewardFunction
+from skyrl_train.rollout.rewards import Rewards
 from skyrl_train.rollout.round import Round
 from tests.fakes import ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
@@ -37,7 +38,7 @@ def test_a_function_pays_with_the_fields_of_the_server(echo_url):
     engine.max_model_len = 4096
     config = {"openenv": {"url": echo_url, "runtime": "url"}}
     reward = RewardFunction("m:score", score)
-    collector = Collector(engine, ChatTemplate(tokenizer), limits, env_configs=config, reward=reward)
+    collector = Collector(engine, ChatTemplate(tokenizer), limits, env_configs=config, rewards=Rewards(alone=reward))
     prompts = [row_prompt("row 0", row, "openenv")]
     [group] = asyncio.run(collector.collect(Round("train", 1, prompts, 1, SamplingParams(max_tokens=200))))
     collector.close()

@@ -68,4 +68,4 @@ def test_every_environment_counts_the_replies_that_hold_no_action(env_id, env_co
 def test_a_megabyte_is_answered_in_linear_time(env_id, piece, env_configs):
     start = time.perf_counter()
     make(env_id, env_configs, max_turns=1).step(piece * (1_000_000 // len(piece)))
-    assert time.perf_counter() - start < 5  # linear: milliseconds; quadratic: hours
+    assert time.perf_counter() - start < 60  # linear: milliseconds; quadratic: hours

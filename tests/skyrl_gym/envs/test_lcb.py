@@ -54,7 +54,7 @@ def test_the_last_code_block_is_graded_and_kept():
 
 
 def test_an_endless_program_fails_in_time_and_leaves_no_process():
-    assert passes("", ProgramTest("", "", None), timeout_s=5)
+    assert passes("", ProgramTest("", "", None), timeout_s=60)
     before = set(psutil.Process().children(recursive=True))  # servers of other tests
     assert not passes("while True: pass", ProgramTest("", "", None), timeout_s=0.3)
     assert set(psutil.Process().children(recursive=True)) <= before
@@ -113,4 +113,4 @@ def test_a_row_whose_tests_say_nothing_is_refused():
 )
 def test_a_result_must_have_the_type_that_is_expected(returned, expected, right):
     test = ProgramTest("", expected, "f")
-    assert passes(f"def f(): return {returned}", test, timeout_s=5) is right
+    assert passes(f"def f(): return {returned}", test, timeout_s=60) is right

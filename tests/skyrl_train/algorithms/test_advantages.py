@@ -171,7 +171,9 @@ def test_groups_without_any_difference_are_counted_and_so_is_a_trajectory_withou
 
 
 def half_the_reward(rewards, loss_mask, sample_index, config, **others):
-    assert {"batch", "group_index", "values", "trajectory_index", "grpo_norm_by_std", "gamma", "lambd"} == set(others)
+    assert set(others) == {
+        "batch", "group_index", "values", "named_rewards", "trajectory_index", "grpo_norm_by_std", "gamma", "lambd",
+    }  # fmt: skip
     return rewards * config.gamma / 2 + 7, rewards
 
 

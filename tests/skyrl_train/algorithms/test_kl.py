@@ -43,11 +43,11 @@ def test_an_unknown_estimator_names_the_known_ones():
 
 
 def test_kl_in_the_reward_is_paid_by_trained_tokens_only():
-    batch = pack([sample("011", [0, 0, 1.0]), sample("01", [0, 0.0])])
+    batch = pack([sample("011", [0, 0, 1.0]), sample("01", [0, 0.0], trajectory="a_1")])
     batch = replace(batch, old_logprobs=tensor([0, -1.0, -1, 0, -2]), ref_logprobs=tensor([-9.0, -3, -1, -9, -1]))
     # d = 2, 0 | -1
     assert_close(with_kl_in_rewards(batch, 0.1, "k1").rewards, tensor([0, -0.2, 1.0, 0, 0.1]))
-    assert kl_metrics(batch, 0.1, "k1") == {  # rows: (2 + 0) / 2 and -1
+    assert kl_metrics(batch, 0.1, "k1") == {  # episodes: (2 + 0) / 2 and -1
         "loss/avg_kl": 0.0,
         "loss/avg_kl_max": 2.0,
         "loss/kl_loss_coef": 0.1,

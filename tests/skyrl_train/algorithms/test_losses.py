@@ -15,6 +15,7 @@ from skyrl_train.algorithms.losses import (
     cross_entropy,
     dppo,
     dual_clip,
+    gmpo,
     gspo,
     importance_sampling,
     sapo,
@@ -259,3 +260,21 @@ def test_a_huge_ratio_stays_finite(loss_function, settings):
         **settings,
     )
     assert loss.isfinite().all()
+
+
+def test_gmpo_clips_the_logarithm_of_each_token_and_averages_them():
+    # row 0, A = 1: ln r = 0.1, 1.0, at most 0.2: 0.1, 0.2 -> mean 0.15
+    # row 1, A = -1: ln r = 1, -1, at least -0.2: 1, -0.2 -> mean 0.4
+    log_probs = tensor([0.0, 0.1, 1.0, 0.0, 1.0, -1.0])
+    mask = tensor([False, True, True, False, True, True])
+    rows = tensor([0, 0, 0, 1, 1, 1])
+    advantages = tensor([9.0, 1, 1, 9, -1, -1])
+    arguments: Any = {"old_log_probs": zeros(6), "advantages": advantages, "loss_mask": mask, "sample_index": rows}
+    arguments |= CLIP
+    loss, metrics = gmpo(log_probs, **arguments)
+    first, second = math.exp(0.15), math.exp(0.4)
+    assert_close(loss, tensor([0, -first, -first, 0, second, second]))
+    assert metrics == {"clip_ratio": 0.5}
+    # the mean over a row's tokens is its loss, so each free token gets ratio / 2 per token of the row: ratio in all
+    gradient = gradient_of(gmpo, log_probs, **arguments)
+    assert_close(gradient, tensor([0, -first, 0, 0, second, 0]))

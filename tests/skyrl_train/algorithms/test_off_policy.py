@@ -1,10 +1,11 @@
 """Correction for off-policy samples: two rows with ratios old / rollout 2, 2 | 0.5, and an untrained token."""
 
 import pytest
+import torch
 from torch import tensor, zeros
 from torch.testing import assert_close
 
-from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask
+from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask, token_mask
 
 OLD = tensor([9.0, 2.0, 2.0, 0.5]).log()
 MASK = tensor([False, True, True, True])
@@ -59,3 +60,17 @@ def test_unknown_names_are_refused():
         importance_weights(*DATA, level="row", cap=1.0)
     with pytest.raises(ValueError, match="sequence_mask_metric"):
         sequence_mask(*DATA, metric="sum", low=0.0, high=1.0)
+
+
+def test_single_tokens_outside_the_bounds_are_dropped():
+    ratios, mask = tensor([0.4, 1.0, 6.0, 0.4]), tensor([True, True, True, False])
+    arguments = (ratios.log(), torch.zeros(4), mask)
+    kept, metrics = token_mask(*arguments, low=0.5, high=5.0)
+    assert kept.tolist() == [False, True, False, False]
+    assert metrics == pytest.approx(
+        {"token_mask_ratio": 2 / 3, "token_mask_over_high_ratio": 1 / 3, "token_mask_under_low_ratio": 1 / 3}
+    )
+    assert token_mask(*arguments, low=None, high=5.0)[0].tolist() == [True, True, False, False]
+    kept, metrics = token_mask(*arguments, low=None, high=None)
+    assert kept is mask
+    assert metrics == {}

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -84,10 +86,27 @@ def title(process: psutil.Process) -> str:
 
 
 def nothing_is_left(family: list[psutil.Process]) -> bool:
-    """Return whether none of these lives after ten seconds, and no memory that a run shares."""
-    _, alive = psutil.wait_procs(family, timeout=10)
-    shared = [path.name for path in Path("/dev/shm").glob("*") if "skyrl" in path.name or "plasma" in path.name]
-    return not alive and not shared
+    """Return whether none of these lives after a minute, and no memory that a run shares."""
+    _, alive = psutil.wait_procs(family, timeout=60)
+    return not alive and not shared_memory_of_nobody()
+
+
+def shared_memory_of_nobody(kinds: Sequence[str] = ("skyrl", "plasma")) -> set[str]:
+    """Return the names of shared memory with such a word that no process of this machine maps or has open."""
+    names = {path.name for path in Path("/dev/shm").glob("*") if any(kind in path.name for kind in kinds)}
+    for held in _held_files() if names else ():
+        names = {name for name in names if name not in held}
+    return names
+
+
+def _held_files() -> Iterator[str]:
+    """Yield, process by process, the names of the files that it maps and of those that it has open."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            yield (process / "maps").read_text(errors="replace")
+            for link in (process / "fd").iterdir():
+                with suppress(OSError):
+                    yield os.readlink(link)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,13 @@ def test_every_process_sees_the_gpus_of_its_place(started):
         session.ray.util.remove_placement_group(shared._group)
 
 
+def test_every_process_gets_as_much_of_a_busy_machine_as_the_driver(started):
+    engine = started.engine._identity
+    pids = [identity_of(started, 0).pid, identity_of(started, 1).pid, engine.pid]
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [niceness] * 3
+
+
 async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
     engine = await started.cluster.start_engine(1)
     long = Request(IDS, SamplingParams(max_tokens=400, min_tokens=400, seed=1), "s")
@@ -220,11 +227,11 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_
 
     with pytest.raises(LearnerDied) as caught:
         started.learner.update(batch, kill_once)  # rank 0 is told by the connection that was closed, and Ray by itself
-    assert time.monotonic() - killed[0] < 10
+    assert time.monotonic() - killed[0] < 40
     assert f"learner rank 1 of 2 (process {pid}) died: it was killed" in str(caught.value)
     assert str(caught.value).endswith("what rank 1 said last")
     with pytest.raises(LearnerDied):
         started.learner.publish(tmp_path / "weights")
     began = time.monotonic()
     started.learner.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30

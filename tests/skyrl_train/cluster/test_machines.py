@@ -59,14 +59,14 @@ def test_a_dead_machine_ends_the_run_with_its_name_and_nothing_is_left(machines,
     family = family_after_step(2, given / "run", process)
     machines.cluster.remove_node(machines.second, allow_graceful=False)
     began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     seconds = time.monotonic() - began
     assert process.returncode == 1
     assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
     assert "stopped: learner rank 1 of 2 on machine " in output, output[-2000:]
     assert "Traceback" not in output
-    assert seconds < 10
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert seconds < 40  # it would wait ten minutes for the others
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 

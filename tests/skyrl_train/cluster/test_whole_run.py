@@ -48,7 +48,7 @@ def ended(given: Path) -> tuple[float, int, str, list[psutil.Process]]:
         [_, victim] = [child for child in family if title(child) == "ray::LearnerRank"]
         victim.send_signal(signal.SIGKILL)
         began = time.monotonic()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
         return time.monotonic() - began, process.returncode, output, family
     finally:
         process.kill()
@@ -57,7 +57,7 @@ def ended(given: Path) -> tuple[float, int, str, list[psutil.Process]]:
 @pytest.mark.timeout(400)
 def test_a_dead_rank_ends_the_run_with_its_name_and_how_to_go_on_and_nothing_is_left(ended):
     seconds, status, output, family = ended
-    assert seconds < 25  # the end of Ray and of the environments included
+    assert seconds < 60  # the end of Ray and of the environments included
     assert status == 1
     assert " is replaced: engine " in output
     assert "stopped: learner rank " in output

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from skyrl_gym.envs.registration import deregister, register
 from skyrl_train.entrypoints.main_base import main
 from tests.fakes import EvenEnv
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, tiny_bpe_tokenizer
 
 KINDS = ("full", "lora")
 ENV = "even_commands"
@@ -22,7 +23,11 @@ ENV = "even_commands"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, Path]]:
     """A run's folder by kind: two steps, a checkpoint and an export by the learner after each."""
     folder = tmp_path_factory.mktemp("runs")
-    save_tiny_model(folder / "model")
+    tokenizer = tiny_bpe_tokenizer()  # not a token per byte: GGUF needs merges
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    save_tiny_model(folder / "model", vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **ends)
+    GenerationConfig(**ends).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": [{"role": "user", "content": f"task {i} → ☃"}], "data_source": "even"} for i in range(4)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     register(ENV, EvenEnv)

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from skyrl_train.commands.main import main
 from skyrl_train.commands.sources import source
-from skyrl_train.commands.streaming import streamed
 from skyrl_train.commands.trained import Talker
-from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
-from skyrl_train.rollout.chat import ChatTemplate
+from skyrl_train.engine.base import Request, SamplingParams
 from skyrl_train.visible import visible
-from tests.tiny_models import tiny_tokenizer
 
 CPU = ["trainer.device=cpu", "trainer.bf16=false"]
-SAMPLING = SamplingParams(max_tokens=21, temperature=1.0, seed=7)
 
 
 def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lines: str, *words: str) -> list[str]:
@@ -43,46 +37,6 @@ async def replies(talker: Talker, lines: list[str]) -> list[str]:
         chat.append(done.response_ids, [{"role": "user", "content": next_line}])
     await engine.close()
     return texts
-
-
-async def test_a_streamed_reply_has_the_tokens_of_a_whole_request(run):
-    talker = Talker(source(str(run)), CPU)
-    engine = await talker.start()
-    ids = talker.chat_template.start([{"role": "user", "content": "hello"}]).ids
-    for num_tokens in (1, 4, 21):
-        sampling = replace(SAMPLING, max_tokens=num_tokens)
-        whole = await engine.generate(Request(ids, sampling, "whole"))
-        pieces = [piece async for piece in streamed(engine, talker.chat_template, ids, sampling, "streamed")]
-        assert pieces[-1].ids == whole.response_ids
-        assert "".join(piece.text for piece in pieces) == whole.text
-        assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    await engine.close()
-
-
-class Speller:
-    """An engine that says one text whatever it reads: as many of its tokens as are asked for, from where it stopped."""
-
-    max_model_len = 100
-
-    def __init__(self, text: str) -> None:
-        self.ids = list(tiny_tokenizer().encode(text))
-
-    async def generate(self, request: Request) -> Completion:
-        begun = len(request.prompt_ids) - 1
-        ids = self.ids[begun : begun + request.sampling.max_tokens]
-        return Completion("", ids, [0.0] * len(ids), "length", 0)
-
-
-@pytest.mark.parametrize(
-    ("stop", "pieces"),
-    [((), ["abc☃ x", "yz. ", "more"]), (("xyz",), ["abc☃ x", "yz. "])],
-)
-async def test_no_letter_is_cut_and_a_stop_string_across_two_pieces_ends_the_reply(stop, pieces):
-    engine, template = Speller("abc☃ xyz. more"), ChatTemplate(tiny_tokenizer())  # a snowman is three tokens
-    sampling = SamplingParams(max_tokens=16, stop=stop)
-    said = [piece async for piece in streamed(cast(Engine, engine), template, [0], sampling, "a")]
-    assert [piece.text for piece in said] == pieces
-    assert [piece.is_last for piece in said] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_a_conversation_goes_on_until_it_is_reset_and_nothing_steers_the_terminal(runs, capsys, monkeypatch):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from skyrl_train.commands.main import main
 from skyrl_train.learner.ranks import Ranks, rows_of
@@ -87,6 +88,27 @@ def test_the_adapters_alone_are_those_of_the_learner_and_a_whole_model_has_none(
     assert "has no adapter" in capsys.readouterr().err
 
 
+def test_a_gguf_file_holds_the_model_of_the_folder_and_its_tokenizer(run, tmp_path, capsys):
+    file = tmp_path / "a.gguf"
+    assert main(["export", str(run), "--format", "gguf", "--output", str(file), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["folder"], done["kind"], done["dtype"]) == (str(file), "GGUF model", "bfloat16")
+    assert done["num_bytes"] == file.stat().st_size
+    source: Any = {"pretrained_model_name_or_path": tmp_path, "gguf_file": file.name}
+    quantized = GgufConfig(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantized, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    of_file: Any = AutoTokenizer.from_pretrained(**source)
+    of_folder: Any = AutoTokenizer.from_pretrained(run / "model")
+    told: list[Any] = [{"role": "user", "content": "It's 1234 → ☃"}]
+    how: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+    assert of_file.apply_chat_template(told, **how) == of_folder.apply_chat_template(told, **how)
+    assert main(["export", str(run), "--format", "gguf", "--output", str(file), "--dtype", "q8_0"]) == 0  # over it
+
+
 def test_a_checkpoint_of_two_ranks_gives_the_same_model(run, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(run / "global_step_2", copied / "global_step_2")
@@ -129,6 +151,10 @@ def test_a_model_that_is_not_the_runs_own_is_refused(runs, tmp_path, capsys):
         (["run", "--step", "7"], "has no checkpoint of step 7; it has 1, 2"),
         (["run", "--output", "full"], "full holds other files"),
         (["damaged"], "digests.txt is missing"),
+        (["run", "--format", "gguf", "--adapter"], "choose one"),
+        (["run", "--dtype", "q8_0"], "is for --format gguf"),
+        (["run", "--format", "gguf", "--output", "full"], "full is a folder; a GGUF model is one file"),
+        (["run", "--format", "gguf", "--output", "full/thesis.tex"], "is another file"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(runs, words, says, tmp_path, monkeypatch, capsys):
@@ -145,7 +171,8 @@ def test_what_is_no_run_is_refused_in_one_line(runs, words, says, tmp_path, monk
     refused = capsys.readouterr().err
     assert says in refused
     assert refused.count("\n") == 1
-    assert (tmp_path / "full" / "thesis.tex").exists()
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.writing"))
 
 
 def test_a_checkpoints_own_folder_is_a_run_at_that_step(run):

@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,15 +57,15 @@ def test_the_help_of_every_program_does_nothing(module, tmp_path, capsys, monkey
 def test_the_help_of_skyrl_lists_the_subcommands_without_importing_what_they_need():
     script = "import sys; from skyrl_train.commands.main import main; main(['--help']); print(sorted(sys.modules))"
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
+    began = os.times().children_user
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - began
+    seconds = os.times().children_user - began
     text, _, modules = done.stdout.partition("[")
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == offered()
     assert not {"torch", "transformers", "omegaconf", "hydra", "rich", "numpy"} & set(
         modules.replace("'", "").split(", ")
     )
-    assert seconds < 3  # 0.1 where nothing else runs
+    assert seconds < 1  # of a processor; it takes 0.05
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ from skyrl_train.commands.main import main
 from skyrl_train.commands.sources import source
 from skyrl_train.commands.trained import Talker
 from skyrl_train.engine.base import Request, SamplingParams
+from tests.ports import taken_port
 
 CPU = ["trainer.device=cpu", "trainer.bf16=false"]
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return asked.getsockname()[1]
+    with taken_port() as taken:
+        return taken.getsockname()[1]
 
 
 @asynccontextmanager

@@ -159,7 +159,10 @@ def test_an_unknown_key_far_from_all_is_told_where_they_are_listed():
             "data.train_data=a.parquet",
             "data.train_data=a.parquet has the wrong type: expected a list of texts such as [a,b]",
         ),
-        ("trainer.policy.model=gpt2", "trainer.policy.model=gpt2 is a section; set one of its keys: path, lora"),
+        (
+            "trainer.policy.model=gpt2",
+            "trainer.policy.model=gpt2 is a section; set one of its keys: path, load_in_4bit, lora",
+        ),
         ("trainer.epochs", "trainer.epochs has no value; write trainer.epochs=VALUE"),
         (
             "trainer.seed=1,2",

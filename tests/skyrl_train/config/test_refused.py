@@ -58,7 +58,6 @@ def refusal(*overrides: str) -> str:
         "generator.inference_engine_tensor_parallel_size=2",
         "generator.inference_engine_data_parallel_size=2",
         "generator.gpu_memory_utilization=0.7",
-        "generator.step_wise_trajectories=true",
         "generator.async_engine=false",
         "generator.model_dtype=bfloat16",
         "generator.engine_init_kwargs={max_model_len:100}",
@@ -204,10 +203,6 @@ def test_a_distillation_that_cannot_be_is_refused(settings, says):
             [GAE, "trainer.critic.model_config_kwargs={a:1}", "trainer.critic.shares_policy=true"],
             "trainer.critic.model_config_kwargs={a:1} has no model to change",
         ),
-        (
-            [GAE, "trainer.critic.shares_policy=true", "trainer.strategy=fsdp2"],
-            "trainer.critic.shares_policy=true is not possible with trainer.strategy=fsdp2",
-        ),
         ([GAE, "trainer.critic.model.path=m", "trainer.algorithm.value_clip=0"], "value_clip=0.0 must be above 0"),
         ([GAE, "trainer.critic.model.path=m", "trainer.algorithm.lambd=1.1"], "lambd=1.1 must be from 0 to 1"),
     ],
@@ -222,7 +217,8 @@ def test_a_critic_is_accepted_with_everything_that_it_reads():
     settings = ["trainer.critic_mini_batch_size=8", f"{critic}optimizer_config.lr=1e-4", "trainer.algorithm.lambd=0.9"]
     clip = ["trainer.algorithm.value_clip=null", "trainer.algorithm.gamma=0.9"]
     load_config([GAE, *own, *settings, *clip, "trainer.strategy=fsdp2"])
-    load_config([GAE, f"{critic}shares_policy=true", *settings, *clip, "generator.n_samples_per_prompt=1"])
+    shared = [GAE, f"{critic}shares_policy=true", *settings, *clip]
+    load_config([*shared, "trainer.strategy=fsdp2", "generator.n_samples_per_prompt=1"])
 
 
 def test_kl_keys_need_a_kl_term():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from skyrl_train.config import POLICY_LOSSES, ConfigError, load_config
@@ -46,7 +48,7 @@ def test_a_mini_batch_is_not_larger_than_a_step():
         ("trainer.policy.optimizer_config.scheduler=step", "must be one of constant"),
         ("trainer.algorithm.policy_loss_type=ppo", "is not known; take one of cispo, clip_cov"),
         ("trainer.algorithm.policy_loss_type='my mod:f'", "is not known"),
-        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of distillation, gae, grpo"),
+        ("trainer.algorithm.advantage_estimator=ppo", "is not known; take one of distillation, gae, gdpo, gpg, grpo"),
         ("trainer.algorithm.kl_estimator_type=k4", "must be one of k1, k2, k3, abs"),
         ("trainer.algorithm.loss_reduction=mean", "must be one of token_mean"),
         ("trainer.algorithm.use_kl_in_reward=true", "add trainer.algorithm.use_kl_loss=false"),
@@ -111,9 +113,9 @@ def test_off_policy_correction_is_checked():
     assert "takes no off-policy correction" in refusal(
         f"{section}.tis_ratio_type=token", "trainer.algorithm.policy_loss_type=kl_cov"
     )
-    assert refusal(f"{section}.outlier_token_is_threshold_low=0.1").startswith(
-        f"{section}.outlier_token_is_threshold_low=0.1 only acts beside"
-    )
+    low, high = (f"{section}.token_mask_is_threshold_{side}" for side in ("low", "high"))
+    assert "must be below token_mask_is_threshold_high=0.5" in refusal(f"{low}=0.5", f"{high}=0.5")
+    assert load_config([f"{section}.outlier_token_is_threshold_low=0.1"]).trainer.algorithm.off_policy_correction.is_on
 
 
 def test_a_tracker_without_its_key_or_package_is_refused(monkeypatch):
@@ -131,3 +133,27 @@ def test_exports_in_the_folder_of_the_checkpoints_are_refused():
     places = ("trainer.ckpt_path=/r", "trainer.export_path=/r/")
     assert "an export would replace a part of the checkpoint" in refusal(*places, "trainer.hf_save_interval=5")
     load_config(["data.train_data=['a.jsonl']", *places])  # without exports they do not meet
+
+
+QUANTIZED = ["trainer.policy.model.load_in_4bit=true", "trainer.policy.model.lora.rank=16"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (QUANTIZED[:1], "freezes the model, and without adapters nothing is left to train; use lora.rank=16"),
+        ([*QUANTIZED, "trainer.strategy=fsdp2"], "is not possible with trainer.strategy=fsdp2"),
+        (["trainer.policy.optimizer_config.optim=adamw_8bit", "trainer.strategy=fsdp2"], "use trainer.strategy=single"),
+        (["trainer.policy.optimizer_config.optim=adam8"], "must be one of adamw, adamw_8bit"),
+    ],
+)
+def test_weights_and_moments_in_few_bits_are_refused_where_they_are_not_possible(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(overrides)
+
+
+@pytest.mark.parametrize("overrides", [QUANTIZED, ["trainer.policy.optimizer_config.optim=adamw_8bit"]])
+def test_without_bitsandbytes_they_are_refused_with_the_command_that_installs_it(overrides, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs the package bitsandbytes: uv sync --inexact --extra quantized"):
+        load_config(overrides)

@@ -39,7 +39,8 @@ class Case:
     moves_reference: bool = False
     far_from_rollout: bool = False
     is_offloaded: bool = False
-    has_critic: bool = False
+    critic: str = ""  # own: with a trunk of its own; shared: on the policy's hidden states
+    num_imitated: int = 0  # steps of imitation before the updates
 
     @property
     def config(self) -> TrainerConfig:
@@ -49,7 +50,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole tensors of a training: of each optimizer step the gradients, then the weights."""
+    """Whole tensors of a training: of each optimizer step of the policy the gradients, then the weights.
+
+    The weights of a critic are among them.
+    """
 
     metrics: dict[str, float]
     gradients: list[Named]
@@ -64,7 +68,7 @@ def learner_of(case: Case, *, is_sharded: bool, seed: int = 0) -> TorchLearner:
     if case.lora_rank:
         add_adapters(policy, LoraConfig(rank=case.lora_rank), seed=seed + 1)
     reference = reference_of(case, policy, seed) if needs_reference(case) else None
-    critic = critic_of(case, seed) if case.has_critic else None
+    critic = critic_of(case, policy, seed) if case.critic else None
     if is_sharded:
         learner = sharded_learner(
             policy,
@@ -81,7 +85,8 @@ def learner_of(case: Case, *, is_sharded: bool, seed: int = 0) -> TorchLearner:
 
 
 def needs_reference(case: Case) -> bool:
-    return case.algorithm.get("use_kl_loss", True) or case.algorithm.get("use_kl_in_reward", False)
+    distills = case.algorithm.get("advantage_estimator") == "distillation"
+    return case.algorithm.get("use_kl_loss", True) or case.algorithm.get("use_kl_in_reward", False) or distills
 
 
 def reference_of(case: Case, policy: Policy, seed: int) -> Policy:
@@ -95,9 +100,9 @@ def reference_of(case: Case, policy: Policy, seed: int) -> Policy:
     return reference
 
 
-def critic_of(case: Case, seed: int) -> Critic:
+def critic_of(case: Case, policy: Policy, seed: int) -> Critic:
     """Return a critic whose head is not zero, so that its trunk has a gradient."""
-    critic = Critic.of(tiny_policy(seed=seed + 3, **case.model))
+    critic = Critic.on(policy) if case.critic == "shared" else Critic.of(tiny_policy(seed=seed + 3, **case.model))
     with torch.no_grad():
         critic.head.weight.add_(torch.linspace(-0.3, 0.3, 32))
     return critic
@@ -118,13 +123,16 @@ def batch_of(name: str, seed: int = 0) -> Batch:
 def train(case: Case, is_sharded: bool) -> Outcome:
     learner = learner_of(case, is_sharded=is_sharded)
     gradients, metrics, batch = note_gradients(learner), {}, None
+    imitated: dict[str, float] = {}
+    for seed in range(case.num_imitated):
+        imitated = learner.imitate(batch_of("random", seed))
     for seed, name in enumerate(case.batches):
         batch = prepared(learner, case, batch_of(name, seed))
         metrics = learner.update(batch)
         if case.moves_reference:
             learner.update_reference()
     assert batch is not None
-    return Outcome(metrics, gradients, weights_of(learner), batch)
+    return Outcome(imitated | metrics, gradients, weights_of(learner), batch)
 
 
 def note_gradients(learner: TorchLearner) -> list[Named]:
@@ -132,18 +140,21 @@ def note_gradients(learner: TorchLearner) -> list[Named]:
     noted, optimizer = [], learner._optimizer
     original = optimizer.step
 
-    def step() -> Any:
+    def step(*args: Any) -> Any:
         optimizer._take_gradients()
         rows = {name: m.grad.clone() for name, m in optimizer.masters.items() if m.grad is not None}
         noted.append(whole(rows, learner))
-        return original()
+        return original(*args)
 
     vars(optimizer)["step"] = step
     return noted
 
 
 def weights_of(learner: TorchLearner) -> Named:
-    return whole({name: master.detach().clone() for name, master in learner._optimizer.masters.items()}, learner)
+    masters = dict(learner._optimizer.masters)
+    if learner._critic is not None:
+        masters |= {f"critic/{name}": master for name, master in learner._critic._optimizer.masters.items()}
+    return whole({name: master.detach().clone() for name, master in masters.items()}, learner)
 
 
 def whole(rows: Named, learner: TorchLearner) -> Named:

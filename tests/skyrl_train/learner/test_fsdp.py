@@ -80,8 +80,17 @@ CASES = {
         {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
         trainer={"critic_mini_batch_size": 2},
         batches=("random", "shared"),
-        has_critic=True,
+        critic="own",
     ),
+    "a critic on the policy's hidden states": Case(
+        {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
+        trainer={"critic_mini_batch_size": 2},
+        batches=("random", "shared"),
+        critic="shared",
+    ),
+    "imitation before the updates, with KL": Case({"kl_loss_coef": 0.1}, num_imitated=2),
+    "imitation with adapters": Case({"kl_loss_coef": 0.1}, lora_rank=2, num_imitated=2),
+    "a teacher": Case({**PLAIN, "advantage_estimator": "distillation"}, batches=("random", "shared")),
 }
 
 
@@ -132,15 +141,22 @@ def test_every_setting_has_the_gradient_of_one_process(ranks, name):
     assert_equal_to_one_process(ranks.call(train, CASES[name], True), of_one_process(name))
 
 
+IN_BFLOAT16 = {
+    "whole": Case(PLAIN, model=BFLOAT16),
+    "adapters": Case(PLAIN, lora_rank=2, model=BFLOAT16),
+    "a critic": replace(CASES["a critic"], model=BFLOAT16),
+    "a critic on the policy's hidden states": replace(CASES["a critic on the policy's hidden states"], model=BFLOAT16),
+}
+
+
 @cache
-def in_bfloat16(lora_rank: int) -> Outcome:
-    return train(Case(PLAIN, lora_rank=lora_rank, model=BFLOAT16), False)
+def in_bfloat16(name: str) -> Outcome:
+    return train(IN_BFLOAT16[name], False)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_in_bfloat16_masters_and_gradients_are_float32_and_as_near_as_rounding_lets_them(ranks, lora_rank):
-    case = Case(PLAIN, lora_rank=lora_rank, model=BFLOAT16)
-    outcomes, expected = ranks.call(train, case, True), in_bfloat16(lora_rank)
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_in_bfloat16_masters_and_gradients_are_float32_and_as_near_as_rounding_lets_them(ranks, name):
+    outcomes, expected = ranks.call(train, IN_BFLOAT16[name], True), in_bfloat16(name)
     assert {tensor.dtype for tensor in outcomes[0].gradients[0].values()} == {torch.float32}
     assert outcomes[0].metrics == outcomes[-1].metrics
     assert distance(outcomes[0].gradients[0], expected.gradients[0]) < 1e-2
@@ -216,8 +232,9 @@ def test_saved_by_two_it_is_read_by_one_three_and_two_bit_for_bit(two, three, na
     assert again.metrics == unbroken[0].metrics
 
 
-def test_a_critic_saved_by_two_is_read_by_one_and_three(two, three, tmp_path):
-    case, saved = CASES["a critic"], tmp_path / "saved"
+@pytest.mark.parametrize("name", ["a critic", "a critic on the policy's hidden states"])
+def test_a_critic_saved_by_two_is_read_by_one_and_three(two, three, name, tmp_path):
+    case, saved = CASES[name], tmp_path / "saved"
     two.call(save, case, saved)
     resume(case, saved, False, tmp_path / "by_1")
     three.call(resume, case, saved, True, tmp_path / "by_3")

@@ -12,6 +12,8 @@ from skyrl_train.learner import saved
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.learner.saved import SavedLearner
 from tests.skyrl_train.batches import random_batch
+from tests.skyrl_train.learner.test_critic import config_of as critics_config
+from tests.skyrl_train.learner.test_critic import learner_of as critics_learner
 from tests.skyrl_train.learner.test_learner import learner_for, prepared, trainer_config
 from tests.tiny_models import tiny_policy
 
@@ -73,6 +75,25 @@ def test_pushes_proofs_and_exports_do_not_wait_for_the_disk(is_over, tmp_path):
     assert not future.done()
     is_over.set()
     future.result()
+
+
+def test_a_critic_is_written_meanwhile_too_and_its_update_waits(is_over, tmp_path):
+    is_over.patience_s = 60.0
+    config = critics_config()
+    learner = critics_learner(config)
+    learner.update(prepared(learner, config))
+    assert learner._critic is not None
+    before = {name: part.rows.clone() for name, part in learner._critic.to_save(tmp_path).parts.items()}
+    batch = prepared(learner, config, random_batch(seed=1))
+    future = learner.save(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    threading.Timer(0.2, is_over.set).start()
+    learner.update(batch)
+    assert future.done()
+    found = SavedLearner(tmp_path / "critic")
+    assert found.shapes.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(found.whole(name), tensor), name
 
 
 def test_an_error_of_the_disk_is_the_futures_and_the_learner_goes_on(tmp_path):

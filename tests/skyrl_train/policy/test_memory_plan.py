@@ -16,6 +16,7 @@ HALF_B = ModelMemory(
 SEVEN_B = ModelMemory(
     num_weights=7_615_616_512, num_trained=7_615_616_512, head_weights=544_997_376, num_layers=28, hidden_size=3584,
     vocab_size=152_064, itemsize=2, layer_bytes=158_840, layer_kv_bytes=2048, has_flash=True, linear_sides=2_523_136,
+    linear_weights=6_525_288_448, widest_linear=67_895_296,
 )  # fmt: skip
 DEMANDS = Demands(longest_sample=1536, keys_per_token=5, max_sequences=1024, prefill_tokens=8192)
 
@@ -34,6 +35,8 @@ def gpu(gib: float) -> Device:
         (SEVEN_B, 191.5, 3072, False),
         (SEVEN_B.with_adapters(16), 79.6, 8192, False),
         (SEVEN_B.with_adapters(16), 23.6, 8192, True),
+        (replace(SEVEN_B.with_adapters(16), is_four_bit=True), 23.6, 24_576, True),
+        (replace(SEVEN_B.with_adapters(16), is_four_bit=True), 15.6, 8192, True),
     ],
 )
 def test_the_fastest_plan_that_fits(model, gib, token_budget, checkpointing):
@@ -55,6 +58,25 @@ def test_full_fine_tuning_of_7b_is_refused_on_80_gb_with_what_fits():
     assert "79.1 of 79.6 GiB are available" in line
     assert "trainer.policy.model.lora.rank=16 (passes of 8,192 tokens)" in line
     assert "checkpointing" not in line  # it was not the user's, so there is nothing to change
+
+
+def test_adapters_on_7b_are_refused_on_16_gb_with_weights_in_four_bits_as_what_fits():
+    with pytest.raises(DoesNotFit) as refused:
+        memory_plan(SEVEN_B.with_adapters(16), DEMANDS, gpu(15.6))
+    line = str(refused.value)
+    assert "weights 14.3" in line
+    assert "What fits: adapters on weights of 4 bits, trainer.policy.model.load_in_4bit=true (passes of 8,192" in line
+    plan = memory_plan(replace(SEVEN_B.with_adapters(16), is_four_bit=True), DEMANDS, gpu(15.6))
+    # 6.525e9 weights in 4.13 bits, 1.131e9 of embedding, head, norms, biases and adapters in 16
+    assert plan.parts["weights"] / GIB == pytest.approx(6.525e9 * 4.127 / 8 / GIB + 1.131e9 * 2 / GIB, rel=1e-3)
+
+
+def test_full_fine_tuning_that_fits_with_moments_of_8_bits_is_told_so():
+    with pytest.raises(DoesNotFit) as refused:
+        memory_plan(SEVEN_B, DEMANDS, gpu(110))
+    assert "trainer.policy.optimizer_config.optim=adamw_8bit (passes of" in str(refused.value)
+    eight = memory_plan(replace(SEVEN_B, optim="adamw_8bit"), DEMANDS, gpu(110)).parts["moments"]
+    assert eight / (8 * 7_615_616_512) == pytest.approx(0.254, abs=0.001)
 
 
 def test_the_gpu_that_is_proposed_is_large_enough_and_not_by_much():

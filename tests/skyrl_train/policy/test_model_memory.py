@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from skyrl_train.config import LoraConfig
 from skyrl_train.policy import memory_plan
+from skyrl_train.policy.four_bit import FourBitMatrix, four_bit_matrices, freeze_in_four_bits
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.lora import add_adapters
 from skyrl_train.policy.master_gradient import MasterGradient
@@ -78,6 +81,28 @@ def test_the_plan_is_the_peak_of_a_pass(monkeypatch, family, shape, lora, is_fus
     states = memory_plan._states(model, demands)
     planned = sum(memory_plan._pass(model, demands, H200, 16_128, checkpointing)) + sum(states.values())
     assert planned - states["moments"] == pytest.approx(peak, rel=0.08)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_is_the_peak_of_a_pass_over_weights_in_four_bits(monkeypatch, checkpointing):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: uv sync --inexact --extra quantized")
+    as_on_a_gpu(monkeypatch, H200.logits_bytes, is_fused=True)
+    model = model_memory(meta_module("qwen2.5-7b"), LORA_16, has_flash=True, is_fused=True)
+    model = replace(model, is_four_bit=True)
+    FourBitMatrix(torch.ones(1, 64))  # bitsandbytes keeps a table on the device of its first use
+    module = meta_module("qwen2.5-7b")
+    freeze_in_four_bits(module, "meta")
+    matrices = four_bit_matrices(module)
+    assert sum(matrix.shape.numel() for matrix in matrices.values()) == model.linear_weights
+    policy = policy_of(module, checkpointing)
+    add_adapters(policy, LORA_16, seed=0)
+    resting = sum(matrix.num_bytes for matrix in matrices.values())
+    peak = resting + peak_of_a_pass(policy, groups(7, 8, 256, 256))
+    demands = Demands(512, keys_per_token=512 / 288, max_sequences=56, prefill_tokens=8192)
+    states = memory_plan._states(model, demands)
+    planned = sum(memory_plan._pass(model, demands, H200, 16_128, checkpointing)) + sum(states.values())
+    assert planned - states["moments"] == pytest.approx(peak, rel=0.08)
+    assert resting / GIB == pytest.approx(3.13, abs=0.01)  # of 12.2 in bfloat16
 
 
 @pytest.mark.parametrize(("shape", "allocated_gib"), [("qwen2.5-0.5b", 25.9), ("qwen2.5-1.5b", 56.4)])

@@ -19,7 +19,7 @@ from skyrl_train.types import EpisodeEnd, Prompt
 from tests.fakes import CountdownEnv, FewSessionsEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 SAMPLING = SamplingParams(max_tokens=20)
 
 
@@ -89,7 +89,7 @@ def test_the_turn_limit_and_the_token_limits_are_told_apart(tokenizer):
     assert groups[0].trajectories[0].end is EpisodeEnd.OUT_OF_TURNS
     groups, _ = play(countdown_prompts(9), lambda request: "x" * 99, tokenizer)
     assert groups[0].trajectories[0].end is EpisodeEnd.OUT_OF_TOKENS
-    limits = EpisodeLimits(5, max_input_length=5, max_context=512, step_timeout_s=5, episode_timeout_s=9)
+    limits = EpisodeLimits(5, max_input_length=5, max_context=512, step_timeout_s=60, episode_timeout_s=300)
     groups, engine = play(countdown_prompts(9), lambda request: "?", tokenizer, limits=limits)
     assert groups[0].trajectories[0].end is EpisodeEnd.OUT_OF_TOKENS
     assert groups[0].trajectories[0].turns == []
@@ -98,7 +98,7 @@ def test_the_turn_limit_and_the_token_limits_are_told_apart(tokenizer):
 
 def test_the_environment_says_what_running_out_of_tokens_between_turns_costs(tokenizer):
     one_turn = len(ChatTemplate(tokenizer).start(countdown_prompts(3)[0].messages).ids)
-    limits = EpisodeLimits(5, max_input_length=one_turn, max_context=512, step_timeout_s=5, episode_timeout_s=9)
+    limits = EpisodeLimits(5, max_input_length=one_turn, max_context=512, step_timeout_s=60, episode_timeout_s=300)
     groups, _ = play(countdown_prompts(3), CountsDown(tokenizer), tokenizer, limits=limits)
     (trajectory,) = groups[0].trajectories
     assert (trajectory.end, len(trajectory.turns)) == (EpisodeEnd.OUT_OF_TOKENS, 1)
@@ -106,7 +106,7 @@ def test_the_environment_says_what_running_out_of_tokens_between_turns_costs(tok
 
 
 def test_a_reply_never_outgrows_the_context(tokenizer):
-    limits = EpisodeLimits(1, max_input_length=400, max_context=70, step_timeout_s=5, episode_timeout_s=9)
+    limits = EpisodeLimits(1, max_input_length=400, max_context=70, step_timeout_s=60, episode_timeout_s=300)
     _, engine = play(
         countdown_prompts(3), lambda r: "x" * 99, tokenizer, limits=limits, sampling=SamplingParams(max_tokens=60)
     )

@@ -33,7 +33,7 @@ from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory
 from tests.fakes import EvenEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=3, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+LIMITS = EpisodeLimits(max_turns=3, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 TOKENIZER = tiny_tokenizer()
 ASKED: list[Prompt] = [
     Prompt(name, [{"role": "user", "content": "go"}], env_class, {})

@@ -13,6 +13,7 @@ from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.rollout.reward import RewardFunction
+from skyrl_train.rollout.rewards import Rewards
 from skyrl_train.rollout.round import EveryEpisodeFailed, Round
 from skyrl_train.types import Prompt
 from tests.fakes import ScriptedEngine
@@ -26,10 +27,10 @@ def play(function: Any, prompt: Prompt = COUNTDOWN, max_input_length: int = 400)
     """Play one episode in which the policy says 2, 1, 0; returns its trajectory."""
     tokenizer = tiny_tokenizer()
     replies = iter("210")
-    limits = EpisodeLimits(5, max_input_length, 512, step_timeout_s=5, episode_timeout_s=10)
+    limits = EpisodeLimits(5, max_input_length, 512, step_timeout_s=60, episode_timeout_s=300)
     engine = ScriptedEngine(tokenizer, lambda _: next(replies))
-    reward = None if function is None else RewardFunction("m:f", function)
-    collector = Collector(engine, ChatTemplate(tokenizer), limits, env_configs={}, reward=reward)
+    rewards = None if function is None else Rewards(alone=RewardFunction("m:f", function))
+    collector = Collector(engine, ChatTemplate(tokenizer), limits, env_configs={}, rewards=rewards)
     try:
         [group] = asyncio.run(collector.collect(Round("train", 1, [prompt], 1, SamplingParams(max_tokens=20))))
     finally:

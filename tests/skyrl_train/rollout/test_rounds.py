@@ -29,7 +29,7 @@ from skyrl_train.types import EpisodeEnd, Prompt
 from tests.fakes import CountdownEnv, EvenEnv, FlakyEnv, ScriptedEngine
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 SAMPLING = SamplingParams(max_tokens=20)
 MESSAGES = [{"role": "user", "content": "count"}]
 

@@ -20,7 +20,7 @@ from skyrl_train.types import Prompt, Sample, Trajectory
 from tests.fakes import EvenEnv, ScriptedEngine
 from tests.tiny_models import tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=None, max_input_length=400, max_context=512, step_timeout_s=5, episode_timeout_s=10)
+LIMITS = EpisodeLimits(max_turns=None, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 END = "<|im_end|>"
 SECOND = "sec<|im_start|>ond"  # reads "second" without its special token: encoded again it would be other tokens
 

@@ -80,7 +80,7 @@ def start(given: Path, run_folder: Path, *, deterministic: bool) -> multiprocess
 
 def finish(given: Path, run_folder: Path, *, deterministic: bool) -> None:
     child = start(given, run_folder, deterministic=deterministic)
-    child.join(120)
+    child.join(250)
     assert child.exitcode == 0, (given / "log.txt").read_text()[-3000:]
 
 
@@ -105,25 +105,41 @@ def assert_every_step_and_prompt_is_there_once(run_folder: Path) -> None:
 @pytest.fixture(scope="module")
 def unbroken(given, tmp_path_factory) -> tuple[dict[str, torch.Tensor], float, Path]:
     folder = tmp_path_factory.mktemp("unbroken")
-    CONTEXT.Process(target=time.sleep, args=(0,)).start()  # the fork server imports now, not within the measured time
-    finish(given, folder / "warm", deterministic=True)
+    child = CONTEXT.Process(target=time.sleep, args=(0,))
+    child.start()  # the fork server imports now, not within the measured time
+    child.join()
     started = time.monotonic()
     finish(given, folder / "run", deterministic=True)
     return weights(folder / "run"), time.monotonic() - started, folder / "run"
 
 
+def is_killed_at_work(given: Path, run_folder: Path, step: int, more_s: float, *, deterministic: bool) -> bool:
+    """Start a run and kill it so long after it logged this step (-1: began). Return whether it was alive."""
+    child = start(given, run_folder, deterministic=deterministic)
+    while child.is_alive() and last_step(run_folder) < step:
+        time.sleep(0.01)
+    time.sleep(more_s)
+    was_alive = child.is_alive()
+    child.kill()
+    child.join()
+    return was_alive
+
+
+def last_step(run_folder: Path) -> int:
+    return max((line["step"] for line in read_metrics(run_folder / "metrics.jsonl")), default=-1)
+
+
 @pytest.mark.timeout(300)
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(given, unbroken, tmp_path):
+    """Five runs, each killed twice: the second time while it goes on where the first kill left it."""
     expected, seconds, _ = unbroken
     moments = random.Random(7)
     kills_in_mid_run = 0
-    for trial in range(10):
+    for trial in range(5):
         folder = tmp_path / str(trial)
-        child = start(given, folder, deterministic=True)
-        time.sleep(moments.uniform(0.05, 1.0) * seconds)
-        kills_in_mid_run += child.is_alive() and (folder / "metrics.jsonl").exists()
-        child.kill()
-        child.join()
+        for step in sorted(moments.sample(range(-1, NUM_STEPS - 1), 2)):
+            more_s = moments.uniform(0, 1) * seconds / NUM_STEPS
+            kills_in_mid_run += is_killed_at_work(given, folder, step, more_s, deterministic=True) and step >= 0
         finish(given, folder, deterministic=True)
         got = weights(folder)
         assert got.keys() == expected.keys()
@@ -145,7 +161,7 @@ def test_another_seed_ends_with_other_weights(given, unbroken, tmp_path):
     args = [*arguments(given, tmp_path / "run", deterministic=True), "trainer.seed=1"]
     child = CONTEXT.Process(target=run_to_its_end, args=(args, given / "log.txt"))
     child.start()
-    child.join(120)
+    child.join(250)
     got = weights(tmp_path / "run")
     assert any(not torch.equal(got[name], tensor) for name, tensor in unbroken[0].items())
 
@@ -153,11 +169,9 @@ def test_another_seed_ends_with_other_weights(given, unbroken, tmp_path):
 @pytest.mark.timeout(120)
 def test_in_the_default_mode_no_prompt_is_lost_or_trained_twice(given, unbroken, tmp_path):
     moments = random.Random(8)
-    for _ in range(3):
-        child = start(given, tmp_path / "run", deterministic=False)
-        time.sleep(moments.uniform(0.3, 0.9) * unbroken[1])
-        child.kill()
-        child.join()
+    for step in (0, 1, 4):
+        more_s = moments.uniform(0, 1) * unbroken[1] / NUM_STEPS
+        is_killed_at_work(given, tmp_path / "run", step, more_s, deterministic=False)
     finish(given, tmp_path / "run", deterministic=False)
     assert_every_step_and_prompt_is_there_once(tmp_path / "run")
 

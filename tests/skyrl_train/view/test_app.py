@@ -204,6 +204,9 @@ def test_a_validation_task_is_followed_over_the_steps(client, run):
     assert rewards == {"held0": [0, 0, 0], "held1": [0, 0.5, 1.0], "held2": [0, 1.0, 2.0]}
     side = ask(client, f"/api/runs/{run}/side-by-side", prompt="held2", phase="eval")
     assert [episode["step"] for episode in side["episodes"]] == [0, 2, 4]
+    listed = ask(client, f"/api/runs/{run}/episodes", text="try", prompt="task1")
+    side = ask(client, f"/api/runs/{run}/side-by-side", text="try", prompt="task1")
+    assert len(side["episodes"]) == listed["total"] > 0
 
 
 def test_an_episode_that_changed_meanwhile_is_not_shown_as_another(tmp_path):
@@ -227,10 +230,10 @@ def test_the_command_serves_until_it_is_interrupted(runs):
         assert process.stdout is not None
         assert process.stdout.readline().startswith("2 runs in ")
         address = process.stdout.readline().split()[0]
-        with urlopen(f"{address}/api/runs", timeout=20) as answer:
+        with urlopen(f"{address}/api/runs", timeout=60) as answer:
             assert len(json.load(answer)["rows"]) == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("folder", ["missing", "file", "nul\0"])

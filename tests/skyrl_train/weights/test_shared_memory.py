@@ -88,7 +88,7 @@ async def test_an_engine_that_falls_silent_is_named_within_the_deadline(engine, 
 
     monkeypatch.setattr(engine, silent, never)
     weights = SharedMemoryWeights(proof_ids_of(tiny_tokenizer()), torch.float32, deadline_s=0.2)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(PushFailed, match=r"took longer than 0\.2"):
             await weights.push(learner_of(policy_of(2), 1), engine)
     waiting = asyncio.create_task(engine.generate(ask("a")))

@@ -59,14 +59,14 @@ async def test_an_answer_that_comes_too_late_is_never_taken_for_the_next_one() -
     async def slow_once(socket: ServerConnection) -> None:
         for n in range(5):
             await socket.recv()
-            await asyncio.sleep(0.3 if n == 1 else 0)
+            await asyncio.sleep(1.5 if n == 1 else 0)
             await socket.send(observation_frame(n))
 
     async with fake_server(slow_once) as url:
-        client = OpenEnvClient(url, step_timeout_s=0.1)
+        client = OpenEnvClient(url, step_timeout_s=1.0)
         await client.connect()
         assert (await client.reset()).observation == {"n": 0}
-        with pytest.raises(SessionLost, match=r"no answer to step within 0\.1 s"):
+        with pytest.raises(SessionLost, match=r"no answer to step within 1 s"):
             await client.step({})
         with pytest.raises(SessionLost, match="cannot be used"):
             await client.step({})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from integrations.openenv.__main__ import main
 from integrations.openenv.catalog import CATALOG
 from tests.integrations.openenv.troubled import NAME
 
@@ -44,10 +45,23 @@ def test_doctor_has_a_line_for_everything_a_run_needs() -> None:
         assert what in shown
 
 
-def test_an_unknown_environment_is_an_error_that_lists_the_known() -> None:
-    for command in ("play", "check", "serve"):
-        assert "unknown env_name='nope' (known: echo_env, coding_env" in run(command, "nope", code=2)
-    assert "echo_env has no option 'volume'" in run("play", "echo_env", "--option", "volume=1", code=2)
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return what a command that is refused says, without a process of its own."""
+    assert main(words) == 2
+    return capsys.readouterr().err
+
+
+def test_an_unknown_environment_is_an_error_that_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown env_name='nope' (known: echo_env, coding_env" in run("play", "nope", code=2)
+    for command in ("check", "serve"):
+        assert "unknown env_name='nope' (known: echo_env, coding_env" in refused(capsys, command, "nope")
+    assert "echo_env has no option 'volume'" in refused(capsys, "play", "echo_env", "--option", "volume=1")
+
+
+def test_only_doctor_waits_for_torch() -> None:
+    code = "import sys, integrations.openenv.__main__; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
 
 
 def test_play_reads_actions_from_a_pipe(echo_url: str) -> None:
@@ -132,5 +146,5 @@ def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -
 
 
 @pytest.mark.parametrize("name", ["http://127.0.0.1:8000", "image:my_env"])
-def test_serve_has_no_server_for_what_others_serve(name: str) -> None:
-    assert "there is no server of ours for it" in run("serve", name, code=2)
+def test_serve_has_no_server_for_what_others_serve(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no server of ours for it" in refused(capsys, "serve", name)

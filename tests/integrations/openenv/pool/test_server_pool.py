@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from integrations.openenv.pool.fleet import MAX_FAILURES
 from integrations.openenv.pool.server_pool import NoFreeSession, ServerPool, close_shared_pools, shared_pool
 from tests.integrations.openenv.processes import gone
 from tests.integrations.openenv.proxy import proxy_to
+from tests.ports import taken_port
 
 ECHO, CODING = EchoEntry(), CodingEntry()
 ECHO_SOURCE = ECHO.source(ECHO.read_options({}))
@@ -71,11 +71,11 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
 
 
 async def test_a_stopped_server_counts_as_dead() -> None:
-    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=0.5))
+    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=2.0))
     lease = await pool.lease(ECHO_SOURCE)
     server = only_server(pool)
     os.kill(server.pid, signal.SIGSTOP)
-    with pytest.raises(SessionLost, match=r"no answer to step within 0\.5 s"):
+    with pytest.raises(SessionLost, match=r"no answer to step within 2 s"):
         await lease.step(HELLO)
     await lease.release()
     assert await asyncio.to_thread(gone, [server.pid])
@@ -111,18 +111,23 @@ async def test_shared_pools_are_one_per_configuration(echo_url: str) -> None:
 
 async def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(ServerStartFailed, match="No module named"):
-        await ServerProcess.start("integrations.openenv.servers.chess_env", max_sessions=1, timeout_s=30)
+        await ServerProcess.start("integrations.openenv.servers.chess_env", max_sessions=1, timeout_s=90)
 
 
-async def test_leases_that_waited_for_a_failing_start_share_its_error() -> None:
+async def test_leases_that_waited_for_a_failing_start_share_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_starts = 0
+
+    async def start_server(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_starts
+        num_starts += 1
+        return await launch.start_server(*args, **kwargs)
+
+    monkeypatch.setattr(fleet, "start_server", start_server)
     chess = ServerSource("chess_env", module="integrations.openenv.servers.chess_env")
     pool = ServerPool(LOCAL)
-    start = time.monotonic()
-    first = await asyncio.gather(pool.lease(chess), return_exceptions=True)
-    one_s, start = time.monotonic() - start, time.monotonic()
     outcomes = await asyncio.gather(*(pool.lease(chess) for _ in range(20)), return_exceptions=True)
-    assert all(isinstance(outcome, ServerStartFailed) for outcome in [*first, *outcomes])
-    assert time.monotonic() - start < 10 * one_s
+    assert all(isinstance(outcome, ServerStartFailed) for outcome in outcomes)
+    assert num_starts == 1
     await pool.close()
 
 
@@ -165,9 +170,9 @@ def test_nothing_outlives_the_trainer(how: signal.Signals) -> None:
     assert len(pids) in (3, 4)  # server, bubblewrap where it is here, nursery, worker
     time.sleep(0.3)
     process.send_signal(how)
-    process.wait(20)
+    process.wait(60)
     process.stdout.close()
-    assert gone(pids, within_s=5)
+    assert gone(pids)
 
 
 def with_sessions(num_sessions: int) -> ServerSource:
@@ -277,9 +282,9 @@ async def test_a_session_that_is_held_too_long_is_taken_back(echo_url: str, name
 
 
 async def test_a_session_in_use_is_not_idle(echo_url: str) -> None:
-    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=1.5))
+    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=2.0))
     lease = await pool.lease(ECHO_SOURCE)
-    for _ in range(10):
+    for _ in range(12):
         await asyncio.sleep(0.2)
         await lease.step(HELLO)
     await lease.release()
@@ -300,7 +305,7 @@ async def test_a_server_that_keeps_failing_is_given_up_with_the_end_of_its_log()
 
 
 async def test_a_port_that_is_taken_is_the_reason_given_and_the_next_lease_tries_again() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with taken_port() as taken:
         port = taken.getsockname()[1]
         source = ServerSource("echo_env", module=ECHO.server_module, arguments=("--port", str(port)))
         pool = ServerPool(LOCAL)
@@ -352,8 +357,8 @@ def test_a_process_whose_owner_died_is_found_by_its_mark_and_ended() -> None:
     others = {str(mark), str(this_process()), str(replace(mark, boot="another machine"))}
     processes = {owner: subprocess.Popen(["sleep", "60"], env=os.environ | {OWNER_VARIABLE: owner}) for owner in others}
     try:
-        assert reap_processes() >= 1
-        assert processes.pop(str(mark)).wait(10) == -signal.SIGKILL
+        reap_processes()  # or another test that runs beside this one
+        assert processes.pop(str(mark)).wait(60) == -signal.SIGKILL
         assert all(process.poll() is None for process in processes.values())
     finally:
         for process in processes.values():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import psutil
 import pytest
@@ -78,9 +77,8 @@ async def test_a_runaway_program_is_stopped_and_blocks_nobody(coding_url: str) -
     runaway, _ = await open_session(coding_url, {})
     neighbour, _ = await open_session(coding_url, {})
     stopping = asyncio.create_task(runaway.step({"code": "10 ** 10 ** 8"}))  # C code: no bytecode to interrupt
-    start = time.monotonic()
     assert (await neighbour.step({"code": "print(1)"})).observation["stdout"] == "1\n"
-    assert time.monotonic() - start < 5
+    assert not stopping.done()
     stopped = await stopping
     assert "was stopped after" in stopped.observation["stderr"]
     assert (await runaway.step({"code": "print(2)"})).observation["stdout"] == "2\n"

@@ -148,7 +148,7 @@ async def test_an_engine_that_is_silent_for_a_while_takes_the_next_push(vllm_eng
     started_at = time.monotonic()
     with pytest.raises(PushFailed, match="pausing the engine took longer than 1 seconds"):
         await impatient.push(learner, vllm_engine)
-    assert time.monotonic() - started_at < 5
+    assert time.monotonic() - started_at < 30
     scheduler_of_vllm().resume()
     await asyncio.sleep(0.3)
     assert not running.done()  # it stays paused
@@ -160,7 +160,7 @@ async def test_the_death_of_vllms_processes_reaches_everyone_who_waits(vllm_engi
     running = [asyncio.create_task(vllm_engine.generate(ask("a", f"{i}", **LONG))) for i in range(12)]
     await asyncio.sleep(0.2)
     scheduler_of_vllm().kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         outcomes = await asyncio.gather(*running, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {EngineDied}
         for call in (vllm_engine.generate(ask("b")), vllm_engine.pause(), vllm_engine.logprobs_of_tokens([1, 2])):

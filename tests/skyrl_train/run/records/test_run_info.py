@@ -85,7 +85,9 @@ def test_versions_and_machine_are_named():
         (asyncio.CancelledError(), "interrupted", None),
     ],
 )
-def test_every_start_is_kept_with_its_end(tmp_path, error, state, said):
+def test_every_start_is_kept_with_its_end(tmp_path, monkeypatch, error, state, said):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "my_main"])
+
     def start(error: BaseException | None, info: RunInfo, step: int) -> None:
         with recorded_start(tmp_path, info, step):
             running = read_run_info(tmp_path)
@@ -106,7 +108,7 @@ def test_every_start_is_kept_with_its_end(tmp_path, error, state, said):
     assert (second["ended"], second["first_step"]) == (state, 7)
     assert second["error"] == said
     assert second["started"] <= second["ended_at"]
-    assert "pytest" in second["command"]
+    assert second["command"] == "python -m my_main"
     assert state_of(tmp_path, info) == state
     assert info.name == "mine"
 
