@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import runpy
@@ -40,9 +41,10 @@ class Page:
 
 
 def words_of(command: str) -> list[str]:
-    """Return the words of a command. `skyrl` is run as its module, which needs no installed script."""
-    words = shlex.split(command)
-    return ["python", "-m", "skyrl_train", *words[1:]] if words[0] == "skyrl" else words
+    """Return the words of a command. `skyrl` and `openenv` are run as modules, which needs no installed script."""
+    program, *arguments = shlex.split(command)
+    module = {"skyrl": "skyrl_train", "openenv": "openenv.cli"}.get(program)
+    return [program, *arguments] if module is None else ["python", "-m", module, *arguments]
 
 
 def typed(command: str, folder: Path, *more: str, lines: str = "") -> str:
@@ -58,13 +60,13 @@ def typed(command: str, folder: Path, *more: str, lines: str = "") -> str:
     return done.stdout
 
 
-def typed_here(command: str, folder: Path, *more: str) -> None:
+def typed_here(command: str, folder: Path, *more: str, lines: str = "") -> None:
     """Run `python -m MODULE ...` or `python FILE` in this process, which has torch loaded already."""
     _, *arguments = [*words_of(command), *more]
     is_module = arguments[0] == "-m"
-    modules, path, argv = set(sys.modules), list(sys.path), sys.argv
+    modules, path, argv, stdin = set(sys.modules), list(sys.path), sys.argv, sys.stdin
     sys.path.insert(0, str(folder))
-    sys.argv = arguments[is_module:]
+    sys.argv, sys.stdin = arguments[is_module:], io.StringIO(lines)
     try:
         with contextlib.chdir(folder):
             if is_module:
@@ -75,7 +77,7 @@ def typed_here(command: str, folder: Path, *more: str) -> None:
         if end.code:
             raise AssertionError(f"{command} ended with {end.code}") from end
     finally:
-        sys.path[:], sys.argv = path, argv
+        sys.path[:], sys.argv, sys.stdin = path, argv, stdin
         for name in set(sys.modules) - modules:
             if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]

@@ -1,4 +1,4 @@
-"""The two pages of docs/ as a person types them; only the model is a tiny one."""
+"""The pages of docs/ as a person types them; only the model is a tiny one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from integrations.openenv.prepare_dummy_dataset import dataset_rows, write_parquet
 from skyrl_train.run.metrics import read_metrics
 from tests.docs.pages import ROOT, Page, typed, typed_here
 from tests.tiny_models import save_tiny_model
@@ -61,6 +62,38 @@ def test_the_page_about_an_own_server(folder):
     typed_here(prepare, folder, "--num_train", "8", "--num_validation", "2")
     typed_here(train, folder, *TINY, "generator.sampling_params.max_generate_length=4")
     assert {line["step"] for line in read_metrics(folder / "runs/guess/metrics.jsonl")} >= {1, 2}
+
+
+@pytest.mark.timeout(600)
+def test_the_tutorial(folder, capsys):
+    page = Page.read("tutorial.md")
+    assert list(page.files) == ["nim_env/models.py", "nim_env/server/nim_env_environment.py", "my_reward.py"]
+    echo, watch, init, many, play, check, prepare, train, watch_nim, shaped, compare, evaluate, export, chat = (
+        page.commands
+    )
+    fast = (*TINY[:-1], "trainer.eval_interval=-1", "generator.n_samples_per_prompt=2")
+
+    def printed(command: str, *more: str, lines: str = "") -> str:
+        typed_here(command, folder, *more, lines=lines)
+        return capsys.readouterr().out
+
+    for split, rows in zip(("train", "validation"), dataset_rows("echo_env", 4, 2, seed=0), strict=True):
+        write_parquet(rows, folder / "echo" / f"{split}.parquet")
+    printed(echo, *fast, "--data-dir", "echo")
+    assert "turn 1" in printed(watch)
+    printed(init)
+    page.write_files(folder)
+    subprocess.run(shlex.split(many), cwd=folder, check=True)
+    assert "The end." in printed(play, lines="1\n" * 6)
+    printed(check, "-n", "3")
+    printed(prepare, "--num_train", "4", "--num_validation", "2")
+    printed(train, *fast)
+    assert "Whoever takes the last one wins." in printed(watch_nim, "--pace", "0")
+    printed(shaped, *fast)
+    assert "my_reward:score" in printed(compare)
+    assert "nim_shaped" in printed(evaluate)
+    printed(export)
+    assert "hello" not in printed(chat, "--max-tokens", "4", lines="hello\n/quit\n")
 
 
 def test_every_link_of_the_pages_leads_somewhere():
