@@ -149,8 +149,7 @@ class Scheduler:
         began = time.perf_counter()
         step = self._ahead or self._start_next()
         self._ahead = self._start_ahead(step)
-        with span("sample"):
-            finished = self._read(step)
+        finished = self._read(step)
         busy = self.stats.busy_seconds + time.perf_counter() - began
         self.stats = replace(self.stats, busy_seconds=busy)
         return finished
@@ -263,17 +262,21 @@ class Scheduler:
         """Compute the tokens `ids` [T] of all chunks, and draw where a sequence is computed to its end."""
         with span("engine step", sequences=len(plan), tokens=len(ids)):
             hidden = self._forward(plan, ids)
-            ends, done, end = [], [], -1
-            for sequence, chunk in plan:
-                end += chunk.count
-                if sequence.computed >= len(sequence.tokens):
-                    ends.append(end)
-                    done.append(sequence)
-            if not done:
-                return Step([], Drawn(([], [])))
-            last = hidden if len(ends) == len(hidden) else hidden[sent(torch.tensor(ends), hidden.device)]
-            rows = [self._row(sequence) for sequence in done]
-            return Step(done, begin_sampling(self._model.logits(last), rows, self._draw))
+            with span("sample"):
+                return self._begin_sampling(plan, hidden)
+
+    def _begin_sampling(self, plan: list[tuple[Sequence, Chunk]], hidden: Tensor) -> Step:
+        ends, done, end = [], [], -1
+        for sequence, chunk in plan:
+            end += chunk.count
+            if sequence.computed >= len(sequence.tokens):
+                ends.append(end)
+                done.append(sequence)
+        if not done:
+            return Step([], Drawn(([], [])))
+        last = hidden if len(ends) == len(hidden) else hidden[sent(torch.tensor(ends), hidden.device)]
+        rows = [self._row(sequence) for sequence in done]
+        return Step(done, begin_sampling(self._model.logits(last), rows, self._draw))
 
     def _forward(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> Tensor:
         """Hidden states of the row of all chunks, [T, hidden]."""
@@ -293,7 +296,8 @@ class Scheduler:
 
     def _read(self, step: Step) -> list[tuple[Sequence, Completion]]:
         """Append the tokens that the step has drawn, and finish the sequences that they end."""
-        tokens, logprobs = step.drawn.read()
+        with span("read tokens"):
+            tokens, logprobs = step.drawn.read()
         if isinstance(step.drawn, BatchedDraw) and step.drawn.is_redrawn:
             self._drop_ahead()
         finished, num_sampled = [], 0
