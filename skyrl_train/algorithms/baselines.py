@@ -32,7 +32,7 @@ def pass_at_k(batch: Batch) -> tuple[Tensor, Tensor]:
 
 @register_advantage_estimator("gpg")
 def gpg(batch: Batch) -> tuple[Tensor, Tensor]:
-    """GPG (arXiv 2504.02546, eq. 6 and 8): A_i = alpha (r_i - mean(r)), on every trained token of the trajectory.
+    """GPG (arXiv 2504.02546): A_i = alpha (r_i - mean(r)), on every trained token of the trajectory.
 
     alpha = groups / groups that do not score equally: those that do have no gradient, and the batch mean counts them.
     """
@@ -43,7 +43,7 @@ def gpg(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def length_weighted_advantages(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
-    """OPO (arXiv 2505.23585, eq. 9): A_i = r_i - sum(l r) / sum(l) over the group, l the trained tokens of each.
+    """OPO (arXiv 2505.23585): A_i = r_i - sum(l r) / sum(l) over the group, l the trained tokens of each.
 
     0 where all siblings scored the same, and for a trajectory without siblings.
     """

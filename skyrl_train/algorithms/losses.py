@@ -101,7 +101,7 @@ def gmpo(
     eps_clip_low: float,
     eps_clip_high: float,
 ) -> Loss:
-    """GMPO (arXiv 2507.20673, eq. 4): the geometric mean over the sequence of ratios that are clipped token by token.
+    """GMPO (arXiv 2507.20673): the geometric mean over the sequence of ratios that are clipped token by token.
 
     -A exp(mean of c), c = ln r, kept in [-low, high] where that is the smaller gain: low and high bound the logarithm.
     Every trained token of a sample has this loss, so loss_reduction=sequence_mean gives the paper's.

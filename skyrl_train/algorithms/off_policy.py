@@ -69,7 +69,7 @@ def token_mask(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the mask without the tokens whose ratio exp(d) is outside [low, high]; no metrics without a bound.
 
-    IcePop (arXiv 2510.18855, section 3) keeps the ratio as a weight inside the bounds: tis_ratio_type=token beside it.
+    IcePop (arXiv 2510.18855) keeps the ratio as a weight inside the bounds: tis_ratio_type=token beside it.
     """
     if low is None and high is None:
         return mask, {}
