@@ -63,6 +63,10 @@ class BaseTextEnv(Env[ConversationType, str]):
         self.tool_groups: list[ToolGroup] = []
         self.tool_to_toolgroup: dict[str, str] = {}
 
+    @classmethod
+    def check_machine(cls) -> None:
+        """Raise, with what to do, if this machine cannot run the environment. Called before a model is loaded."""
+
     @property
     def waits_for_others(self) -> bool:
         """Return whether `init` waits for a session that it gets only when another episode has ended.

@@ -127,7 +127,8 @@ class DataParts(ModelParts):
 
 
 def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
-    """Raise if this is no environment, cannot be imported or made, or is code that only the data set names."""
+    """Raise if this is no environment, cannot be imported, made or run here, or only the data set names its code."""
+    from skyrl_gym.envs.base_text_env import BaseTextEnv
     from skyrl_gym.envs.registration import load_entry_point, spec
 
     if not environment.trusts(env_class):
@@ -145,3 +146,5 @@ def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
             inspect.signature(made).bind(env_config={}, extras={})
         except TypeError as wrong:
             raise TypeError(f"it is made as {env_class}(env_config=..., extras=...), and there: {wrong}") from None
+    if isinstance(made, type) and issubclass(made, BaseTextEnv):
+        made.check_machine()

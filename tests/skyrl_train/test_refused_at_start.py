@@ -12,6 +12,7 @@ import pytest
 
 import skyrl_gym
 from skyrl_gym.envs import register
+from skyrl_gym.tools import python_process
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from tests.fakes import EvenEnv
 from tests.tiny_models import save_tiny_model
@@ -123,6 +124,17 @@ def test_every_unknown_environment_is_named_in_one_line(model, tmp_path, capsys)
     assert "env_class='a1'" in said
     assert "env_class='b2'" in said
     assert "name it as my_module:MyEnv" in said
+
+
+@pytest.mark.parametrize("env_class", ["lcb", "searchcode"])
+def test_an_environment_that_this_machine_cannot_wall_in_is_refused(env_class, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("skyrl_gym.walls.wall.can_filter", lambda: False)
+    monkeypatch.delenv("OPENENV_ACCEPT_UNSAFE", raising=False)
+    monkeypatch.setattr(python_process, "_PROGRAMS", python_process._Programs())
+    (tmp_path / "x.jsonl").write_bytes(lines(*rows(env_class=env_class)))
+    said = refusal(settings(model, tmp_path, [tmp_path / "x.jsonl"]), capsys)
+    assert f"env_class='{env_class}': " in said
+    assert "OPENENV_ACCEPT_UNSAFE=1" in said
 
 
 def test_a_missing_shard_is_named(model, tmp_path, capsys):

@@ -22,6 +22,10 @@ class LCBEnv(BaseTextEnv):
     `reward_spec.ground_truth`: the tests, as a list or as JSON (see ProgramTest.from_row).
     """
 
+    @classmethod
+    def check_machine(cls) -> None:
+        require_wall()
+
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()
         require_wall()

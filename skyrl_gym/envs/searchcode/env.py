@@ -12,6 +12,7 @@ from skyrl_gym.envs.gsm8k.answer import final_answer
 from skyrl_gym.episode_metrics import INVALID_ACTIONS
 from skyrl_gym.reply import first_tagged, printable, up_to_first_close
 from skyrl_gym.tools import PythonCodeExecutorToolGroup, SearchToolGroup
+from skyrl_gym.tools.python_process import require_wall
 from skyrl_gym.tools.search import search_text
 
 _CALL = re.compile(r"<(\w{1,50})>")
@@ -23,6 +24,10 @@ class SearchCodeEnv(BaseTextEnv):
     Pays 1.0 if the number after the last `####` in the model's own replies equals `reward_spec.ground_truth`, else 0.0.
     The episode ends with a solution or the last turn. Output of the tools is never scored.
     """
+
+    @classmethod
+    def check_machine(cls) -> None:
+        require_wall()
 
     def __init__(self, env_config: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         super().__init__()
