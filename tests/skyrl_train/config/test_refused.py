@@ -6,7 +6,7 @@ import pytest
 
 from skyrl_train.config import ConfigError, SkyRLConfig, load_config
 from skyrl_train.config.conditions import ACTS_ONLY_WITH
-from skyrl_train.config.refused import REFUSED, lies_in, reason_against
+from skyrl_train.config.refused import NEWEST, REFUSED, lies_in, reason_against
 from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.tree import leaves
 
@@ -15,7 +15,7 @@ NOT_IN_THE_TABLE = {
     "hydra", "trainer.policy.megatron_config", "trainer.ref.megatron_config", "generator.sampling_params.seed",
     "generator.eval_sampling_params.seed", "generator.sampling_params.additional_kwargs",
     "generator.eval_sampling_params.additional_kwargs", "generator.inference_engine",
-    "trainer.remove_microbatch_padding",
+    "trainer.remove_microbatch_padding", *NEWEST,
 }  # fmt: skip
 
 
