@@ -122,7 +122,7 @@ def test_what_the_ranks_write_one_process_reads(started, tmp_path):
     started.learner.save(tmp_path / "saved").result()
     alone = one_process(started.exp)
     alone.load(tmp_path / "saved")
-    assert alone.policy_version == started.learner.policy_version == 1
+    assert alone.policy_version == started.learner.policy_version
     assert alone.logprobs_of_tokens(IDS) == pytest.approx(started.learner.logprobs_of_tokens(IDS), abs=1e-5)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir() if path.suffix == ".safetensors") == [
         "rank_0_of_2.safetensors", "rank_1_of_2.safetensors",
