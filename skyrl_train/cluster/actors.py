@@ -142,7 +142,7 @@ class LearnerRank:
         return self._built.policy_version
 
     def publish(self, path: Path) -> SharedWeights:
-        """Also give the GPU back what torch keeps for its next pass: an engine that slept takes its memory again."""
+        """Write the weights to `path`, and give back the GPU memory that torch keeps: an engine that slept needs it."""
         import torch
 
         shared = self._built.publish(path)

@@ -27,7 +27,7 @@ OWN_BODY = ("messages", "model", "n", "stream")  # of a request to the judge
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """Where a judge answers, what it is asked, and how long it may take."""
+    """Address, question and time limits of a judge."""
 
     base_url: str = ""  # of any endpoint that speaks OpenAI's API: http://127.0.0.1:8000/v1
     model: str = ""

@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ToSave:
-    """What `write_rank` writes for one model. The rows are live."""
+    """Rows of one model that `write_rank` writes. They are live: nobody changes them before it is done."""
 
     folder: Path
     parts: Mapping[str, Part]

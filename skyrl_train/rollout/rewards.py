@@ -20,7 +20,7 @@ from skyrl_train.types import Prompt
 
 @dataclass(frozen=True)
 class Rewards:
-    """What pays the episodes of a run, where that is not the environment alone."""
+    """The functions and weights that pay the episodes of a run, where that is not the environment alone."""
 
     functions: Mapping[str, RewardFunction] = field(default_factory=dict)
     judges: Mapping[str, Judge] = field(default_factory=dict)
