@@ -17,16 +17,11 @@ UNDERFLOWED = 1e-20  # next to nothing of a row is left beside what is banned: i
 SORTED_AT_ONCE = 64  # rows; sorting takes some thirty bytes per number
 
 
-def sample_batched(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
-    """Sample as `sampling.sample` does, which calls this for logits on a GPU."""
-    return BatchedDraw(logits, rows).read()
-
-
 class BatchedDraw:
-    """Tokens that are drawn on the device. `tokens` [rows] can be computed with there before the host has read them.
+    """Tokens drawn on the device, as `sampling.sample` says, which uses this for logits on a GPU.
 
-    `read` may find that next to nothing of a row was left beside its banned tokens. It then draws again, and
-    `is_redrawn` says that `tokens` are not the ones that count.
+    `tokens` [rows] can be computed with there before the host has read them. `read` may find that next to nothing of a
+    row was left beside its banned tokens. It then draws again, and `is_redrawn` says that `tokens` do not count.
     """
 
     def __init__(self, logits: Tensor, rows: list[Row]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skyrl_train.engine.torch.batched_sampling import BatchedDraw, sample_batched
+from skyrl_train.engine.torch.batched_sampling import BatchedDraw
 from skyrl_train.engine.torch.draws import NOT_FINITE, Row, chosen, uniforms_of
 from skyrl_train.ops.base import Draw
 
@@ -31,7 +31,7 @@ def begin_sampling(logits: Tensor, rows: list[Row], draw: Draw | None = None) ->
     """Return what `sample` returns, to be read; from a GPU without waiting for it."""
     if logits.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         return BatchedDraw(logits, rows)
-    return Drawn(sample(logits, rows, draw))
+    return Drawn(_sample_on_host(logits, rows, draw))
 
 
 def sample(logits: Tensor, rows: list[Row], draw: Draw | None = None) -> tuple[list[int], list[float]]:
@@ -40,10 +40,11 @@ def sample(logits: Tensor, rows: list[Row], draw: Draw | None = None) -> tuple[l
     Temperature 0 takes the most likely token and reports its log probability at temperature 1. Rows without filters are
     drawn by `draw` if given.
     """
-    if logits.device.type == "cuda":
-        if not torch.are_deterministic_algorithms_enabled():
-            return sample_batched(logits, rows)
-        logits = logits.cpu()  # torch has no running sums on a GPU that are the same twice
+    return begin_sampling(logits, rows, draw).read()
+
+
+def _sample_on_host(logits: Tensor, rows: list[Row], draw: Draw | None) -> tuple[list[int], list[float]]:
+    logits = logits.cpu()  # torch has no running sums on a GPU that are the same twice
     if draw is not None and all(row.is_plain for row in rows):
         banned = [(index, token) for index, row in enumerate(rows) for token in row.banned]
         tokens, logprobs = draw(logits, [row.params.temperature for row in rows], uniforms_of(rows), banned)

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from skyrl_train.engine.torch import sampling
-from skyrl_train.engine.torch.batched_sampling import cut_weights, sample_batched
+from skyrl_train.engine.torch.batched_sampling import BatchedDraw, cut_weights
 from tests.skyrl_train.engine.test_sampling import row
 
 CUTS: list[dict[str, Any]] = [
@@ -44,7 +44,7 @@ def test_all_rows_at_once_are_cut_as_one_by_one():
 def test_all_rows_at_once_draw_the_same_tokens_as_one_by_one():
     logits = 3 * torch.randn(40 * len(CUTS), 1000, generator=torch.Generator().manual_seed(4))
     rows = [row(seed, tokens=(1, 2, 3), **CUTS[seed % len(CUTS)]) for seed in range(len(logits))]
-    together, alone = sample_batched(logits, rows), sampling.sample(logits, rows)
+    together, alone = BatchedDraw(logits, rows).read(), sampling.sample(logits, rows)
     assert together == (alone[0], pytest.approx(alone[1], abs=1e-5))
 
 

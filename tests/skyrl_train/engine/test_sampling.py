@@ -10,7 +10,7 @@ import torch
 
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.engine.torch import sampling
-from skyrl_train.engine.torch.batched_sampling import sample_batched
+from skyrl_train.engine.torch.batched_sampling import BatchedDraw
 from skyrl_train.engine.torch.draws import Row, uniforms_of
 from skyrl_train.ops.base import Draw
 from skyrl_train.ops.cpu.decode_kernels import DecodeKernels, NoKernels, Shape
@@ -38,7 +38,7 @@ BATCHED = False
 
 def sample(logits: torch.Tensor, rows: list[Row]) -> tuple[list[int], list[float]]:
     if BATCHED:
-        return sample_batched(logits.contiguous(), rows)
+        return BatchedDraw(logits.contiguous(), rows).read()
     return sampling.sample(logits.contiguous(), rows, DRAW)
 
 
