@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 import math
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import skyrl_gym
-from skyrl_gym.contract import Outcome, checked_pay, short, wrong_messages, wrong_step
+from skyrl_gym.contract import Outcome, WrongAnswer, checked_pay, refuse_coroutine, short, wrong_messages, wrong_step
 from skyrl_gym.core import load_entry_point
 from skyrl_gym.envs.base_text_env import BaseTextEnv, ConversationType
+from skyrl_gym.threads import in_daemon_thread
 
+LIMIT_S = 60.0  # of one call and of one episode; a run's step_timeout_s has the same default
 _MEGABYTE = 1_000_000
 _TAGS = ("answer", "solution", "search", "sql", "think", "tool", "python", "action")
 NASTY_STRINGS: tuple[str, ...] = (
@@ -80,11 +83,13 @@ def check_env(
     env_config: dict[str, Any] | None = None,
     gold_actions: Sequence[str] | None = None,
     bad_actions: Sequence[str] = NASTY_STRINGS,
+    limit_s: float = LIMIT_S,
 ) -> CheckReport:
     """Play episodes with good, hostile and repeated actions, and report which rules of the contract hold.
 
     extras: a dataset row without prompt and env_class; max_turns 3 and seed 0 are added where it has none, as a rollout
     would. gold_actions: actions that must earn `max_reward`; by default those that the environment offers.
+    limit_s: a call or an episode that takes longer ends the check; it may go on in a thread that nothing waits for.
     Faults of the environment are listed in the report; only misuse of this function raises.
     """
     if not isinstance(extras, dict):
@@ -94,15 +99,24 @@ def check_env(
         factory, name = partial(skyrl_gym.make, env_id_or_factory), env_id_or_factory
     else:
         factory, name = env_id_or_factory, getattr(env_id_or_factory, "__name__", repr(env_id_or_factory))
+    given = {
+        column: value for column, value in extras.items() if column not in ("max_turns", "seed") or value is not None
+    }
     check = _Check(
         factory,
-        extras={"max_turns": 3, "seed": 0, **extras},
+        extras={"max_turns": 3, "seed": 0, **given},
         prompt=_PROMPT if prompt is None else prompt,
         env_config=env_config or {},
+        limit_s=limit_s,
     )
     # A separate thread, because asyncio.run is refused in a thread whose event loop is already running.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, check.run(gold_actions, list(bad_actions))).result()
+    playing = in_daemon_thread(lambda: asyncio.run(check.run(gold_actions, list(bad_actions))))
+    while not wait([playing], timeout=0.1).done:
+        if check.is_overdue():
+            break
+    else:
+        with suppress(_TooLong):
+            playing.result()
     facts = tuple(Fact(fact, not seen, "; ".join(seen)) for fact, seen in check.seen.items())
     return CheckReport(name, facts, tuple(check.rewards))
 
@@ -112,6 +126,26 @@ def example_extras(env_id: str) -> list[dict[str, Any]]:
     entry_point = load_entry_point(skyrl_gym.spec(env_id).entry_point)
     offered = getattr(entry_point, "example_extras", None)
     return [] if offered is None else offered()
+
+
+class _TooLong(Exception):
+    """An episode of endless turns ended the check."""
+
+
+def _plain_answer(call: Callable[..., Any], *args: Any) -> Any:
+    """Return what the call returns. WrongAnswer for a coroutine."""
+    answer = call(*args)
+    refuse_coroutine(answer, getattr(call, "__name__", "it"))
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of the environment that has not returned yet."""
+
+    fact: str
+    what: str
+    began_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +177,11 @@ class _Check:
         extras: dict[str, Any],
         prompt: ConversationType,
         env_config: dict[str, Any],
+        limit_s: float,
     ) -> None:
         self.factory, self.extras, self.prompt, self.env_config = factory, extras, prompt, env_config
+        self.limit_s = limit_s
+        self.calling: _Call | None = None
         self.given: tuple[Any, Any] = (env_config, extras)  # what the latest environment was made from
         self.seen: dict[str, list[str]] = {}  # of the facts that were looked at
         self.rewards: list[float] = []
@@ -165,7 +202,18 @@ class _Check:
             self.seen.pop(self.GOLD, None)  # nothing was seen of it
         if gold and first is not None:
             total, wanted = sum(first.rewards), type(env).max_reward
-            self.expect(self.GOLD, math.isclose(total, wanted, abs_tol=1e-6), f"earned {total}, not {wanted}")
+            earned = isinstance(wanted, int | float) and math.isclose(total, wanted, abs_tol=1e-6)
+            self.expect(
+                self.GOLD, earned, f"earned {total}, not {wanted if isinstance(wanted, float) else short(wanted)}"
+            )
+
+    def is_overdue(self) -> bool:
+        """Return whether the call that is being made takes too long; that is noted then."""
+        calling = self.calling
+        if calling is None or time.monotonic() - calling.began_s < self.limit_s:
+            return False
+        self.expect(calling.fact, False, f"{calling.what} took longer than {self.limit_s:g} s: the check ended here")
+        return True
 
     def expect(self, fact: str, holds: bool, words: str) -> bool:
         contradictions = self.seen.setdefault(fact, [])
@@ -173,18 +221,26 @@ class _Check:
             contradictions.append(words)
         return holds
 
-    async def call(self, fact: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    async def call(self, fact: str, what: str, call: Callable[..., Any], *args: Any, is_async: bool = False) -> Any:
         """Return the result of a call, or the exception it raised, which is noted as a contradiction of `fact`.
 
-        Sync methods run in a thread, as in a rollout.
+        is_async: the call is awaited; all others run in a thread, and a coroutine is none of their answers. A rollout
+        does the same.
         """
-        if inspect.iscoroutinefunction(call):
+        self.calling = _Call(fact, what, time.monotonic())
+        if is_async:
             with Outcome() as outcome:
                 outcome.value = await call(*args)
         else:
-            outcome = await asyncio.to_thread(Outcome.of, partial(call, *args))
+            outcome = await asyncio.wrap_future(
+                in_daemon_thread(partial(Outcome.of, partial(_plain_answer, call, *args)))
+            )
+        self.calling = None
         error = outcome.error
-        self.expect(fact, error is None, f"{what} raised {type(error).__name__}: {short(error)}")
+        words = (
+            f"{error}" if isinstance(error, WrongAnswer) else f"{what} raised {type(error).__name__}: {short(error)}"
+        )
+        self.expect(fact, error is None, words)
         return outcome.value if error is None else error
 
     async def make(self) -> BaseTextEnv | None:
@@ -197,7 +253,9 @@ class _Check:
 
     async def init(self, env: BaseTextEnv) -> ConversationType | None:
         prompt = copy.deepcopy(self.prompt)
-        result = await self.call(self.INIT, "it", env.init_async if env.is_async else env.init, prompt)
+        result = await self.call(
+            self.INIT, "init", env.init_async if env.is_async else env.init, prompt, is_async=env.is_async
+        )
         self.expect(self.INPUTS, prompt == self.prompt, "init edits the prompt")
         if isinstance(result, BaseException):
             return None
@@ -217,7 +275,11 @@ class _Check:
         if await self.init(env) is not None:
             offered = await self.call(self.GOLD, "gold_actions", env.gold_actions)
         await self.close(env)
-        return offered if isinstance(offered, list) else []
+        if offered is None or isinstance(offered, BaseException):
+            return []
+        are_texts = isinstance(offered, list) and all(isinstance(action, str) for action in offered)
+        wrong = f"gold_actions returned {short(offered)}, and not a list of texts"
+        return offered if self.expect(self.GOLD, are_texts, wrong) else []
 
     async def play(self, actions: Sequence[str]) -> _Episode | None:
         """Play one episode with these actions, repeating the last one until the end; None if it breaks off."""
@@ -234,10 +296,16 @@ class _Check:
         observations: list[Any] = [messages]
         rewards: list[float] = []
         output: Any = {"done": False}
-        for turn in range(max(self.extras["max_turns"], env.max_turns)):
+        own_limit = env.max_turns
+        if not self.expect(self.ENDS, isinstance(own_limit, int), f"its max_turns is {short(own_limit)}, not a number"):
+            return None
+        began_s = time.monotonic()
+        for turn in range(max(self.extras["max_turns"], own_limit)):
             action = actions[min(turn, len(actions) - 1)]
             what = f"step({short(action)})"
-            output = await self.call(self.STRINGS, what, env.step_async if env.is_async else env.step, action)
+            output = await self.call(
+                self.STRINGS, what, env.step_async if env.is_async else env.step, action, is_async=env.is_async
+            )
             if isinstance(output, BaseException):
                 return None
             wrong = wrong_step(output)
@@ -247,6 +315,10 @@ class _Check:
             rewards.append(checked_pay(output["reward"])[0])
             if output["done"]:
                 break
+            if time.monotonic() - began_s > self.limit_s:
+                words = f"not done after {len(rewards)} turns and {self.limit_s:g} s: the check ended here"
+                self.expect(self.ENDS, False, words)
+                raise _TooLong
         self.rewards.append(sum(rewards))
         self.expect(self.ENDS, output["done"], f"not done after {len(rewards)} turns of {short(actions[-1])}")
         return _Episode(observations, rewards)
@@ -268,5 +340,5 @@ class _Check:
 
     async def close(self, env: BaseTextEnv) -> None:
         for _ in range(2):
-            await self.call(self.CLOSE, "close", env.close_async if env.is_async else env.close)
+            await self.call(self.CLOSE, "close", env.close_async if env.is_async else env.close, is_async=env.is_async)
         self.expect(self.INPUTS, self.given == (self.env_config, self.extras), "extras or env_config were edited")

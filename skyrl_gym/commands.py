@@ -16,6 +16,7 @@ from typing import Any
 from skyrl_gym.check import CheckReport, Fact, check_env, example_extras
 from skyrl_gym.contract import Outcome, short
 from skyrl_gym.error import Error
+from skyrl_gym.only_json import prints_to_stderr
 
 OWN_COLUMNS = ("prompt", "env_class")  # of the trainer; the environment does not get them
 
@@ -31,24 +32,47 @@ def main(words: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("env", metavar="ENV", help="a class of yours as my_module:MyEnv, or a registered id")
     add_rows(parser)
+    add_num_rows(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_num_rows(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--num-rows", type=int, metavar="N", help="how many rows of the file are played; default: 3")
 
 
 def add_rows(parser: argparse._ActionsContainer) -> None:
     """Add the arguments that say which rows are played."""
     parser.add_argument("--data", metavar="FILE", help="rows to play: .jsonl, .json or .parquet")
     parser.add_argument("--row", metavar="JSON", help="""one row to play, for example '{"answer": "42"}'""")
-    parser.add_argument("--prompt-column", default="prompt", help="column of the rows that holds the prompt")
-    parser.add_argument("--num-rows", type=int, default=3, metavar="N", help="how many rows of the file are played")
+    parser.add_argument("--prompt-column", metavar="NAME", help="column of the rows that holds the prompt")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Check the environment on some rows, print the report, and return the exit status."""
+def refuse_rows(arguments: argparse.Namespace) -> None:
+    """Refuse the arguments of `add_rows` for an environment that makes its tasks itself."""
+    if (arguments.data, arguments.row, arguments.prompt_column) != (None, None, None):
+        raise ValueError(
+            f"--data, --row and --prompt-column are for a class of yours (my_module:MyEnv); {arguments.env} makes its "
+            "own tasks: leave them out"
+        )
+
+
+def run(
+    arguments: argparse.Namespace, env_config: dict[str, Any] | None = None, columns: dict[str, Any] | None = None
+) -> int:
+    """Check the environment on some rows, print the report, and return the exit status.
+
+    columns: what rows get that lack it.
+    """
     try:
-        rows = _rows(arguments)
-        reports = [_checked(arguments.env, row, arguments.prompt_column) for row in rows]
+        with prints_to_stderr(wanted=arguments.json):
+            rows = _rows(arguments)
+            column = arguments.prompt_column or "prompt"
+            reports = [_checked(arguments.env, {**(columns or {}), **row}, column, env_config) for row in rows]
     except (Error, ImportError, OSError, ValueError) as refused:
-        print(f"check: {_printable(' '.join(str(refused).split()))}", file=sys.stderr)
+        words = _printable(" ".join(str(refused).split()))
+        print(f"check: {words}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"error": words}))
         return 2
     report = _together(arguments.env, reports)
     if arguments.json:
@@ -70,12 +94,15 @@ def advice(report: CheckReport, rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _checked(env: str, row: dict[str, Any], prompt_column: str) -> CheckReport:
+def _checked(env: str, row: dict[str, Any], prompt_column: str, env_config: dict[str, Any] | None) -> CheckReport:
     prompt = row.get(prompt_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     extras = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
-    return check_env(env, extras=extras, prompt=prompt)
+    for column in ("max_turns", "seed"):
+        if not isinstance(extras.get(column), int | None):
+            raise ValueError(f"the row's {column} must be a whole number, not {short(extras[column])}")
+    return check_env(env, extras=extras, prompt=prompt, env_config=env_config)
 
 
 def _together(env: str, reports: Sequence[CheckReport]) -> CheckReport:
@@ -90,17 +117,38 @@ def _together(env: str, reports: Sequence[CheckReport]) -> CheckReport:
 
 def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows to play: those given, else the class's own examples, else an empty one."""
-    if arguments.num_rows < 1:
-        raise ValueError(f"--num-rows={arguments.num_rows} must be at least 1")
+    num_rows = 3 if arguments.num_rows is None else arguments.num_rows
+    if num_rows < 1:
+        raise ValueError(f"--num-rows={num_rows} must be at least 1")
     if arguments.row is not None:
-        rows = [_json(arguments.row, "--row")]
-    elif arguments.data is not None:
-        rows = _read(Path(arguments.data).expanduser())[: arguments.num_rows]
-    else:
-        rows = example_extras(arguments.env) or [{}]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"a row must be a JSON object of columns, not {short(rows[0] if rows else 'nothing')}")
-    return rows
+        return [row_of(arguments.row)]
+    if arguments.data is None:
+        return _examples(arguments.env) or [{}]
+    rows = _read(Path(arguments.data).expanduser())[:num_rows]
+    if not rows:
+        raise ValueError(f"there are no rows in {arguments.data}")
+    return [_is_row(row) for row in rows]
+
+
+def _examples(env: str) -> list[dict[str, Any]]:
+    """Return the example rows of the class. ValueError if it cannot tell them."""
+    offered = Outcome.of(lambda: [_is_row(row) for row in example_extras(env)])
+    if isinstance(offered.error, Error | ImportError):
+        raise offered.error
+    if offered.error is not None:
+        raise ValueError(f"example_extras of {env} raised {type(offered.error).__name__}: {short(offered.error)}")
+    return offered.value
+
+
+def row_of(text: str) -> dict[str, Any]:
+    """Return the row of --row. ValueError if it is no JSON object."""
+    return _is_row(_json(text, "--row"))
+
+
+def _is_row(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object of columns, not {short(row)}")
+    return row
 
 
 def _read(path: Path) -> list[Any]:

@@ -69,7 +69,7 @@ class Outcome(AbstractContextManager["Outcome"]):
 
 def checked_init(answer: Any) -> Messages:
     """Return a copy of the first messages out of the pair that `init` returned; WrongAnswer if there are none."""
-    _refuse_coroutine(answer, "init")
+    refuse_coroutine(answer, "init")
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise WrongAnswer(f"it must return (messages, dict), not {short(answer)}")
     conversation = checked_messages(answer[0])
@@ -80,7 +80,7 @@ def checked_init(answer: Any) -> Messages:
 
 def checked_step(answer: Any) -> Step:
     """Return what `step` returned as a Step; WrongAnswer if a key is missing or a value has the wrong type."""
-    _refuse_coroutine(answer, "step")
+    refuse_coroutine(answer, "step")
     if not isinstance(answer, dict):
         raise WrongAnswer(f"it must return a dict with observations, reward, done and metadata, not {short(answer)}")
     missing = [key for key in ("observations", "reward", "done") if key not in answer]
@@ -148,15 +148,16 @@ def checked_pay(reward: Any) -> tuple[float, dict[str, float]]:
 
 def checked_metrics(metrics: Any) -> dict[str, Any]:
     """Return what `get_metrics` returned, with keys as text and values that JSON can hold."""
-    _refuse_coroutine(metrics, "get_metrics")
+    refuse_coroutine(metrics, "get_metrics")
     if not isinstance(metrics, dict):
         raise WrongAnswer(f"it must return a dict, not {short(metrics)}")
-    return {str(key): _plain(value, f"metric {short(key)}", default=_listed) for key, value in metrics.items()}
+    named = {_text(str(key), "the name of a metric"): value for key, value in metrics.items()}
+    return {key: _plain(value, f"metric {short(key)}", default=_listed) for key, value in named.items()}
 
 
 def checked_close(answer: Any) -> None:
     """Refuse a coroutine: it would mean that nothing was closed. Any other result of `close` is ignored."""
-    _refuse_coroutine(answer, "close")
+    refuse_coroutine(answer, "close")
 
 
 def checked_tool_schemas(schemas: Any) -> list[dict[str, Any]]:
@@ -171,6 +172,16 @@ def checked_messages(messages: Any) -> Messages:
     if not isinstance(messages, list | tuple):
         raise WrongAnswer(f"messages must be a list, not {short(messages)}")
     return [_message(message) for message in messages]
+
+
+def refuse_coroutine(answer: Any, method: str) -> None:
+    """Raise WrongAnswer if a method that is called without `await` returned a coroutine."""
+    if inspect.iscoroutine(answer):
+        answer.close()
+        instead = "define init_async, step_async and close_async instead"
+        if method not in ("init", "step", "close"):
+            instead = "define it without `async`"
+        raise WrongAnswer(f"{method} is a coroutine function: {instead}")
 
 
 def wrong_messages(messages: Any) -> str:
@@ -261,9 +272,3 @@ def _plain(value: Any, what: str, default: Callable[[Any], Any] | None = None) -
 def _listed(value: Any) -> Any:
     """Return an array as a list and any other value that JSON does not know as text."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
-
-
-def _refuse_coroutine(answer: Any, method: str) -> None:
-    if inspect.iscoroutine(answer):
-        answer.close()
-        raise WrongAnswer(f"{method} is a coroutine function: define init_async, step_async and close_async instead")

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 
 COMPILER, PROGRAM = "skyrl-c-", "skyrl_gym_"  # prefixes of folder names; older versions made PROGRAM's
-PREFIXES = (COMPILER, PROGRAM)
+FETCHED, EXPORTED = "skyrl-fetching-", "skyrl-export-"
+PREFIXES = (COMPILER, PROGRAM, FETCHED, EXPORTED)
 
 
 @contextmanager

@@ -1,20 +1,23 @@
 """Calls of tools, read from a reply in the form that the model's family was taught.
 
     Qwen2.5, Qwen3, SmolLM2 and 3, Hermes   <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>, also several
-    Llama 3.1 to 3.3                        {"name": "add", "parameters": {"a": 1}}, and nothing else
+    Llama 3.1 to 3.3                        {"name": "add", "parameters": {"a": 1}}, and nothing else but more of them
     Mistral                                 [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]
 
-The forms cannot be confused, so nobody has to say which model it is. Calls within a model's thinking do not count.
+The forms cannot be confused, so nobody has to say which model it is. Calls within a model's thinking do not count, and
+neither do those behind a thinking that was cut off.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-END_OF_THINKING = "</think>"
+THINKING, END_OF_THINKING = "<think>", "</think>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")  # in front of bare JSON; most tokenizers leave them out of the text
 _ARGUMENTS = ("arguments", "parameters")
 MAX_CALLS = 100  # of one reply
@@ -38,16 +41,16 @@ def read_tool_calls(reply: str) -> list[ToolCall]:
 
     UnreadableCall: a call does not end, or is no JSON object with a name and arguments.
     """
-    said = reply.rpartition(END_OF_THINKING)[2]
+    said = reply.rpartition(END_OF_THINKING)[2].partition(THINKING)[0]
     if OPEN in said:
-        return [call for text in _between_tags(said) for call in _calls(_json(text))]
+        return _tagged(said)
     said, is_marked = _without_mark(said.strip())
     if is_marked:
-        return _calls(_json(said))
+        return _in_a_row(said)
     if not said.startswith(("{", "[")):
         return []
     try:
-        return _calls(_json(said))
+        return _in_a_row(said)
     except UnreadableCall:
         return []  # JSON, or nearly, that was not said to be a call
 
@@ -74,17 +77,33 @@ def manual_of(tool_schemas: list[dict[str, Any]]) -> str:
     )
 
 
-def _between_tags(said: str) -> list[str]:
-    """Return what stands between each pair of tags. Takes time linear in the length of the text."""
-    found, place = [], said.find(OPEN)
+def _tagged(said: str) -> list[ToolCall]:
+    """Return the calls between tags. A string in a call may hold a tag. Takes time linear in the length of the text."""
+    found: list[ToolCall] = []
+    place, num_tags = said.find(OPEN), 0
     while place >= 0:
-        end = said.find(CLOSE, place)
-        if end < 0:
-            raise UnreadableCall(f"Your call does not end. Write {CLOSE} behind it.")
-        if len(found) == MAX_CALLS:
+        num_tags += 1
+        if num_tags > MAX_CALLS:
             raise UnreadableCall(f"Your reply has more than {MAX_CALLS} calls.")
-        found.append(said[place + len(OPEN) : end])
+        start = place + len(OPEN)
+        value, end = _decoded(said, start, up_to=CLOSE)
+        if not said.startswith(CLOSE, end):
+            _refuse(said, start, up_to=CLOSE)
+        found += _calls(value)
         place = said.find(OPEN, end)
+    return found
+
+
+def _in_a_row(said: str) -> list[ToolCall]:
+    """Return the calls of a text that holds nothing else; between two of them may stand a semicolon."""
+    found: list[ToolCall] = []
+    place = 0
+    while place < len(said) or not found:
+        value, place = _decoded(said, place)
+        found += _calls(value)
+        if len(found) > MAX_CALLS:
+            raise UnreadableCall(f"Your reply has more than {MAX_CALLS} calls.")
+        place = _end_of(_BETWEEN, said, place)
     return found
 
 
@@ -95,15 +114,40 @@ def _without_mark(said: str) -> tuple[str, bool]:
     return said, False
 
 
-def _json(text: str) -> Any:
+def _decoded(said: str, start: int, up_to: str = "") -> tuple[Any, int]:
+    """Return the JSON value that begins at `start`, and the position of what stands behind it and white space."""
     try:
-        return json.loads(text, parse_constant=_refused)
+        value, end = _DECODER.raw_decode(said, _end_of(_SPACE, said, start))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent to any tool
     except (ValueError, RecursionError):
-        raise UnreadableCall(f"Your call is no JSON: {text.strip()[:MAX_SHOWN]}") from None
+        _refuse(said, start, up_to)
+    return value, _end_of(_SPACE, said, end)
 
 
-def _refused(constant: str) -> Any:
+def _end_of(pattern: re.Pattern[str], said: str, start: int) -> int:
+    """Return where a pattern that may be empty ends."""
+    found = pattern.match(said, start)
+    return start if found is None else found.end()
+
+
+def _refuse(said: str, start: int, up_to: str) -> NoReturn:
+    end = said.find(up_to, start) if up_to else len(said)
+    if end < 0:
+        raise UnreadableCall(f"Your call does not end. Write {up_to} behind it.") from None
+    raise UnreadableCall(f"Your call is no JSON: {said[start:end].strip()[:MAX_SHOWN]}") from None
+
+
+def _no_number(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*;?[ \t\r\n]*")
 
 
 def _calls(value: Any) -> list[ToolCall]:

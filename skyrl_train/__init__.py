@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from skyrl_train.left_out import LeftOut
 
 if TYPE_CHECKING:
     from skyrl_train.entrypoints.library import train
@@ -21,6 +24,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # met: by default 1024 each, which is most of what a long run grows by.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
+sys.meta_path.append(LeftOut)  # behind those that find files
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from skyrl_train.commands.main import main
+from skyrl_train.commands.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

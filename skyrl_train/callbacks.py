@@ -53,11 +53,20 @@ class TrainingCallback:
 EVENTS = {name for name in vars(TrainingCallback) if name.startswith("on_")}
 
 
-def check_callbacks(callbacks: Iterable[Any]) -> list[TrainingCallback]:
-    """The callbacks as a list. ValueError for what is no callback, or has an event that never comes."""
+def check_callbacks(callbacks: Any) -> list[TrainingCallback]:
+    """Return the callbacks, one or several, as a list.
+
+    ValueError for what is no callback, and for an event that never comes or is a coroutine.
+    """
+    if isinstance(callbacks, TrainingCallback):
+        callbacks = [callbacks]
+    if not isinstance(callbacks, Iterable):
+        raise ValueError(f"callbacks must be a list of TrainingCallbacks, not {callbacks!r}")
     checked = list(callbacks)
     for callback in checked:
         name = type(callback).__name__
+        if inspect.isclass(callback):
+            raise ValueError(f"{callback.__name__} is a class; give an object of it: {callback.__name__}()")
         if not isinstance(callback, TrainingCallback):
             raise ValueError(
                 f"{name} is no TrainingCallback; derive it from skyrl_train.utils.callbacks.TrainingCallback"
@@ -70,4 +79,8 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[TrainingCallback]:
                 inspect.signature(getattr(callback, event)).bind(None, None, None)
             except TypeError as error:
                 raise ValueError(f"{name}.{event} must take (trainer, callback_input, control): {error}") from error
+            if inspect.iscoroutinefunction(getattr(callback, event)):
+                raise ValueError(
+                    f"{name}.{event} is written with `async def`, and nobody awaits it; write it with `def`"
+                )
     return checked

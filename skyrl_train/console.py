@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 _FAILURES = (OSError, ValueError)  # ValueError: the stream was closed
+
+IN_CHECKOUT = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+
+
+def as_typed(command: str) -> str:
+    """Return a command as it is typed here: behind `uv run` in a checkout, alone where pip has installed it."""
+    return f"uv run {command}" if IN_CHECKOUT else command
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs an extra of this project: uv's in a checkout, pip's elsewhere."""
+    return f"uv sync --inexact --extra {extra}" if IN_CHECKOUT else f"pip install 'skyrl-train[{extra}]'"
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that every reader takes: a number that is not finite becomes null."""
+    print(json.dumps(_finite(json.loads(json.dumps(value, default=str))), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from skyrl_train.prompts import DataError, Row, checked_conversation, epoch_orde
 from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.types import Batch, Message, Sample
 
+_NOTHING = (None, "", "[]", "null", [], {})
 FORMS = '"messages" that end with the assistant\'s, or "prompt" and "response"'
 
 
@@ -70,6 +71,7 @@ def read_conversations(sources: Sequence[str], template: ChatTemplate, max_lengt
 
 def row_conversation(place: str, row: Row) -> list[Message]:
     """Return the checked messages of a row, an assistant's last."""
+    row = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else row
     if isinstance(row, dict) and "messages" in row:
         messages = checked_conversation(place, "messages", row["messages"])
     elif isinstance(row, dict) and {"prompt", "response"} <= row.keys():
@@ -87,9 +89,26 @@ def row_conversation(place: str, row: Row) -> list[Message]:
         raise DataError(
             f"{place}: messages must begin with a prompt and end with the assistant's, got {', '.join(roles)}"
         )
+    _refuse_what_is_not_printed(place, row, messages)
     if ("assistant", "assistant") in pairwise(roles):
         raise DataError(f"{place}: two messages of the assistant follow each other; join them, got {', '.join(roles)}")
     return messages
+
+
+def _refuse_what_is_not_printed(place: str, row: Row, messages: Sequence[Message]) -> None:
+    """Raise DataError for what belongs to a reply and is no part of its text: it would be left out without a word."""
+    for message in messages:
+        others = [key for key in message if key not in ("role", "content") and message[key] not in _NOTHING]
+        if message["role"] == "assistant" and others:
+            raise DataError(
+                f"{place}: a message of the assistant has {', '.join(others)}, and only its content is imitated: write "
+                "into it what the model is to say, calls of tools and reasoning in the form of the model's own template"
+            )
+    if offered := [name for name in ("tools", "functions") if row.get(name) not in _NOTHING]:
+        raise DataError(
+            f"{place}: {offered[0]} would not be shown to the model: write them into a system message, in the form of "
+            "the model's own template, and leave out the column"
+        )
 
 
 def sample_of(messages: Sequence[Message], template: ChatTemplate, place: str) -> Sample:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skyrl_train.config import SkyRLConfig
-from skyrl_train.prompts import PromptDataset
+from skyrl_train.left_out import getter_of
+from skyrl_train.prompts import PromptRows
 from skyrl_train.rollout.round import Round, RoundPlayer
 from skyrl_train.rollout.sampling import sampling_params
 from skyrl_train.run.metrics import dump_eval_results, eval_metrics
 from skyrl_train.run.run import Run
 from skyrl_train.types import Group
+
+__getattr__ = getter_of(__name__)
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Evaluator:
     """
 
     config: SkyRLConfig
-    prompts: PromptDataset
+    prompts: PromptRows
     collector: RoundPlayer
     run: Run
     decode: Callable[[list[int]], str]

@@ -14,6 +14,11 @@ from safetensors import SafetensorError
 WRITING, REMOVING = ".writing", ".removing"  # names that only an unfinished write or removal leaves behind
 
 
+def user_path(path: Path | str) -> Path:
+    """Return the path with ~ as the home folder. `~x`, where x is no user, stays as it is and is then not found."""
+    return Path(os.path.expanduser(path))  # where Path.expanduser raises a RuntimeError
+
+
 @contextmanager
 def naming(path: Path) -> Generator[None]:
     """Put the path into an OSError that has none: a full disk is met while writing, where Python knows no name.
@@ -25,6 +30,8 @@ def naming(path: Path) -> Generator[None]:
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
+        if error.errno is None:  # numpy's, where a disk takes no more
+            raise OSError(f"cannot write {path}: {error}") from error
         raise
     except SafetensorError as error:
         if code := re.search(r"\(os error (\d+)\)", str(error)):

@@ -18,6 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from skyrl_gym.contract import WrongAnswer, checked_messages
+from skyrl_train.files import user_path
 from skyrl_train.rollout.env_calls import MISTAKES, words_of
 from skyrl_train.types import Message, Prompt
 
@@ -33,7 +34,7 @@ class DataError(ValueError):
     """A data set that cannot be used, with the reason."""
 
 
-class PromptDataset(Sequence[Prompt]):
+class PromptRows(Sequence[Prompt]):
     """The rows of all sources in order, without those whose prompt is too long.
 
     sources: .parquet, .json or .jsonl files, or names on the hub as name[:split] (split "train" if left out). A row
@@ -144,7 +145,7 @@ class PromptSchedule:
 class TrainPrompts:
     """The prompts of each training step."""
 
-    def __init__(self, dataset: PromptDataset, schedule: PromptSchedule) -> None:
+    def __init__(self, dataset: PromptRows, schedule: PromptSchedule) -> None:
         if len(dataset) != schedule.num_rows:
             raise ValueError(f"the schedule is for {schedule.num_rows} rows, the data set has {len(dataset)}")
         self.dataset, self.schedule = dataset, schedule
@@ -176,7 +177,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def read_source(source: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of one source, each with its place in the source for messages. All values are plain Python."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.suffix in FILE_TYPES:
         if not path.is_file():
             raise DataError(f"there is no file {path} (given in data.train_data, data.val_data or trainer.sft.data)")

@@ -5,13 +5,22 @@ The loop is trainer.py's. A subclass comes in through `BasePPOExp.get_trainer`; 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skyrl_train.callbacks import CallbackInput, TrainingCallback, TrainingControl, check_callbacks
 from skyrl_train.generators.base import GeneratorOutput
-from skyrl_train.generators.generator_output import check_output, num_episodes_in, output_of, with_output
+from skyrl_train.generators.generator_output import (
+    WrongOutput,
+    check_output,
+    num_episodes_in,
+    output_of,
+    plain_output,
+    with_output,
+)
 from skyrl_train.types import Group
+from skyrl_train.vain_overrides import refuse_vain_overrides
 
 ESTIMATOR = "register an advantage estimator (skyrl_train.utils.ppo_utils.register_advantage_estimator)"
 LOSS = "register a policy loss (skyrl_train.utils.ppo_utils.register_policy_loss)"
@@ -39,6 +48,14 @@ NEVER_CALLED: Mapping[str, str] = {
     "save_models": "exports are trainer.hf_save_interval; drop the method",
     "update_ref_with_policy": "set trainer.update_ref_every_epoch=true",
     "dump_data": "every episode is kept in the run folder; drop the method",
+    "_normalize_advantages": "set trainer.algorithm.advantage_batch_normalize=true, or " + ESTIMATOR,
+    "_build_train_dataloader_and_compute_training_steps": "override get_train_dataset() of the experiment; which rows "
+    "a step plays follows from trainer.seed",
+    "_remove_tail_data": "batches are whole; drop the method",
+    "_cleanup_old_checkpoints": "set trainer.max_ckpts_to_keep",
+    "_execute_forward_pass": "override get_learner(policy) of the experiment",
+    "flush_pending_metrics": CALLBACK + " with on_log",
+    "has_critic": "trainer.critic.model.path alone says it; drop the method",
     "pad_batch": "batches have no padding; drop the method",
 }
 
@@ -58,7 +75,7 @@ class RayPPOTrainer:
         eval_dataset: Any = None,
         callbacks: Iterable[TrainingCallback] = (),
     ) -> None:
-        self._refuse_vain_overrides()
+        refuse_vain_overrides(type(self), RayPPOTrainer, NEVER_CALLED)
         self.cfg, self.tracker, self.tokenizer = cfg, tracker, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.inference_engine_client, self.generator, self.colocate_pg = inference_engine_client, generator, colocate_pg
@@ -71,21 +88,33 @@ class RayPPOTrainer:
     def postprocess_generator_output(self, generator_output: GeneratorOutput, uids: list[str]) -> GeneratorOutput:
         """Override it to change rewards or loss masks between the episodes and the batch; token ids stay as they are.
 
+        It may be written with `async def`.
         `rewards` holds one number per response with generator.batched=true, else one per response token.
         """
         return generator_output
 
-    def shaped(self, groups: list[Group]) -> list[Group]:
+    async def shaped(self, groups: list[Group]) -> list[Group]:
         """Return the groups as `postprocess_generator_output` leaves them."""
         if type(self).postprocess_generator_output is RayPPOTrainer.postprocess_generator_output:
             return groups
         step_wise = self.cfg.generator.step_wise_trajectories
         output, uids = output_of(groups, one_reward=self.cfg.generator.batched, step_wise=step_wise)
         answer: Any = self.postprocess_generator_output(output, uids)
+        if inspect.isawaitable(answer):
+            answer = await answer
         if isinstance(answer, tuple):  # the newest SkyRL returns (output, uids)
             answer = answer[0]
+        if answer is None:
+            raise WrongOutput(
+                f"{type(self).__qualname__}.postprocess_generator_output returned None; it must return the output"
+            )
+        answer = plain_output(answer)
         check_output(answer, num_episodes_in(groups))
         return with_output(groups, answer, step_wise=step_wise)
+
+    def add_callback(self, callback: TrainingCallback) -> None:
+        """Have a callback called, too, behind those that are there."""
+        self.callbacks += check_callbacks([callback])
 
     def listens_to(self, event: str) -> bool:
         """Return whether a callback overrides the event."""
@@ -101,14 +130,3 @@ class RayPPOTrainer:
         found = {**self.all_metrics, **{f"timing/{name}": seconds for name, seconds in self.all_timings.items()}}
         self.all_metrics, self.all_timings = {}, {}
         return found
-
-    def _refuse_vain_overrides(self) -> None:
-        vain = [
-            f"{cls.__qualname__}.{name} is never called: {NEVER_CALLED[name]}"
-            for cls in type(self).__mro__
-            if issubclass(cls, RayPPOTrainer) and cls is not RayPPOTrainer
-            for name in vars(cls)
-            if name in NEVER_CALLED
-        ]
-        if vain:
-            raise ValueError("\n".join(vain))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,17 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from skyrl_train.console import lasting_output
+from skyrl_train.console import lasting_output, print_json
+from skyrl_train.files import user_path
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.compare import Comparison, compare
 from skyrl_train.run.records.run_info import RunInfo, read_run_info, state_of
 from skyrl_train.run.records.summary import Summary, summarise
 from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO
-from skyrl_train.visible import say, visible
+from skyrl_train.visible import Parser, say, visible
 
 DEFAULT_FOLDER = "~/ckpts"  # below it lie the runs of run_openenv.sh and of examples/
 MAX_DEPTH = 4
@@ -35,26 +36,28 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             return _compare(words[1:]) if words[:1] == ["compare"] else _list(words)
         except (OSError, ValueError) as refused:
-            say(f"runs: {refused}")
+            say(f"skyrl runs: {refused}")
+            if "--json" in words:
+                print_json({"error": f"{refused}"})
             return 2
 
 
 def _list(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="skyrl runs", description="List the runs below some folders, newest first.")
+    parser = Parser(prog="skyrl runs", description="List the runs below some folders, newest first.")
     about = f"{DEFAULT_FOLDER} if none is given; or: compare A B"
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help=about)
     parser.add_argument("--json", action="store_true", help="print everything that is known of each run as JSON")
     arguments = parser.parse_args(words)
-    given = [Path(folder).expanduser() for folder in arguments.folders or [DEFAULT_FOLDER]]
+    given = [user_path(folder) for folder in arguments.folders or [DEFAULT_FOLDER]]
     for folder in given:
         if arguments.folders and not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
     runs = [described(folder) for folder in sorted(set(found_below(given)))]
     runs.sort(key=lambda run: run["started"], reverse=True)
     if arguments.json:
-        print(json.dumps(runs, indent=2, default=str))
+        print_json(runs)
     elif not runs:
-        print(f"no runs below {', '.join(map(str, given))}; name the folder of yours (trainer.ckpt_path)")
+        print(visible(f"no runs below {', '.join(map(str, given))}; name the folder of yours (trainer.ckpt_path)"))
     else:
         _show_list(runs, Console(highlight=False))
     return 0
@@ -80,7 +83,7 @@ def described(folder: Path) -> dict[str, Any]:
     try:
         info = read_run_info(folder)
         summary = summarise(folder)
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:  # TypeError: metrics of another program, with texts as values
         damage = str(error)
     last = info.starts[-1] if info.starts else {}
     return {
@@ -117,12 +120,16 @@ def _started(folder: Path, info: RunInfo) -> str:
 def _show_list(runs: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table that fits 80 columns, with model and environment from 100 on. A run's folder has its own line."""
     wide = console.width >= WIDE
+    headings = ("started", "ended", "steps", "reward", "environment", "model")[: 5 + wide]
+    rows = [[visible(cell) for cell in _cells(run)][: len(headings)] for run in runs]
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    left = console.width - sum(widths[:4]) - 2 * (len(headings) - 1)  # of which two names have at least half each
+    widths[4:] = [max(1, min(width, max(left // (1 + wide), left - sum(widths[4:]) + width))) for width in widths[4:]]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("started", "ended", "steps", "reward", "environment", *(["model"] if wide else [])):
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
-    for run in runs:
-        cells = [run["started"][:16].replace("T", " "), run["state"], _steps(run), _reward(run), run["environment"]]
-        table.add_row(*(Text(visible(cell)) for cell in [*cells, *([run["model"]] if wide else [])]))
+    for heading, width in zip(headings, widths, strict=True):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis", width=width)
+    for row in rows:
+        table.add_row(*map(Text, row))
     lines = _printed(table, console.width)
     console.print(lines[0], markup=False)
     for line, run in zip(lines[1:], runs, strict=True):
@@ -130,6 +137,11 @@ def _show_list(runs: Sequence[dict[str, Any]], console: Console) -> None:
         console.print(f"  {visible(short_path(run['folder']))}", markup=False, soft_wrap=True, style="cyan")
         if run["error"]:
             console.print(f"  {visible(str(run['error']))}", markup=False, style="yellow")
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    began = run["started"][:16].replace("T", " ")
+    return [began, run["state"], _steps(run), _reward(run), run["environment"], run["model"]]
 
 
 def _printed(table: Table, width: int) -> list[str]:
@@ -157,12 +169,12 @@ def short_path(folder: str) -> str:
 
 
 def _compare(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="skyrl runs compare", description="Show what differs between two runs.")
+    parser = Parser(prog="skyrl runs compare", description="Show what differs between two runs.")
     parser.add_argument("a", metavar="A", help="folder of a run")
     parser.add_argument("b", metavar="B", help="folder of another")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     arguments = parser.parse_args(words)
-    folders = [Path(folder).expanduser() for folder in (arguments.a, arguments.b)]
+    folders = [user_path(folder) for folder in (arguments.a, arguments.b)]
     for folder in folders:
         if not (folder / METRICS).is_file() and not (folder / RUN_INFO).is_file():
             raise ValueError(f"{folder} is no run's folder: it has neither {RUN_INFO} nor {METRICS}")
@@ -170,7 +182,7 @@ def _compare(words: list[str]) -> int:
     lines = [read_metrics(folder / METRICS) for folder in folders]
     found = compare(infos[0], infos[1], lines[0], lines[1])
     if arguments.json:
-        print(json.dumps({"a": str(folders[0]), "b": str(folders[1]), **asdict(found)}, indent=2, default=str))
+        print_json({"a": str(folders[0]), "b": str(folders[1]), **asdict(found)})
     else:
         _show_comparison(found, folders, Console(highlight=False))
     return 0
@@ -179,11 +191,11 @@ def _compare(words: list[str]) -> int:
 def _show_comparison(found: Comparison, folders: Sequence[Path], console: Console) -> None:
     for letter, folder in zip("AB", folders, strict=True):
         console.print(f"{letter}  {visible(short_path(str(folder.absolute())))}", markup=False, soft_wrap=True)
-    for title, rows in (("what differs", found.differences), ("settings that differ", found.settings)):
+    for title, rows in (("model, code, versions and machine", found.differences), ("settings", found.settings)):
         if not rows:
-            console.print(f"\n{title}: nothing")
+            console.print(f"\n{title}: the same")
             continue
-        console.print(f"\n{title}", style="bold")
+        console.print(f"\n{title} that differ", style="bold")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for heading in ("", "A", "B"):
             table.add_column(heading, overflow="fold")

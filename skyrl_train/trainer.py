@@ -314,7 +314,7 @@ class Trainer:
         """Call the user's hooks between episodes and batch; they must return the same episodes."""
         before = [trajectory.id for group in groups for trajectory in group.trajectories]
         if self.users is not None:
-            groups = self.users.shaped(groups)
+            groups = await self.users.shaped(groups)
         if self.shape_rewards is not None:
             answer = self.shape_rewards(groups)
             groups = await answer if inspect.isawaitable(answer) else answer

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes a second to load, and most commands need the other nouns alone
+    import torch
+    from torch import Tensor
 
 AGENT = "agent"  # env_class of rows that an agent of the user's plays and that name no environment
 Message = dict[str, Any]  # {"role": ..., "content": ...}; a call of tools has "tool_calls" as well, in OpenAI's form
@@ -228,11 +229,15 @@ class Batch:
     @property
     def sample_index(self) -> Tensor:
         """[T]: which sample each token belongs to."""
+        import torch
+
         return torch.repeat_interleave(torch.arange(self.num_samples, device=self.offsets.device), self.lengths)
 
     @property
     def position_ids(self) -> Tensor:
         """[T]: position of each token in its sample, from 0."""
+        import torch
+
         return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[:-1][self.sample_index]
 
     @property
@@ -245,6 +250,8 @@ class Batch:
 
     def select(self, samples: list[int]) -> Batch:
         """The batch of these samples, in this order. Group and trajectory numbers stay those of the whole batch."""
+        import torch
+
         index = torch.tensor(samples, dtype=torch.long, device=self.offsets.device)
         lengths, tokens = self.lengths[index], self.places(samples)
         return replace(
@@ -256,6 +263,8 @@ class Batch:
 
     def places(self, samples: list[int]) -> Tensor:
         """[tokens of these samples]: where each token of `select(samples)` stands in this batch."""
+        import torch
+
         index = torch.tensor(samples, dtype=torch.long, device=self.offsets.device)
         starts, lengths = self.offsets[:-1][index], self.lengths[index]
         begins = lengths.cumsum(0) - lengths

@@ -5,6 +5,7 @@ What models, servers and data sets say reaches a terminal through here only: log
 
 from __future__ import annotations
 
+import argparse
 import html
 import logging
 import sys
@@ -12,7 +13,7 @@ import traceback
 import unicodedata
 import warnings
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from loguru import logger
 
@@ -47,6 +48,13 @@ def make_errors_visible() -> None:
     sys.excepthook = _print_visible
     logging.lastResort = LibraryLogs(logging.WARNING)  # for libraries without a handler of their own
     setattr(warnings, "showwarning", show_warning)  # noqa: B010 (ty takes it for one function alone)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command line whose errors quote its words, names of files among them, `visible`."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 def say(text: str) -> None:

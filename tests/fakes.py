@@ -127,7 +127,8 @@ class FlakyEnv(CountdownEnv):
         super().__init__(env_config, extras)
         self.name = str(extras["name"])
         self.attempts[self.name] = self.attempts.get(self.name, 0) + 1
-        self.broken = self.attempts[self.name] <= int(extras["breaks"])
+        self.breaks = int(extras["breaks"])
+        self.broken = self.attempts[self.name] <= self.breaks
         self.how = extras["how"]
 
     def init(self, prompt: Any) -> Any:
@@ -138,7 +139,8 @@ class FlakyEnv(CountdownEnv):
                 raise KeyError("a bug in the environment")
             if self.how == "unlucky":
                 raise RuntimeError(f"attempt {self.attempts[self.name]} had no luck")
-            time.sleep(0.5)
+            while self.attempts[self.name] <= self.breaks:  # "hang": until the next attempts work
+                time.sleep(0.01)
         return super().init(prompt)
 
 

@@ -27,19 +27,34 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "images": ("client", "hosting", "catalog"),
 }
 FRONT = {"commands", "entrypoints"}
+# What a server's container imports; there stand integrations/ and skyrl_gym/ alone.
+IN_IMAGES = tuple(f"integrations/openenv/{room}/" for room in ("catalog", "client", "servers"))
 KERNELS = ("skyrl_train.ops.cpu", "skyrl_train.ops.cuda_", "triton", "liger_kernel")  # known to skyrl_train/ops/ alone
 WITHOUT_KERNELS = re.compile(r"(kernels|passes|tiles) is (not )?None")
 # The rooms of skyrl_train from the leaves up. A file imports, when it is loaded, only from its own line and from those
 # above it. An import in a function may go down (an entry point builds everything); one under TYPE_CHECKING is a name.
 OF_A_RUN = ("records", "runs", "view", "cluster", "entrypoints")
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("types", "config", "files", "spans", "compute", "console", "log_style", "visible", "callbacks"),
+    (
+        "types",
+        "config",
+        "files",
+        "spans",
+        "compute",
+        "console",
+        "log_style",
+        "signals",
+        "visible",
+        "callbacks",
+        "left_out",
+        "vain_overrides",
+    ),
     ("algorithms", "batch"),
     ("ops",),
     ("policy",),
     ("learner", "engine", "rollout", "weights"),
     ("run",),
-    ("prompts", "conversations", "trainer", "evaluate"),
+    ("prompts", "given_prompts", "conversations", "trainer", "evaluate"),
     ("generators", "inference_engines", "ray_ppo_trainer", "dataset", "utils", *OF_A_RUN),
     ("commands", "__main__"),
 )
@@ -73,6 +88,8 @@ def forbidden_for(path: Path) -> set[str]:
     text = path.as_posix()
     if text.startswith("skyrl_gym/"):
         return {"torch", "ray", "transformers", "skyrl_train", "integrations"}
+    if text.startswith(IN_IMAGES):
+        return {"torch", "skyrl_train"}
     if not text.startswith("skyrl_train/"):
         return set()
     forbidden = {"integrations", "ray", "vllm"}
@@ -362,3 +379,60 @@ def test_imports_in_functions_count_for_circles_only():
     assert list(imports_from_below(import_graph(files, in_functions=False))) == []
     [said] = imports_from_below(import_graph(files, in_functions=True))
     assert said == "skyrl_train.types imports skyrl_train.run.run, which stands below it"
+
+
+WALK_ROW = re.compile(r"\| \d+ \| `(?P<call>.+?)` \| (?:`(?P<file>.+?)`|the same) \|")
+
+
+def test_the_walk_from_the_readme_to_the_gradient_is_short_and_each_function_on_it_names_the_next():
+    """Two hops are not in the caller's own text: see CONTRIBUTING."""
+    lines = (ROOT / ".github/CONTRIBUTING.md").read_text().splitlines()
+    rows = [found for line in lines if (found := WALK_ROW.match(line))]
+    calls, files = [row["call"] for row in rows], [row["file"] for row in rows]
+    files = [file or files[i - 1] for i, file in enumerate(files)]
+    assert 8 <= len(calls) <= 12
+    assert len(set(files)) <= 7
+    *functions, backward = zip(calls, files, strict=True)
+    text = {call: source_of(file, call) for call, file in functions}
+    assert ".backward()" in backward[0]
+    assert "(loss + regularization).backward()" in text["accumulate_gradient"]
+    text["accumulate_gradient"] += source_of("skyrl_train/learner/ranks.py", "Ranks.forward")
+    hops = {
+        "Trainer.step": "self.learner.update",
+        "TorchLearner.update": "self._accumulate_gradient",
+        "TorchLearner._accumulate_gradient": "accumulate_gradient",
+        "accumulate_gradient": "batch_logprobs",
+        "Objective.policy_loss": "weighted_sum",
+    }
+    for caller, called in hops.items():
+        assert f"{called}(" in text[caller] or f"{called}," in text[caller], f"{caller} does not call {called}"
+    assert "objective.policy_loss(" in text["accumulate_gradient"]
+    assert "call.flat()" in text["Objective.policy_loss"]
+    assert "self.function" in source_of("skyrl_train/algorithms/loss_style.py", "LossCall._answered")
+    assert '@register_policy_loss("regular")' in text["clipped_surrogate"]
+
+
+def source_of(file: str, name: str) -> str:
+    """Return the text of "function" or "Class.method", its decorators included."""
+    source = (ROOT / file).read_text()
+    within: list[ast.stmt] = ast.parse(source).body
+    for part in name.split("."):
+        [found] = [node for node in within if getattr(node, "name", None) == part]
+        assert isinstance(found, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        within = found.body
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return "\n".join(source.splitlines()[first - 1 : found.end_lineno])
+
+
+def test_no_two_classes_have_one_name():
+    """But the two ends of OpenEnv's wire: an action and an observation of its client and those of its server."""
+    places: dict[str, list[Path]] = {}
+    for path in FILES:
+        if path.parts[0] in ("skyrl_gym", "skyrl_train", "integrations"):
+            for node in ast.parse((ROOT / path).read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(path)
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    ends = [name for name, found in twice.items() if {path.parts[2] for path in found} == {"catalog", "servers"}]
+    assert all(name.endswith(("Action", "Observation")) for name in ends)
+    assert {name: found for name, found in twice.items() if name not in ends} == {}

@@ -18,7 +18,7 @@ from tests.benchmarks.update import useful_tokens
 from tests.benchmarks.workers import ours_multi_turn, ours_rollout, ours_update
 from tests.benchmarks.workers.echo import reward
 from tests.benchmarks.workers.prompts import prompts
-from tests.tiny_models import save_tiny_model, tiny_tokenizer
+from tests.tiny_models import save_tiny_model, tiny_policy, tiny_tokenizer
 
 
 @pytest.fixture
@@ -86,15 +86,39 @@ def test_a_ratio_above_one_is_ours_ahead_in_rates_and_in_times():
 def test_the_gpu_benchmark_reports_rates_and_shares(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    words = "gpu --json --device cpu --shape tiny --requests 1 9 --tokens 4 --prompt-tokens 40 --update-prompts 2"
-    monkeypatch.setattr("sys.argv", [*words.split(), "--rounds", "1"])
+    words = "gpu --json --device cpu --shape tiny --requests 1 9 --tokens 4 --prompt-tokens 40 80 --updates 2x2x40+4"
+    monkeypatch.setattr("sys.argv", [*words.split(), "--rounds", "1", "--lora", "2"])
     gpu.main()
     [line] = capsys.readouterr().out.splitlines()
     outcome = json.loads(line)
     assert (outcome["device"], outcome["unit"]) == ("cpu", "tokens/s")
-    assert outcome["ours"] == outcome["tokens_per_second"]["9"] > 0
-    assert 0 < outcome["share_of_ceiling_at"]["1"] < 1
-    assert 0 < outcome["update"]["share_of_product_rate"] < 1
+    rows = outcome["sampling"]
+    assert [(row["requests"], row["prompt_tokens"]) for row in rows] == [(1, 40), (9, 40), (1, 80), (9, 80)]
+    assert all(0 < row["share_of_ceiling"] < 1 for row in rows)
+    assert outcome["ours"] == rows[-1]["ours"]
+    assert 0 < outcome["updates"]["2x2x40+4"]["share_of_product_rate"] < 1
+
+
+def test_the_ceilings_count_each_prompt_once_and_what_a_token_attends_to():
+    policy = tiny_policy()
+    size, peak = gpu.num_weights(policy), gpu.Peak(multiplied=1e6, read=1e6)
+    # two groups: 2 * 2 * 40 prompt tokens computed; each of 4 steps multiplies 16 rows, slower than it reads
+    assert peak.sampled(policy, 16, gpu.Work(2, 8, 40, 4)) == pytest.approx(
+        16 * 4 / (2 * size * (2 * 40 + 16 * 4) / 1e6)
+    )
+    # one row: the weights, and keys and values of 8 numbers, 2 heads and 2 layers for 40 + 2 tokens, are read
+    seconds = 2 * size * 40 / 1e6 + 4 * (2 * size + 2 * 2 * 2 * 2 * 8 * 42) / 1e6
+    assert peak.sampled(policy, 1, gpu.Work(1, 8, 40, 4)) == pytest.approx(4 / seconds)
+    # 40 + 2 * 4 tokens; the prompt's see 1 + ... + 40, each response's 41 to 44
+    operations = 6 * size * 48 + 12 * 2 * 4 * 8 * (820 + 2 * 170)
+    assert peak.share_of_update(policy, gpu.Work(1, 2, 40, 4), 2.0) == pytest.approx(operations / 2 / 1e6)
+
+
+@pytest.mark.parametrize("words", ["--updates 16x8x128", "--step --lora 4", "--step --updates"])
+def test_the_gpu_benchmark_refuses_what_it_cannot_time(monkeypatch: pytest.MonkeyPatch, words: str):
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -73,9 +75,15 @@ def declared() -> set[str]:
     return names_in([*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)])
 
 
+@cache
+def modules_of_packages() -> Mapping[str, list[str]]:
+    """Which packages hold a module, by its name. It reads the files of every package that is installed: once."""
+    return packages_distributions()
+
+
 def distributions_of(module: str) -> set[str]:
     """The packages that a module may come from: the one of its own name, or whatever holds it here."""
-    installed = packages_distributions().get(module, [])
+    installed = modules_of_packages().get(module, [])
     return names_in([*installed, NOT_EVERYWHERE.get(module, module)])
 
 

@@ -30,7 +30,7 @@ from integrations.openenv.images.long_command import run_long_command
 from integrations.openenv.pool.server_pool import close_shared_pools
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_gym.core import EnvFailure
-from skyrl_train.visible import make_errors_visible, visible
+from skyrl_train.visible import Parser, make_errors_visible, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ async def play_gold_episode(entry: CatalogEntry, config: OpenEnvConfig) -> tuple
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make OpenEnv environments ready to train on.")
+    parser = Parser(description="Make OpenEnv environments ready to train on.")
     parser.add_argument("names", nargs="*", help=f"{', '.join(CATALOG)} (echo-env is echo_env); none means all")
     parser.add_argument("--build", action="store_true", help="build images of our own servers, pull nothing")
     parser.add_argument("--base_image", default=BASE_IMAGE, help="what they are built on (default: %(default)s)")

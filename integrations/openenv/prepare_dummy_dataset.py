@@ -21,7 +21,9 @@ from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_train.config.problems import written
-from skyrl_train.visible import make_errors_visible, visible
+from skyrl_train.console import as_typed
+from skyrl_train.files import user_path
+from skyrl_train.visible import Parser, make_errors_visible, visible
 
 MADE_FOR = "openenv_env_names="  # recipe.py looks for it in the file
 NUM_TRAIN, NUM_VALIDATION, SEED = 64, 32, 0  # also of the data set that training makes if it is missing
@@ -40,7 +42,7 @@ def main() -> None:
         parser.error(visible(str(refused)))
     finally:
         run_in_background(close_shared_pools())
-    folder = Path(arguments.output_dir).expanduser()
+    folder = user_path(arguments.output_dir)
     train = [row for rows, _ in datasets for row in rows]
     validation = [row for _, rows in datasets for row in rows]
     if len(names) > 1:  # one limit for all would not suit each
@@ -76,7 +78,7 @@ def mixture_command(names: Sequence[str], folder: Path) -> str:
     foreign = [name for name in names if name not in CATALOG]
     if foreign:
         settings.append(written("environment.openenv.env_names", foreign))
-    return shlex.join(["skyrl", "train", *settings])
+    return as_typed(shlex.join(["skyrl", "train", *settings]))
 
 
 def dataset_rows(
@@ -89,15 +91,16 @@ def dataset_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of the training and the validation split, which share no task and no environment seed.
 
-    The same arguments give the same rows. A server outside the catalog is asked for its description; if it is started
-    for that (as `config` says), it runs until the pools of the background loop are closed or Python exits.
+    The same arguments give the same rows, however the environment's name is spelled and wherever its folder is. A
+    server outside the catalog is asked for its description; if it is started for that (as `config` says), it runs
+    until the pools of the background loop are closed or Python exits.
     """
     entry, num_tasks = catalog_entry(name), num_train + num_validation
     chosen = entry.read_options(options or {})
     if not entry.is_prepared:
         run_in_background(_show_server(entry, chosen, config or OpenEnvConfig(), seed))
-    tasks = entry.tasks(Random(f"{name} {seed}"), num_tasks, chosen)
-    seeds = Random(f"{name} {seed} seeds").sample(range(2**31), num_tasks)
+    tasks = entry.tasks(Random(f"{entry.seed_name} {seed}"), num_tasks, chosen)
+    seeds = Random(f"{entry.seed_name} {seed} seeds").sample(range(2**31), num_tasks)
     numbered = list(zip(tasks, seeds, strict=True))
     splits: dict[str, list[dict[str, Any]]] = {}
     for split, split_tasks in (("train", numbered[num_validation:]), ("validation", numbered[:num_validation])):
@@ -171,7 +174,7 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write datasets of made-up tasks for OpenEnv environments.")
+    parser = Parser(description="Write datasets of made-up tasks for OpenEnv environments.")
     parser.add_argument("--output_dir", default="~/data/openenv", help="where the two files go")
     parser.add_argument(
         "--env_name",

@@ -21,6 +21,7 @@ from integrations.openenv.prepare_dummy_dataset import (
     write_parquet,
 )
 from skyrl_train.commands.train import parser
+from skyrl_train.files import user_path
 
 TRAIN, VALIDATION = "train.parquet", "validation.parquet"
 WHOLE_GAME = ("environment.openenv.max_invalid_actions=0", "trainer.policy.optimizer_config.lr=2e-5")
@@ -145,7 +146,7 @@ def data_folder(entry: CatalogEntry, given: str | None = None) -> Path:
     if given is None:
         shared = Path("~/data/openenv").expanduser()
         return shared if made_for(shared) == [entry.data_name] else shared / entry.data_name
-    folder = Path(given).expanduser().absolute()
+    folder = user_path(given).absolute()
     names = made_for(folder)
     if names and entry.data_name not in names:
         raise ValueError(

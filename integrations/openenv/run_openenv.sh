@@ -170,5 +170,5 @@ keys=(trainer.device="$DEVICE" generator.backend="$INFERENCE_BACKEND")
 [[ -z "${LOGGER:-}" ]] || keys+=(trainer.logger="$LOGGER")
 [[ -z "${MAX_TURNS:-}" ]] || keys+=(generator.max_turns="$MAX_TURNS")
 
-exec "${uv_run[@]}" python -m integrations.openenv.entrypoints.main_openenv \
+exec "${uv_run[@]}" python -m skyrl_train train \
   --env "$ENV_NAME" --gpus "$NUM_GPUS" ${DATA_DIR:+--data-dir "$DATA_DIR"} "${keys[@]}" "$@"

@@ -94,7 +94,7 @@ class Cgroup:
                 time.sleep(0.01)
 
 
-class Watch:
+class MemoryWatch:
     """Thread that kills the largest process below a nursery while all of them together hold too much memory."""
 
     def __init__(self, nursery: int, limit_bytes: int) -> None:
@@ -116,8 +116,8 @@ class Watch:
                     os.kill(largest, signal.SIGKILL)
 
 
-def bound(process_id: int, limit_bytes: int) -> Cgroup | Watch:
-    """Limit the memory of a nursery's workers, by a cgroup or else by a Watch.
+def bound(process_id: int, limit_bytes: int) -> Cgroup | MemoryWatch:
+    """Limit the memory of a nursery's workers, by a cgroup or else by a MemoryWatch.
 
     Call it before the first worker is forked. process_id: of the nursery, or of the bubblewrap around it.
     """
@@ -126,7 +126,7 @@ def bound(process_id: int, limit_bytes: int) -> Cgroup | Watch:
         if group.take(process_id):
             return group
         group.close()
-    return Watch([process_id, *descendants(process_id)][-1], limit_bytes)
+    return MemoryWatch([process_id, *descendants(process_id)][-1], limit_bytes)
 
 
 def descendants(process_id: int) -> list[int]:

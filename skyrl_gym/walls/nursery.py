@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skyrl_gym.walls.memory import FIRST_TO_GO, Cgroup, Watch, bound
+from skyrl_gym.walls.memory import FIRST_TO_GO, Cgroup, MemoryWatch, bound
 
 KILL_PATIENCE_S = 5.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -58,7 +58,7 @@ class Nursery:
         """Start the process. memory_bytes: limit for all workers together; beyond it the largest is killed."""
         self._module = module
         self._memory_bytes = memory_bytes
-        self._bound: Cgroup | Watch | None = None
+        self._bound: Cgroup | MemoryWatch | None = None
         self._interpreter = interpreter or this_interpreter()
         self._starting = threading.Lock()
         self._start()

@@ -9,9 +9,10 @@ A mean keeps its gradient when every sample is given twice, a sum doubles it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ class LossCall:
     def _answered(self, tensors: dict[str, Any]) -> tuple[Any, Metrics]:
         offered = {**self.settings, **tensors}
         by_position = ("log_probs", "old_log_probs", "advantages")
-        parameters = [p.name for p in signature(self.function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [p.name for p in signature(self.function).parameters.values() if p.kind in kinds]
         if not set(by_position) & set(parameters):  # SkyRL passes these three without their names
             offered |= {theirs: tensors[ours] for theirs, ours in zip(parameters[:3], by_position, strict=False)}
         answer = call_with_named(self.function, offered)
@@ -98,7 +100,16 @@ class LossCall:
             return loss, {}
         if not isinstance(metrics, dict):  # SkyRL's oldest form returns its clip ratio alone
             metrics = {"clip_ratio": metrics}
-        return loss, {str(name): float(value) for name, value in metrics.items()}
+        return loss, {str(name): self._one_number(name, value) for name, value in metrics.items()}
+
+    def _one_number(self, name: object, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"the policy loss {name_of(self.function)} returned {kind_of(value)} as its metric {name!r}; it must "
+                "be one number"
+            ) from None
 
 
 def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
@@ -111,8 +122,9 @@ def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
         return LossStyle(is_padded=False, returns=LossReturns.TOKENS)
     if FLAT_NAMES & set(signature(function).parameters):
         return _style_of_flat(function, settings)
+    call = _trial_call(function, settings)
     try:
-        loss, _ = _trial_call(function, settings).padded()
+        loss, _ = call.padded()
     except WRONG_FOR_TENSORS as error:
         try:
             return _style_of_flat(function, settings)
@@ -120,7 +132,7 @@ def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
             error.add_note(f"while the policy loss {name_of(function)} was tried on a small batch")
             raise error from None
     if isinstance(loss, Tensor) and loss.shape == trial_batch().loss_mask.shape:
-        _gradient_of(loss.sum(), function)
+        _refuse_useless(loss, call)
         return LossStyle(is_padded=True, returns=LossReturns.TOKENS)
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return LossStyle(is_padded=True, returns=_mean_or_sum(function, settings))
@@ -140,14 +152,13 @@ def _style_of_flat(function: Function, settings: dict[str, Any]) -> LossStyle:
             f"{list(call.log_probs.shape)}; one that asks for sample_index must return one loss per token, of that "
             "shape, and leave the reduction to trainer.algorithm.loss_reduction"
         )
-    _gradient_of(loss.sum(), function)
+    _refuse_useless(loss, call)
     return LossStyle(is_padded=False, returns=LossReturns.TOKENS)
 
 
 def _mean_or_sum(function: Function, settings: dict[str, Any]) -> LossReturns:
     once, twice = _size_of_gradient(function, settings), _size_of_gradient(function, settings, copies=2)
-    if once == 0:
-        raise ValueError(f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing")
+    _refuse_size(once, function)
     if 0.75 < twice / once < 1.25:
         return LossReturns.MEAN
     scaled = _size_of_gradient(function, settings, advantage_scale=2.0)
@@ -167,6 +178,24 @@ def _size_of_gradient(
     loss, _ = call.padded()
     [gradient] = torch.autograd.grad(_gradient_of(loss, function), call.log_probs)
     return float(gradient.abs().sum())
+
+
+def _refuse_useless(loss: Tensor, call: LossCall) -> None:
+    """Raise ValueError for a loss per token [T] that would train nothing, or ruin the weights."""
+    sampled = _gradient_of(loss, call.function)[call.batch.loss_mask].sum()
+    [gradient] = torch.autograd.grad(sampled, call.log_probs)
+    _refuse_size(float(gradient.abs().sum()), call.function)
+
+
+def _refuse_size(size: float, function: Function) -> None:
+    """Raise ValueError for a gradient of this size, summed over the tokens of the trial."""
+    if size == 0:
+        raise ValueError(f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing")
+    if not math.isfinite(size):
+        raise ValueError(
+            f"the policy loss {name_of(function)} has a gradient that is not finite on a small batch: an update "
+            "with it is left out; a divisor may be 0, for example loss_mask at a token that was not sampled"
+        )
 
 
 def _gradient_of(loss: Tensor, function: Function) -> Tensor:

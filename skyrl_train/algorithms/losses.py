@@ -180,6 +180,26 @@ def dppo(
     }
 
 
+@register_policy_loss("rollout_is")
+def rollout_is(
+    log_probs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    eps_clip_low: float,
+    eps_clip_high: float,
+) -> Loss:
+    """GLM-5's loss for agents (arXiv 2602.15763, section 4.1.2): -A sg(r) log p where 1 - low < r < 1 + high, else 0.
+
+    r = exp(log_probs - rollout_logprobs): one ratio holds the policy's step and the engine's difference. A token
+    outside the bounds has no gradient, whatever the sign of its advantage.
+    """
+    ratio = safe_exp(_log_ratio(log_probs, rollout_logprobs, loss_mask)).detach()
+    is_left_out = (ratio <= 1.0 - eps_clip_low) | (ratio >= 1.0 + eps_clip_high)
+    loss = torch.where(is_left_out, 0.0, -advantages * ratio * log_probs)
+    return _masked(loss, loss_mask), {"clip_ratio": _share(is_left_out, loss_mask)}
+
+
 def _log_of_the_rest(probability: Tensor) -> Tensor:
     """Return ln(1 - p), finite for p = 1."""
     return torch.log1p(-probability.clamp(max=1.0 - 1e-7))

@@ -66,9 +66,12 @@ def gdpo(batch: Batch, named_rewards: NamedRewards | None) -> tuple[Tensor, Tens
         A'  = (A - mean(A)) / std(A)          over all trajectories of the batch
     A reward with a wide spread does not drown the others, and a weight says how much a reward counts, whatever its
     scale. All standard deviations are unbiased and 1e-6 is added to them; a reward that is equal in a group gives 0.
-    ValueError for a batch without names.
+    ValueError for a batch that was paid without names. One that was paid nothing, as where a limit cut every episode
+    before its first reward, gives 0.
     """
-    _, groups, trajectory_of_sample = trajectory_scores(batch)
+    scores, groups, trajectory_of_sample = trajectory_scores(batch)
+    if named_rewards is None and not scores.any():
+        return on_tokens(torch.zeros_like(scores), trajectory_of_sample, batch)
     if named_rewards is None:
         raise ValueError(
             "advantage_estimator=gdpo needs several named rewards, and this batch was paid without names; set "

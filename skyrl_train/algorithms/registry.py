@@ -95,20 +95,21 @@ def _register_as(registry: type[FunctionRegistry], name: str) -> Callable[[F], F
 
 
 def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
-    """Call the function with those of the offered values that it names as parameters; **kwargs takes them all."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return function(**offered)
-    named = {parameter.name for parameter in parameters}
-    unknown = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind is not parameter.VAR_POSITIONAL
-        and parameter.name not in offered
-    ]
+    """Call the function with those of the offered values that it names as parameters; **kwargs takes them all.
+
+    ValueError for a coroutine, which nobody awaits.
+    """
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{function} is written with `async def`, and nobody awaits it; write it with `def`")
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [p.name for p in parameters if p.default is p.empty and p.name not in offered]
     if unknown:
         raise TypeError(
             f"{function} needs {', '.join(unknown)}, which is not offered. Offered: {', '.join(sorted(offered))}"
         )
-    return function(**{name: value for name, value in offered.items() if name in named})
+    by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in offered]
+    named = {p.name for p in parameters} - set(by_place)
+    given = {name: value for name, value in offered.items() if name in named or (takes_all and name not in by_place)}
+    return function(*[offered[name] for name in by_place], **given)

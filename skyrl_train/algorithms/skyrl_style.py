@@ -58,7 +58,7 @@ def call_estimator(function: Function, batch: Batch, settings: dict[str, Any]) -
         },
     )
     advantages, returns = checked_pair(answer, function, rows.shape, "trajectories, response tokens")
-    return rows.unpad(advantages.to(torch.float32)), rows.unpad(returns.to(torch.float32))
+    return rows.unpad(advantages.float()), rows.unpad(returns.float())
 
 
 def name_of(function: Function) -> str:
@@ -68,15 +68,31 @@ def name_of(function: Function) -> str:
 
 
 def checked_pair(answer: Any, function: Function, shape: tuple[int, ...], axes: str) -> tuple[Tensor, Tensor]:
-    """Return what an estimator returned. ValueError unless it is two tensors of this shape."""
+    """Return what an estimator returned as tensors. ValueError unless it is two of this shape."""
     is_pair = isinstance(answer, tuple | list) and len(answer) == 2
-    if not is_pair or not all(isinstance(part, Tensor) and tuple(part.shape) == shape for part in answer):
+    if is_pair:
+        answer = tuple(_as_tensor(part) for part in answer)
+    if not is_pair or not all(_has_shape(part, shape) for part in answer):
         raise ValueError(
             f"the advantage estimator {name_of(function)} returned {kind_of(answer)}; it must return (advantages, "
             f"returns), both {list(shape)} ({axes})"
         )
     advantages, returns = answer
-    return advantages, returns
+    return advantages.detach(), returns.detach()  # micro batches share them, and a graph is walked backward once
+
+
+def _has_shape(part: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(part, Tensor) and tuple(part.shape) == shape and not part.is_complex()
+
+
+def _as_tensor(part: Any) -> Any:
+    """Return an array or a list of numbers as a tensor, and anything else as it is."""
+    if not isinstance(part, np.ndarray | list | tuple):
+        return part
+    try:
+        return torch.as_tensor(np.asarray(part))
+    except (TypeError, ValueError, RuntimeError):  # texts, rows of several lengths
+        return part
 
 
 def kind_of(answer: Any) -> str:

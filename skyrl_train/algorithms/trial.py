@@ -26,6 +26,11 @@ def check_estimator(algorithm: AlgorithmConfig) -> None:
     except Exception as error:
         error.add_note(f"while the advantage estimator {name_of(function)} was tried on a batch of 4 trajectories")
         raise
+    if not advantages[batch.loss_mask].isfinite().all():
+        raise ValueError(
+            f"the advantage estimator {name_of(function)} returned advantages that are not finite for 4 trajectories "
+            "of 2 prompts with rewards 1, 0, 0.5, 1: an update with them is left out; a divisor may be 0"
+        )
     if not advantages[batch.loss_mask].any():
         logger.warning(
             f"the advantage estimator {name_of(function)} returned zeros alone for 4 trajectories of 2 prompts with "

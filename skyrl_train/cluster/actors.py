@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from skyrl_train.engine.base import Completion, LoadingEngine, Request
     from skyrl_train.entrypoints.experiment import BasePPOExp
     from skyrl_train.learner.base import Learner
+    from skyrl_train.weights.broadcast import Broadcast
     from skyrl_train.weights.shared_memory import SharedWeights
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # of a collective; watch.py finds out before what neither answers nor computes
@@ -149,6 +150,21 @@ class LearnerRank:
         torch.cuda.empty_cache()  # does nothing without a GPU
         return shared
 
+    def announce_weights(self, address: str, num_readers: int) -> Broadcast:
+        """Announce the weights, and give back GPU memory as `publish` does."""
+        import torch
+
+        torch.cuda.empty_cache()
+        return self._built.announce_weights(address, num_readers)
+
+    def send_weights(self, broadcast: Broadcast, num_engines: int) -> list[str]:
+        """Send the weights, and give back GPU memory: the engine takes that of its cache next."""
+        import torch
+
+        engines = self._built.send_weights(broadcast, num_engines)
+        torch.cuda.empty_cache()
+        return engines
+
     def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return self._built.logprobs_of_tokens(ids)
 
@@ -188,11 +204,15 @@ class EngineActor:
         completion = await self._built.generate(request)
         return completion, self._built.busy_seconds
 
+    async def busy_seconds(self) -> float:
+        """Return how long the engine has computed for, beside the requests that are under way."""
+        return self._built.busy_seconds
+
     async def pause(self) -> None:
         await self._built.pause()
 
-    async def load_weights(self, shared: SharedWeights) -> None:
-        await self._built.load_weights(shared)
+    async def load_weights(self, weights: SharedWeights | Broadcast) -> None:
+        await self._built.load_weights(weights)
 
     async def sleep(self) -> None:
         await self._built.sleep()

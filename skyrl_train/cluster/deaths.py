@@ -51,8 +51,8 @@ def _reason(error: BaseException) -> str:
     return (found[1] if found else text).partition(" Some common causes")[0][:400]
 
 
-def cause_of(error: BaseException, identity: Identity | None = None) -> BaseException:
-    """Return the error that an actor raised, as it was raised there. A death gets what the process wrote last."""
+def cause_of(error: BaseException, name: str = "", identity: Identity | None = None) -> BaseException:
+    """Return the error that an actor raised, as it was raised there. A death gets the actor's name and last words."""
     task_error: Any = import_ray().exceptions.RayTaskError
     cause = error.cause if isinstance(error, task_error) and error.cause is not None else error
-    return EngineDied(f"{cause}{last_words(identity)}") if isinstance(cause, EngineDied) else cause
+    return EngineDied(f"{name}: {cause}{last_words(identity)}") if isinstance(cause, EngineDied) else cause

@@ -16,16 +16,18 @@ from skyrl_train.cluster.engine import RayEngine
 from skyrl_train.cluster.learner import RayLearner
 from skyrl_train.cluster.machine import Copies, Machine, refuse_unlike
 from skyrl_train.cluster.parts import ComputingParts
-from skyrl_train.cluster.placement import Placement
+from skyrl_train.cluster.placement import Placement, way_of_weights
 from skyrl_train.cluster.session import Node, RaySession
 from skyrl_train.cluster.start import registered_by_users
 from skyrl_train.engine.base import EngineDied, LoadingEngine
 from skyrl_train.engine.pool import EnginePool
 from skyrl_train.run.run import RunRefused
+from skyrl_train.weights.sent import BroadcastWeights
 from skyrl_train.weights.shared_memory import SharedMemoryWeights, proof_ids_of
 
 if TYPE_CHECKING:
     from skyrl_train.entrypoints.experiment import BasePPOExp
+    from skyrl_train.weights.base import Weights
 
 T = TypeVar("T")
 REQUESTS_AT_ONCE = 100_000  # calls that an engine's actor answers beside each other
@@ -98,7 +100,7 @@ class Cluster:
             raise EngineDied(f"{name} cannot be started: {' '.join(str(error).split())[:200]}") from None
         except exceptions.RayTaskError as error:
             self.session.ray.kill(actor)
-            raise cause_of(error, identity) from error
+            raise cause_of(error, name, identity) from error
         except BaseException:
             self.session.ray.kill(actor)
             raise
@@ -177,15 +179,23 @@ async def cluster_of(exp: BasePPOExp, placement: Placement) -> AsyncGenerator[Co
                 engine, _ = await _together(cluster.start_engines(), _in_compute_thread(learner.build, exp))
             except ValueError as error:  # a setting that only the part itself can refuse
                 raise RunRefused(str(error)) from error
-            weights = SharedMemoryWeights(
-                proof_ids_of(exp.tokenizer), exp.compute_dtype, takes_turns=placement.takes_turns
-            )
-            yield ComputingParts(learner, engine, weights)
+            yield ComputingParts(learner, engine, _weights_between(exp, placement, engine))
         finally:
             learner.close()
             await _in_compute_thread(lambda: None)  # a call that was under way there has ended, and asks Ray no more
     finally:
         cluster.close()
+
+
+def _weights_between(exp: BasePPOExp, placement: Placement, engine: EnginePool) -> Weights:
+    ids, dtype, takes_turns = proof_ids_of(exp.tokenizer), exp.compute_dtype, placement.takes_turns
+    way = way_of_weights(exp.cfg, placement)
+    if way == "file":
+        return SharedMemoryWeights(ids, dtype, takes_turns=takes_turns)
+    num_readers = 1 if way == "ipc" else 0  # on a GPU of a rank there is one worker of an engine
+    return BroadcastWeights(
+        ids, dtype, num_engines=lambda: engine.num_up, num_readers=num_readers, takes_turns=takes_turns
+    )
 
 
 async def _together(*calls: Awaitable[Any]) -> list[Any]:

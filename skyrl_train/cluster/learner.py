@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from skyrl_train.cluster.session import Node
     from skyrl_train.entrypoints.experiment import BasePPOExp
+    from skyrl_train.weights.broadcast import Broadcast
     from skyrl_train.weights.shared_memory import SharedWeights
 
 DEATH_S = 8.0  # for a death that explains why another rank lost its connection
@@ -57,6 +58,10 @@ class RayLearner:
         return len(set(self._nodes)) > 1
 
     @property
+    def _address(self) -> str:
+        return self._nodes[0].address if self._has_machines else "127.0.0.1"
+
+    @property
     def num_ranks(self) -> int:
         return len(self._ranks)
 
@@ -66,7 +71,7 @@ class RayLearner:
 
     def build(self, exp: BasePPOExp) -> None:
         """Let the ranks meet, load the policy and make their learners. LearnerDied, or what one of them raised."""
-        address = self._nodes[0].address if self._has_machines else "127.0.0.1"
+        address = self._address
         port = self.answers([self._ranks[0].open_store.remote(address)], starts=True)[0]
         reference = self._ray.put(exp)
         self.answers([rank.build.remote(reference, address, port) for rank in self._ranks], starts=True)
@@ -104,6 +109,13 @@ class RayLearner:
 
     def publish(self, path: Path) -> SharedWeights:
         return self.answers([rank.publish.remote(path) for rank in self._ranks])[0]
+
+    def announce_weights(self, address: str | None = None, num_readers: int = 0) -> Broadcast:
+        address = address or self._address
+        return self.answers([rank.announce_weights.remote(address, num_readers) for rank in self._ranks])[0]
+
+    def send_weights(self, broadcast: Broadcast, num_engines: int) -> list[str]:
+        return self.answers([rank.send_weights.remote(broadcast, num_engines) for rank in self._ranks])[0]
 
     def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         return self.answers([rank.logprobs_of_tokens.remote(ids) for rank in self._ranks])[0]

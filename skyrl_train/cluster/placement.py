@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from skyrl_train.config import SkyRLConfig
 
@@ -126,6 +127,25 @@ def place(config: SkyRLConfig, resources: Resources, *, on_gpu: bool) -> Placeme
     return placement
 
 
+def in_this_process(resources: Resources, *, on_gpu: bool) -> Placement:
+    """Return the placement of one engine, and one rank if there is any, in this process."""
+    return Placement(on_gpu, in_process=True, ranks=(0,), engines=((0,),), num_threads=max(1, resources.num_cores))
+
+
+def way_of_weights(config: SkyRLConfig, placement: Placement) -> Literal["file", "sent", "ipc"]:
+    """Return how new weights reach engines of other processes.
+
+    file: all map one in memory. sent: rank 0 sends them, by NCCL or gloo. ipc: each engine copies them on the GPUs that
+    it shares with ranks, where NCCL joins no two processes. SkyRL's `nccl` means the best of these, as it does there.
+    """
+    backend = config.generator.weight_sync_backend
+    if backend == "gloo":
+        return "sent"
+    if backend != "nccl" or not placement.on_gpu:
+        return "file"
+    return "ipc" if config.trainer.placement.colocate_all else "sent"
+
+
 def _unequal(num_ranks: int, num_engines: int, split: int) -> str:
     devices = f"{num_engines} x {split}" if split > 1 else f"{num_engines}"
     return (
@@ -142,6 +162,11 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
         raise ValueError(
             "trainer.deterministic=true needs learner and engine in one process, for requests reach other processes in "
             "no fixed order; drop it, or use one device with trainer.strategy=single and generator.backend=torch"
+        )
+    if placement.on_gpu and config.generator.weight_sync_backend == "gloo":
+        raise ValueError(
+            "generator.weight_sync_backend=gloo is for processes on a CPU, and this run has GPUs; use "
+            "generator.weight_sync_backend=nccl, or trainer.device=cpu"
         )
     if placement.on_gpu and shares and config.generator.backend == "torch":
         raise ValueError(

@@ -2,8 +2,9 @@
 
 Started as `python -I reaper.py MARK PID`. The processes that Ray starts first carry the run's mark in their
 environment; the others descend from them. Those overwrite their environment with a title, and lose their parent when
-that is killed: so the reaper notes every two seconds who there is, and now and then which shared memory they map (the
-workers of a vLLM engine leave theirs behind when they are killed). It needs the standard library alone.
+that is killed: so the reaper notes every two seconds who there is, and which shared memory they map as soon as there is
+some new one (the processes of a vLLM engine leave theirs behind when they are killed). It needs the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 VARIABLE = "SKYRL_RUN_MARK"
 LOOK_S, NOTE_S = 0.2, 2.0  # between two looks at the driver, and between two at all processes
-MEMORY_S = 20.0  # between two looks at what they map, which costs milliseconds for each
+MEMORY_S = 1.0  # between two looks at what they map, at least: it costs milliseconds for each
 SHARED_MEMORY = "/dev/shm/"
 SWEEP_S = 8.0  # for which it looks for what is left
 Known = dict[int, str]  # process -> when it began, which tells it from a later one of this number
@@ -41,12 +42,17 @@ def main(mark: str, driver: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     known: Known = {}
     memory: set[str] = set()
-    noted, looked = 0.0, time.monotonic()
+    seen = set(os.listdir(SHARED_MEMORY))
+    noted, looked, num_looks = 0.0, 0.0, 0
     while os.getppid() == driver and not asked:
-        if time.monotonic() - noted > NOTE_S:
+        names = set(os.listdir(SHARED_MEMORY))
+        num_looks = 2 if names - seen else num_looks  # it may have been made, and not be mapped yet
+        seen = names
+        is_due = num_looks > 0 and time.monotonic() - looked > MEMORY_S
+        if is_due or time.monotonic() - noted > NOTE_S:
             known, noted = belonging(mark, known), time.monotonic()
-        if time.monotonic() - looked > MEMORY_S:
-            memory, looked = memory | shared_memory_of(known), time.monotonic()
+        if is_due:
+            memory, looked, num_looks = memory | shared_memory_of(known), time.monotonic(), num_looks - 1
         time.sleep(LOOK_S)
     known = belonging(mark, known)
     memory |= shared_memory_of(known)
@@ -76,15 +82,19 @@ def belonging(mark: str, known: Known) -> Known:
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Return the files of shared memory that any of these processes maps, as far as they have a name still."""
-    found: set[str] = set()
+    """Return the files of shared memory that any of these processes maps, as far as they have a name still.
+
+    They are found by inode: a semaphore is mapped under another name, which is gone, than the one that it has.
+    """
+    inodes: set[int] = set()
     for pid in pids:
         try:
             lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
         except OSError:  # ended meanwhile
             continue
-        found |= {line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line}
-    return {path for path in found if os.path.exists(path)}
+        inodes |= {int(line.split()[4]) for line in lines if SHARED_MEMORY in line}
+    with os.scandir(SHARED_MEMORY) as files:
+        return {file.path for file in files if file.inode() in inodes}
 
 
 def processes(mark: str) -> dict[int, Seen]:

@@ -65,11 +65,18 @@ class RaySession:
         os.environ[reaper.VARIABLE] = self.mark  # what Ray starts here inherits it
         try:
             self.ray.init(**options)
-        except (RuntimeError, ConnectionError) as error:  # another version of Python or Ray, or nobody is there
-            if not address:
-                raise
+        except Exception as error:
+            self._end_reaper()  # and with it what has started
             said = " ".join(str(error).split())[:600]
-            raise ValueError(f"RAY_ADDRESS={address} cannot be joined: {said}") from error
+            refusal = (
+                f"RAY_ADDRESS={address} cannot be joined: {said}"
+                if address
+                else f"Ray did not start here ({said}); if this machine is busy, end what else runs on it, or type the "
+                "same command again"
+            )
+            if type(error) is Exception or isinstance(error, RuntimeError | OSError):  # Ray raises a bare one if late
+                raise ValueError(refusal) from error
+            raise
         finally:
             del os.environ[reaper.VARIABLE]
 
@@ -137,6 +144,10 @@ class RaySession:
         """End Ray if it was started here, and every process of the run that is left."""
         if self._is_ours:
             self.ray.shutdown()
+        self._end_reaper()
+
+    def _end_reaper(self) -> None:
+        """Let it end every process of the run that is left."""
         self._reaper.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._reaper.wait(REAPER_S)

@@ -8,6 +8,9 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from skyrl_gym.reply import printable
+from skyrl_train.visible import Parser
+
 if TYPE_CHECKING:
     from skyrl_train.commands.trained import Talker
     from skyrl_train.engine.base import Engine, SamplingParams
@@ -29,13 +32,16 @@ def main(words: list[str]) -> int:
     with lasting_output():
         make_errors_visible()
         talker = Talker(source(options.model, before=options.before, step=options.step), options.keys)
+        if options.system is not None:
+            talker.chat_template.check(["system", "user"], grows=True)
         sampling = reply_sampling(options)
-        asyncio.run(_talk(talker, sampling, options.system))
+        with asyncio.Runner() as runner:
+            _talk(runner, talker, sampling, options.system)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="skyrl chat", description=f"Talk to a model in the terminal: {HELP}.")
+    made = Parser(prog="skyrl chat", description=f"Talk to a model in the terminal: {HELP}.")
     add_model(made)
     made.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     made.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of one reply; default: 512")
@@ -58,15 +64,18 @@ def reply_sampling(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
 
 
-async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) -> None:
-    engine = await talker.start()
+def _talk(runner: asyncio.Runner, talker: Talker, sampling: SamplingParams, system: str | None) -> None:
+    """Read lines and print replies. Lines are read outside of the event loop, where Ctrl-C interrupts the reading."""
+    from skyrl_train.visible import visible
+
+    engine = runner.run(talker.start())
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        print(f"{talker.source.label}: {HELP}")
+        print(visible(f"{talker.source.label}: {HELP}"))
     chat, reply_ids, number = None, [], 0
     try:
-        while (line := await asyncio.to_thread(_read, on_terminal)) is not None and line != "/quit":
+        while (line := _read(on_terminal)) is not None and line != "/quit":
             if line == "/reset":
                 chat, number = None, number + 1
                 continue
@@ -83,9 +92,9 @@ async def _talk(talker: Talker, sampling: SamplingParams, system: str | None) ->
                 )
                 chat = None
                 continue
-            reply_ids = await _reply(engine, talker, chat, sampling, f"chat_{number}")
+            reply_ids = runner.run(_reply(engine, talker, chat, sampling, f"chat_{number}"))
     finally:
-        await engine.close()
+        runner.run(engine.close())
 
 
 async def _reply(
@@ -110,10 +119,10 @@ def _read(on_terminal: bool) -> str | None:
     """Return a line of the input, or None at its end. A terminal shows a prompt, and keeps the lines for the arrows."""
     if not on_terminal:
         line = sys.stdin.readline()
-        return line.strip() if line else None
+        return printable(line).strip() if line else None
     import readline  # noqa: F401 (input() edits lines with it)
 
     try:
-        return input("> ").strip()
+        return printable(input("> ")).strip()
     except EOFError:
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.commands.experiments import RECIPE
+from skyrl_train.visible import Parser
 
 if TYPE_CHECKING:
     from skyrl_train.commands.sources import Source
@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="skyrl eval",
         description="Play the validation prompts with one or several models, each the same episodes, and compare. "
         "Data, environment and limits are those of the first run that is named, unless --env or data=FILE says "
@@ -78,9 +78,9 @@ def metrics_of(one: Source, keys: Sequence[str], shared: Mapping[str, Any] | Non
 def show(results: Sequence[tuple[Source, Mapping[str, float]]], *, as_json: bool) -> None:
     """Print the results: a table for people, or a list of {model, step, metrics}."""
     if as_json:
-        print(
-            json.dumps([{"model": s.named, "step": s.step, "metrics": dict(found)} for s, found in results], indent=1)
-        )
+        from skyrl_train.console import print_json
+
+        print_json([{"model": s.named, "step": s.step, "metrics": dict(found)} for s, found in results])
         return
     from rich.console import Console
     from rich.table import Table

@@ -42,7 +42,7 @@ class Evaluated(TrainedModel, EvalOnlyEntrypoint):
                 episodes.close()
                 await engine.close()
         finally:
-            await self.close()
+            await self.closed()
         return eval_metrics(groups)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
+
+from skyrl_train.visible import Parser
 
 DTYPES, OF_GGUF = ("bfloat16", "float16", "float32"), "q8_0"
 
@@ -18,24 +19,27 @@ def main(words: list[str]) -> int:
         raise ValueError("--adapter writes PEFT's format, and --format gguf the whole model; choose one")
     if options.dtype == OF_GGUF and not is_gguf:
         raise ValueError(f"--dtype {OF_GGUF} is for --format gguf")
+    from skyrl_train.console import print_json
+    from skyrl_train.files import user_path
     from skyrl_train.run.model_folder import export_gguf, export_model
     from skyrl_train.run.saved_run import read_run
+    from skyrl_train.visible import visible
 
-    output = None if options.output is None else options.output.expanduser()
+    output = None if options.output is None else user_path(options.output)
     saved = read_run(options.run, options.step)
     if is_gguf:
         done = export_gguf(saved, output, dtype=options.dtype, base=options.base)
     else:
         done = export_model(saved, output, dtype=options.dtype, adapter=options.adapter, base=options.base)
     if options.json:
-        print(json.dumps(asdict(done)))
+        print_json(asdict(done))
     else:
-        print(f"the {done.kind} of step {done.step} is in {done}")
+        print(visible(f"the {done.kind} of step {done.step} is in {done}"))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="skyrl export", description="Write the model of a run as a Hugging Face folder, or as a GGUF file."
     )
     made.add_argument("run", type=Path, metavar="RUN", help="the run's folder (trainer.ckpt_path)")

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-INTERRUPTED = 130
-DONE, REFUSED = 0, 2
+from skyrl_train.console import lasting_output, print_json
+from skyrl_train.signals import ends_when_asked, interrupted
+
+DONE, FAILED, REFUSED = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,29 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def program() -> int:
+    """Run `main` as the program of this process."""
+    return ends_when_asked(main)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the subcommand that the first word names; return 0 if it went well, 1 if not, 2 if it was refused."""
-    words = list(sys.argv[1:] if words is None else words)
+    with lasting_output():
+        return _main(list(sys.argv[1:] if words is None else words))
+
+
+def _main(words: list[str]) -> int:
     if not words:
         print(usage(), file=sys.stderr)
         return REFUSED
     name, *rest = words
     if name in ("-h", "--help", "help"):
         print(usage())
+        return DONE
+    if name == "--version":
+        from skyrl_train import __version__
+
+        print(f"skyrl-train {__version__}")
         return DONE
     command = COMMANDS.get(name)
     if command is None or not command.is_here:
@@ -73,16 +89,38 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, command: Command, words: list[str]) -> int:
-    """Run the command. What it refuses by a ValueError becomes one line and status 2."""
+    """Run the command. What it refuses by a ValueError becomes one line and status 2, a broken engine one and 1."""
     try:
         return command.run(words)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupted(f"skyrl {name}")
+    except SystemExit as ended:
+        if ended.code == REFUSED:  # argparse has said on stderr what is wrong
+            _tell_program("the command line cannot be read; stderr says why", words)
+        raise
     except (ValueError, OSError) as refused:
         from skyrl_train.visible import say
 
         say(f"skyrl {name}: {refused}")
+        _tell_program(f"{refused}", words)
         return REFUSED
+    except RuntimeError as error:
+        from skyrl_train.engine.base import EngineDied, engine_death
+        from skyrl_train.rollout.round import EveryEpisodeFailed
+        from skyrl_train.visible import say
+
+        stopped = engine_death(error) or error
+        if not isinstance(stopped, EngineDied | EveryEpisodeFailed):
+            raise
+        say(f"skyrl {name}: stopped: {stopped}")
+        _tell_program(f"{stopped}", words)
+        return FAILED
+
+
+def _tell_program(error: str, words: Sequence[str]) -> None:
+    """Print the error as JSON where --json has been asked for, so that the output is JSON in any case."""
+    if "--json" in words:
+        print_json({"error": error})
 
 
 def offered() -> list[str]:
@@ -100,6 +138,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`skyrl COMMAND --help` says more. Exit status: 0 done, 1 failed, 2 refused before anything began.",
+            "`skyrl COMMAND --help` says more. Exit status: 0 done, 1 failed, 2 refused before anything began,",
+            "130 after Ctrl-C, 143 after SIGTERM.",
         ]
     )

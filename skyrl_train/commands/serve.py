@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skyrl_train.commands.chat import add_model
+from skyrl_train.visible import Parser
 
 if TYPE_CHECKING:
     from skyrl_train.commands.trained import Talker
@@ -18,7 +18,7 @@ LONGEST_REPLY = 1024  # tokens, where a call names no other number
 
 
 def main(words: list[str]) -> int:
-    """Serve until a signal ends it; return 0."""
+    """Serve until Ctrl-C or a signal ends it, which is raised as KeyboardInterrupt."""
     options = parser().parse_intermixed_args(words)
     from skyrl_train.commands.sources import source
     from skyrl_train.commands.trained import Talker
@@ -28,13 +28,15 @@ def main(words: list[str]) -> int:
     with lasting_output():
         make_errors_visible()
         talker = Talker(source(options.model, before=options.before, step=options.step), options.keys)
-        with suppress(asyncio.CancelledError):  # SIGTERM, SIGHUP
+        try:
             asyncio.run(serve(talker, options))
+        except asyncio.CancelledError:  # SIGTERM, SIGHUP
+            raise KeyboardInterrupt from None
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="skyrl serve",
         description="Serve a model with OpenAI's API, until Ctrl-C. At any host but this machine's own a key is "
         "needed: SKYRL_API_KEY, or one that is made and printed.",

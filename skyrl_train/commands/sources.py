@@ -9,6 +9,7 @@ from typing import Any
 
 from skyrl_train.commands.experiments import entry_point, is_openenv
 from skyrl_train.config import SkyRLConfig
+from skyrl_train.files import user_path
 from skyrl_train.run.model_folder import read_origin
 from skyrl_train.run.run_folder import MODEL, checkpoint_steps
 from skyrl_train.run.saved_run import MODEL_PATH, SavedRun, read_run
@@ -60,7 +61,7 @@ def source(named: str, *, before: bool = False, step: int | None = None) -> Sour
 
 
 def _found(named: str, step: int | None) -> Source:
-    path = Path(named).expanduser()
+    path = user_path(named)
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"--step={step} needs a run's folder, and {named} is none")

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from skyrl_train.commands.experiments import entry_point, is_openenv
+from skyrl_train.visible import Parser
 
 ABOUT = "Train a model. The same command goes on with a run that was interrupted."
 MORE = """\
@@ -33,7 +34,7 @@ def main(words: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the reader of the command line, which integrations/openenv/recipe.py uses as well."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="skyrl train", description=ABOUT, epilog=MORE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--env", metavar="ENV", help="an OpenEnv environment: echo_env, an address, a folder, an app")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import shutil
 import textwrap
 from dataclasses import asdict
 
-from skyrl_train.config.reference import MOST_USED, Entry, entries, refused_entries
+from skyrl_train.config.reference import MOST_USED, Setting, entries, refused_entries
 from skyrl_train.config.root import SkyRLConfig
-from skyrl_train.console import lasting_output
+from skyrl_train.console import lasting_output, print_json
+from skyrl_train.visible import Parser
+
+WIDTH = 116  # columns of a meaning, and fewer in a narrower terminal
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m skyrl_train.config") -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Print every key that does something, with its default and meaning, the most used first.",
     )
@@ -28,13 +30,13 @@ def main(arguments: list[str] | None = None, prog: str = "python -m skyrl_train.
     words = " ".join(options.search)
     with lasting_output():
         if options.json:
-            print(json.dumps([asdict(entry) for entry in found(words, with_refused=options.all)], indent=2))
+            print_json([asdict(entry) for entry in found(words, with_refused=options.all)])
         else:
             print(table(words, with_refused=options.all))
     return 0 if found(words, with_refused=options.all) else 1
 
 
-def found(words: str, *, with_refused: bool) -> list[Entry]:
+def found(words: str, *, with_refused: bool) -> list[Setting]:
     """The entries that match the words; all where there are none."""
     rows = entries(SkyRLConfig) + (refused_entries() if with_refused else [])
     return [entry for entry in rows if entry.matches(words)]
@@ -53,15 +55,16 @@ def table(words: str, *, with_refused: bool) -> str:
     return "\n\n".join("\n".join([f"# {heading}", *texts]) for heading, texts in sections.items())
 
 
-def heading_of(entry: Entry) -> str:
+def heading_of(entry: Setting) -> str:
     if entry.refusal:
         return "only these values are possible"
     return "most used" if entry.key in MOST_USED else f"other keys of {entry.key.partition('.')[0]}"
 
 
-def as_text(entry: Entry) -> str:
+def as_text(entry: Setting) -> str:
     refusal = f" (another value {entry.refusal})" if entry.refusal else ""
-    meaning = textwrap.fill(entry.meaning + refusal, 116, initial_indent="    ", subsequent_indent="    ")
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    meaning = textwrap.fill(entry.meaning + refusal, width, initial_indent="    ", subsequent_indent="    ")
     return f"{entry.key}={entry.default}\n{meaning}"
 
 

@@ -13,13 +13,15 @@ OWN_ESTIMATORS = (
 )  # fmt: skip
 OWN_LOSSES = (
     "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
-    "dppo", "gmpo",
+    "dppo", "gmpo", "rollout_is",
 )  # fmt: skip
 # Names a configuration may use. Registering an estimator or a loss adds its name here, so that names can be checked
 # without importing torch; "package.module:function" works without registering.
 ADVANTAGE_ESTIMATORS: set[str] = set(OWN_ESTIMATORS)
 POLICY_LOSSES: set[str] = set(OWN_LOSSES)
-UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_sampling", "dppo")  # no off-policy correction
+# These take no off-policy correction.
+UNCORRECTED_LOSSES = ("clip_cov", "kl_cov", "cross_entropy", "importance_sampling", "dppo", "rollout_is")
+ENGINE_LOSSES = ("dppo", "rollout_is")  # their ratio is that to rollout_logprobs
 
 
 THRESHOLDS = ("outlier_token_is_threshold", "token_mask_is_threshold")
@@ -231,6 +233,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
         yield from self.one_of("loss_reduction", ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"))
         yield from self.within(0, 1, "gamma", "lambd", "eps_clip_low")
         yield from self.at_least(0, "eps_clip_high", "kl_loss_coef", "entropy_loss_coef")
+        yield from self.finite("kl_loss_coef", "entropy_loss_coef")
         yield from self.at_least(1, "max_seq_len")
         if self.value_clip is not None and self.value_clip <= 0:
             yield self.problem("value_clip", "must be above 0; null is no clipping")
@@ -260,6 +263,11 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
         """Return whether the reference policy is a teacher."""
         return self.advantage_estimator == "distillation"
 
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        """Return whether the update compares with the engine's logprobs."""
+        return self.off_policy_correction.is_on or self.policy_loss_type in ENGINE_LOSSES
+
     def _known(self, key: str, names: set[str]) -> Iterator[Problem]:
         value = getattr(self, key)
         module, colon, function = value.partition(":")
@@ -267,7 +275,8 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
             return
         if value not in names:
             known = ", ".join(sorted(names))
-            yield self.problem(key, f"is not known; take one of {known}, or name a function as package.module:function")
+            says = f"is not known; take one of {known}, or name a function as package.module:function"
+            yield self.problem(key, says, self.nearest(key, sorted(names)))
 
     def _correction_rules(self) -> Iterator[Problem]:
         correction = self.off_policy_correction
@@ -275,4 +284,5 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
             yield self.problem(
                 "policy_loss_type",
                 "takes no off-policy correction; drop trainer.algorithm.off_policy_correction, or take another loss",
+                drops=("trainer.algorithm.off_policy_correction",),
             )

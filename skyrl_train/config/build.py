@@ -6,6 +6,7 @@ import copy
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +19,10 @@ from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.renamed import SECTION as MOVED_SECTION
 from skyrl_train.config.renamed import renamed
 from skyrl_train.config.section import Section, is_section, subsections
-from skyrl_train.config.settings import as_settings, plain_copy
+from skyrl_train.config.settings import plain_copy
 from skyrl_train.config.synonyms import keeps_value
 from skyrl_train.config.tree import leaves
-from skyrl_train.config.typed import changed_rows, typed_defaults
+from skyrl_train.config.typed import changed_rows, followed_rows, typed_defaults
 
 Root = TypeVar("Root", bound=Section)
 
@@ -48,6 +49,9 @@ def build(
     if found:
         first_of_each_key = {problem.key: problem for problem in reversed(found)}
         raise ConfigError(reversed(first_of_each_key.values()))
+    for key, value in followed_rows(tree, defaults):
+        *names, name = key.split(".")
+        reduce(getattr, names, config).follow(name, value)
     return config
 
 
@@ -103,7 +107,7 @@ def added(tree: DictConfig, section: Any, key: str, value: Any, position: int, d
     near = difflib.get_close_matches(name, vars(section), n=1, cutoff=0.85)
     meant = [".".join([*names[:position], other, *names[position + 1 :]]) for other in near]
     if is_setting and not meant:
-        meant = nearest_keys(key, known(defaults))
+        meant = nearest_keys(key, known(defaults), likeness=0.85)
     if meant:
         return [
             Problem(
@@ -144,7 +148,9 @@ def set_leaf(tree: DictConfig, hint: Any, key: str, value: Any, leaf: str, defau
         is_none = OmegaConf.select(tree, key, throw_on_resolution_failure=False) is None  # nothing to merge with
         OmegaConf.update(tree, key, value, merge=not is_none, force_add=True)
     except OmegaConfBaseException:
-        return [Problem(key, value, f"has the wrong type: expected {expected(hint)}")]
+        is_one_of_a_list = isinstance(value, str) and value != "" and get_origin(hint) is list
+        fix = (written(key, [value]),) if is_one_of_a_list else ()
+        return [Problem(key, value, f"has the wrong type: expected {expected(hint)}", fix)]
     return []
 
 
@@ -162,7 +168,7 @@ def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str
         if is_section(default):
             value = materialised(node[name], standin[name], default, f"{key}.", found)
         elif name not in vars(defaults) and not getattr(defaults, "takes_any_key", False):
-            value = as_settings(plain(node, name))  # the user's own
+            value = own(plain(node, name))
         else:
             try:
                 value = plain(node, name)
@@ -173,6 +179,15 @@ def materialised(node: DictConfig, standin: DictConfig, defaults: Any, path: str
                 value = plain(standin, name) if name in standin else None
         vars(made)[name] = value
     return made
+
+
+def own(value: Any) -> Any:
+    """Return a value of the user's own, a mapping as the DictConfig that code written for SkyRL expects."""
+    if not isinstance(value, dict):
+        return value
+    settings = OmegaConf.create(value)
+    OmegaConf.set_struct(settings, True)
+    return settings
 
 
 def plain(node: DictConfig, name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from skyrl_train.config.problems import ConfigError, Problem
+from skyrl_train.config.grammar import parsed_overrides
+from skyrl_train.config.problems import ConfigError, Problem, written
 from skyrl_train.config.refused import lies_in
 from skyrl_train.config.renamed import renamed
 
@@ -36,13 +37,33 @@ def corrected(overrides: Sequence[str], check: Callable[[Sequence[str]], object]
 
 def without(problem: Problem, overrides: list[str]) -> list[str]:
     """Return the overrides without those that cause the problem, and with the settings that it names instead."""
-    kept = [text for text in overrides if not _is_about(problem, text)]
+    kept = overrides
+    for key in (problem.key,) if problem.drops is None else problem.drops:
+        kept = _without_key(key, kept)
     return kept + [setting for setting in problem.fix if setting not in kept]
 
 
-def _is_about(problem: Problem, override: str) -> bool:
-    key = renamed(override.lstrip("+~").partition("=")[0])
-    return override == problem.key or lies_in(key, problem.key) or lies_in(problem.key, key)
+def _without_key(key: str, overrides: list[str]) -> list[str]:
+    """Return the overrides that do not set this key: whole, below it, or as an item of a mapping for its section."""
+    wanted = renamed(key)
+    keys = {text: renamed(text.lstrip("+~").partition("=")[0]) for text in overrides}
+    exact = [text for text in overrides if text == key or keys[text] == wanted]
+    if exact:
+        return [text for text in overrides if text not in exact]
+    kept: list[str] = []
+    for text in overrides:
+        if lies_in(wanted, keys[text]):
+            kept += _without_key(key, _items(text, keys[text]))
+        elif not lies_in(keys[text], wanted):
+            kept.append(text)
+    return kept
+
+
+def _items(override: str, key: str) -> list[str]:
+    """Return `a={b:1,c:2}` as [a.b=1, a.c=2]; nothing for a value that is no mapping."""
+    [value] = [value for _, value in parsed_overrides([override])[0]] or [None]
+    plus = "+" if override.startswith("+") else ""
+    return [written(f"{plus}{key}.{name}", item) for name, item in value.items()] if isinstance(value, Mapping) else []
 
 
 def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
@@ -61,9 +82,13 @@ def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
     return shlex.join(overrides)
 
 
-def advice_to_paste(overrides: Sequence[str], check: Callable[[Sequence[str]], object]) -> str:
-    """Return the end of a refusal: the corrected command, or nothing where no correction is known."""
-    found = corrected(overrides, check)
-    if not found:
-        return ""
-    return f"\nThis would start:\n  {as_command(found, overrides)}"
+def advice_to_paste(
+    overrides: Sequence[str], check: Callable[[Sequence[str]], object], begin: Sequence[str] | None = None
+) -> str:
+    """Return the end of a refusal: the corrected command, or nothing where no correction is known.
+
+    begin: overrides with which a problem is solved that `check` does not find.
+    """
+    found = corrected(overrides if begin is None else begin, check)
+    command = as_command(found, overrides) if found is not None else ""
+    return f"\nThis would start:\n  {command}" if command else ""

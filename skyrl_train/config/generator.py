@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from skyrl_train.config.problems import Problem
 from skyrl_train.config.section import Section
 
 BACKENDS = ("torch", "vllm")
+LEAST_TEMPERATURE = 1e-3  # below it logits / temperature leave float32's precision, and further down its range
 
 
 @dataclass
@@ -32,9 +34,10 @@ class SamplingConfig(Section, at="generator.sampling_params"):
         yield from self.at_least(1, "max_generate_length")
         if not 0 <= self.min_tokens <= max(self.max_generate_length, 0):
             yield self.problem("min_tokens", f"must be from 0 to max_generate_length={self.max_generate_length}")
-        if self.repetition_penalty <= 0:
-            yield self.problem("repetition_penalty", "must be above 0; 1 is off")
-        yield from self.at_least(0, "temperature")
+        if not 0 < self.repetition_penalty < math.inf:
+            yield self.problem("repetition_penalty", "must be above 0 and finite; 1 is off")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            yield self.problem("temperature", f"must be 0 (greedy), or finite and at least {LEAST_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             yield self.problem("top_p", "must be above 0 and at most 1; 1 is off")
         yield from self.within(0, 1, "min_p")
@@ -65,7 +68,8 @@ class ChatTemplateConfig(Section, at="generator.chat_template"):
     def rules(self) -> Iterator[Problem]:
         yield from self.one_of("source", ("name", "file"))
         if self.source == "file" and not self.name_or_path:
-            yield self.problem("name_or_path", "is missing: generator.chat_template.source=file needs a Jinja file")
+            says = "is missing: generator.chat_template.source=file needs a Jinja file"
+            yield self.problem("name_or_path", says, drops=("generator.chat_template.source",))
         if self.source == "name" and self.name_or_path is not None:
             yield self.problem(
                 "name_or_path",
@@ -85,7 +89,7 @@ class GeneratorConfig(Section, at="generator"):
     enforce_eager: bool = True  # vLLM: without CUDA graphs
     enable_prefix_caching: bool = True  # vLLM: keep the KV of shared prompts and earlier turns; torch always does
     engine_init_kwargs: dict[str, Any] = field(default_factory=dict)  # vLLM: further arguments of AsyncEngineArgs
-    weight_sync_backend: str = "shared_memory"  # the way of new weights to engines in processes of their own
+    weight_sync_backend: str = "nccl"  # CUDA IPC on shared GPUs, NCCL between others; or shared_memory, gloo (on a CPU)
     n_samples_per_prompt: int = 5  # episodes per prompt: the group
     batched: bool = False  # all prompts of a step at once, one turn each; the torch engine always does
     max_input_length: int = II("trainer.max_prompt_length")  # tokens; no turn starts on a longer history
@@ -119,7 +123,8 @@ class GeneratorConfig(Section, at="generator"):
         yield from self.at_least(0, "max_env_retries")
         yield from self.within(0, 65535, "http_endpoint_port")
         if self.agent is not None and not self.use_conversation_multi_turn:
-            yield self.problem("agent", "sends a message per turn; drop use_conversation_multi_turn=false")
+            says = "sends a message per turn; drop use_conversation_multi_turn=false"
+            yield self.problem("agent", says, drops=("generator.use_conversation_multi_turn",))
         yield from self._engine_rules()
         if self.step_wise_trajectories:
             yield from self._step_wise_rules()
@@ -138,11 +143,11 @@ class GeneratorConfig(Section, at="generator"):
 
     def _step_wise_rules(self) -> Iterator[Problem]:
         if self.batched:
-            yield self.problem("step_wise_trajectories", "has no second turn with generator.batched=true; drop one")
+            says = "has no second turn with generator.batched=true; drop one"
+            yield self.problem("step_wise_trajectories", says, drops=("generator.batched",))
         if not self.use_conversation_multi_turn:
-            yield self.problem(
-                "step_wise_trajectories", "needs a message per turn; drop generator.use_conversation_multi_turn=false"
-            )
+            says = "needs a message per turn; drop generator.use_conversation_multi_turn=false"
+            yield self.problem("step_wise_trajectories", says, drops=("generator.use_conversation_multi_turn",))
         if self.chat_template.keep_thinking:
             problem = self.chat_template.problem(
                 "keep_thinking",

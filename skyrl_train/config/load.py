@@ -9,8 +9,9 @@ from typing import Any, TypeGuard, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from skyrl_train.config.build import build
-from skyrl_train.config.overrides import paste
-from skyrl_train.config.problems import ConfigError
+from skyrl_train.config.corrected import advice_to_paste, without
+from skyrl_train.config.overrides import paste, with_overrides
+from skyrl_train.config.problems import ConfigError, Problem
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import is_interpolation
 from skyrl_train.config.tree import leaves
@@ -42,6 +43,14 @@ def validate_cfg(config: DictConfig | SkyRLConfig, root: type[SkyRLConfig] = Sky
         if not typed or not all("=" in text for text in typed):
             raise
         raise ConfigError(error.problems, paste(typed, root)) from None
+
+
+def refused_later(problem: Problem, root: type[SkyRLConfig]) -> ConfigError:
+    """Return the error of a problem that was found after the configuration was read, with this process's command."""
+    typed = sys.argv[1:]
+    if (left := without(problem, typed)) == typed:
+        return ConfigError([problem])
+    return ConfigError([problem], advice_to_paste(typed, lambda texts: with_overrides(texts, root), begin=left))
 
 
 def is_resolved(config: object) -> TypeGuard[SkyRLConfig]:

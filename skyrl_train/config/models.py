@@ -83,10 +83,18 @@ class OptimizerConfig(Section, at="trainer.policy.optimizer_config"):
 
     def rules(self) -> Iterator[Problem]:
         yield from self.at_least(0, "lr", "weight_decay", "num_warmup_steps")
+        yield from self.finite("lr", "weight_decay")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             yield self.problem("adam_betas", "must be two numbers, each from 0 to below 1")
         yield from self.one_of("scheduler", SCHEDULES)
-        yield from self.one_of("optim", OPTIMIZERS)
+        if self.optim.startswith("paged_"):
+            yield self.problem(
+                "optim",
+                "is not possible: bitsandbytes pages moments on GPUs alone, through managed memory that looks like the "
+                "host's and that no checkpoint here reads; use adamw_8bit, whose moments take a quarter of the memory",
+            )
+        else:
+            yield from self.one_of("optim", OPTIMIZERS)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ class Problem:
     key: str
     value: Any
     says: str
-    fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `key` are dropped
+    fix: tuple[str, ...] = ()  # settings (key=value) that solve it once those of `drops` are dropped
+    drops: tuple[str, ...] | None = None  # keys that the correction takes away; None: `key`
 
     def under(self, section: str) -> Problem:
         """Return the same problem with its key as seen from the section above."""
@@ -43,10 +44,17 @@ class ConfigError(ValueError):
 
 def written(key: str, value: Any) -> str:
     """Return `key=value` in the form in which Hydra's grammar reads it."""
-    text = shown(value)
+    return f"{key}={_in_grammar(value)}"
+
+
+def _in_grammar(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_in_grammar(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_grammar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and not (value and all(letter.isalnum() or letter in "_-./:+" for letter in value)):
-        text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{key}={text}"
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return shown(value)
 
 
 def shown(value: Any) -> str:

@@ -47,7 +47,7 @@ MOST_USED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Setting:
     """One row of the table."""
 
     key: str
@@ -66,24 +66,24 @@ def words_of(text: str) -> set[str]:
     return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
 
 
-def entries(root: type) -> list[Entry]:
+def entries(root: type) -> list[Setting]:
     """Return one entry per key that does something: the most used first, the others in the order of the tree."""
     found = {entry.key: entry for entry in section_entries(root(), "")}
     return [found.pop(key) for key in MOST_USED if key in found] + list(found.values())
 
 
-def refused_entries() -> list[Entry]:
+def refused_entries() -> list[Setting]:
     """Return one entry per key that may only keep its default."""
-    return [Entry(key, shown(row.default), row.meaning, reason_against(key)) for key, row in ROWS.items()]
+    return [Setting(key, shown(row.default), row.meaning, reason_against(key)) for key, row in ROWS.items()]
 
 
-def section_entries(section: Any, prefix: str) -> Iterator[Entry]:
+def section_entries(section: Any, prefix: str) -> Iterator[Setting]:
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
         if is_section(value):
             yield from section_entries(value, f"{key}.")
         else:
-            yield Entry(key, shown(value), meaning_of(type(section), name))
+            yield Setting(key, shown(value), meaning_of(type(section), name))
 
 
 def meaning_of(section: type, name: str) -> str:

@@ -60,7 +60,8 @@ NEWEST: dict[str, str] = {
     "trainer.policy.inference_only_init": "is not read; use skyrl_train.entrypoints.main_generate",
     "trainer.algorithm.temperature": "is not read; use generator.sampling_params.temperature, for both are the same",
     "trainer.algorithm.zero_variance_filter_tol": "is not read: rewards are equal up to 1e-6 of their size; drop it",
-    "trainer.algorithm.cispo.cispo_anchor": "is not read: the ratio is that to the policy before the update; drop it",
+    "trainer.algorithm.cispo.cispo_anchor": "is not read: the ratio is that to the policy before the update; use "
+    "trainer.algorithm.policy_loss_type=rollout_is for the ratio to the engine's logprobs, or drop it",
     "trainer.algorithm.dppo.dppo_type": "is not read; use trainer.algorithm.dppo.dppo_divergence=tv or kl",
     "trainer.algorithm.dppo.delta_low": "is not read; use trainer.algorithm.dppo.dppo_max_divergence",
     "trainer.algorithm.dppo.delta_high": "is not read; use trainer.algorithm.dppo.dppo_max_divergence",

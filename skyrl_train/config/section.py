@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from skyrl_train.config import refused
 from skyrl_train.config.nearest import unknown_key
-from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown
+from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, shown, written
 
 _SECTIONS: dict[str, type[Section]] = {}  # "trainer.policy" -> PolicyConfig; subclasses of the user's are not in it
 
@@ -35,6 +37,10 @@ class Section(metaclass=_Kind):
     checked when the whole tree is resolved (`validate_cfg`, `load_config`).
     """
 
+    __slots__ = ("__dict__", "_followed")
+    _followed: dict[
+        str, Any
+    ]  # refused keys that follow another key, with their values; they are no keys of the section
     takes_any_key: ClassVar[bool] = False  # whether keys beyond the fields are welcome
     section_key: ClassVar[str] = ""  # where the section stands in the tree: `class PolicyConfig(Section, at=...)`
 
@@ -52,7 +58,10 @@ class Section(metaclass=_Kind):
     def problems(self) -> list[Problem]:
         """Return the broken rules of this section alone, after its values were normalised by `settle`."""
         self.settle()
-        return [] if any(is_interpolation(value) for value in vars(self).values()) else list(self.rules())
+        if any(is_interpolation(value) for value in vars(self).values()):
+            return []
+        unreadable = [name for name, value in vars(self).items() if isinstance(value, float) and math.isnan(value)]
+        return [self.problem(name, "is not a number") for name in unreadable] or list(self.rules())
 
     def settle(self) -> None:
         """Normalise values into the form that all readers expect."""
@@ -61,8 +70,8 @@ class Section(metaclass=_Kind):
         """Return what is wrong with this section."""
         return iter(())
 
-    def problem(self, key: str, says: str, fix: tuple[str, ...] = ()) -> Problem:
-        return Problem(key, getattr(self, key), says, fix)
+    def problem(self, key: str, says: str, fix: tuple[str, ...] = (), drops: tuple[str, ...] | None = None) -> Problem:
+        return Problem(key, getattr(self, key), says, fix, drops)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value as a mapping's get does: SkyRL's users read sections of Hydra in this way."""
@@ -120,7 +129,21 @@ class Section(metaclass=_Kind):
         if refused.is_section(key):
             return RefusedSection.at(key)
         default = refused.default_of(key)
-        return NO_VALUE if default is NO_VALUE or is_interpolation(default) else copy.copy(default)
+        if is_interpolation(default):
+            default = self.followed.get(name, NO_VALUE)
+        return NO_VALUE if default is NO_VALUE else copy.copy(default)
+
+    @property
+    def followed(self) -> dict[str, Any]:
+        """Return the refused keys of this section whose only value is that of another key; empty before it is known."""
+        try:
+            return object.__getattribute__(self, "_followed")
+        except AttributeError:
+            return {}
+
+    def follow(self, name: str, value: Any) -> None:
+        """Keep the value of a refused key that follows another key."""
+        object.__setattr__(self, "_followed", self.followed | {name: value})
 
     def at_least(self, minimum: float, *keys: str) -> Iterator[Problem]:
         for key in keys:
@@ -128,10 +151,22 @@ class Section(metaclass=_Kind):
             if value is not None and value < minimum:
                 yield self.problem(key, f"must be at least {minimum}")
 
+    def finite(self, *keys: str) -> Iterator[Problem]:
+        for key in keys:
+            if not math.isfinite(getattr(self, key)):
+                yield self.problem(key, "must be finite")
+
     def one_of(self, key: str, choices: Iterable[Any]) -> Iterator[Problem]:
         choices = list(choices)
         if getattr(self, key) not in choices:
-            yield self.problem(key, "must be one of " + ", ".join(shown(choice) for choice in choices))
+            says = "must be one of " + ", ".join(shown(choice) for choice in choices)
+            yield self.problem(key, says, self.nearest(key, choices))
+
+    def nearest(self, key: str, choices: Iterable[Any]) -> tuple[str, ...]:
+        """Return the setting with the choice that was probably meant, or nothing."""
+        names = [choice for choice in choices if isinstance(choice, str)]
+        near = difflib.get_close_matches(str(getattr(self, key)), names, n=1, cutoff=0.7)
+        return tuple(written(self._key_of(key), name) for name in near)
 
     def within(self, low: float, high: float, *keys: str) -> Iterator[Problem]:
         """Return a problem for each key outside [low, high]."""

@@ -1,9 +1,11 @@
-"""Settings that are not fields of a section: those of an environment, and keys of the user's own."""
+"""Settings that are not fields of a section: those of an environment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from skyrl_train.config.section import is_section
 
@@ -19,8 +21,7 @@ class EnvSettings(dict[str, Any]):
 
 def as_settings(value: Any) -> Any:
     """Return a section or mapping as EnvSettings, nested ones included."""
-    if is_section(value):
-        value = vars(value)
+    value = vars(value) if is_section(value) else plain_copy(value)
     if isinstance(value, dict):
         return EnvSettings({key: as_settings(item) for key, item in value.items()})
     return value
@@ -28,4 +29,6 @@ def as_settings(value: Any) -> Any:
 
 def plain_copy(value: Any) -> Any:
     """Return mappings as plain dictionaries, nested ones included: OmegaConf accepts no subclass."""
+    if isinstance(value, DictConfig):
+        return OmegaConf.to_container(value, resolve=True)
     return {name: plain_copy(item) for name, item in value.items()} if isinstance(value, Mapping) else value

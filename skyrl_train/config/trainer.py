@@ -164,9 +164,8 @@ class TrainerConfig(Section, at="trainer"):
         path = self.resume_path
         if self.resume_mode == "from_path":
             if not path:
-                yield self.problem(
-                    "resume_path", "is missing: trainer.resume_mode=from_path needs a global_step_N folder"
-                )
+                says = "is missing: trainer.resume_mode=from_path needs a global_step_N folder"
+                yield self.problem("resume_path", says, drops=("trainer.resume_mode",))
             elif "://" in path:
                 yield self.problem("resume_path", "is not a local folder; copy the checkpoint here and give its path")
             elif not re.search(r"global_step_\d+$", path.rstrip("/")):

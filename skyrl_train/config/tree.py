@@ -30,7 +30,7 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def opened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        for name, item in value.items():
+        for name, item in plain_copy(value).items():
             yield from opened(f"{key}.{name}", item)
     else:
         yield key, value

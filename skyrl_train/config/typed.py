@@ -71,6 +71,13 @@ def changed_rows(tree: DictConfig, defaults: Any) -> Iterator[Problem]:
             yield refusal(key, value)
 
 
+def followed_rows(tree: DictConfig, defaults: Any) -> Iterator[tuple[str, Any]]:
+    """Return each refused key that follows another key, with the value of that one; the tree has no problems."""
+    for key, row in ROWS.items():
+        if is_interpolation(row.default) and not _is_field(defaults, key):
+            yield key, _plain(tree, key)
+
+
 def _is_field(section: Any, key: str) -> bool:
     *parents, name = key.split(".")
     for parent in parents:

@@ -12,11 +12,11 @@ from typing import Any
 from skyrl_train.config.data import DataConfig
 from skyrl_train.config.environment import EnvironmentConfig
 from skyrl_train.config.generator import GeneratorConfig
-from skyrl_train.config.problems import NO_VALUE, Problem
+from skyrl_train.config.problems import NO_VALUE, Problem, written
 from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 
 LEAST_LORA_LR = 1e-5
-SHARED_MEMORY = "shared_memory"
+SHARED_MEMORY, NCCL, GLOO = WAYS_OF_WEIGHTS = "shared_memory", "nccl", "gloo"
 INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
 COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
@@ -84,7 +84,8 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             estimator,
             "compares with the values of a critic, and there is none; use trainer.critic.model.path="
             f"{trainer.policy.model.path} for one of its own, or trainer.critic.shares_policy=true for a head alone",
-            (f"trainer.critic.model.path={trainer.policy.model.path}",),
+            (written("trainer.critic.model.path", trainer.policy.model.path),),
+            drops=(),
         )
     if estimator == "distillation" and trainer.reference_is_base:
         yield Problem(
@@ -109,6 +110,7 @@ def agent_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterat
             "generator.agent",
             generator.agent,
             "asks whenever it likes, so no two runs are equal; drop trainer.deterministic=true",
+            drops=("trainer.deterministic",),
         )
 
 
@@ -145,6 +147,7 @@ def named_reward_problems(environment: EnvironmentConfig, trainer: TrainerConfig
             f"environment.rewards.{judges[0]}",
             NO_VALUE,
             "asks a judge, whose answers no run can repeat; drop trainer.deterministic=true",
+            drops=("trainer.deterministic",),
         )
 
 
@@ -172,6 +175,8 @@ def quantized_problems(trainer: TrainerConfig) -> Iterator[Problem]:
                 "trainer.policy.model.load_in_4bit",
                 True,
                 "freezes the model, and without adapters nothing is left to train; use lora.rank=16",
+                ("trainer.policy.model.lora.rank=16",),
+                drops=(),
             )
     for name in ("policy", "critic"):
         optimizer = getattr(trainer, name).optimizer_config
@@ -190,31 +195,42 @@ def quantized_problems(trainer: TrainerConfig) -> Iterator[Problem]:
 
 
 def weight_sync_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[Problem]:
-    """SkyRL's nccl stands for the best way on shared devices, which here is shared memory; apart it would be NCCL."""
-    backend, shares = generator.weight_sync_backend, trainer.placement.colocate_all
-    if backend != SHARED_MEMORY and not (backend == "nccl" and shares):
+    """SkyRL's nccl stands for the best way: CUDA IPC or NCCL on GPUs, else shared memory (placement.py)."""
+    key, backend, placement = "generator.weight_sync_backend", generator.weight_sync_backend, trainer.placement
+    if backend not in WAYS_OF_WEIGHTS:
         yield Problem(
-            "generator.weight_sync_backend",
+            key,
             backend,
-            f"is not possible: new weights reach the engines through shared memory; use {SHARED_MEMORY}",
-            (f"generator.weight_sync_backend={SHARED_MEMORY}",),
+            f"is not a way of new weights to the engines; use {SHARED_MEMORY}, {NCCL} or {GLOO}",
+            (f"{key}={SHARED_MEMORY}",),
         )
+    if backend != GLOO:
+        return
+    is_single = placement.colocate_all and placement.num_ranks == generator.num_inference_engines == 1
+    if is_single and trainer.strategy == "single" and generator.backend == "torch":
+        yield Problem(key, GLOO, "has no effect where learner and engine are one process, which shares them; drop it")
+    elif trainer.device == "cuda":
+        yield Problem(key, GLOO, f"is for processes on a CPU; use {NCCL}, or trainer.device=cpu", (f"{key}={NCCL}",))
+    elif placement.policy_num_nodes > 1:
+        yield Problem(key, GLOO, f"joins processes of one machine; use {SHARED_MEMORY}", (f"{key}={SHARED_MEMORY}",))
 
 
 def tracker_problems(trainer: TrainerConfig) -> Iterator[Problem]:
     for name in trainer.loggers:
         if name not in LOGGERS or name == "console":
             continue
+        others = [other for other in trainer.loggers if other != name]
+        fix = (written("trainer.logger", others),) if others else ()
         if importlib.util.find_spec(name) is None:
-            yield Problem(
-                "trainer.logger", name, f"needs the package {name}: pip install {name}, or use trainer.logger=console"
-            )
+            says = f"needs the package {name}: pip install {name}, or use trainer.logger=console"
+            yield Problem("trainer.logger", name, says, fix)
         elif name == "wandb" and not has_wandb_key():
             yield Problem(
                 "trainer.logger",
                 name,
                 "needs WANDB_API_KEY in the environment (or `wandb login`, or WANDB_MODE=offline); "
                 "or use trainer.logger=console",
+                fix,
             )
 
 

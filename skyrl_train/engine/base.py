@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from skyrl_train.config.generator import LEAST_TEMPERATURE
+
 if TYPE_CHECKING:
+    from skyrl_train.weights.broadcast import Broadcast
     from skyrl_train.weights.shared_memory import SharedWeights
 
 StopReason = Literal["stop", "length", "abort"]
@@ -32,16 +36,17 @@ class SamplingParams:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be in [0, max_tokens={self.max_tokens}]")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            words = f"must be 0 (greedy) or a finite number of at least {LEAST_TEMPERATURE}"
+            raise ValueError(f"temperature={self.temperature} {words}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.top_k != -1 and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be -1 (off) or at least 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1]")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive finite number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +140,13 @@ class Engine(Protocol):
 
 
 class LoadingEngine(Engine, Protocol):
-    """An engine with weights of its own, loaded from shared memory. Both calls raise EngineDied like the others."""
+    """An engine with weights of its own, which come from a learner. Its calls raise EngineDied like the others."""
 
-    async def load_weights(self, shared: SharedWeights) -> None:
-        """Replace all weights by those of the file. Call it between `pause` and `weights_changed`.
+    async def load_weights(self, weights: SharedWeights | Broadcast, /) -> None:
+        """Replace all weights by those of a file or of a broadcast. Call it between `pause` and `weights_changed`.
 
-        All or nothing: after an error the engine refuses every request until a later call succeeds. The file is never
-        rewritten, and may be unlinked once this returns.
+        All or nothing: after an error the engine refuses every request until a later call succeeds. A file is never
+        rewritten, and may be unlinked once this returns. A broadcast is received: the learner sends meanwhile.
         """
         ...
 

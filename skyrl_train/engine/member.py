@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from skyrl_train.engine.base import Completion, EngineDied, LoadingEngine, Request
 
 if TYPE_CHECKING:
-    from skyrl_train.weights.shared_memory import SharedWeights
+    from skyrl_train.weights.sent import SentWeights
+    from skyrl_train.weights.shared_memory import OpenWeights
 
 T = TypeVar("T")
 AGREE = 0.1  # nats: logprobs of one token by two engines with the same weights, whatever their type of number
 
 
-class OpenWeights:
-    """Weights whose file stays readable after it is unlinked, for engines that are started later.
-
-    `shared` names this process's descriptor of the file. So nothing is left of it when this process ends, in any way.
-    """
-
-    def __init__(self, shared: SharedWeights) -> None:
-        descriptor = os.open(shared.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        self.shared = replace(shared, path=Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
+class WeightsGone(RuntimeError):
+    """The learner holds newer weights than those that a new engine is to load. The push that brings them is near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +28,23 @@ class EngineState:
     proof: token ids and the logprobs that engines with these weights give them.
     """
 
-    weights: OpenWeights | None = None
+    weights: OpenWeights | SentWeights | None = None
     proof: tuple[list[int], list[float]] | None = None
     policy_version: int | None = None
     is_paused: bool = False
     is_asleep: bool = False
 
-    async def apply_to(self, engine: LoadingEngine, loaded: OpenWeights | None) -> None:
-        """Bring a new engine, which holds `loaded`, to this state. It is paused until it has the weights."""
+    async def apply_to(self, engine: LoadingEngine, loaded: OpenWeights | SentWeights | None) -> None:
+        """Bring a new engine, which holds `loaded`, to this state. It is paused until it has the weights.
+
+        WeightsGone if nobody holds them any more.
+        """
         await engine.pause()
         if self.weights is not None and self.weights is not loaded:
-            await engine.load_weights(self.weights.shared)
+            shared = await self.weights.at_hand()
+            if shared is None:
+                raise WeightsGone(f"version {self.weights.version}")
+            await engine.load_weights(shared)
         if self.weights is not None and self.proof is not None:
             ids, logprobs = self.proof
             refuse_unequal([logprobs, await engine.logprobs_of_tokens(ids)])

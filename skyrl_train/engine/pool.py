@@ -18,15 +18,16 @@ from skyrl_train.engine.base import Completion, EngineDied, LoadingEngine, Reque
 from skyrl_train.engine.member import (
     EngineState,
     Member,
-    OpenWeights,
     StartEngine,
+    WeightsGone,
     outcome_of,
     outcomes_of,
     refuse_unequal,
 )
+from skyrl_train.weights.shared_memory import OpenWeights, SharedWeights
 
 if TYPE_CHECKING:
-    from skyrl_train.weights.shared_memory import SharedWeights
+    from skyrl_train.weights.sent import SentWeights
 
 T = TypeVar("T")
 SILENT_S = 300.0  # an engine that has requests and shows no sign of computing for so long is replaced
@@ -93,6 +94,11 @@ class EnginePool:
         self._stop(f"{len(deaths)} engines died or fell silent while they had one request; the last one: {deaths[-1]}")
         raise EngineDied(self._stopped)
 
+    @property
+    def num_up(self) -> int:
+        """Return how many engines there are now; those that are being replaced do not count."""
+        return len(self._up())
+
     async def pause(self) -> None:
         self._wanted = replace(self._wanted, is_paused=True)
         await self._call_all(lambda engine: engine.pause())
@@ -103,7 +109,7 @@ class EnginePool:
         self._wanted = replace(self._wanted, is_paused=True, is_asleep=True)
         await self._call_all(lambda engine: engine.sleep())
 
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, weights: SharedWeights | SentWeights) -> None:
         """Load them into every engine that is up; one that is being replaced gets them before its first request.
 
         An engine that does not take them is replaced. If none takes them, the first one's error is raised.
@@ -111,9 +117,11 @@ class EnginePool:
         self._refuse_if_stopped()
         self._wanted = replace(self._wanted, is_asleep=False)
         self._tell_of_change()
-        before, self._wanted = self._wanted, replace(self._wanted, weights=OpenWeights(shared), proof=None)
-        timeout_s = self._call_s + shared.num_bytes / BYTES_PER_S
-        members, outcomes = await self._outcomes(lambda engine: engine.load_weights(shared), timeout_s)
+        is_file = isinstance(weights, SharedWeights)
+        kept, travels = (OpenWeights(weights), weights) if is_file else (weights, weights.broadcast)
+        before, self._wanted = self._wanted, replace(self._wanted, weights=kept, proof=None)
+        timeout_s = self._call_s + weights.num_bytes / BYTES_PER_S
+        members, outcomes = await self._outcomes(lambda engine: engine.load_weights(travels), timeout_s)
         errors = [outcome for _, outcome in outcomes if isinstance(outcome, BaseException)]
         refusals = [error for error in errors if not _is_loss(error)]
         if refusals and len(errors) == len(members):
@@ -249,7 +257,11 @@ class EnginePool:
         try:
             while True:
                 wanted = self._wanted
-                await wanted.apply_to(engine, reached.weights)
+                try:
+                    await wanted.apply_to(engine, reached.weights)
+                except WeightsGone:
+                    await self._next_weights(wanted)
+                    continue
                 if wanted == self._wanted:
                     break
                 reached = wanted
@@ -258,6 +270,11 @@ class EnginePool:
             raise
         member.take_in(engine)
         self._tell_of_change()
+
+    async def _next_weights(self, wanted: EngineState) -> None:
+        while self._wanted.weights is wanted.weights and self._stopped is None:
+            await self._changed.wait()
+        self._refuse_if_stopped()
 
     async def _watch_for_silence(self) -> None:
         while True:

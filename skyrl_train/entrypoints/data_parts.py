@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config import EnvironmentConfig
 from skyrl_train.config.environment import SINGLE_TURN
@@ -15,26 +15,32 @@ from skyrl_train.types import AGENT
 
 if TYPE_CHECKING:
     from skyrl_train.conversations import Conversations
-    from skyrl_train.prompts import PromptDataset, PromptSchedule
+    from skyrl_train.prompts import PromptRows, PromptSchedule
     from skyrl_train.rollout.rewards import Rewards
 
 
 class DataParts(ModelParts):
     """Reads and checks the prompts of training and evaluation."""
 
-    train_dataset: PromptDataset | None  # None where nothing is trained
-    eval_dataset: PromptDataset | None
+    train_dataset: PromptRows | None  # None where nothing is trained
+    eval_dataset: PromptRows | None
     rewards: Rewards | None  # what pays, where that is not the environments alone
     conversations: Conversations | None  # to imitate first
 
-    def get_train_dataset(self) -> PromptDataset | None:
+    def get_train_dataset(self) -> PromptRows | None:
         return self._dataset(self.cfg.data.train_data)
 
-    def get_eval_dataset(self) -> PromptDataset | None:
+    def get_eval_dataset(self) -> PromptRows | None:
         """Return the validation prompts; None without any or with evaluation switched off."""
         if self.cfg.trainer.eval_interval <= 0 or not self.cfg.data.val_data:
             return None
         return self._dataset(self.cfg.data.val_data)
+
+    def as_prompts(self, dataset: Any, method: str) -> PromptRows | None:
+        """Return what `method` returned, perhaps of a class of the user's own, as prompts."""
+        from skyrl_train.given_prompts import given_prompts
+
+        return given_prompts(dataset, method, self.cfg.environment.env_class)
 
     def get_rewards(self) -> Rewards | None:
         """Return what pays the turns, tried on the data; None where environments alone do it."""
@@ -107,21 +113,26 @@ class DataParts(ModelParts):
             contents["trainer.critic.model.path"] = model_contents(self.critic_path)
         return contents
 
-    def _dataset(self, sources: Sequence[str]) -> PromptDataset:
-        from skyrl_train.prompts import PromptDataset
+    @property
+    def plays_environments(self) -> bool:
+        """Return whether the rows' environments play the episodes, and no agent or generator of the user's does."""
+        return self.cfg.generator.agent is None
+
+    def _dataset(self, sources: Sequence[str]) -> PromptRows:
+        from skyrl_train.prompts import PromptRows
 
         agent = self.cfg.generator.agent
         if agent is not None:
             from skyrl_train.rollout.agents.episode import Agent
 
             Agent.named(agent)
-        return PromptDataset(
+        return PromptRows(
             list(sources),
             self.tokenizer,
             self.cfg.trainer.max_prompt_length,
             self.cfg.environment.env_class if agent is None else AGENT,
             self.chat_template.template_kwargs,
-            look_up=partial(look_up_environment, self.cfg.environment) if agent is None else None,
+            look_up=partial(look_up_environment, self.cfg.environment) if self.plays_environments else None,
             prompt_column=self.cfg.data.prompt_column,
         )
 

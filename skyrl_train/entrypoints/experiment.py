@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loguru import logger
 
 from skyrl_train.config import SkyRLConfig, is_resolved, validate_cfg
-from skyrl_train.entrypoints.overrides import check_overrides
+from skyrl_train.entrypoints.overrides import NEVER_CALLED, check_overrides
 from skyrl_train.entrypoints.process import cancel_on_signals
 from skyrl_train.entrypoints.rollout_parts import RolloutParts
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
     from skyrl_train.learner.base import Learner
     from skyrl_train.policy.model import Policy
-    from skyrl_train.prompts import PromptDataset
+    from skyrl_train.prompts import PromptRows
     from skyrl_train.ray_ppo_trainer import RayPPOTrainer
     from skyrl_train.rollout.round import RoundPlayer
     from skyrl_train.run.records.summary import Summary
@@ -56,15 +57,24 @@ class BasePPOExp(RolloutParts):
         self.critic_path = self.get_critic_path()
         self.memory = self.get_memory_plan()
         self.tokenizer = self.get_tokenizer()
+        if not hasattr(self.tokenizer, "apply_chat_template"):
+            raise ValueError(f"get_tokenizer returned {self.tokenizer!r}; it must return a tokenizer of transformers")
         self.check_teacher()
         self.chat_template = self.get_chat_template()
         self.fit_tokenizer()
-        self.train_dataset = self.get_train_dataset()
-        self.eval_dataset = self.get_eval_dataset()
+        self.train_dataset = self.as_prompts(self.get_train_dataset(), "get_train_dataset")
+        self.eval_dataset = self.as_prompts(self.get_eval_dataset(), "get_eval_dataset")
         self.rewards = self.get_rewards()
         self.check_conversations()
         self.conversations = self.get_conversations()
         self.schedule = None if self.train_dataset is None else self.get_schedule()
+
+    if not TYPE_CHECKING:  # a type checker should go on naming what is not there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say of a method of SkyRL's that is not here what to do instead of calling it."""
+            instead = f": {NEVER_CALLED[name]}" if name in NEVER_CALLED else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     def check_functions(self) -> None:
         """Try the user's own functions on a small batch: a wrong shape is found here, not after the first rollout."""
@@ -101,8 +111,8 @@ class BasePPOExp(RolloutParts):
         cfg: SkyRLConfig,
         tracker: Tracking,
         tokenizer: PreTrainedTokenizerBase,
-        train_dataset: PromptDataset,
-        eval_dataset: PromptDataset | None,
+        train_dataset: PromptRows,
+        eval_dataset: PromptRows | None,
         inference_engine_client: InferenceEngineClient | None,
         generator: GeneratorInterface | None,
         colocate_pg: None,
@@ -135,6 +145,7 @@ class BasePPOExp(RolloutParts):
     def get_users_trainer(self, run: Run, episodes: RoundPlayer) -> RayPPOTrainer:
         """Return the trainer of `get_trainer`, with the callbacks of `get_callbacks`. RunRefused for what is none."""
         from skyrl_train.generators.custom_generator import GeneratorCollector
+        from skyrl_train.generators.users_tokenizer import users_tokenizer
         from skyrl_train.ray_ppo_trainer import RayPPOTrainer
         from skyrl_train.run.run import RunRefused
 
@@ -145,7 +156,7 @@ class BasePPOExp(RolloutParts):
             trainer = self.get_trainer(
                 cfg=self.cfg,
                 tracker=run.tracking,
-                tokenizer=self.tokenizer,
+                tokenizer=users_tokenizer(self.tokenizer),
                 train_dataset=self.train_dataset,
                 eval_dataset=self.eval_dataset,
                 inference_engine_client=users.client if users else None,
@@ -215,14 +226,20 @@ class BasePPOExp(RolloutParts):
     async def close(self) -> None:
         """Override it to close what the experiment has opened beside its trainer; runs on every path."""
 
+    async def closed(self) -> None:
+        """Close what `close` closes, whether it is a coroutine or not."""
+        closing: Any = self.close()
+        if inspect.isawaitable(closing):
+            await closing
+
     def run(self) -> Summary | Any:
         """Train from wherever the run stands, and return its Summary; a subclass's may be a coroutine of anything."""
         import torch
 
-        from skyrl_train.run.run import Run, environment_of, run_info
+        from skyrl_train.run.run import Run, RunRefused, environment_of, run_info
 
-        assert self.train_dataset is not None
-        assert self.schedule is not None
+        if self.train_dataset is None:
+            raise RunRefused("get_train_dataset returned None: there is nothing to train on; it must return a data set")
         total_steps = self.num_steps
         environment = environment_of(self.train_dataset)
         torch.use_deterministic_algorithms(self.cfg.trainer.deterministic)
@@ -255,7 +272,7 @@ class BasePPOExp(RolloutParts):
                 trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
                 await trainer.train()
         finally:
-            await self.close()
+            await self.closed()
 
     @asynccontextmanager
     async def other_processes(self) -> AsyncGenerator[None]:

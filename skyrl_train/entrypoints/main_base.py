@@ -17,6 +17,7 @@ from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, load_conf
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
+from skyrl_train.signals import ends_when_asked, interrupted, interrupted_status
 from skyrl_train.visible import make_errors_visible, say
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
@@ -36,7 +37,10 @@ def main(
         if any(word in ("-h", "--help") for word in arguments):
             print(usage())
             return Exit.DONE
-        return _main(arguments, experiment, root)
+        try:
+            return _main(arguments, experiment, root)
+        except KeyboardInterrupt:
+            return interrupted()
 
 
 def usage() -> str:
@@ -47,7 +51,7 @@ def usage() -> str:
     return (
         f"usage: {called} key=value ...\n\n{(program.__doc__ or 'Train a model.').strip()}\n\n"
         "Every key, with its default and meaning: python -m skyrl_train.config [--search WORD]\n"
-        "Exit status: 0 done, 1 broken off, 2 refused before anything began, 130 interrupted."
+        "Exit status: 0 done, 1 broken off, 2 refused before anything began, 130 interrupted, 143 by SIGTERM."
     )
 
 
@@ -81,7 +85,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
         return _stopped(error, cfg.trainer)
     except (KeyboardInterrupt, asyncio.CancelledError):
         say(f"interrupted; {_how_to_go_on(cfg.trainer)}")
-        return Exit.INTERRUPTED
+        return interrupted_status()
     except OSError as error:
         if error.errno not in NO_ROOM or error.filename is None:
             raise
@@ -148,4 +152,4 @@ def _refuse_maker(name: str, *args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ends_when_asked(main))

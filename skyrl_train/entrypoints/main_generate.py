@@ -6,32 +6,41 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING
 
+from skyrl_train.config.load import refused_later
+from skyrl_train.config.problems import Problem
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 
 if TYPE_CHECKING:
     from skyrl_train.cluster.placement import Placement
-    from skyrl_train.prompts import PromptDataset
+    from skyrl_train.prompts import PromptRows
     from skyrl_train.run.run import Run
 
 __all__ = ["EvalOnlyEntrypoint"]
+
+NOT_FOR_ONE_ENGINE = ("generator.backend", "generator.num_inference_engines")
 
 
 class EvalOnlyEntrypoint(BasePPOExp):
     """Plays the validation prompts once. There is no training data, no learner and no optimizer state."""
 
     def get_placement(self) -> Placement:
-        placement = super().get_placement()
-        if not placement.in_process:
-            raise ValueError(
-                "evaluation alone is not possible with processes of their own, for no learner is there to give engines "
-                "the weights; use generator.backend=torch with one engine and trainer.strategy=single"
+        """Return the placement of one engine in this process; how ranks would share devices does not matter."""
+        from skyrl_train.cluster.placement import in_this_process, resources_here
+
+        generator = self.cfg.generator
+        if generator.backend != "torch" or generator.num_inference_engines > 1:
+            says = (
+                "is not possible in evaluation alone, for no learner is there to give engines of other processes the "
             )
-        return placement
+            says += "weights; use generator.backend=torch with one engine"
+            problem = Problem("generator.backend", generator.backend, says, drops=NOT_FOR_ONE_ENGINE)
+            raise refused_later(problem, type(self.cfg))
+        return in_this_process(resources_here(), on_gpu=self.device.type == "cuda")
 
     def get_train_dataset(self) -> None:
         return None
 
-    def get_eval_dataset(self) -> PromptDataset:
+    def get_eval_dataset(self) -> PromptRows:
         if not self.cfg.data.val_data:
             raise ValueError("data.val_data=[] is empty: there is nothing to evaluate; give at least one file")
         return self._dataset(self.cfg.data.val_data)
@@ -69,7 +78,7 @@ class EvalOnlyEntrypoint(BasePPOExp):
             finally:
                 await engine.close()
         finally:
-            await self.close()
+            await self.closed()
 
 
 if __name__ == "__main__":

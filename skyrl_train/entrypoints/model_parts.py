@@ -55,10 +55,14 @@ class ModelParts:
         config = load_config(self.model_path, self.cfg.trainer.policy.model_config_kwargs)
         return config.get_text_config().vocab_size
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self, padding_side: str | None = None) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer. Nothing here pads; `padding_side` is for code of the user's that does."""
         from skyrl_train.policy.model_files import load_tokenizer
 
-        return load_tokenizer(self.model_path)
+        tokenizer = load_tokenizer(self.model_path)
+        if padding_side is not None:
+            tokenizer.padding_side = padding_side
+        return tokenizer
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))

@@ -6,17 +6,19 @@ import asyncio
 import ctypes
 import signal
 from enum import IntEnum
+from typing import Any
+
+from skyrl_train.signals import ENDING, forget, note
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 class Exit(IntEnum):
-    """The exit statuses of a run."""
+    """The exit statuses of a run. One that was interrupted has that of skyrl_train/signals.py."""
 
     DONE = 0
     STOPPED = 1  # broken off: no environment works, the engine died, no room on the disk
     REFUSED = 2  # before training
-    INTERRUPTED = 130
 
 
 def cancel_on_signals() -> None:
@@ -26,9 +28,15 @@ def cancel_on_signals() -> None:
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    forget()
+    for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, _cancel, task, number)
+
+
+def _cancel(task: asyncio.Task[Any], number: int) -> None:
+    note(number)
+    task.cancel()
 
 
 def keep_freed_memory() -> None:

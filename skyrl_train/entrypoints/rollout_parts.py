@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,15 +144,27 @@ class RolloutParts(DataParts):
         """
         return None
 
+    @property
+    def plays_environments(self) -> bool:
+        return super().plays_environments and type(self).get_generator is RolloutParts.get_generator
+
     def get_episodes(self, engine: Engine) -> RoundPlayer:
         """Return what plays the rounds: our collector, or the user's generator behind the same interface."""
         from skyrl_train.generators.custom_generator import GeneratorCollector
+        from skyrl_train.generators.users_tokenizer import users_tokenizer
         from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 
+        endpoint = self.get_endpoint(engine)
         client = InferenceEngineClient(
-            engine, self.chat_template, max_model_len=engine.max_model_len, seed=self.cfg.trainer.seed
+            engine,
+            self.chat_template,
+            max_model_len=engine.max_model_len,
+            seed=self.cfg.trainer.seed,
+            endpoint_url=endpoint.url if endpoint else None,
         )
-        generator, endpoint = self.get_generator(self.cfg, self.tokenizer, client), self.get_endpoint(engine)
+        client.tokenizer = users_tokenizer(self.tokenizer)
+        generator = self.get_generator(self.cfg, client.tokenizer, client)
+        check_generator(generator)
         if generator is None:
             player = self.get_collector(engine, endpoint) if endpoint else self.get_collector(engine)
         elif self.rewards is not None:
@@ -159,10 +172,21 @@ class RolloutParts(DataParts):
                 f"{self.rewards.label} is never called: the generator of get_generator pays the episodes; drop the key"
             )
         else:
-            needs_logprobs = self.cfg.trainer.algorithm.off_policy_correction.is_on
+            needs_logprobs = self.cfg.trainer.algorithm.needs_rollout_logprobs
             player = GeneratorCollector(generator, client, needs_logprobs=needs_logprobs)
         if endpoint is None:
             return player
         from skyrl_train.rollout.agents.served import ServedRounds
 
         return ServedRounds(player, endpoint)
+
+
+def check_generator(generator: Any) -> None:
+    """Raise RunRefused for what get_generator returned if it cannot play episodes, or would never be closed."""
+    from skyrl_train.run.run import RunRefused
+
+    name = type(generator).__name__
+    if inspect.isclass(generator) or not (generator is None or callable(getattr(generator, "generate", None))):
+        raise RunRefused(f"get_generator returned {generator!r}; it must return a GeneratorInterface, or None")
+    if inspect.iscoroutinefunction(getattr(generator, "close", None)):
+        raise RunRefused(f"{name}.close is written with `async def`, and nobody awaits it; write it with `def`")

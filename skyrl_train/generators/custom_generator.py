@@ -10,7 +10,7 @@ from typing import Any
 from loguru import logger
 
 from skyrl_train.generators.base import BatchMetadata, GeneratorInput, GeneratorInterface, TrajectoryID
-from skyrl_train.generators.generator_output import WrongOutput, check_output, groups_of, repeats_rewards
+from skyrl_train.generators.generator_output import WrongOutput, check_output, groups_of, plain_output, repeats_rewards
 from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.inference_engines.utils import sampling_dict
 from skyrl_train.rollout.collector import refuse_if_all_failed
@@ -41,7 +41,7 @@ class GeneratorCollector:
         playing = self.client.begin_round(this_round)
         try:
             answer = self.generator.generate(_input_of(this_round))
-            output = await answer if inspect.isawaitable(answer) else answer
+            output = plain_output(await answer if inspect.isawaitable(answer) else answer)
         except Exception:
             playing.refuse_dead_engine()
             raise
@@ -51,8 +51,9 @@ class GeneratorCollector:
         check_output(output, this_round.num_episodes)
         if self.needs_logprobs and output.get("rollout_logprobs") is None:
             raise WrongOutput(
-                "trainer.algorithm.off_policy_correction compares with rollout_logprobs, and the generator returned "
-                "none; return those of the engine's response_logprobs, or turn the correction off"
+                "trainer.algorithm.off_policy_correction and the losses dppo and rollout_is compare with "
+                "rollout_logprobs, and the generator returned none; return those of the engine's response_logprobs, "
+                "or turn the correction off and take another loss"
             )
         if not any(any(mask) for mask in output["loss_masks"]):
             logger.warning("every loss mask that the generator returned is 0: nothing of this round is trained")
@@ -76,7 +77,7 @@ class GeneratorCollector:
 
     def close(self) -> None:
         close: Callable[[], Any] | None = getattr(self.generator, "close", None)
-        if close is not None and not inspect.iscoroutinefunction(close):
+        if close is not None:
             close()
 
 
@@ -84,7 +85,7 @@ def _input_of(this_round: Round) -> GeneratorInput:
     """Return each prompt `samples_per_prompt` times in a row; every episode has copies of its own."""
     episodes = [(prompt, i) for prompt in this_round.prompts for i in range(this_round.samples_per_prompt)]
     return {
-        "prompts": [copy.deepcopy(prompt.messages) for prompt, _ in episodes],
+        "prompts": [copy.deepcopy(getattr(prompt, "given", prompt.messages)) for prompt, _ in episodes],
         "env_classes": [prompt.env_class for prompt, _ in episodes],
         "env_extras": [copy.deepcopy(prompt.env_extras) for prompt, _ in episodes],
         "sampling_params": sampling_dict(this_round.sampling),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
 from typing import Any
@@ -14,12 +14,29 @@ from skyrl_train.generators.base import GeneratorOutput, TrajectoryID
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Sample, Trajectory, Turn
 
 LISTS = ("prompt_token_ids", "response_ids", "rewards", "loss_masks")
+PLAIN = {*LISTS, "rollout_logprobs", "is_last_step", "stop_reasons"}
 PER_TOKEN = ("loss_masks", "rollout_logprobs")
 FAILED = "env_failure"  # the stop reason of an episode that its environment broke: it is nobody's reward
 
 
 class WrongOutput(ValueError):
     """A generator returned something that cannot be trained on."""
+
+
+def plain_output(output: Any) -> Any:
+    """Return a generator's output with plain lists and numbers in place of arrays, tensors, tuples and NumPy's numbers.
+
+    What is no dictionary comes back as it is; `check_output` says what is wrong with it.
+    """
+    if not isinstance(output, Mapping):
+        return output
+    return {str(name): _plain(value) if name in PLAIN else value for name, value in output.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return list(value) if all(type(x) in (int, float, bool, str) for x in value) else [_plain(x) for x in value]
+    return value.tolist() if hasattr(value, "tolist") else value  # an array, a tensor or a number of theirs
 
 
 def check_output(output: Any, num_episodes: int) -> None:

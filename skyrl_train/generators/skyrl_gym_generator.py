@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from skyrl_train.config import GeneratorConfig, SkyRLGymConfig, as_settings
+from omegaconf import OmegaConf
+
+from skyrl_train.config import GeneratorConfig, SkyRLGymConfig, as_settings, load_config
+from skyrl_train.config.section import is_section
 from skyrl_train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput, TrajectoryID
 from skyrl_train.generators.generator_output import output_of
 from skyrl_train.generators.utils import get_rollout_metrics
@@ -15,6 +18,7 @@ from skyrl_train.rollout.collector import Collector
 from skyrl_train.rollout.episode import EpisodeLimits
 from skyrl_train.rollout.round import Round
 from skyrl_train.types import EpisodeEnd, Prompt
+from skyrl_train.vain_overrides import refuse_vain_overrides
 
 __all__ = ["GeneratorInput", "GeneratorInterface", "GeneratorOutput", "SkyRLGymGenerator"]
 
@@ -22,7 +26,17 @@ NEVER_CALLED: Mapping[str, str] = {
     "agent_loop": "an episode is played in rollout/episode.py; override generate and change its input or output, or "
     "derive from GeneratorInterface",
     "generate_batched": "all prompts are always played at once; override generate",
-}
+    **dict.fromkeys(
+        (
+            "_validate_cfg", "_run_in_executor_if_available", "_build_per_token_rewards", "get_obs_ids_from_obs",
+            "_update_chat_history", "_zero_reward_if_not_stop", "_update_agent_state_by_retokenizing_chat_history",
+            "_update_agent_loop_state_with_multiturn_chat_template",
+            "_update_agent_loop_state_with_singleturn_chat_template", "_setup_env_extras",
+            "_post_process_agent_loop_output", "_compute_cache_salt",
+        ),
+        "episodes and their tokens are made in rollout/; override generate and change its input or output",
+    ),
+}  # fmt: skip
 
 
 class SkyRLGymGenerator(GeneratorInterface):
@@ -36,9 +50,9 @@ class SkyRLGymGenerator(GeneratorInterface):
         tokenizer: Any,
         model_name: str = "",
     ) -> None:
-        for name, instead in NEVER_CALLED.items():
-            if hasattr(type(self), name):
-                raise ValueError(f"{type(self).__qualname__}.{name} is never called: {instead}")
+        refuse_vain_overrides(type(self), SkyRLGymGenerator, NEVER_CALLED)
+        generator_cfg = typed_section("generator", generator_cfg)
+        skyrl_gym_cfg = typed_section("environment.skyrl_gym", skyrl_gym_cfg)
         self.generator_cfg, self.skyrl_gym_cfg = generator_cfg, skyrl_gym_cfg
         self.inference_engine_client, self.tokenizer, self.model_name = inference_engine_client, tokenizer, model_name
         self.max_turns = 1 if generator_cfg.batched else generator_cfg.max_turns
@@ -59,8 +73,11 @@ class SkyRLGymGenerator(GeneratorInterface):
             seed=inference_engine_client.seed,
         )
 
-    async def generate(self, input_batch: GeneratorInput) -> GeneratorOutput:
-        """Play one episode per entry. Episodes of one prompt start from the same seed."""
+    async def generate(self, input_batch: GeneratorInput, disable_tqdm: bool = False) -> GeneratorOutput:
+        """Play one episode per entry. Episodes of one prompt start from the same seed.
+
+        disable_tqdm: SkyRL's switch of a progress bar; there is none here.
+        """
         client = self.inference_engine_client
         prompts, samples_per_prompt = _prompts_of(input_batch)
         given = dict(input_batch.get("sampling_params") or {})
@@ -85,6 +102,24 @@ class SkyRLGymGenerator(GeneratorInterface):
 
     def close(self) -> None:
         self.collector.close()
+
+
+def typed_section(key: str, given: Any) -> Any:
+    """Return a section that was given as a DictConfig or a dictionary, as SkyRL's examples do, with our defaults."""
+    if is_section(given):
+        return given
+    settings: Any = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given or {}
+    section = load_config([])
+    for name in key.split("."):
+        section = getattr(section, name)
+    return _filled(section, settings)
+
+
+def _filled(section: Any, settings: Mapping[str, Any]) -> Any:
+    for name, value in settings.items():
+        below = vars(section).get(name)
+        vars(section)[name] = _filled(below, value) if is_section(below) and isinstance(value, Mapping) else value
+    return section
 
 
 def _prompts_of(input_batch: GeneratorInput) -> tuple[list[Prompt], int]:

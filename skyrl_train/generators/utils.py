@@ -8,6 +8,9 @@ from typing import Any
 
 from skyrl_gym.metrics import aggregate_for_environment
 from skyrl_train.generators.base import BatchMetadata, GeneratorInput, TrainingPhase, TrajectoryID
+from skyrl_train.left_out import getter_of
+
+__getattr__ = getter_of(__name__)
 
 # What stands before a message while it is encoded; its tokens are cut off again.
 _BEFORE = [

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-__all__ = ["ConversationType", "InferenceEngineInput", "InferenceEngineOutput"]
+from skyrl_train.left_out import getter_of
 
-ConversationType = list[dict[str, str]]
+__all__ = ["ConversationType", "InferenceEngineInput", "InferenceEngineOutput", "MessageType"]
+
+__getattr__ = getter_of(__name__)
+
+MessageType = dict[str, str]
+ConversationType = list[MessageType]
 
 
 class InferenceEngineInput(TypedDict):

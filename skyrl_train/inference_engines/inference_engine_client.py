@@ -41,9 +41,11 @@ class InferenceEngineClient:
     The seed of a request follows from the run's, the round, the prompt's tokens and how often they came before.
     """
 
-    def __init__(self, engine: Engine, template: ChatTemplate, *, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self, engine: Engine, template: ChatTemplate, *, max_model_len: int, seed: int, endpoint_url: str | None = None
+    ) -> None:
         self.engine, self.template, self.tokenizer = engine, template, template.tokenizer
-        self.max_model_len, self.seed = max_model_len, seed
+        self.max_model_len, self.seed, self.endpoint_url = max_model_len, seed, endpoint_url
         self.policy_version = 0  # of the newest completion
         self._newest = RoundState(("", 0), SamplingParams(max_tokens=max_model_len))
         self._round: ContextVar[RoundState] = ContextVar("the round that is being played")
@@ -59,6 +61,12 @@ class InferenceEngineClient:
     @property
     def _playing(self) -> RoundState:
         return self._round.get(self._newest)
+
+    def get_endpoint_url(self) -> str:
+        """Return the address of the endpoint that serves the policy, without `/v1`. ValueError if none serves."""
+        if self.endpoint_url is None:
+            raise ValueError("no endpoint serves the policy; set generator.enable_http_endpoint=true")
+        return self.endpoint_url
 
     async def generate(self, input_batch: InferenceEngineInput) -> InferenceEngineOutput:
         """Sample one completion per prompt; all are batched by the engine."""

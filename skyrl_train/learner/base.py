@@ -12,6 +12,7 @@ from skyrl_train.types import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skyrl_train.weights.broadcast import Broadcast
     from skyrl_train.weights.shared_memory import SharedWeights
 
 OnTokens = Callable[[int, int], None]  # (tokens done, tokens in all)
@@ -68,6 +69,20 @@ class Learner(Protocol):
         """Write the numbers that the policy computes with into the file `path`, for engines of other processes.
 
         Names are those of Hugging Face's format, adapters are added in, and a tied head comes once. Rank 0 writes.
+        """
+        ...
+
+    def announce_weights(self, address: str = "127.0.0.1", num_readers: int = 0) -> Broadcast:
+        """Say what `send_weights` will send, and where engines meet it: at an address of rank 0's machine.
+
+        num_readers: workers of engines on each device of a rank, which copy out of its buffers; 0: nobody shares one.
+        """
+        ...
+
+    def send_weights(self, broadcast: Broadcast, num_engines: int) -> list[str]:
+        """Send the numbers that `publish` would write to the engines that meet. Return those that took all of them.
+
+        RuntimeError if none did. The engines receive meanwhile; none is waited for long (weights/broadcast.py, ipc.py).
         """
         ...
 

@@ -31,7 +31,10 @@ from skyrl_train.policy.model import Policy
 from skyrl_train.policy.value_head import Critic
 from skyrl_train.spans import span
 from skyrl_train.types import Batch, Sample
-from skyrl_train.weights.shared_memory import SharedWeights, write_shared
+from skyrl_train.weights.broadcast import TIMEOUT_S, Broadcast, Sender
+from skyrl_train.weights.buckets import size_of, spec_of
+from skyrl_train.weights.ipc import Handles, IpcSender, key_of
+from skyrl_train.weights.shared_memory import SharedTensor, SharedWeights, write_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +86,9 @@ class TorchLearner:
         self._temperature = temperature or 1.0
         self._ranks = ranks
         self._writer = Writer()
+        self._sender: Sender | None = None  # of rank 0
+        self._ipc_sender: IpcSender | None = None
+        self._specs: list[SharedTensor] = []  # of the weights that are sent
         steps_per_update = math.ceil(trainer.train_batch_size / trainer.policy_mini_batch_size)
         self._optimizer = MasterOptimizer(
             policy.module.named_parameters(),
@@ -206,6 +212,59 @@ class TorchLearner:
         if not isinstance(written, SharedWeights):
             raise written or OSError(f"rank 0 wrote nothing into {path}")
         return written
+
+    def announce_weights(self, address: str = "127.0.0.1", num_readers: int = 0) -> Broadcast:
+        """Open the meeting point, see `Learner`. The first call gathers every weight once to see its type and shape."""
+        if not self._specs:
+            self._specs = [spec_of(*named) for named in merged_weights(self.policy.module, self._ranks.whole)]
+        broadcast: Broadcast | OSError | None = None
+        if self._ranks.rank == 0:
+            try:
+                self._sender = self._sender or Sender(address, self.policy.device)
+                broadcast = self._sender.announce(self._specs, self.policy_version)
+            except OSError as error:
+                broadcast = error
+        broadcast = self._ranks.gathered(broadcast)[0]
+        if not isinstance(broadcast, Broadcast):
+            raise broadcast or OSError("rank 0 announced nothing")
+        return self._with_handles(broadcast, num_readers) if num_readers else broadcast
+
+    def _with_handles(self, broadcast: Broadcast, num_readers: int) -> Broadcast:
+        """Lend buffers to the engines on each device. Of ranks on one device, as on a CPU, the first one lends."""
+        devices = self._ranks.gathered(key_of(self.policy.device))
+        lent: dict[str, Handles] | Exception = {}
+        try:
+            if devices.index(key_of(self.policy.device)) == self._ranks.rank:
+                self._ipc_sender = self._ipc_sender or IpcSender(self.policy.device, TIMEOUT_S)
+                lent = self._ipc_sender.lend(max(map(size_of, broadcast.buckets)), num_readers)
+        except (RuntimeError, OSError) as error:
+            lent = error
+        handles: dict[str, Handles] = {}
+        for of_rank in self._ranks.gathered(lent):
+            if isinstance(of_rank, Exception):
+                raise of_rank
+            handles |= of_rank
+        return replace(broadcast, handles=handles)
+
+    def send_weights(self, broadcast: Broadcast, num_engines: int) -> list[str]:
+        """Send the weights to engines, see `Learner`."""
+        weights = merged_weights(self.policy.module, self._ranks.whole)
+        outcome: list[str] | Exception = []
+        try:
+            if self._ipc_sender is not None and self._ipc_sender.is_of(broadcast):
+                outcome = self._ipc_sender.send(weights, broadcast)
+            elif self._sender is not None and not broadcast.handles:
+                outcome = self._sender.send(weights, broadcast, num_engines)
+        except (RuntimeError, OSError, ValueError) as error:
+            outcome = error
+        for _ in weights:
+            pass  # each is gathered from all ranks, whatever becomes of it on this one
+        outcomes = self._ranks.gathered(outcome)
+        engines = {engine for outcome in outcomes if isinstance(outcome, list) for engine in outcome}
+        if not engines:
+            errors = (outcome for outcome in outcomes if isinstance(outcome, Exception))
+            raise next(errors, RuntimeError("no rank has announced these weights"))
+        return sorted(engines)
 
     def logprobs_of_tokens(self, ids: list[int]) -> list[float]:
         """Return the logprobs of ids[1:] at temperature 1."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skyrl_train.ops.base import PackedSegments, SegmentAttention
 from skyrl_train.ops.bucketed_attention import bucketed_attention
-from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys
+from skyrl_train.ops.ragged import Ragged, RepeatedRows, gathered_keys, ragged_attention
 from skyrl_train.ops.reference import Reference
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -35,6 +35,8 @@ def flash_attention(
 ) -> Tensor:
     """Compute `ragged_attention` in one kernel: query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D].
 
+    With pages, key and value are [pages, page size, kv_heads, D], the size a multiple of 256.
+
     FlashAttention-2 (arXiv 2307.08691). Nothing is repeated for query heads that share a key head. This is the
     operation behind torch.nn.attention.varlen, which adds a custom operation that makes a random state at every call.
     """
@@ -53,6 +55,7 @@ def flash_attention(
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
         seqused_k=ragged.num_keys,
+        block_table=ragged.pages,
     )[0]
 
 
@@ -62,22 +65,36 @@ def has_triton() -> bool:
     return torch.cuda.is_available() and find_spec("triton") is not None
 
 
-def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, *, scale: float, window: int | None
+def paged_attention(
+    query: Tensor, keys: Tensor, values: Tensor, ragged: Ragged, *, scale: float, window: int | None
 ) -> Tensor:
-    """Attend with one new token per slot: query [rows, heads, D] -> [rows, heads, D], for `has_flash`.
+    """Compute `ragged_attention` over pages: query [T, heads, D] -> [T, heads, D]."""
+    attend = flash_attention if has_flash(query.device, query.dtype, query.shape[-1]) else ragged_attention
+    return attend(query, keys, values, ragged, scale=scale, window=window)
 
-    keys, values [slots * length, kv_heads, D].
 
-    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these.
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, pages: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """Attend with one new token per row: query [rows, heads, D] -> [rows, heads, D].
+
+    keys, values [pages, page size, kv_heads, D]. Row r sees num_keys[r] keys, which fill the pages named in pages[r],
+    or the last `window` of these.
     """
+    if not has_flash(query.device, query.dtype, query.shape[-1]):
+        ragged = Ragged.of([1] * len(query), num_keys.tolist(), query.device, pages)
+        return ragged_attention(query, keys, values, ragged, scale=scale, window=window)
     from skyrl_train.ops import cuda_decode
 
-    return cuda_decode.attend(query.contiguous(), keys, values, num_keys, length, scale=scale, window=window)
+    return cuda_decode.attend(query.contiguous(), keys, values, num_keys, pages, scale=scale, window=window)
 
 
 def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-    """Write key, value [T, kv_heads, D] into rows [T] of keys and values [N, kv_heads, D], for `has_flash`."""
+    """Write key, value [T, kv_heads, D] into rows [T] of keys and values [N, kv_heads, D]."""
+    if not has_flash(key.device, key.dtype, key.shape[-1]):
+        keys.index_copy_(0, rows, key)
+        values.index_copy_(0, rows, value)
+        return
     from skyrl_train.ops import cuda_decode
 
     cuda_decode.write(key.contiguous(), value.contiguous(), keys, values, rows)
@@ -165,6 +182,8 @@ class TritonOps(CudaOps):
 
 class LigerOps(TritonOps):
     """Norm, rotary positions and gate in one kernel each, from liger-kernel."""
+
+    recomputes = True
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # ty: ignore[import-not-found]

@@ -30,23 +30,23 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, *, scale: float, window: int | None
+    query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, pages: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
-    """Attend with query [rows, heads, D] to keys and values [slots * length, kv_heads, D] -> [rows, heads, D].
+    """Attend with query [rows, heads, D] to keys and values [pages, page size, kv_heads, D] -> [rows, heads, D].
 
-    Row r sees the first num_keys[r] keys of slot r, or the last `window` of these. Every part of the keys gives a sum
-    of values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).
+    Row r sees num_keys[r] keys, which fill the pages named in pages[r], or the last `window` of these. Every part of
+    the keys gives a sum of values and its weight, and a second kernel joins them (FlashDecoding, Dao et al., 2023).
     """
     rows, heads, dim = query.shape
-    groups = keys.shape[1]
-    splits = num_splits(rows * groups, length)
+    page_size, groups = keys.shape[1:3]
+    splits = num_splits(rows * groups, pages.shape[1] * page_size)
     out = torch.empty_like(query)
     sums = torch.empty((rows, heads, splits, dim), dtype=torch.float32, device=query.device) if splits > 1 else out
     weights = torch.empty((2, rows, heads, splits), dtype=torch.float32, device=query.device)
     with on(query.device):
         _attend[(rows, groups, splits)](
-            query, keys, values, num_keys, sums, weights[0], weights[1], query.stride(0), length, keys.stride(0),
-            scale * 1.4426950408889634, window or 2**30, heads, REPEATS=heads // groups,
+            query, keys, values, num_keys, pages, sums, weights[0], weights[1], query.stride(0), pages.stride(0),
+            keys.stride(1), scale * 1.4426950408889634, window or 2**30, heads, PAGE=page_size, REPEATS=heads // groups,
             ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups)), DIM=dim,
             WIDE_DIM=max(LEAST_ROWS, triton.next_power_of_2(dim)), SPLITS=splits, BLOCK=KEYS_AT_ONCE,
             num_warps=4, num_stages=2,
@@ -87,15 +87,17 @@ def _attend(
     keys,
     values,
     num_keys,
+    pages,
     sums,
     tops,
     totals,
     query_stride,
-    length,
+    pages_stride,
     token_stride,
     scale,  # times log2(e): weights are powers of two
     window,
     heads,
+    PAGE: tl.constexpr,
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -121,10 +123,10 @@ def _attend(
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, WIDE_DIM), tl.float32)
-    first = row * length * token_stride + group * DIM
     for at in range(start, stop, BLOCK):
         is_key = at + k < stop
-        places = first + (at + k).to(tl.int64)[:, None] * token_stride + d[None, :]
+        page = tl.load(pages + row * pages_stride + (at + k) // PAGE, mask=is_key, other=0).to(tl.int64)
+        places = (page * PAGE + (at + k) % PAGE)[:, None] * token_stride + group * DIM + d[None, :]
         is_number = is_key[:, None] & is_dim[None, :]
         key = tl.load(keys + places, mask=is_number, other=0.0)
         scores = tl.where(is_key[None, :], tl.dot(q, tl.trans(key), input_precision="ieee") * scale, -float("inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,29 +18,28 @@ class Ragged:
     """The places of the queries and keys of N sequences: int32 tensors on the device of the queries.
 
     Sequence n has the queries [query_offsets[n], query_offsets[n + 1]) and the keys that begin at key_offsets[n]: up to
-    key_offsets[n + 1], or `num_keys[n]` of them where given. Its last query sees its last key, the query before one key
-    less, and so on (causal, aligned at the end).
+    key_offsets[n + 1]. Its last query sees its last key, the query before one key less, and so on (causal, aligned at
+    the end).
+
+    With `pages` keys and values are [pages, page size, kv_heads, D] instead, and without gradient: those of sequence n
+    fill the pages named in pages[n], one after the other, as far as its offsets say how many there are.
     """
 
     query_offsets: Tensor  # [N + 1]
     key_offsets: Tensor  # [N + 1]
     max_queries: int  # of one sequence
     max_keys: int
-    num_keys: Tensor | None = None  # [N]; without gradient
+    pages: Tensor | None = None  # [N, P]
+    num_keys: Tensor | None = None  # [N] of each sequence, for kernels that read pages
 
     @staticmethod
-    def of(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> Ragged:
-        """Sequences whose queries, and whose keys, lie end to end."""
+    def of(
+        query_lengths: list[int], key_lengths: list[int], device: torch.device, pages: Tensor | None = None
+    ) -> Ragged:
+        """Return sequences whose queries, and whose keys, lie end to end."""
         queries, keys = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (query_lengths, key_lengths))
-        return Ragged(queries, keys, max(query_lengths), max(key_lengths))
-
-    def to(self, device: torch.device) -> Ragged:
-        return replace(
-            self,
-            query_offsets=self.query_offsets.to(device),
-            key_offsets=self.key_offsets.to(device),
-            num_keys=None if self.num_keys is None else self.num_keys.to(device),
-        )
+        in_pages = (None, None) if pages is None else (pages.to(device), torch.tensor(key_lengths).int().to(device))
+        return Ragged(queries, keys, max(query_lengths), max(key_lengths), *in_pages)
 
 
 def ragged_attention(
@@ -48,19 +47,22 @@ def ragged_attention(
 ) -> Tensor:
     """Attend one sequence after the other: query [T, heads, D], key and value [K, kv_heads, D] -> [T, heads, D].
 
+    With pages, key and value are [pages, page size, kv_heads, D].
     `window`: a query sees its own position and the `window - 1` before it; None: everything before it.
     """
     queries, starts = ragged.query_offsets.tolist(), ragged.key_offsets.tolist()
-    lengths = [stop - start for start, stop in pairwise(starts)]
-    if ragged.num_keys is not None:
-        lengths = ragged.num_keys.tolist()
     parts = []
-    for n, length in enumerate(lengths):
-        own, seen = slice(queries[n], queries[n + 1]), slice(starts[n], starts[n] + length)
+    for n, (start, stop) in enumerate(pairwise(starts)):
+        own, length = slice(queries[n], queries[n + 1]), stop - start
         distance = torch.arange(length - (own.stop - own.start), length)[:, None] - torch.arange(length)
         is_seen = (distance >= 0) & (distance < (window or length))
-        repeats = query.shape[1] // key.shape[1]
-        keys, values = (tensor[seen].repeat_interleave(repeats, 1) for tensor in (key, value))
+        repeats = query.shape[1] // key.shape[-2]
+        if ragged.pages is None:
+            seen = (tensor[start:stop] for tensor in (key, value))
+        else:
+            pages = ragged.pages[n, : -(-length // key.shape[1])]
+            seen = (tensor[pages].flatten(0, 1)[:length] for tensor in (key, value))
+        keys, values = (tensor.repeat_interleave(repeats, 1) for tensor in seen)
         heads_first = (tensor.transpose(0, 1) for tensor in (query[own], keys, values))
         mask = is_seen.to(query.device)
         parts.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from skyrl_train.ops.base import AdamWSettings, Attention, Decoder, Draw, MasterWeight, PackedSegments, SegmentAttention
 from skyrl_train.ops.ragged import RepeatedRows, gathered_keys, ragged_attention
+from skyrl_train.ops.recomputed import recomputed
 
 GOLDEN = 2654435761 - 2**32  # 2^32 over the golden ratio, as an int32: its multiples spread evenly (Knuth, 6.4)
 ROUNDED_AT_ONCE = 2**24  # numbers, which bounds the memory
@@ -22,6 +25,7 @@ class Reference:
     """Implements `Ops` on every device and in every type. The faster ones inherit what they do not replace."""
 
     keeps_buffers = False
+    recomputes = False  # whether what norm and gate give is made again in backward: cheap where each is one kernel
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()
@@ -42,7 +46,8 @@ class Reference:
         module, mlp = block.self_attn, block.mlp
         normed = self.norm(row, *weight_and_epsilon(block.input_layernorm))
         heads = (-1, module.head_dim)
-        query, key, value = (p(normed).unflatten(1, heads) for p in (module.q_proj, module.k_proj, module.v_proj))
+        with self._recomputed(block, normed, partial(self._normed, block.input_layernorm, row.detach())):
+            query, key, value = (p(normed).unflatten(1, heads) for p in (module.q_proj, module.k_proj, module.v_proj))
         if hasattr(module, "q_norm"):
             query = self.norm(query, *weight_and_epsilon(module.q_norm))
             key = self.norm(key, *weight_and_epsilon(module.k_norm))
@@ -50,7 +55,21 @@ class Reference:
         out = attention.attend(module.layer_idx, query, key, value, scale=module.scaling, window=sliding_window(module))
         attended = module.o_proj(out.flatten(1))
         normed, row = self.add_norm(attended, row, *weight_and_epsilon(block.post_attention_layernorm))
-        return row + mlp.down_proj(self.gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        with self._recomputed(block, normed, partial(self._normed, block.post_attention_layernorm, row.detach())):
+            gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        gated = self.gate(gate, up)
+        with self._recomputed(block, gated, partial(self.gate, gate.detach(), up.detach())):
+            return row + mlp.down_proj(gated)
+
+    def _recomputed(self, block: Any, tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """Return the context in which `tensor` is not kept for backward.
+
+        In training mode the block as a whole is computed again (gradient checkpointing), and keeps nothing.
+        """
+        return recomputed(tensor, make) if self.recomputes and not block.training else nullcontext()
+
+    def _normed(self, norm: Any, row: Tensor) -> Tensor:
+        return self.norm(row, *weight_and_epsilon(norm))
 
     def segment_attention(self, segments: PackedSegments, device: torch.device) -> SegmentAttention:
         rows, ragged = gathered_keys(segments, device)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -18,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from skyrl_gym.temporary_folders import EXPORTED, temporary_folder
 from skyrl_train.policy.end_of_turn import end_of_turn_ids
 from skyrl_train.policy.gguf_vocabulary import add_vocabulary, pre_tokenizer_name, vocabulary
 from skyrl_train.policy.lora import adapters_of
@@ -88,9 +88,9 @@ def write_gguf(
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(writer, config)
-    with TemporaryDirectory() as folder:
+    with temporary_folder(EXPORTED) as folder:
         tokenizer.save_pretrained(folder)
-        add_vocabulary(writer, tokenizer, Path(folder), config.vocab_size)
+        add_vocabulary(writer, tokenizer, folder, config.vocab_size)
     for token in end_of_turn_ids(module.generation_config, tokenizer):
         if token != tokenizer.eos_token_id:
             writer.add_eot_token_id(token)

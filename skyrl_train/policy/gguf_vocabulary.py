@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # one, whatever the merges say.
 BY_EXPRESSION = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")}
 IGNORES_MERGES = ("llama-bpe", "tekken")
+# Settings of BPE that change which tokens a word becomes, and of which llama.cpp knows nothing.
+_CHANGES_OF_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -31,6 +33,8 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ModelRefused(
             "GGUF is written for byte-level BPE tokenizers with merges, and this model's is another kind"
         )
+    if changes := [key for key in _CHANGES_OF_BPE if model.get(key)]:
+        raise ModelRefused(f"GGUF has no key for this tokenizer's {', '.join(changes)}")
     name = _name_of(steps)
     is_as_there = bool(model.get("ignore_merges")) == (name in IGNORES_MERGES)
     normalizers = {step["type"] for step in _steps(state.get("normalizer"))}

@@ -20,7 +20,7 @@ from skyrl_train.policy.model import Policy
 from skyrl_train.types import Batch
 
 BYTES_PER_CHUNK = 2**28  # of logits; forward leaves the last chunk for backward
-SHARE_OF_GPU = 1 / 24  # of a GPU's memory, likewise: each chunk adds the head's whole gradient, so few are faster
+SHARE_OF_GPU = 1 / 32  # of a GPU's memory, likewise: each chunk adds the head's whole gradient, so few are faster
 
 
 def batch_logprobs(
@@ -113,6 +113,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             found = ops_for(logits.device, logits.dtype).logprobs(logits, targets[part], settings.temperature)
             for all_rows, rows in zip((logprobs, normalizers, entropies), found, strict=True):
                 all_rows[part] = rows
+            del logits  # which ctx.last alone holds then
         ctx.save_for_backward(hidden, targets, normalizers, entropies)
         if not settings.has_backward:
             _give_back(ctx)
@@ -135,6 +136,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             ops_for(logits.device, logits.dtype).logprobs_backward(grad_logits, *given, *pulls)
             inputs = [leaf, *ctx.parameters]
             grad_leaf, *grad_head = torch.autograd.grad(logits, inputs, grad_logits, allow_unused=True)
+            del leaf, logits, grad_logits, inputs  # before the next chunk's logits
             grad_hidden[part] = grad_leaf
             if len(hidden) > ctx.chunk:  # summed in float32
                 grad_head = [None if grad_chunk is None else grad_chunk.float() for grad_chunk in grad_head]

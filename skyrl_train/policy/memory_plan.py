@@ -202,7 +202,7 @@ def _plan(model: ModelMemory, demands: Demands, device: Device, token_budget: in
     reserve = int(RESERVE_BYTES + RESERVE_SHARE * device.total)
     in_update = device.available - reserve - kept - activations - logits
     in_rollout = device.available - reserve - kept + parts["gradient"]  # there is no gradient then
-    if demands.engine_bytes is None:  # a cache that grows lies beside the old one, half as large
+    if demands.engine_bytes is None:  # one that grows, where it is not in pages, lies beside the old one, half as large
         cache = min(in_update, (in_rollout - _engine_pass(model, demands)) * 3 // 4)
     else:  # the cache is the other process's, and less than nothing is left where both do not fit
         asleep = ASLEEP_BYTES if demands.engine_bytes else 0
@@ -245,7 +245,7 @@ def _pass(
         layer += num_tokens * demands.longest_sample * model.itemsize
     chunk = min(num_tokens * model.vocab_size * model.itemsize, max(device.logits_bytes, 1))
     is_whole = chunk >= num_tokens * model.vocab_size * model.itemsize
-    head_gradient = model.head_weights * (model.itemsize if is_whole else model.itemsize + 8)
+    head_gradient = model.head_weights * (model.itemsize if is_whole else model.itemsize + 4)
     logits = chunk * model.logits_copies + head_gradient + 4 * row
     if not checkpointing:
         return model.num_layers * layer + model.made_whole, logits

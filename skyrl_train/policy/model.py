@@ -19,6 +19,7 @@ from skyrl_train.policy.blocks import head_takes_out, replace_blocks
 from skyrl_train.policy.check import refuse_unlike_transformers
 from skyrl_train.policy.four_bit import freeze_in_four_bits
 from skyrl_train.policy.model_files import load_module
+from skyrl_train.policy.refusal import ModelRefused
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,9 +97,11 @@ class Policy:
         return self.module.dtype
 
     def _set_training(self, training: bool) -> None:
-        """Set the mode: transformers checkpoints layers only in training mode. Dropout is off in both."""
+        """Set the mode of what transformers checkpoints, in training mode alone; elsewhere that mode adds noise."""
         if self.module.training != training:
-            self.module.train(training)
+            for part in self.module.modules():
+                part.training = training and hasattr(part, "gradient_checkpointing")
+            self.module.training = training
 
 
 def load_policy(
@@ -132,15 +135,26 @@ def wrap_module(
     """Return the policy around a module that exists already. Dropout is off: learner and engine compute the same."""
     register_attention()
     module.set_attn_implementation(ATTENTION_NAME)
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(getattr(part, "attention_dropout", None), float):
-            setattr(part, "attention_dropout", 0.0)  # noqa: B010 (a plain attribute of a family's attention module)
+    _drop_nothing(module)
     replace_blocks(module)
     module.eval()
     if gradient_checkpointing:
+        if not module.supports_gradient_checkpointing:
+            raise ModelRefused(
+                f"{type(module).__name__} does not support gradient checkpointing; set "
+                "trainer.gradient_checkpointing=false"
+            )
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(module, gradient_checkpointing)
     refuse_unlike_transformers(policy, max_length)
     return policy
+
+
+def _drop_nothing(module: PreTrainedModel) -> None:
+    """Switch off whatever leaves out numbers or layers by chance: modules, and the probabilities that others keep."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)

@@ -81,7 +81,8 @@ def load_module(
 
 
 def _refuse_unless_finite(path: str | Path, module: PreTrainedModel) -> None:
-    broken = [name for name, weight in module.state_dict().items() if not _is_finite(weight)]
+    weights = [*module.named_parameters(), *module.named_buffers()]
+    broken = [name for name, weight in weights if not _is_finite(weight, isinstance(weight, torch.nn.Parameter))]
     if broken:
         raise ModelRefused(
             f"model {path}: {len(broken)} weights have numbers that are NaN or infinite ({_some(broken)}); fetch or "
@@ -89,10 +90,11 @@ def _refuse_unless_finite(path: str | Path, module: PreTrainedModel) -> None:
         )
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
+def _is_finite(weight: torch.Tensor, is_parameter: bool) -> bool:
     if not weight.is_floating_point() or not weight.numel():
         return True
-    return bool(torch.stack(torch.aminmax(weight)).isfinite().all())  # both are NaN as soon as one number is
+    ends = torch.stack(torch.aminmax(weight))  # both are NaN as soon as one number is
+    return bool(ends.isfinite().all() if is_parameter else not ends.isnan().any())  # a buffer may be a bound, or a mask
 
 
 def _some(names: list[str]) -> str:

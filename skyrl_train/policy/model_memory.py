@@ -144,14 +144,14 @@ def model_memory(module: PreTrainedModel, lora: LoraConfig, *, has_flash: bool, 
 
 
 def fused_layer_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes per token that `_fused_block` of blocks.py keeps for backward.
+    """Return the bytes per token that a block of fused kernels keeps for backward.
 
-    The row before and after attention, each as it is and normalised; queries, keys and values, turned in place; what
-    attention gives, and a float32 per head; gate, up and their product.
+    The row before and after attention; queries, keys and values, turned in place; what attention gives, and a float32
+    per head; gate and up. What the norms give, and the product of gate and up, is made again (ops/recomputed.py).
     """
     heads = config.num_attention_heads
     queries, keys = heads * head_dim(config), _kv_heads(config) * head_dim(config)
-    numbers = 4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size
+    numbers = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * config.intermediate_size
     if config.model_type == "qwen3":  # queries and keys before their norm as well
         numbers += queries + keys
     return numbers * dtype.itemsize + 4 * heads + 8  # and a float32 per norm

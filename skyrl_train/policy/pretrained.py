@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from skyrl_train.files import user_path
 from skyrl_train.policy.packaged import PACKAGED_MODEL, cache_folder, packaged_model
 
 __all__ = ["PACKAGED_MODEL", "cache_folder", "packaged_model", "resolve_model"]
@@ -33,8 +34,8 @@ def resolve_model(name: str) -> Path:
         return _automatic()
     if name in PACKAGED_NAMES:
         return packaged_model()
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if user_path(name).is_dir():
+        return user_path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"model {name!r}: there is no such folder, and a model hub's id has the form owner/name")
     if (folder := _from_hub(name)) is None:

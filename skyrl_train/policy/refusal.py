@@ -5,7 +5,7 @@ from __future__ import annotations
 # What a family's code raises where it does not fit ours, and a library where a model's files do not fit each other.
 FOREIGN_ERRORS = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError,
-    ArithmeticError, EOFError,
+    ArithmeticError, EOFError, NameError, SyntaxError, StopIteration,
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from skyrl_train.console import lasting_output
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.show import show
-from skyrl_train.visible import visible
+from skyrl_train.visible import Parser, visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,14 +28,14 @@ def _look(options: argparse.Namespace) -> int:
             pick = "best" if options.best else "worst" if options.worst else "first"
             count = options.best or options.worst or options.count
             show(options.run_folder, options.phase, options.step, pick, count, Console(highlight=False, markup=False))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(visible(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m skyrl_train.records", description=__doc__)
+    parser = Parser(prog="python -m skyrl_train.records", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     episodes = commands.add_parser("show", help="print episodes")
     episodes.add_argument("run_folder", type=Path, help="trainer.ckpt_path of the run")

@@ -12,13 +12,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 from jinja2 import TemplateError
 
 from skyrl_gym.core import EnvFailure
 from skyrl_train.engine.base import Completion
+from skyrl_train.files import user_path
 from skyrl_train.rollout.encoding import Encoder
 from skyrl_train.rollout.step_wise import StepWiseChat
 from skyrl_train.rollout.template_check import (
@@ -50,7 +50,7 @@ def read_chat_template(source: str, name_or_path: str | None) -> str | None:
             "with generator.chat_template.source=file, or set switches of the model's own template, for example "
             "generator.chat_template_kwargs.enable_thinking=false"
         )
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if not path.is_file():
         raise ValueError(f"generator.chat_template.name_or_path={name_or_path!r}: there is no such file")
     try:

@@ -146,7 +146,7 @@ class EnvCalls:
         for name, function in rewards.functions.items():
             paid[name] = await self._judged(function, action, step)
         if is_last:
-            paid |= await self._at_the_end(rewards)
+            paid |= await self._at_the_end(rewards, is_done=step.done)
         return replace(step, reward=self._total(rewards, paid), rewards=paid)
 
     async def _judged(self, reward: RewardFunction, action: str, step: Step) -> float:
@@ -157,10 +157,14 @@ class EnvCalls:
         call = self._awaited(pay, checked_reward) if reward.is_async else self._threaded(pay, checked_reward)
         return await self._answer(reward.label, call)
 
-    async def _at_the_end(self, rewards: Rewards) -> dict[str, float]:
-        """Return what the judges pay for the whole episode. BrokenEnv if the environment left out a reward."""
-        self._refusing("step", partial(rewards.check_paid, self._paid))
-        found = {}
+    async def _at_the_end(self, rewards: Rewards, *, is_done: bool) -> dict[str, float]:
+        """Return what the judges pay for the whole episode. BrokenEnv if the environment left out a reward.
+
+        is_done: the environment has ended the episode. Where a limit has cut it, what would have come later is 0.
+        """
+        if is_done:
+            self._refusing("step", partial(rewards.check_paid, self._paid))
+        found = dict.fromkeys(rewards.own_parts - self._paid, 0.0)
         for name, judge in rewards.judges.items():  # whose deadlines are their own
             ask = partial(judge.score, copy.deepcopy(self._prompt), list(self._told))
             found[name] = await self._answer(judge.label, self._awaited(ask, checked_reward), own_timeout_s=math.inf)
@@ -195,7 +199,7 @@ class EnvCalls:
             return total, parts
         if rewards.alone is not None:  # it alone decides
             return 0.0, {}
-        paid = self._counted(rewards, "cut_short", total, parts) | await self._at_the_end(rewards)
+        paid = self._counted(rewards, "cut_short", total, parts) | await self._at_the_end(rewards, is_done=False)
         return self._total(rewards, paid), paid
 
     async def metrics(self) -> dict[str, Any]:

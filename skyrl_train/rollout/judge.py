@@ -22,12 +22,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from skyrl_gym.contract import Messages, Outcome
 from skyrl_gym.core import EnvFailure
 from skyrl_train.config.rewards import JudgeSettings
+from skyrl_train.files import user_path
 from skyrl_train.rollout.judge_client import AskAgain, JudgeClient
 from skyrl_train.rollout.reward import columns
 from skyrl_train.rollout.waiting import is_done_within
@@ -227,7 +227,7 @@ def _template(settings: JudgeSettings, key: str) -> str:
     if settings.template is None:
         return TEMPLATE
     try:
-        text = Path(settings.template).expanduser().read_text("utf-8")
+        text = user_path(settings.template).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}.template={settings.template} cannot be read: {error}") from error
     places = set(_PLACE.findall(text))

@@ -96,7 +96,7 @@ def _content(text: str) -> str:
     try:
         choice = json.loads(text)["choices"][0]
         content = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise AskAgain(f"the answer is no chat completion: {text[:200]!r}") from error
     if choice.get("finish_reason") == "length":
         return ""  # it was cut before its last line, whatever that looks like

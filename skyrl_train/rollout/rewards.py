@@ -87,6 +87,9 @@ class Rewards:
         if unknown := parts.keys() - own:
             names = ", ".join(sorted(unknown))
             raise WrongAnswer(f"it pays {names}, which environment.rewards does not weigh; add it (0 leaves it out)")
+        if total and not parts:
+            words = f"it pays {total:g} without a name, and environment.rewards weighs {', '.join(sorted(own))}"
+            raise WrongAnswer(f"{words}; its step returns {{'reward': {{name: number}}}} for several rewards")
         return dict(parts)
 
     def check_paid(self, names: Iterable[str]) -> None:

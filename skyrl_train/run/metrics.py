@@ -13,13 +13,17 @@ from loguru import logger
 
 from skyrl_gym.contract import Outcome, checked_metrics
 from skyrl_gym.metrics import INVALID_ACTIONS, aggregate_for_environment, default_aggregate_metrics
+from skyrl_gym.reply import printable
 from skyrl_train.batch.samples import num_unplaced_rewards
 from skyrl_train.files import naming, whole_folder
 from skyrl_train.rollout.env_calls import words_of
+from skyrl_train.run.digests import text_digest
 from skyrl_train.run.run_folder import METRICS
 from skyrl_train.types import AGENT, EpisodeEnd, Group, Trajectory
 
 Metrics = dict[str, float]
+AGGREGATED = "aggregated_results"  # the file of an evaluation's metrics beside those of the data sources
+LONGEST_NAME = 150  # bytes of a data source's name; a file's has 255 at most
 # Names of SkyRL's timings (timing/...) for people, in the order of the phases.
 PHASES = {
     "generate": "rollout",
@@ -246,7 +250,7 @@ def dump_eval_results(
             lines = [json.dumps(_eval_line(t, decode), default=str) for t in group.trajectories]
             with (unfinished / f"{_file_name(group.prompt.data_source)}.jsonl").open("a") as file:
                 file.writelines(f"{line}\n" for line in lines)
-        (unfinished / "aggregated_results.jsonl").write_text(json.dumps(_to_json(metrics)) + "\n")
+        (unfinished / f"{AGGREGATED}.jsonl").write_text(json.dumps(_to_json(metrics)) + "\n")
     return path
 
 
@@ -311,7 +315,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         try:
             fields = {key: _NOT_FINITE.get(value, value) for key, value in json.loads(line).items()}
             steps.setdefault(int(fields["step"]), {}).update(fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
     return [steps[step] for step in sorted(steps)]
 
@@ -333,7 +337,10 @@ def _number(value: Any) -> Any:
 
 def _file_name(data_source: str) -> str:
     """Return a data source as part of a metric's or a file's name: SkyRL turns its slashes into underscores."""
-    return data_source.replace("/", "_").replace("\x00", "_") or "unknown"
+    name = printable(data_source).replace("/", "_").replace("\x00", "_") or "unknown"
+    if len(name.encode()) <= LONGEST_NAME and name != AGGREGATED:
+        return name
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}_{text_digest(data_source)[:8]}"
 
 
 def _mean(values: list[float]) -> float:

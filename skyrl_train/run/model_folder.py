@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_me
 from skyrl_train.policy.model import Policy
 from skyrl_train.policy.model_files import load_config, load_module, load_tokenizer
 from skyrl_train.run.contents import template_contents
-from skyrl_train.run.run_folder import MODEL
+from skyrl_train.run.digests import DIGESTS
+from skyrl_train.run.run_folder import CHECKPOINT_NAME, MODEL
 from skyrl_train.run.saved_run import SavedRun, read_run
 
 if TYPE_CHECKING:
@@ -163,7 +165,8 @@ def read_origin(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def _refuse_other_folder(folder: Path) -> None:
-    """Raise ValueError for a folder that holds something that is not an earlier export."""
+    """Raise ValueError for a folder that holds something that is not an earlier export, or that cannot be made."""
+    _refuse_place(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
@@ -171,13 +174,26 @@ def _refuse_other_folder(folder: Path) -> None:
 
 
 def _refuse_other_file(file: Path) -> None:
-    """Raise ValueError for a file that is not an earlier GGUF."""
+    """Raise ValueError for a file that is not an earlier GGUF, or that cannot be made."""
+    _refuse_place(file)
     if file.is_dir():
         raise ValueError(f"{file} is a folder; a GGUF model is one file: give --output FILE.gguf")
     if file.exists():
         with file.open("rb") as there:
             if there.read(4) != b"GGUF":
                 raise ValueError(f"{file} is another file, which would be replaced; give a new name")
+
+
+def _refuse_place(path: Path) -> None:
+    """Raise ValueError where nothing can be written, and inside a checkpoint, whose digests name all its files."""
+    for parent in path.resolve().parents:
+        if CHECKPOINT_NAME.fullmatch(parent.name) and (parent / DIGESTS).is_file():
+            raise ValueError(f"{path} lies in the checkpoint {parent}, which would be damaged; give another place")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path} cannot be written, because {there} is a file; give another place")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{path} cannot be written: nothing may be written into {there}; give another place")
 
 
 def _changes(saved: SavedRun) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skyrl_train.files import user_path
 from skyrl_train.run.checkpoint import LEARNER, Checkpoints, State, checkpoint_step
 from skyrl_train.run.contents import Contents, changed_contents
 from skyrl_train.run.run_folder import move_aside, rewind
@@ -78,7 +79,7 @@ def find_checkpoint(checkpoints: Checkpoints, resume_mode: str | None, resume_pa
         raise ValueError(
             f"trainer.resume_path={resume_path} is a remote address; copy the folder to this machine first"
         )
-    path = Path(resume_path).expanduser()
+    path = user_path(resume_path)
     checkpoint_step(path)
     return path
 

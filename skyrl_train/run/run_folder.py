@@ -69,7 +69,7 @@ def writing_process(folder: Path) -> int | None:
     path = folder / LOCK
     if not path.is_file() or sys.platform != "linux":
         return None
-    with path.open("r+b") as file:
+    with path.open("rb") as file:  # a run of another user can be read, and not written
         asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         answer = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
     return None if answer[0] == fcntl.F_UNLCK else answer[4]
@@ -172,7 +172,7 @@ def _line_step(line: bytes) -> float:
         return math.inf
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrl_train.files import user_path
 from skyrl_train.run.checkpoint import LEARNER, Checkpoints, checkpoint_step
 from skyrl_train.run.contents import Contents, changed_contents, model_contents
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, METRICS, RUN_INFO, checkpoint_steps
@@ -51,7 +52,7 @@ def read_run(folder: Path | str, step: int | None = None) -> SavedRun:
 
     ValueError, in one line, for what is no run, has no checkpoint, or is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir() and step is None:
         folder, step = folder.parent, checkpoint_step(folder)
     if not folder.is_dir():

@@ -27,6 +27,7 @@ from skyrl_train.algorithms.registry import FunctionRegistry as BaseFunctionRegi
 from skyrl_train.algorithms.values import value_loss
 from skyrl_train.batch.packing import LOSS_REDUCTIONS
 from skyrl_train.config import AlgorithmConfig
+from skyrl_train.left_out import getter_of
 from skyrl_train.types import Batch
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "register_policy_loss",
     "sync_registries",
 ]
+
+__getattr__ = getter_of(__name__)
 
 
 class AdvantageEstimator(StrEnum):

@@ -43,7 +43,7 @@ MAX_RUNS, MAX_KEYS, MAX_SHOWN = 100, 60, 64  # of one question about curves; epi
 
 def make_app(library: Library) -> ASGIApp:
     """Return the ASGI application that answers for these runs."""
-    pages = Pages(library)
+    pages = Routes(library)
     routes = [Route(path, answer, methods=["GET"]) for path, answer in pages.routes().items()]
     return for_this_page(Starlette(routes=routes))
 
@@ -120,7 +120,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(body, status_code=status, media_type="application/json")
 
 
-class Pages:
+class Routes:
     """The answers to each address."""
 
     def __init__(self, library: Library) -> None:

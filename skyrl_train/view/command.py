@@ -17,7 +17,7 @@ from skyrl_train.console import lasting_output
 from skyrl_train.view.app import make_app
 from skyrl_train.view.folders import given_folder
 from skyrl_train.view.library import Library
-from skyrl_train.visible import visible
+from skyrl_train.visible import Parser, say, visible
 
 PORT = 8265 + 100  # of the first try
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
             roots = list(dict.fromkeys(given_folder(text) for text in options.folder or _default_folders()))
             listener = _listener(options.port)
         except (ValueError, OSError) as error:
-            print(visible(f"error: {error}"), file=sys.stderr)
+            say(f"skyrl view: {error}")
             return 2
         with listener:
             return _serve(roots, listener, opens=not options.no_open)
@@ -51,8 +51,6 @@ def _serve(roots: list[Path], listener: socket.socket, *, opens: bool) -> int:
     )  # fmt: skip
     try:
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
     finally:
         library.close()
     return 0
@@ -85,7 +83,7 @@ def _has_a_screen() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skyrl view",
         description="Open a local web page: runs, their curves over each other, every episode. Nothing is changed but "
         "an index beside the trajectories (.view.sqlite), which may be deleted at any time.",

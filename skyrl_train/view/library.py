@@ -126,7 +126,7 @@ class Library:
         except sqlite3.DatabaseError as error:
             self._start_anew(entry, str(error))
             return False
-        except OSError as error:
+        except (OSError, RecursionError) as error:  # a run.json nested so deeply that it can be read but not written
             entry.problems, entry.files_left, entry.prints = [str(error)], 0, self._prints(entry, safe=True)
             self.version += 1
             return False

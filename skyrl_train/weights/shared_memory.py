@@ -6,9 +6,10 @@ import asyncio
 import math
 import os
 import time
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from skyrl_train.engine.base import Engine, LoadingEngine
-    from skyrl_train.learner.base import Learner  # both import from this room
+    from skyrl_train.engine.pool import EnginePool
+    from skyrl_train.learner.base import Learner  # these import from this room
+    from skyrl_train.weights.sent import SentWeights
 
 T = TypeVar("T")
 ALIGNMENT = 64  # bytes; a tensor that is mapped begins where vector loads like it
@@ -105,10 +108,11 @@ def read_shared(shared: SharedWeights) -> Iterator[tuple[str, Tensor]]:
     mapped = torch.from_file(str(shared.path), shared=False, size=found, dtype=torch.uint8)
     if xxh3_128(memoryview(mapped.numpy())).hexdigest() != shared.digest:
         raise ValueError(f"{shared.path} does not hold the weights of version {shared.version}: its digest differs")
-    return ((tensor.name, _view(mapped, tensor)) for tensor in shared.tensors)
+    return ((tensor.name, view_of(mapped, tensor)) for tensor in shared.tensors)
 
 
-def _view(mapped: Tensor, tensor: SharedTensor) -> Tensor:
+def view_of(mapped: Tensor, tensor: SharedTensor) -> Tensor:
+    """Return the tensor that lies at its place in a flat buffer."""
     numbers = mapped[tensor.first_byte : tensor.first_byte + tensor.num_bytes]
     return numbers.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
@@ -145,6 +149,8 @@ class SharedMemoryWeights:
     left of it when the processes have gone, however they end.
     """
 
+    way_around = ""  # the end of PushFailed's words: what to try where pushes fail
+
     def __init__(
         self, proof_ids: list[int], compute_dtype: torch.dtype, *, deadline_s: float = 10.0, takes_turns: bool = False
     ) -> None:
@@ -164,7 +170,7 @@ class SharedMemoryWeights:
             return
         try:
             sleeping = cast("LoadingEngine", engine).sleep()
-            await self._within(self._deadline_s, "giving its memory back", sleeping)
+            await within(self._deadline_s, "giving its memory back", sleeping)
         except (RuntimeError, OSError, ValueError) as error:
             raise PushFailed(
                 f"the engine did not give the learner the memory of the GPU they share: {error}"
@@ -178,13 +184,14 @@ class SharedMemoryWeights:
         """
         started, version = time.monotonic(), learner.policy_version
         try:
-            await self._within(self._deadline_s, "pausing the engine", engine.pause())
+            await within(self._deadline_s, "pausing the engine", engine.pause())
             num_bytes, differences = await self._replace(learner, cast("LoadingEngine", engine))
-            await self._within(self._deadline_s, "the engine", engine.weights_changed(version))
-            await self._within(self._deadline_s, "resuming the engine", engine.resume())
+            await within(self._deadline_s, "the engine", engine.weights_changed(version))
+            await within(self._deadline_s, "resuming the engine", engine.resume())
         except (RuntimeError, OSError, ValueError) as error:
             raise PushFailed(
                 f"the weights of policy version {version} did not reach the engine, which samples nothing more: {error}"
+                f"{self.way_around}"
             ) from error
         self.metrics = {
             "weights/push_seconds": time.monotonic() - started,
@@ -195,9 +202,9 @@ class SharedMemoryWeights:
 
     async def _replace(self, learner: Learner, engine: LoadingEngine) -> tuple[int, list[float]]:
         """Return the bytes that were loaded, and how far the engine's logprobs are from the learner's afterwards."""
-        memory = _Memory()
+        memory = SharedMemory()
         try:
-            shared = await self._within(PUBLISH_S, "the learner's writing", _computed(learner.publish, memory.path))
+            shared = await within(PUBLISH_S, "the learner's writing", computed(learner.publish, memory.path))
             differences = await self._load(shared, learner, engine)
         except BaseException:
             memory.empty()
@@ -205,12 +212,12 @@ class SharedMemoryWeights:
         memory.close()
         return shared.num_bytes, differences
 
-    async def _load(self, shared: SharedWeights, learner: Learner, engine: LoadingEngine) -> list[float]:
+    async def _load(self, shared: SharedWeights | SentWeights, learner: Learner, engine: LoadingEngine) -> list[float]:
         """Return the differences of the proof. Closes the engine if they are too large or do not come at all."""
         is_proven = False
         try:
             seconds = self._deadline_s + shared.num_bytes / BYTES_PER_S
-            await self._within(seconds, "loading the weights", engine.load_weights(shared))
+            await within(seconds, "loading the weights", cast("EnginePool", engine).load_weights(shared))
             differences = await self._proof(learner, engine)
             is_proven = True
             return differences
@@ -220,8 +227,8 @@ class SharedMemoryWeights:
 
     async def _proof(self, learner: Learner, engine: LoadingEngine) -> list[float]:
         ids = self._proof_ids[: engine.max_model_len - 1]
-        ours = await self._within(PUBLISH_S, "the learner's proof", _computed(learner.logprobs_of_tokens, ids))
-        theirs = await self._within(self._deadline_s, "the engine's proof", engine.logprobs_of_tokens(ids))
+        ours = await within(PUBLISH_S, "the learner's proof", computed(learner.logprobs_of_tokens, ids))
+        theirs = await within(self._deadline_s, "the engine's proof", engine.logprobs_of_tokens(ids))
         differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
         mean = sum(differences) / len(differences)
         if not mean <= self._limit:  # not a number is no proof either
@@ -231,20 +238,13 @@ class SharedMemoryWeights:
             )
         return differences
 
-    @staticmethod
-    async def _within(seconds: float, what: str, answer: Awaitable[T]) -> T:
-        try:
-            return await asyncio.wait_for(answer, seconds)
-        except TimeoutError as error:
-            raise TimeoutError(f"{what} took longer than {seconds:g} seconds") from error
-
 
 def proof_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens whose logprobs engine and learner compare after every push."""
     return tokenizer.encode(PROOF_TEXT, add_special_tokens=False)
 
 
-class _Memory:
+class SharedMemory:
     """A file in memory without a name. Whoever has it mapped keeps it; it goes with the last of them."""
 
     def __init__(self) -> None:
@@ -259,5 +259,34 @@ class _Memory:
         os.ftruncate(self._descriptor, 0)
 
 
-def _computed(call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+class OpenWeights:
+    """Weights whose file stays readable after it is unlinked, for engines that are started later.
+
+    `shared` names this process's descriptor of the file. So nothing is left of it when this process ends, in any way.
+    """
+
+    def __init__(self, shared: SharedWeights) -> None:
+        descriptor = os.open(shared.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        self.shared = replace(shared, path=Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
+
+    @property
+    def version(self) -> int:
+        return self.shared.version
+
+    async def at_hand(self) -> SharedWeights | None:
+        """Return them: they are always at hand."""
+        return self.shared
+
+
+def computed(call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    """Return the result of a call in the compute thread."""
     return asyncio.wrap_future(compute.submit(call, *args))
+
+
+async def within(seconds: float, what: str, answer: Awaitable[T]) -> T:
+    """Return the answer. TimeoutError, which says what it was, if it takes longer."""
+    try:
+        return await asyncio.wait_for(answer, seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"{what} took longer than {seconds:g} seconds") from error

@@ -32,17 +32,27 @@ def test_the_page_about_an_own_environment(folder, capsys):
     assert len(lines) <= 12, "as its title says"
     assert '"path": "auto"' in page.files["train_it.py"]
     page.write_files(folder, **{'"path": "auto"': '"path": "model"'})
-    make, check, train, reward, from_python = page.commands
+    make, check, play, train, watch, reward, chat, compare, evaluate, from_python = page.commands
     typed(make, folder)
     checked = typed(check, folder)
     assert "my_game:OneWord: keeps the contract" in checked
     assert "rewards 0 to 1" in checked
-    typed_here(train, folder, *TINY, "trainer.epochs=1")
+    assert "reward 1\nThe end." in typed(play, folder, lines="red\n")
+    typed_here(train, folder, *TINY[:-1], "trainer.epochs=1")
     assert {line["step"] for line in read_metrics(folder / "runs/one_word/metrics.jsonl")} == {0, 1, 2}
     assert (folder / "runs/one_word/report.html").is_file()
-    typed_here(reward, folder, *TINY)
+    capsys.readouterr()
+    typed_here(watch, folder)
+    assert "Say the word chair and nothing else." in capsys.readouterr().out
+    typed_here(reward, folder, *TINY[:-1])  # keeps a checkpoint, and with it the model
     assert json.loads((folder / "runs/reward/summary.json").read_text())["environment"] == "single_turn"
     capsys.readouterr()
+    typed_here(chat, folder, "--max-tokens", "4", lines="hello\n/quit\n")
+    assert capsys.readouterr().out.strip()
+    typed_here(compare, folder)
+    assert "environment.reward" in capsys.readouterr().out
+    typed_here(evaluate, folder)
+    assert "runs/reward" in capsys.readouterr().out
     typed_here(from_python, folder)
     assert re.fullmatch(r"\d\.\d+ \d\.\d+", capsys.readouterr().out.splitlines()[-1])
 

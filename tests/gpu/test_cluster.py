@@ -23,9 +23,18 @@ SHARED = ["generator.gpu_memory_utilization=0.3"]  # the rest is the learner's
         (1, SHARED),
         (1, [*SHARED, "trainer.strategy=fsdp2"]),
         (2, [*SHARED, *TWO]),
+        (1, [*SHARED, "generator.weight_sync_backend=shared_memory"]),
+        (2, ["trainer.placement.colocate_all=false", "generator.weight_sync_backend=shared_memory"]),
         (2, ["trainer.placement.colocate_all=false"]),
     ],
-    ids=["one process and vLLM", "one rank and vLLM", "two ranks and two engines", "learner and engine apart"],
+    ids=[
+        "one process and vLLM",
+        "one rank and vLLM",
+        "two ranks and two engines",
+        "one process and vLLM, which maps a file",
+        "learner and engine apart, and a file between them",
+        "apart, and NCCL brings the weights",
+    ],
 )
 @pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16", "float32"])
 def test_vllm_engines_train_and_leave_nothing(

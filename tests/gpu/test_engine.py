@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
+from skyrl_train.engine.torch.paged_cache import PagedCache
 from skyrl_train.engine.torch.sampling import sample
 from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask, until_step
@@ -88,6 +89,20 @@ async def test_in_bfloat16_logprobs_stay_close_to_the_learners(make_engine, devi
         expected = learner_logprobs(policy, request.prompt_ids, completion.response_ids, 1.0)
         assert torch.tensor(completion.logprobs).sub(torch.tensor(expected)).abs().mean() < 0.05
     assert num_recorded(engine) > 0
+    assert isinstance(engine._scheduler._cache, PagedCache)
+
+
+async def test_turns_behind_a_shared_system_prompt_read_the_pages_of_others(make_engine, device: torch.device) -> None:
+    policy = tiny_policy("qwen2", compute_dtype=torch.bfloat16, device=device, max_position_embeddings=2048)
+    engine = make_engine(policy, max_num_seqs=20)
+    histories = [[*(token % 250 for token in range(600)), i] for i in range(20)]
+    for turn in range(3):
+        asked = [ask([*h, 7, turn], f"{i}", seed=i, max_tokens=100) for i, h in enumerate(histories)]
+        for i, (request, completion) in enumerate(zip(asked, await answers(engine, asked), strict=True)):
+            expected = learner_logprobs(policy, request.prompt_ids, completion.response_ids, 1.0)
+            assert torch.tensor(completion.logprobs).sub(torch.tensor(expected)).abs().mean() < 0.05
+            histories[i] = [*request.prompt_ids, *completion.response_ids]
+    assert engine.stats().prompt_tokens_computed < 603 + 20 * 3 * 5
 
 
 async def test_256_requests_of_many_lengths_are_batched_as_slots_come_free(make_engine, device: torch.device) -> None:

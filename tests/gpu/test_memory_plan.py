@@ -14,7 +14,7 @@ from skyrl_train.policy import memory_plan
 from skyrl_train.policy.memory_plan import GIB, Demands
 from skyrl_train.policy.model import wrap_module
 from skyrl_train.policy.model_memory import gpu, model_memory
-from tests.benchmarks.gpu import SHAPES
+from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.workers.samples import batch
 from tests.skyrl_train.learner.on_meta import meta_module
 from tests.tiny_models import tiny_module, tiny_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from skyrl_train.engine.torch.paged_cache import PAGE_SIZE, PagedCache
 from skyrl_train.ops import REFERENCE, cuda, ops_for
 from skyrl_train.ops.ragged import Ragged, ragged_attention
 from skyrl_train.policy import blocks
@@ -58,43 +58,48 @@ def test_attention_of_samples_that_share_a_prefix(
         assert distance(found, expected) < 8e-3, name
 
 
+def scattered(device: torch.device, rows: int, length: int, num_pages: int) -> Tensor:
+    """Return pages [rows, P] int32 of sequences of this length: any, in no order, some of them shared."""
+    generator = torch.Generator().manual_seed(7)
+    pages = torch.randint(1, num_pages, (rows, -(-length // PAGE_SIZE)), generator=generator, dtype=torch.int32)
+    pages[:, 0] = pages[0, 0]
+    return pages.to(device)
+
+
+@pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_attention_to_a_cache_of_which_each_sequence_uses_a_part(
-    device: torch.device, heads: tuple[int, int, int]
+def test_attention_to_pages_of_which_each_sequence_uses_a_part(
+    device: torch.device, heads: tuple[int, int, int], window: int | None
 ) -> None:
     num_heads, kv_heads, dim = heads
-    slots, length = 6, 1024
-    keys, values = (random(device, slots * length, kv_heads, dim, seed=i) for i in (1, 2))
-    for counts in ([1] * slots, [1, 1, 70, 3, 1, 200]):  # decoding, and chunks of prompts among it
+    keys, values = (random(device, 30, PAGE_SIZE, kv_heads, dim, seed=i) for i in (1, 2))
+    used = [1, 1000, 300, 17, 513, 256]
+    for counts in ([1] * 6, [1, 1, 70, 3, 1, 200]):  # decoding, and chunks of prompts among it
         query = random(device, sum(counts), num_heads, dim, seed=3)
-        used = torch.tensor([1, 1000, 300, 17, 513, 200], dtype=torch.int32)
-        order = [3, 0, 5, 1, 4, 2]  # slots in any order
-        starts = torch.tensor([*(slot * length for slot in order), 0], dtype=torch.int32)
-        ragged = replace(
-            Ragged.of(counts, used.tolist(), device), key_offsets=starts.to(device), num_keys=used.to(device)
-        )
-        ours = cuda.flash_attention(query, keys, values, ragged, scale=dim**-0.5, window=None)
-        exact = ragged_attention(query.float(), keys.float(), values.float(), ragged, scale=dim**-0.5, window=None)
+        ragged = Ragged.of(counts, used, device, scattered(device, 6, 1000, 30))
+        ours = cuda.flash_attention(query, keys, values, ragged, scale=dim**-0.5, window=window)
+        exact = ragged_attention(query.float(), keys.float(), values.float(), ragged, scale=dim**-0.5, window=window)
         assert distance(ours, exact) < 8e-3, counts
 
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("rows", "length"), [(1, 8192), (6, 1024), (200, 256)])
 @pytest.mark.parametrize("heads", [*HEADS.values(), (4, 4, 80)], ids=[*HEADS, "D = 80"])
-def test_attention_of_one_new_token_per_slot(
+def test_attention_of_one_new_token_per_row(
     device: torch.device, heads: tuple[int, int, int], rows: int, length: int, window: int | None
 ) -> None:
     num_heads, kv_heads, dim = heads
-    keys, values = (random(device, (rows + 1) * length, kv_heads, dim, seed=i) for i in (1, 2))
+    keys, values = (random(device, 300, PAGE_SIZE, kv_heads, dim, seed=i) for i in (1, 2))
     new = [random(device, rows, kv_heads, dim, seed=i) for i in (3, 4)]
+    places = torch.arange(rows, device=device) * 7 + PAGE_SIZE
+    cuda.write_rows(*new, keys.flatten(0, 1), values.flatten(0, 1), places)
+    assert torch.equal(keys.flatten(0, 1)[places], new[0])
     used = torch.randint(1, length + 1, (rows,), generator=torch.Generator().manual_seed(5)).to(device)
     used[-1] = 1
-    edges = torch.arange(rows + 1, device=device)
+    pages = scattered(device, rows, length, 300)
     query = random(device, rows, num_heads, dim, seed=6)
-    cuda.write_rows(*new, keys, values, edges[:-1] * length + used - 1)
-    assert torch.equal(keys[edges[:-1] * length + used - 1], new[0])
-    ours = cuda.decode_attention(query, keys, values, used, length, scale=dim**-0.5, window=window)
-    ragged = Ragged(edges.int(), (edges * length).int(), 1, length, used.int())
+    ours = cuda.decode_attention(query, keys, values, used, pages, scale=dim**-0.5, window=window)
+    ragged = Ragged.of([1] * rows, used.tolist(), device, pages)
     exact = ragged_attention(query.float(), keys.float(), values.float(), ragged, scale=dim**-0.5, window=window)
     assert distance(ours, exact) < 8e-3
 
@@ -163,13 +168,11 @@ def test_a_decoding_step_of_24_layers_launches_at_most_420_kernels(device: torch
     from torch.profiler import ProfilerActivity, profile
 
     from skyrl_train.engine.torch.cuda_graphs import Bucket, DecodingStep
-    from skyrl_train.engine.torch.kv_cache import KVCache
 
     shape: dict[str, Any] = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
     policy = tiny_policy("qwen2", compute_dtype=torch.bfloat16, device=device, num_hidden_layers=24, **shape)
-    cache = KVCache(policy, max_slots=32, max_length=512, max_bytes=1 << 30)
-    cache.reserve(32, 512)
-    step = DecodingStep(policy, cache, Bucket(32, cache.length))
+    cache = PagedCache(policy, max_slots=32, max_length=512, max_bytes=1 << 30, evict=lambda: False)
+    step = DecodingStep(policy, cache, Bucket(32, cache.longest_span))
     with torch.inference_mode():
         step.compute()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from skyrl_train.config import (
     to_flat_dict,
     validate_cfg,
 )
+from skyrl_train.config.problems import written
 from skyrl_train.engine.vllm.settings import refuse_what_vllm_cannot
 
 OPENENV_LAUNCH = [
@@ -75,12 +79,25 @@ def test_own_keys_are_read_as_attributes_and_as_items():
     assert config.generator.get("miniswe_config_path") == "/x"
     assert config.generator.get("nothing", 7) == 7
     assert "my" in config
+    assert OmegaConf.to_container(config.my, resolve=True) == {"deep": {"a": [1, 2], "b": {"c": "x"}}, "k": 3}
+    with pytest.raises(AttributeError):
+        _ = config.my.nothing
+    json.dumps(to_flat_dict(config))
     flat = to_flat_dict(config)
     assert flat["trainer.algorithm.overlong_buffer.len"] == 512
     assert flat["my.deep.b.c"] == "x"
     assert to_flat_dict(validate_cfg(config)) == flat
     assert "overlong_buffer" in get_config_as_yaml_str(config)
     assert get_config_as_dict(config)["generator"]["miniswe_config_path"] == "/x"
+
+
+def test_a_key_that_follows_another_one_is_read_with_its_value():
+    """SkyRL's Harbor generator reads the name of the engine's model."""
+    config = load_config(["trainer.policy.model.path=/m"])
+    for copied in (config, copy.deepcopy(config), validate_cfg(config), pickle.loads(pickle.dumps(config))):
+        assert copied.generator.get("model_name") == getattr(copied.generator, "model_name") == "/m"  # noqa: B009
+        assert copied.generator.get("rope_theta", 3) is None
+        assert "generator.model_name" not in to_flat_dict(copied)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +114,11 @@ def test_a_plus_does_not_hide_a_slip_of_the_pen(override, meant):
     text = refusal(override)
     assert f"looks like {meant}" in text
     assert "of its own: +my." in text
+
+
+def test_a_key_of_ones_own_may_resemble_one_of_ours():
+    """SkyRL's full_context example has the first."""
+    assert load_config(["+trainer.num_dummy_steps=5"]).trainer["num_dummy_steps"] == 5
 
 
 @pytest.mark.parametrize("override", ["+trainer.rules.x=1", "+generator.get=1", "+trainer.problems=2", "+my-key.x=1"])
@@ -240,7 +262,57 @@ def test_a_launch_command_of_skyrl_ends_with_one_that_starts():
             ],
         ),
         (["trainer.epochs=0", "trainer.seed=x", "trainer.seed=5"], []),
-        (["trainer.seed=7", "--help", "trainer.run_name=[1"], ["trainer.seed=7"]),
+        (["trainer.seed=7", "--help", "trainer.run_name=[1"], ["trainer.seed=7", "trainer.run_name='[1'"]),
+        # what the message says is dropped, and not the algorithm that was asked for
+        (
+            ["trainer.algorithm.advantage_estimator=gae", "trainer.policy.model.path=/m"],
+            [
+                "trainer.algorithm.advantage_estimator=gae",
+                "trainer.policy.model.path=/m",
+                "trainer.critic.model.path=/m",
+            ],
+        ),
+        (
+            [
+                "trainer.algorithm.policy_loss_type=rollout_is",
+                "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
+                "trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high=3.0",
+            ],
+            ["trainer.algorithm.policy_loss_type=rollout_is"],
+        ),
+        (
+            ["generator.step_wise_trajectories=true", "generator.batched=true"],
+            ["generator.step_wise_trajectories=true"],
+        ),
+        (["trainer.seed=1", "generator.chat_template.source=file"], ["trainer.seed=1"]),
+        (["trainer.seed=1", "trainer.resume_mode=from_path"], ["trainer.seed=1"]),
+        # the choice that was probably meant
+        (["trainer.algorithm.loss_reduction=token_mean_legacy"], ["trainer.algorithm.loss_reduction=token_mean"]),
+        (["trainer.algorithm.policy_loss_type=gsp"], ["trainer.algorithm.policy_loss_type=gspo"]),
+        (["trainer.logger=[wandb,console]"], ["trainer.logger=[console]"]),
+        # what other parsers read
+        (["--trainer.seed=3"], ["trainer.seed=3"]),
+        (["data.train_data=/a b.parquet"], ["data.train_data=['/a b.parquet']"]),
+        (["data.val_data=/a.parquet,/b.parquet"], ["data.val_data=[/a.parquet,/b.parquet]"]),
+        (["+my.name=a(b", "trainer.flash_attn=true"], ["+my.name='a(b'"]),
+        # one item of a mapping, and a key below a section that was set as a whole
+        (["trainer={seed: 3, flash_attn: true, logger: 'a b'}"], ["trainer.seed=3"]),
+        (["trainer.policy.model.path=/m", "trainer.policy=x"], ["trainer.policy.model.path=/m"]),
+        (
+            [
+                "generator.inference_engine={num_engines: 2, no_such: 1}",
+                "generator.inference_engine.async_engine=false",
+            ],
+            ["generator.inference_engine.num_engines=2"],
+        ),
+        (["generator.inference_engine.engine_init_kwargs=(", "trainer.seed=3"], ["trainer.seed=3"]),
+        # keys in sections of the user's own
+        (
+            ["harbor.trials_dir=/x", "generator.rate_limit.on=true"],
+            ["+harbor.trials_dir=/x", "+generator.rate_limit.on=true"],
+        ),
+        (["trainer.arctic_rl.log_prob_gpus=3"], ["+trainer.arctic_rl.log_prob_gpus=3"]),
+        (["model.path=/m"], ["trainer.policy.model.path=/m"]),
         (["trainer.run_nam='my run'", "trainer.seed=7"], ["trainer.seed=7", "trainer.run_name='my run'"]),
         (
             ["trainer.seed=7", "trainer.algorithm.policy_loss_type=regular", "trainer.algorithm.clip_ratio_c=2.0"],
@@ -248,12 +320,41 @@ def test_a_launch_command_of_skyrl_ends_with_one_that_starts():
         ),
     ],
 )
-def test_what_is_pasted_is_accepted(typed, pasted):
+def test_what_is_pasted_is_accepted(typed, pasted, monkeypatch):
+    monkeypatch.setattr("skyrl_train.config.validation.has_wandb_key", lambda: False)
     if pasted:
         assert to_paste(*typed) == pasted
         load_config(pasted)
     else:
         assert "This would start" not in refusal(*typed)
+
+
+def test_where_nothing_is_left_to_say_the_program_alone_starts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "data.train_data=[]"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "main.py", "data.train_data=[]"])
+    assert refusal("data.train_data=[]").splitlines()[-1] == "  python main.py"
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (
+            '{"gdn_prefill_backend": "triton", "deep": {"a": [1, null]}}',
+            {"gdn_prefill_backend": "triton", "deep": {"a": [1, None]}},
+        ),
+        ("{enforce: true}", {"enforce": True}),
+    ],
+)
+def test_a_mapping_may_be_written_as_json_as_in_the_newest_skyrl(value, read):
+    overrides = ["generator.backend=vllm", f"generator.inference_engine.engine_init_kwargs={value}"]
+    assert load_config(overrides).generator.engine_init_kwargs == read
+    assert load_config(["+my.list=[\"a(\", 'b: {c']"])["my"].list == ["a(", "b: {c"]
+
+
+def test_a_setting_is_read_as_it_was_written():
+    settings = {"my.a": ["a,b", "it's", "x y", 3], "my.b": {"c": "d: {e", "f": None}, "my.g": ""}
+    read = load_config([written(f"+{key}", value) for key, value in settings.items()])
+    assert OmegaConf.to_container(read["my"], resolve=True) == {"a": settings["my.a"], "b": settings["my.b"], "g": ""}
 
 
 def test_the_command_is_the_one_of_this_process(monkeypatch):
@@ -300,8 +401,21 @@ def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is()
             "trainer.placement.policy_num_gpus_per_node=2: the reference policy lies on the devices of the policy",
         ),
         (
-            ["generator.weight_sync_backend=nccl", "trainer.placement.colocate_all=false"],
-            "use shared_memory",
+            ["generator.weight_sync_backend=gloo", "trainer.placement.colocate_all=false", "trainer.device=cuda"],
+            "generator.weight_sync_backend=gloo is for processes on a CPU; use nccl, or trainer.device=cpu",
+        ),
+        (
+            ["generator.weight_sync_backend=gloo"],
+            "has no effect where learner and engine are one process, which shares them; drop it",
+        ),
+        (
+            ["generator.weight_sync_backend=broadcast"],
+            "is not a way of new weights to the engines; use shared_memory, nccl or gloo",
+        ),
+        (
+            ["generator.weight_sync_backend=gloo", "trainer.strategy=fsdp2", "trainer.placement.policy_num_nodes=2",
+             "generator.num_inference_engines=2"],
+            "generator.weight_sync_backend=gloo joins processes of one machine; use shared_memory",
         ),
         (["generator.backend=vllm", "generator.gpu_memory_utilization=1.5"], "must be above 0 and at most 1"),
         (["generator.enforce_eager=false"], "has no effect with generator.backend=torch; drop it, or set generator.ba"),

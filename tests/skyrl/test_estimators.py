@@ -47,9 +47,24 @@ def everything(**kwargs):
     return simple_baseline(**kwargs)
 
 
+def by_place(token_level_rewards, response_mask, /, index, **kwargs):
+    assert {"token_level_rewards", "response_mask"}.isdisjoint(kwargs)
+    return simple_baseline(token_level_rewards, response_mask, index)
+
+
+def with_a_graph(token_level_rewards, response_mask, index):
+    return simple_baseline(token_level_rewards.requires_grad_(), response_mask, index)
+
+
 class Callable:
     def __call__(self, token_level_rewards, response_mask, index):
         return simple_baseline(token_level_rewards, response_mask, index)
+
+
+def in_numpy(token_level_rewards, response_mask, index):
+    scores = (token_level_rewards * response_mask).sum(dim=-1, keepdim=True).numpy()
+    advantages = (scores - scores.mean()) * response_mask.numpy()
+    return advantages.astype("float64"), advantages.tolist()
 
 
 scaled = functools.partial(simple_baseline, scale=2)
@@ -73,12 +88,16 @@ def advantages(name: str) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", ["simple_baseline", "everything", "scaled", "instance"])
+NAMES = ["simple_baseline", "everything", "by_place", "with_a_graph", "scaled", "instance", "in_numpy"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_skyrls_documented_estimator_gets_its_padded_shapes_and_its_numbers_come_back(name):
     first, second, third = 4 - 5 / 3, -5 / 3, 1 - 5 / 3
     zero = 0.0
     expected = [zero, zero, first, first, zero, second, second, zero, second, second, zero, third]
     assert_close(advantages(name), tensor(expected))
+    assert not advantages(name).requires_grad
 
 
 def test_index_holds_the_prompt_of_each_row():
@@ -130,6 +149,26 @@ def of_two_minds(batch, token_level_rewards):
     return token_level_rewards, token_level_rewards
 
 
+def divides_by_zero(token_level_rewards, response_mask, index):
+    scores = token_level_rewards.sum(-1, keepdim=True)
+    return scores / (scores - scores) * response_mask, token_level_rewards
+
+
+async def nobody_awaits(token_level_rewards, response_mask, index): ...
+
+
+def other_names(scores, mask, **kwargs):
+    return scores * mask, scores
+
+
+def complex_numbers(token_level_rewards, response_mask, index):
+    return token_level_rewards * (1 + 1j), token_level_rewards
+
+
+def ragged(token_level_rewards, response_mask, index):
+    return [[1.0], [1.0, 2.0]], token_level_rewards
+
+
 def breaks(token_level_rewards, response_mask, index):
     return token_level_rewards @ response_mask, token_level_rewards
 
@@ -141,6 +180,11 @@ def breaks(token_level_rewards, response_mask, index):
         ("advantages_alone", ValueError, r"returned a tensor \[4, 5\]; it must return \(advantages, returns\)"),
         ("wants_more", TypeError, r"needs teacher_logprobs, which is not offered"),
         ("of_two_minds", TypeError, r"names batch of ours, which are flat, and token_level_rewards of SkyRL's"),
+        ("divides_by_zero", ValueError, r"divides_by_zero returned advantages that are not finite"),
+        ("nobody_awaits", ValueError, r"is written with `async def`"),
+        ("other_names", TypeError, r"needs scores, mask, which is not offered"),
+        ("complex_numbers", ValueError, r"both \[4, 5\]"),
+        ("ragged", ValueError, r"both \[4, 5\]"),
         ("breaks", RuntimeError, None),
         ("missing", ValueError, r"cannot be imported: module .* has no attribute 'missing'"),
         ("HERE", ValueError, r"which cannot be called"),

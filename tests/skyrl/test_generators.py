@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from loguru import logger
+from omegaconf import OmegaConf
 
 from skyrl_gym.envs import deregister, register
 from skyrl_train.batch.samples import to_samples
@@ -17,6 +21,7 @@ from skyrl_train.generators import GeneratorInput, GeneratorInterface, Generator
 from skyrl_train.generators.custom_generator import GeneratorCollector
 from skyrl_train.generators.generator_output import WrongOutput, check_output, output_of, with_output
 from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
+from skyrl_train.generators.users_tokenizer import users_tokenizer
 from skyrl_train.generators.utils import (
     get_response_ids_and_loss_mask_from_messages,
     get_rollout_metrics,
@@ -238,9 +243,38 @@ def test_an_output_that_cannot_be_trained_on_is_refused_with_the_entry(tokenizer
         collect(Fixed(output(**changes)), client_for(tokenizer), n=1)
 
 
+def test_arrays_tensors_and_tuples_are_read_as_lists(tokenizer):
+    given = output()
+    plain = collect(Fixed(given), client_for(tokenizer), n=1)
+    changed = output(
+        prompt_token_ids=np.array(given["prompt_token_ids"]),
+        response_ids=(torch.tensor(given["response_ids"][0]), tuple(np.array(given["response_ids"][1]))),
+        rewards=[np.array(reward, dtype=np.float32) for reward in given["rewards"]],
+        loss_masks=[torch.tensor(mask).bool() for mask in given["loss_masks"]],
+        rollout_logprobs=[np.array(x) for x in given["rollout_logprobs"]],
+    )
+    assert collect(Fixed(changed), client_for(tokenizer), n=1) == plain
+    one_each = output(rewards=[np.float32(3.0), np.float64(4.0)])
+    assert [group.trajectories[0].reward for group in collect(Fixed(one_each), client_for(tokenizer), n=1)] == [3, 4]
+
+
 def test_off_policy_correction_needs_the_engines_logprobs(tokenizer):
     with pytest.raises(WrongOutput, match="the generator returned none"):
         collect(Fixed(output(rollout_logprobs=None)), client_for(tokenizer), n=1, needs_logprobs=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "needs"),
+    [
+        ("policy_loss_type=regular", False),
+        ("policy_loss_type=dppo", True),
+        ("policy_loss_type=rollout_is", True),
+        ("off_policy_correction.tis_ratio_type=token", True),
+    ],
+)
+def test_what_compares_with_the_engine_needs_its_logprobs_of_a_generator(key, needs):
+    cfg = load_config([f"trainer.algorithm.{key}"])
+    assert cfg.trainer.algorithm.needs_rollout_logprobs is needs
 
 
 def test_too_few_episodes_are_refused(tokenizer):
@@ -273,6 +307,17 @@ def test_messages_become_ids_and_masks(tokenizer):
             get_response_ids_and_loss_mask_from_messages(messages, tokenizer, wrong)
     with pytest.raises(ValueError, match="not role 'tool'"):
         get_response_ids_and_loss_mask_from_messages([{"role": "tool", "content": "x"}], tokenizer)
+
+
+def test_a_chat_templates_tokens_are_a_list_as_code_for_skyrl_expects(tokenizer):
+    given = users_tokenizer(tokenizer)
+    messages = [{"role": "user", "content": "hi"}]
+    text = given.apply_chat_template(messages, tokenize=False)
+    ids = given.apply_chat_template(messages, add_generation_prompt=False, tokenize=True)
+    assert ids == given.apply_chat_template(messages, return_dict=True)["input_ids"] == tokenizer.encode(text)
+    assert given.apply_chat_template(messages) == copy.deepcopy(given).apply_chat_template(messages)
+    assert given.decode(ids) == text
+    assert type(tokenizer.apply_chat_template(messages)) is not list  # the run's own is as transformers made it
 
 
 def test_the_input_of_a_batch_and_its_metrics():
@@ -312,7 +357,7 @@ def test_skyrls_own_generator_plays_environments_and_groups_are_fair(tokenizer):
             ),
         ]
         asked = Round("train", 3, prompts, 2, SamplingParams(max_tokens=9))
-        groups = asyncio.run(GeneratorCollector(generator, client).collect(asked))
+        groups = asyncio.run(GeneratorCollector(Talking(generator), client).collect(asked))
         generator.close()
     finally:
         deregister("countdown")
@@ -324,6 +369,43 @@ def test_skyrls_own_generator_plays_environments_and_groups_are_fair(tokenizer):
         "2<|im_end|>2<|im_end|>"
     )
     assert [t.end for t in second.trajectories] == [EpisodeEnd.ENV_FAILURE] * 2
-    mine: Any = type("Mine", (SkyRLGymGenerator,), {"agent_loop": None})
-    with pytest.raises(ValueError, match="agent_loop is never called"):
-        mine(config.generator, None, client, tokenizer)
+    for name in ("agent_loop", "get_obs_ids_from_obs"):
+        mine: Any = type("Mine", (SkyRLGymGenerator,), {name: None})
+        with pytest.raises(ValueError, match=f"{name} is never called"):
+            mine(config.generator, None, client, tokenizer)
+
+
+class Talking(GeneratorInterface):
+    """Calls SkyRL's generator with its second argument."""
+
+    def __init__(self, generator: SkyRLGymGenerator) -> None:
+        self.generator = generator
+
+    async def generate(self, input_batch: GeneratorInput) -> GeneratorOutput:
+        return await self.generator.generate(input_batch, disable_tqdm=True)
+
+
+class Configured(CountdownEnv):
+    """Counts down from what its configuration says."""
+
+    def __init__(self, env_config, extras):
+        super().__init__(env_config, {**extras, "start": env_config.start})
+
+
+@pytest.mark.parametrize("kind", [OmegaConf.create, dict])
+def test_skyrls_own_generator_takes_sections_of_hydra(tokenizer, kind):
+    register("configured", Configured)
+    try:
+        engine = ScriptedEngine(tokenizer, lambda request: "2")
+        client = InferenceEngineClient(engine, ChatTemplate(tokenizer), max_model_len=200, seed=1)
+        generator_cfg = kind({"max_turns": 3, "sampling_params": {"temperature": 0.5}, "max_input_length": 100})
+        generator = SkyRLGymGenerator(generator_cfg, kind({"configured": {"start": 3}}), client, tokenizer, "m")
+        assert generator.generator_cfg.sampling_params.temperature == 0.5
+        prompts = [Prompt("a", [{"role": "user", "content": "count"}], "configured", {})]
+        [group] = asyncio.run(
+            GeneratorCollector(generator, client).collect(Round("train", 1, prompts, 1, SamplingParams(max_tokens=9)))
+        )
+        generator.close()
+    finally:
+        deregister("configured")
+    assert (group.trajectories[0].reward, len(group.trajectories[0].turns)) == (1.0, 3)  # "2" is right once

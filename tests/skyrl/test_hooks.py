@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from openai import AsyncOpenAI
 
 import skyrl_gym
 from skyrl_gym.envs import register
+from skyrl_train.batch.samples import to_samples
+from skyrl_train.callbacks import check_callbacks
+from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.entrypoints.main_generate import EvalOnlyEntrypoint
+from skyrl_train.entrypoints.rollout_parts import check_generator
 from skyrl_train.generators.base import GeneratorOutput
 from skyrl_train.generators.generator_output import output_of, with_output
+from skyrl_train.inference_engines.inference_engine_client import InferenceEngineClient
 from skyrl_train.ray_ppo_trainer import NEVER_CALLED
+from skyrl_train.rollout.chat import ChatTemplate
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.trajectories import read_trajectories, trajectory_files
+from skyrl_train.run.run import RunRefused
 from skyrl_train.trainer import RayPPOTrainer
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
 from skyrl_train.utils.callbacks import CallbackInput, TrainingCallback, TrainingControl
-from tests.fakes import EvenEnv
+from tests.fakes import EvenEnv, ScriptedEngine
 from tests.skyrl.test_generators import SingleTurn
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, tiny_tokenizer
 
 
 class OneTurn(EvenEnv):
@@ -73,6 +85,9 @@ class Notes(TrainingCallback):
 
     def _note(self, event: str, where: CallbackInput) -> None:
         self.events.append((event, where.global_step))
+
+
+async def _coroutine(self: Any, trainer: Any, callback_input: CallbackInput, control: TrainingControl) -> None: ...
 
 
 def _noting(event: str) -> Any:
@@ -176,11 +191,117 @@ def test_a_generator_and_a_hook_of_ones_own_train(folder):
         assert line["loss/avg_final_rewards"] == pytest.approx(earned + 15.0, abs=1e-4)  # 10 * mean of 0, 1, 2, 3
 
 
+class AskingTheEndpoint(SingleTurn):
+    """A generator as SkyRL's for the package verifiers: OpenAI's client, and tokens by the names of their logprobs."""
+
+    async def generate(self, input_batch):
+        sampling = dict(input_batch["sampling_params"] or {})
+        own = {name: sampling.pop(name) for name in ("min_tokens", "top_k", "min_p", "repetition_penalty")}
+        for name in ("skip_special_tokens", "include_stop_str_in_output", "logprobs"):
+            del sampling[name]
+        url = f"{self.client.get_endpoint_url()}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="dummy") as client:
+            calls: list[Any] = [
+                client.chat.completions.create(
+                    model="any",
+                    messages=cast("Any", prompt),
+                    logprobs=True,
+                    top_logprobs=1,
+                    extra_body={"return_tokens_as_token_ids": True, **own},
+                    **sampling,
+                )
+                for prompt in input_batch["prompts"]
+            ]
+            answers = await asyncio.gather(*calls)
+        said = [answer.choices[0].logprobs.content for answer in answers]
+        ids = [[int(token.token.removeprefix("token_id:")) for token in tokens] for tokens in said]
+        output: GeneratorOutput = {
+            "prompt_token_ids": [
+                self.client.template.encode(prompt, add_generation_prompt=True) for prompt in input_batch["prompts"]
+            ],
+            "response_ids": ids,
+            "rewards": [float(sum(token % 2 for token in tokens)) for tokens in ids],
+            "loss_masks": [[1] * len(tokens) for tokens in ids],
+            "rollout_logprobs": [[token.logprob for token in tokens] for tokens in said],
+            "rollout_metrics": None,
+        }
+        return output
+
+
+def test_a_generator_with_openais_client_trains_over_the_endpoint(folder):
+    class EndpointExp(BasePPOExp):
+        def get_generator(self, cfg, tokenizer, inference_engine_client):
+            return AskingTheEndpoint(inference_engine_client, tokenizer)
+
+    served = ("generator.enable_http_endpoint=true", "generator.http_endpoint_port=0")
+    sampled = ("generator.sampling_params.temperature=0.7", "trainer.algorithm.policy_loss_type=rollout_is")
+    status, where = run(folder, EndpointExp, *served, *sampled, "trainer.ckpt_interval=-1")
+    assert status == 0
+    for line in read_metrics(where / "metrics.jsonl"):
+        assert line["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4
+        assert line["policy/grad_norm"] > 0
+
+
+def test_a_client_that_no_endpoint_serves_says_how_to_have_one():
+    tokenizer = tiny_tokenizer()
+    engine = ScriptedEngine(tokenizer, lambda request: "yes")
+    client = InferenceEngineClient(engine, ChatTemplate(tokenizer), max_model_len=64, seed=0)
+    with pytest.raises(ValueError, match=r"set generator.enable_http_endpoint=true"):
+        client.get_endpoint_url()
+
+
 @pytest.mark.parametrize("name", sorted(NEVER_CALLED))
 def test_a_trainer_that_overrides_what_nobody_calls_is_refused(name):
     cls = type("MyTrainer", (RayPPOTrainer,), {name: lambda self: None})
     with pytest.raises(ValueError, match=f"MyTrainer.{name} is never called: "):
         cls(None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "says"),
+    [
+        ("post_process_generator_output", lambda self, output, uids: output, "did you mean postprocess_generator_out"),
+        ("postprocess_generator_output", lambda self, output: output, "cannot be called: it is given"),
+        ("_remove_tail_data", lambda self, entries: entries, "is never called: batches are whole"),
+    ],
+)
+def test_a_trainers_method_that_would_not_be_called_as_written_is_refused(name, method, says):
+    with pytest.raises(ValueError, match=says):
+        type("MyTrainer", (RayPPOTrainer,), {name: method})(None, None, None, None)
+
+
+def test_a_hook_may_be_a_coroutine_and_may_return_arrays_and_a_pair():
+    class MyTrainer(RayPPOTrainer):
+        async def postprocess_generator_output(self, generator_output, uids):  # ty: ignore[incompatible-method-override]
+            output = super().postprocess_generator_output(generator_output, uids)
+            return {**output, "rewards": np.array([5.0], dtype=np.float32), "loss_masks": torch.tensor([[1, 0]])}, uids
+
+    trainer = MyTrainer(load_config(["generator.batched=true"]), None, None, None)
+    [shaped] = asyncio.run(trainer.shaped([group()]))
+    assert shaped.trajectories[0].reward == 5.0
+    assert to_samples(shaped.trajectories)[0].loss_mask == [False, False, True, False]
+
+
+def test_a_hook_that_returns_nothing_is_told():
+    cls: Any = type("MyTrainer", (RayPPOTrainer,), {"postprocess_generator_output": lambda self, output, uids: None})
+    trainer = cls(load_config(["generator.batched=true"]), None, None, None)
+    with pytest.raises(ValueError, match=r"MyTrainer.postprocess_generator_output returned None; it must return"):
+        asyncio.run(trainer.shaped([group()]))
+
+
+def test_callbacks_may_be_one_and_must_be_some():
+    one = Notes()
+    assert check_callbacks(one) == [one]
+    with pytest.raises(ValueError, match="must be a list of TrainingCallbacks, not None"):
+        check_callbacks(None)
+
+
+def test_callbacks_are_added_to_a_trainer():
+    trainer, notes = RayPPOTrainer(None, None, None, None), Notes()
+    trainer.add_callback(notes)
+    assert trainer.callbacks == [notes]
+    with pytest.raises(ValueError, match="object is no TrainingCallback"):
+        trainer.add_callback(object())  # ty: ignore[invalid-argument-type]
 
 
 def test_what_get_trainer_may_not_return_is_refused(folder, capsys):
@@ -192,14 +313,44 @@ def test_what_get_trainer_may_not_return_is_refused(folder, capsys):
     assert "refused: get_trainer returned str; it must return a RayPPOTrainer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["a generator", SingleTurn])
+def test_what_get_generator_may_not_return_is_refused(given):
+    with pytest.raises(RunRefused, match="it must return a GeneratorInterface, or None"):
+        check_generator(given)
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        ("get_train_dataset", "refused: get_train_dataset returned None: there is nothing to train on"),
+        ("get_tokenizer", "refused: get_tokenizer returned None; it must return a tokenizer of transformers"),
+        ("get_callbacks", "refused: callbacks must be a list of TrainingCallbacks, not None"),
+    ],
+)
+def test_a_hook_of_the_experiment_that_returns_nothing_is_refused(folder, capsys, hook, says):
+    forgetful = type("ForgetfulExp", (BasePPOExp,), {hook: lambda self: None})
+    assert run(folder, forgetful)[0] == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_generator_whose_close_would_never_run_is_refused():
+    class Closing(SingleTurn):
+        async def close(self): ...
+
+    with pytest.raises(RunRefused, match=r"Closing.close is written with `async def`"):
+        check_generator(Closing.__new__(Closing))
+
+
 @pytest.mark.parametrize(
     ("callback", "says"),
     [
         (object(), "object is no TrainingCallback"),
+        (TrainingCallback, r"TrainingCallback is a class; give an object of it: TrainingCallback\(\)"),
         (
             type("A", (TrainingCallback,), {"on_step_ends": lambda *a: None})(),
             r"A.on_step_ends is never called; the ev",
         ),
+        (type("C", (TrainingCallback,), {"on_step_end": _coroutine})(), r"C.on_step_end is written with `async def`"),
         (type("B", (TrainingCallback,), {"on_step_end": lambda self, trainer: None})(), r"B.on_step_end must take"),
     ],
 )
@@ -224,6 +375,28 @@ def test_a_run_that_only_evaluates_learns_nothing_and_returns_its_metrics(folder
     dumped = where / "exports" / "dumped_evals" / "eval_only"
     assert len((dumped / "unknown.jsonl").read_text().splitlines()) == 8
     assert run(folder, EvalExp, "data.val_data=[]")[0] == 2
+
+
+def test_evaluation_alone_as_skyrls_generation_script_asks_for_it_ends_with_a_command_that_starts(
+    folder, monkeypatch, capsys
+):
+    class EvalAlone(EvalOnlyEntrypoint):
+        pass
+
+    typed = [
+        "trainer.placement.colocate_all=false",
+        "generator.backend=vllm",
+        "generator.num_inference_engines=2",
+        "generator.gpu_memory_utilization=0.9",
+    ]
+    monkeypatch.setattr(sys, "argv", ["main_generate.py", *typed])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "main_generate", *typed])
+    assert run(folder, EvalAlone, *typed)[0] == 2
+    words = capsys.readouterr().err
+    assert "generator.backend=vllm is not possible in evaluation alone" in words
+    command = words.partition("This would start:\n")[2].splitlines()[0]
+    assert shlex.split(command) == ["python", "-m", "main_generate", "trainer.placement.colocate_all=false"]
+    assert run(folder, EvalAlone, *shlex.split(command)[3:])[0] == 0
 
 
 def group() -> Group:

@@ -56,6 +56,10 @@ def other_names(new, old, adv, config, loss_mask: Any = None):
     return per_token(new, old, adv, loss_mask)
 
 
+def by_place_alone(new, old, adv, /, config, loss_mask: Any = None):
+    return per_token(new, old, adv, loss_mask)
+
+
 def all_by_keyword(**kwargs):
     return per_token(*(kwargs[name] for name in ("log_probs", "old_log_probs", "advantages", "loss_mask")))
 
@@ -88,6 +92,7 @@ def objective(name: str, **settings) -> Objective:
         ("new_style", True, LossReturns.SUM),
         ("per_token", True, LossReturns.TOKENS),
         ("other_names", True, LossReturns.TOKENS),
+        ("by_place_alone", True, LossReturns.TOKENS),
         ("all_by_keyword", True, LossReturns.TOKENS),
         ("row_ratio", True, LossReturns.TOKENS),
         ("ours", False, LossReturns.TOKENS),
@@ -198,6 +203,26 @@ def breaks(log_probs, advantages):
     return log_probs @ advantages, {}
 
 
+def not_a_number(log_probs, advantages, loss_mask):
+    return -log_probs * advantages * float("nan"), {}
+
+
+def divides_by_the_mask(log_probs, advantages, loss_mask):
+    return -log_probs * advantages / loss_mask, {}
+
+
+def zero_per_token(log_probs, advantages, loss_mask):
+    return log_probs * 0.0, {}
+
+
+def zero_for_ours(log_probs, sample_index):
+    return log_probs * 0.0, {}
+
+
+def several_metrics(log_probs, advantages, loss_mask):
+    return -log_probs * advantages, {"kl": loss_mask}
+
+
 def summed_though_flat(log_probs, sample_index):
     return log_probs.sum(), {}
 
@@ -214,6 +239,11 @@ def summed_though_flat(log_probs, sample_index):
         ("wants_more", r"needs teacher, which is not offered"),
         ("wants_a_third", r"needs teacher, which is not offered"),
         ("breaks", None),
+        ("not_a_number", r"has a gradient that is not finite"),
+        ("divides_by_the_mask", r"has a gradient that is not finite"),
+        ("zero_per_token", r"has a gradient of 0 everywhere"),
+        ("zero_for_ours", r"has a gradient of 0 everywhere"),
+        ("several_metrics", r"returned a tensor \[4, 5\] as its metric 'kl'; it must be one number"),
         ("summed_though_flat", r"one that asks for sample_index must return one loss per token"),
         ("nowhere", r"cannot be imported"),
     ],

@@ -1,6 +1,7 @@
 """check_env passes every registered environment, and fails environments that are broken in each way it looks for."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -164,6 +165,67 @@ class UnpaidGold(Good):
     max_reward = 2.0
 
 
+class UnknownBest(Good):
+    max_reward = None  # ty: ignore[invalid-assignment]
+
+
+class GoldOfNoTexts(Good):
+    def gold_actions(self):
+        return "good"
+
+
+class AsyncStep(Good):
+    async def step(self, action):  # ty: ignore[incompatible-method-override]
+        return super().step(action)
+
+
+class AsyncInit(Good):
+    async def init(self, prompt):  # ty: ignore[incompatible-method-override]
+        return prompt, {}
+
+
+class AsyncMetrics(Good):
+    async def get_metrics(self):  # ty: ignore[incompatible-method-override]
+        return {}
+
+
+class AsyncClose(Good):
+    async def close(self):  # ty: ignore[incompatible-method-override]
+        pass
+
+
+class ManyTurns(Good):
+    def __init__(self, env_config, extras):
+        super().__init__(env_config, extras)
+        self.max_turns = "many"
+
+
+class Waits(Good):
+    def step(self, action):
+        threading.Event().wait()
+
+
+class WaitsOnTheLoop(OnlyAsync):
+    async def step_async(self, action):
+        await asyncio.Event().wait()
+
+
+class BlocksTheLoop(OnlyAsync):
+    async def step_async(self, action):
+        threading.Event().wait()
+
+
+class WaitsToClose(Good):
+    def close(self):
+        threading.Event().wait()
+
+
+class Endless(NeverEnds):
+    def __init__(self, env_config, extras):
+        super().__init__(env_config, extras)
+        self.max_turns = 10**9
+
+
 @pytest.mark.parametrize("kind", [Good, OnlyAsync])
 def test_a_good_environment_passes(kind):
     report = check_env(kind, extras={})
@@ -195,6 +257,13 @@ def test_a_good_environment_passes(kind):
         (StrangeMetrics, "get_metrics is", "get_metrics returned"),
         (Random, "same seed and actions", "and then"),
         (UnpaidGold, "gold actions", "earned 1.0, not 2.0"),
+        (UnknownBest, "gold actions", 'earned 1.0, not "None"'),
+        (GoldOfNoTexts, "gold actions", 'gold_actions returned "good", and not a list of texts'),
+        (AsyncStep, "no string raises", "step is a coroutine function: define init_async, step_async"),
+        (AsyncInit, "init returns", "init is a coroutine function"),
+        (AsyncMetrics, "get_metrics is", "get_metrics is a coroutine function: define it without `async`"),
+        (AsyncClose, "close works", "close is a coroutine function"),
+        (ManyTurns, "ends within max_turns", 'its max_turns is "many"'),
     ],
 )
 def test_a_broken_environment_is_reported_in_words_and_nothing_raises(kind, fact, words):
@@ -202,6 +271,25 @@ def test_a_broken_environment_is_reported_in_words_and_nothing_raises(kind, fact
     assert not report.passed
     assert any(fact in failure.name and words in failure.words for failure in report.failures), str(report)
     assert f"FAIL {report.failures[0].name}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "words"),
+    [
+        (Waits, "no string raises", 'step("") took longer than 0.2 s: the check ended here'),
+        (WaitsOnTheLoop, "no string raises", "took longer than 0.2 s"),
+        (BlocksTheLoop, "no string raises", "took longer than 0.2 s"),
+        (WaitsToClose, "close works", "close took longer than 0.2 s"),
+        (Endless, "ends within max_turns", "turns and 0.2 s: the check ended here"),
+    ],
+)
+def test_an_environment_that_does_not_answer_ends_the_check(kind, fact, words):
+    report = check_env(kind, extras={}, limit_s=0.2)
+    assert [failure.name for failure in report.failures if fact in failure.name and words in failure.words], str(report)
+
+
+def test_a_row_without_a_limit_and_a_seed_has_the_usual_ones():
+    assert check_env(Good, extras={"max_turns": None, "seed": None}, bad_actions=["x"]).passed
 
 
 def test_an_environment_without_examples_has_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import skyrl_gym
 from skyrl_gym.error import Error
 from skyrl_gym.importing import import_named
+from tests.fakes import EvenEnv
 
 ROOT = Path(__file__).parents[2]
 ENV = """
@@ -84,6 +86,18 @@ def test_check_plays_a_class_of_the_current_folder(tmp_path):
     assert unknown.stderr == "check: 'own_game:Last': module own_game has no Last\n"
 
 
+class NoExamples(EvenEnv):
+    @classmethod
+    def example_extras(cls):
+        raise RuntimeError("none")
+
+
+class WrongExamples(EvenEnv):
+    @classmethod
+    def example_extras(cls):
+        return [3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -91,6 +105,9 @@ def test_check_plays_a_class_of_the_current_folder(tmp_path):
         (["arithmetic", "--row", "[1]"], "must be a JSON object"),
         (["arithmetic", "--data", "gone.jsonl"], "No such file"),
         (["arithmetic", "--num-rows", "0"], "--num-rows=0 must be at least 1"),
+        (["arithmetic", "--row", '{"max_turns": "3"}'], 'max_turns must be a whole number, not "3"'),
+        ([f"{__name__}:NoExamples"], 'NoExamples raised RuntimeError: "none"'),
+        ([f"{__name__}:WrongExamples"], "must be a JSON object of columns, not"),
     ],
 )
 def test_rows_that_are_none_are_refused(arguments, words, capsys):
@@ -100,6 +117,17 @@ def test_rows_that_are_none_are_refused(arguments, words, capsys):
     said = capsys.readouterr()
     assert words in said.err
     assert said.out == ""
+    assert main(["check", *arguments, "--json"]) == 2
+    assert words in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_what_the_environment_prints_is_not_in_the_json(tmp_path):
+    noise = "import os\n\n\nclass Loud(First):\n    def step(self, action):\n        print(1)\n"
+    noise += "        os.system('echo 2')\n        return super().step(action)\n"
+    (tmp_path / "own_game.py").write_text(ENV + "\n\n" + noise)
+    done = check(tmp_path, "own_game:Loud", "--row", '{"word": "cat"}', "--json")
+    assert json.loads(done.stdout)["passed"], done.stderr
+    assert {"1", "2"} <= set(done.stderr.split())
 
 
 def test_a_reward_that_never_varies_is_warned_of(capsys):

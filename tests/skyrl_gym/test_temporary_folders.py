@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ compiled_library(Path("a.c"), [])
 HOLD = """
 import sys
 from skyrl_gym.temporary_folders import temporary_folder
-with temporary_folder("skyrl_gym_") as folder:
+with temporary_folder(sys.argv[1]) as folder:
     print(folder, flush=True)
     sys.stdin.read()
 """
@@ -42,8 +43,10 @@ def places(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def hold() -> tuple[subprocess.Popen[str], Path]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def hold(prefix: str = PROGRAM) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
 
@@ -59,9 +62,10 @@ def test_a_folder_is_there_while_its_block_lasts(places):
     assert (places / "mine").stat().st_mode & 0o777 == 0o500  # what a link names is left alone
 
 
-def test_the_folder_of_a_killed_process_is_reaped_and_that_of_a_living_one_is_not(places):
-    dead, dead_folder = hold()
-    living, living_folder = hold()
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_folder_of_a_killed_process_is_reaped_and_that_of_a_living_one_is_not(places, prefix):
+    dead, dead_folder = hold(prefix)
+    living, living_folder = hold(prefix)
     dead.kill()
     dead.wait()
     assert dead_folder.is_dir()
@@ -126,3 +130,12 @@ def test_processes_that_make_and_reap_at_once_never_take_each_others_folders(pla
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert os.listdir(places) == []
+
+
+def test_every_temporary_folder_of_the_trainer_is_one_that_is_reaped():
+    """Only the folder of a conversion is elsewhere: beside its result, where packaged.py removes what was left."""
+    root = Path(temporary_folders.__file__).parents[1]
+    files = [file for package in ("skyrl_gym", "skyrl_train") for file in (root / package).rglob("*.py")]
+    makers = {file.name for file in files if re.search(r"\b(mkdtemp|TemporaryDirectory)\(", file.read_text())}
+    assert makers == {"temporary_folders.py", "packaged.py"}
+    assert (root / "skyrl_train/policy/packaged.py").read_text().count("TemporaryDirectory(") == 1

@@ -28,6 +28,15 @@ SAY = ToolCall("say", {})
         ('[{"name": "say", "arguments": {}}]', [SAY]),  # the same, decoded without special tokens
         (f"<think>\nMaybe {written(SAY)}?\n</think>\n\n{written(ADD)}", [ADD]),
         (f"<think>{written(SAY)}</think> No.", []),
+        (f"<think>Perhaps {written(SAY)} or", []),  # a thinking that was cut off
+        (f"{written(ADD)}<think>and {written(SAY)}", [ADD]),
+        ('{"name": "add", "parameters": {"a": 1, "b": [2]}}; {"name": "say", "parameters": {}}', [ADD, SAY]),
+        ('<|python_tag|>{"name": "say"}\n{"name": "say"};', [SAY, SAY]),
+        ('{"name": "say", "parameters": {}} Done.', []),
+        (
+            '<tool_call>{"name": "run", "arguments": {"c": "a</tool_call>{b} \\u00e9"}}</tool_call>',
+            [ToolCall("run", {"c": "a</tool_call>{b} é"})],
+        ),
         ("The answer is 3.", []),
         ("", []),
         ('{"answer": 3}', []),
@@ -55,6 +64,13 @@ def test_calls_are_read_in_the_familys_form(reply: str, calls: list[ToolCall]) -
         ('<tool_call>{"name": "say", "arguments": [1]}</tool_call>', "of say must be a JSON object"),
         ('<tool_call>{"name": "say", "arguments": "{}"}</tool_call>', "of say must be a JSON object"),
         ("<|python_tag|>print(1)", "no JSON"),
+        ("<|python_tag|>", "no JSON"),
+        ('<|python_tag|>{"name": "say"} and more', "no JSON"),
+        ('<tool_call>{"name": "say"} and more</tool_call>', 'no JSON: {"name": "say"} and more'),
+        ('<tool_call>{"name": "say", "arguments": {"x": 1e999}}</tool_call>', "no JSON"),
+        ('<tool_call>{"name": "say", "arguments": {"x": "\\ud800"}}</tool_call>', "no JSON"),
+        ('<tool_call>{"name": "say", "arguments": {"x": ' + "9" * 5000 + "}}</tool_call>", "no JSON"),
+        ("<|python_tag|>" + '{"name": "say"};' * (MAX_CALLS + 1), f"more than {MAX_CALLS}"),
         (written(SAY) * (MAX_CALLS + 1), f"more than {MAX_CALLS}"),
     ],
 )
@@ -88,7 +104,7 @@ def test_no_reply_raises_anything_else(reply: str) -> None:
 @given(st.text(), st.dictionaries(st.text(), st.integers() | st.text() | st.booleans() | st.none(), max_size=4))
 def test_a_written_call_is_read_again(name: str, arguments: dict[str, Any]) -> None:
     call = ToolCall(name, arguments)
-    tags = ("<tool_call>", "</tool_call>", "</think>")
+    tags = ("<think>", "</think>")
     if not any(tag in json.dumps([name, arguments], ensure_ascii=False) for tag in tags):
         assert read_tool_calls(written(call)) == [call]
 

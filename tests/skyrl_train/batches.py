@@ -98,3 +98,19 @@ def shared_batch(seed: int = 0) -> Batch:
     turns = [*rows("turns", prompt + tokens(30), 5, 9), *rows("turns", prompt, 12, 4)]
     alone, brief = rows("alone", tokens(30), 8), rows("brief", tokens(12), 3, 6, 2)
     return pack([*rows("prompt", tokens(40), 1, 33, 70, 0, 20), *turns, *alone, *brief])
+
+
+def uneven_batch(seed: int = 0) -> Batch:
+    """A group that costs more than all others, one of equal rewards, and one whose tokens were all filtered out."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for group, mask, rewards in (
+        ("large", "00" + "1" * 30, [0.0, 1.0, 2.0, 0.0]),
+        ("equal", "0011", [1.0, 1.0]),
+        ("filtered", "0000000", [0.0, 1.0]),
+    ):
+        for i, reward in enumerate(rewards):
+            row = sample(mask, [0.0] * (len(mask) - 1) + [reward], group=group, trajectory=f"{group}_{i}")
+            row.input_ids[:] = torch.randint(258, (len(mask),), generator=generator).tolist()
+            rows.append(row)
+    return pack(rows)

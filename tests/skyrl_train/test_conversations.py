@@ -29,6 +29,8 @@ from tests.skyrl_train.batches import random_batch
 from tests.skyrl_train.learner.test_learner import trainer_config
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
+ASKED: list[Message] = [{"role": "user", "content": "a"}]
+SAID: Message = {"role": "assistant", "content": "b"}
 PROMPT: list[Message] = [{"role": "user", "content": "count"}]
 LIMITS = EpisodeLimits(max_turns=5, max_input_length=400, max_context=512, step_timeout_s=60, episode_timeout_s=300)
 
@@ -73,6 +75,11 @@ def test_a_row_may_have_messages_or_prompt_and_response(tokenizer):
     assert row_conversation("row 0", {"messages": expected}) == expected
     assert row_conversation("row 0", {"prompt": "a", "response": "b"}) == expected
     assert row_conversation("row 0", {"prompt": expected[:1], "response": "b", "more": 1}) == expected
+    empty = {"tools": [], "prompt": None, "response": None}  # columns of a file in which other rows have them
+    assert (
+        row_conversation("row 0", {"messages": [ASKED[0], {**SAID, "tool_calls": []}], **empty})[-1]["content"] == "b"
+    )
+    assert row_conversation("row 0", {"messages": None, "prompt": "a", "response": "b", "tools": None}) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,11 @@ def test_a_row_may_have_messages_or_prompt_and_response(tokenizer):
             "two messages of the assistant follow each other",
         ),
         ({"prompt": "a", "response": "\ud800"}, "response: "),
+        ({"messages": [*ASKED, {**SAID, "tool_calls": [{"function": {"name": "f"}}]}]}, "assistant has tool_calls"),
+        ({"messages": [*ASKED, {**SAID, "reasoning_content": "so"}]}, "assistant has reasoning_content"),
+        ({"messages": [*ASKED, {**SAID, "weight": 0}]}, "assistant has weight, and only its content is imitated"),
+        ({"messages": [*ASKED, SAID], "tools": [{"type": "function"}]}, "tools would not be shown to the model"),
+        ({"messages": None}, "(trainer.sft.data) has no"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(row, says):

@@ -22,6 +22,7 @@ import pytest
 from loguru import logger
 
 from skyrl_gym.envs.registration import deregister, register
+from skyrl_train import console
 from skyrl_train.entrypoints.main_base import main
 from skyrl_train.log_style import INDENT, who_of, wrapped
 from skyrl_train.visible import log_to, make_errors_visible
@@ -86,6 +87,12 @@ def test_all_lines_of_a_run_fit_the_terminal_and_what_is_copied_is_whole(columns
     assert [line for line in said if not LINE.match(line)] == []
     assert any("uv run skyrl chat a_run" in line for line in lines)
     assert any("uv run python -m skyrl_train.records show a_run --worst 3" in line for line in lines)
+
+
+def test_where_pip_installed_the_command_it_is_typed_without_uv(monkeypatch) -> None:
+    assert console.as_typed("skyrl chat a_run") == "uv run skyrl chat a_run"
+    monkeypatch.setattr(console, "IN_CHECKOUT", False)
+    assert console.as_typed("skyrl chat a_run") == "skyrl chat a_run"
 
 
 def test_a_refusal_is_wrapped_in_a_terminal_and_its_command_is_not(monkeypatch) -> None:

@@ -175,7 +175,13 @@ GAE = ("trainer.algorithm.advantage_estimator=gae", "trainer.critic.optimizer_co
 
 def test_a_critic_is_trained_saved_and_taken_up_again_bit_for_bit(run, tmp_path):
     model = ["trainer.critic.model.path=${trainer.policy.model.path}", "trainer.algorithm.lambd=0.9"]
-    settings = (*GAE, *model, "trainer.ckpt_interval=1", "trainer.policy.optimizer_config.lr=1e-3")
+    settings = (
+        *GAE,
+        *model,
+        "trainer.deterministic=true",
+        "trainer.ckpt_interval=1",
+        "trainer.policy.optimizer_config.lr=1e-3",
+    )
     unbroken = run(tmp_path / "unbroken", *settings)
     assert all(line["critic/critic_loss"] > 0 and line["critic/grad_norm"] > 0 for line in unbroken)
     assert unbroken[0]["critic/values_mean"] == 0.0  # the head begins at zero

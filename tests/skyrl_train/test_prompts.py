@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from loguru import logger
 
-from skyrl_train.prompts import DataError, PromptDataset, PromptSchedule, TrainPrompts
+from skyrl_train.prompts import DataError, PromptRows, PromptSchedule, TrainPrompts
 from tests.tiny_models import tiny_tokenizer
 
 # A ChatML prompt of one user message costs, with one token per byte and per special token:
@@ -28,8 +28,8 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-def dataset(*sources: str, max_prompt_length: int = 100, **options: Any) -> PromptDataset:
-    return PromptDataset(sources, tiny_tokenizer(), max_prompt_length, "default_env", **options)
+def dataset(*sources: str, max_prompt_length: int = 100, **options: Any) -> PromptRows:
+    return PromptRows(sources, tiny_tokenizer(), max_prompt_length, "default_env", **options)
 
 
 def test_a_row_becomes_a_prompt_and_all_other_columns_reach_the_environment(tmp_path):
@@ -184,7 +184,7 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
-        PromptDataset([write(tmp_path / "x.jsonl", row("a"))], tokenizer, 100, "env")
+        PromptRows([write(tmp_path / "x.jsonl", row("a"))], tokenizer, 100, "env")
 
 
 def test_every_epoch_plays_each_prompt_once_in_an_order_of_its_own():

@@ -83,6 +83,32 @@ def test_a_refusal_is_visible(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert is_harmless(capsys.readouterr().err)
 
 
+COMMAND_LINES = [
+    ["config"],
+    ["doctor"],
+    ["check", "x"],
+    ["play", "x"],
+    ["chat", "m"],
+    ["serve", "m"],
+    ["eval", "x"],
+    ["export", "x"],
+    ["view"],
+]
+
+
+@pytest.mark.parametrize("words", [*COMMAND_LINES, ["runs"], ["runs", "compare", "a", "b"], ["train"]], ids=" ".join)
+def test_what_a_command_line_is_refused_for_is_visible(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell puts the names of files there."""
+    from skyrl_train.commands.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--\x1b[2J\x9b31m"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "␛[2J" in said
+    assert is_harmless(said)
+
+
 def test_play_shows_what_a_server_says_without_its_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     from integrations.openenv.commands import arguments, play
 

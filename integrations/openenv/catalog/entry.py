@@ -142,6 +142,11 @@ class CatalogEntry(ABC):
         return self.name
 
     @property
+    def seed_name(self) -> str:
+        """The name that the tasks' random numbers come from: the same on every machine."""
+        return self.name
+
+    @property
     def is_prepared(self) -> bool:
         """True if `tasks` can be called before `prepare`."""
         return True
@@ -165,6 +170,7 @@ class CatalogEntry(ABC):
         if not self.has_engine:
             raise ValueError(
                 f"{self.name}: {self.engine_module} is not installed; "
+                f"pip install 'skyrl-train[{self.extra}]', in a checkout "
                 f"uv run integrations/openenv/install_environment.py {self.name}"
             )
 

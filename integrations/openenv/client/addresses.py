@@ -67,8 +67,12 @@ def websocket_url(url: str) -> str:
 
 def http_url(url: str) -> str:
     """Return the HTTP address of a server: ws://host:8000/ws -> http://host:8000."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # both are parsed now
+    except ValueError as wrong:  # brackets without an IPv6 address, a port that is no number
+        raise OpenEnvError(f"url={url!r} must look like http://host:8000: {wrong}") from None
     scheme = {"http": "http", "https": "https", "ws": "http", "wss": "https"}.get(parts.scheme)
-    if scheme is None or not parts.hostname:
+    if scheme is None or not host or not host.isprintable() or " " in host:
         raise OpenEnvError(f"url={url!r} must look like http://host:8000")
     return f"{scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ws')}"

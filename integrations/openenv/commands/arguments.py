@@ -13,11 +13,17 @@ from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_train.visible import visible
 
+CLASSES = "a class of yours (my_module:MyEnv) or another environment of skyrl_gym (gsm8k)"
+
 
 def add_environment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("env", metavar="ENV", help=f"{', '.join(CATALOG)}; or {FORMS}")
+    parser.add_argument("env", metavar="ENV", help=f"{', '.join(CATALOG)}; {FORMS}; or {CLASSES}")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the environment, e.g. game=catch"
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the environment, e.g. game=catch; of a class, a setting in its env_config",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of the environment")
     parser.add_argument("--max-turns", type=int, help="turn limit of an episode")
@@ -45,6 +51,8 @@ def task_rows(
 ) -> tuple[CatalogEntry, list[dict[str, Any]]]:
     """Return the environment's entry and rows of a made-up data set, with `max_turns`."""
     entry = catalog_entry(arguments.env)
+    if arguments.max_turns is not None and arguments.max_turns < 1:
+        raise ValueError(f"--max-turns={arguments.max_turns} must be at least 1")
     rows, _ = dataset_rows(
         entry.name, num_rows, 0, arguments.seed, options=options_from_words(arguments.option), config=config
     )

@@ -6,66 +6,71 @@ A class of the user's (my_module:MyEnv) or a registered id is checked as skyrl_g
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
-import skyrl_gym
+from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.commands.arguments import add_environment, environment_config, shown, task_rows
 from integrations.openenv.commands.findings import Report, Returns, report
+from integrations.openenv.commands.games import is_text_environment, refuse_servers
 from integrations.openenv.commands.measure import MAX_SESSIONS_TRIED, Measurements, descendants, measure
 from skyrl_gym import commands as gym_commands
-from skyrl_gym.contract import Outcome
-from skyrl_gym.envs.base_text_env import BaseTextEnv
-from skyrl_gym.error import Error
-from skyrl_gym.importing import import_named, is_import_path
+from skyrl_gym.only_json import prints_to_stderr
+from skyrl_train.config.settings import EnvSettings
+from skyrl_train.console import print_json
+
+NUM_EPISODES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_environment(parser)
-    parser.add_argument("-n", "--num-episodes", type=int, default=20, help="episodes of each player")
+    parser.add_argument(
+        "-n", "--num-episodes", type=int, metavar="N", help=f"episodes of each player; default: {NUM_EPISODES}"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     of_class = parser.add_argument_group("for a class of yours, as my_module:MyEnv")
     gym_commands.add_rows(of_class)
+    gym_commands.add_num_rows(of_class)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Play, print the report, and return 0 if nothing in it would make training fail, else 1."""
     if is_text_environment(arguments.env):
-        return gym_commands.run(arguments)
-    if arguments.num_episodes < 1:
-        raise ValueError(f"--num-episodes={arguments.num_episodes} must be at least 1")
+        return _check_class(arguments)
+    gym_commands.refuse_rows(arguments)
+    if arguments.num_rows is not None:
+        raise ValueError(f"--num-rows is for a class of yours; {arguments.env} makes its own tasks: say -n, or nothing")
+    num_episodes = NUM_EPISODES if arguments.num_episodes is None else arguments.num_episodes
+    if num_episodes < 1:
+        raise ValueError(f"--num-episodes={num_episodes} must be at least 1")
     config = environment_config(arguments, max_sessions=4 * MAX_SESSIONS_TRIED)
     began_s, before = time.monotonic(), descendants()
     try:
-        entry, rows = task_rows(arguments, arguments.num_episodes, config)
-        checked = report(run_in_background(measure(config, entry.name, rows, began_s=began_s, before=before)))
+        with prints_to_stderr(wanted=arguments.json):
+            entry, rows = task_rows(arguments, num_episodes, config)
+            checked = report(run_in_background(measure(config, entry.name, rows, began_s=began_s, before=before)))
     except OpenEnvError as failed:  # a server outside the catalog that cannot be reached
         checked = report(Measurements(arguments.env, failure=str(failed)))
     if arguments.json:
-        print(json.dumps({**asdict(checked), "passed": checked.passed}, indent=2))
+        print_json({**asdict(checked), "passed": checked.passed})
     else:
         show(checked, Console(highlight=False))
     return 0 if checked.passed else 1
 
 
-def is_text_environment(name: str) -> bool:
-    """Return whether this is an environment of skyrl_gym: a registered id, or a class that can be imported."""
-    if name in skyrl_gym.registry and name != "openenv":
-        return True
-    if not is_import_path(name):
-        return False
-    found = Outcome.of(lambda: import_named(name))
-    if isinstance(found.error, Error):  # there is no such module or name: "echo_env:latest" is an image
-        return False
-    if found.error is not None:
-        raise ValueError(f"{name} cannot be imported: {type(found.error).__name__}: {found.error}") from found.error
-    return isinstance(found.value, type) and issubclass(found.value, BaseTextEnv)
+def _check_class(arguments: argparse.Namespace) -> int:
+    """Check an environment of skyrl_gym. --option is a setting of it, as environment.skyrl_gym.MyEnv.NAME=VALUE is."""
+    refuse_servers(arguments)
+    if arguments.num_episodes is not None:
+        raise ValueError(f"--num-episodes is of OpenEnv's environments; for {arguments.env} say --num-rows")
+    limit = {} if arguments.max_turns is None else {"max_turns": arguments.max_turns}
+    columns = {"seed": arguments.seed, **limit}
+    return gym_commands.run(arguments, EnvSettings(options_from_words(arguments.option)), columns)
 
 
 def show(checked: Report, console: Console) -> None:

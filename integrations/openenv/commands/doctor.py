@@ -9,20 +9,22 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from integrations.openenv.catalog import CATALOG
-from integrations.openenv.commands.arguments import shown
 from integrations.openenv.commands.list import images_here
 from skyrl_gym.walls.wall import strongest_wall
+from skyrl_train.console import install_extra, print_json
+from skyrl_train.log_style import WIDTH, wrapped
 from skyrl_train.policy.packaged import PACKAGED_MODEL, converted_folder, installed_gguf
+from skyrl_train.visible import visible
 
 PATIENCE_S = 3.0  # for nvidia-smi
 GB = 1e9
+UNDER = 6  # columns before what to do
 LITTLE_MEMORY_GB, LITTLE_DISK_GB = 4.0, 5.0
 
 
@@ -37,22 +39,33 @@ class Line:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # none
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report. Returns 0 in any case: every machine can train, however slowly."""
-    del arguments
     lines = [*machine_lines(), *wall_lines(), *environment_lines()]
-    table = Table(title=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    for column in ("", "what", "here", "what to do"):
-        table.add_column(column, overflow="fold")
+    title = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    if arguments.json:
+        print_json({"machine": title, "lines": [asdict(line) for line in lines]})
+        return 0
+    console = Console(highlight=False)
+    console.print(title, markup=False)
+    width = max(len(line.what) for line in lines)
     for line in lines:
-        table.add_row(
-            "[green]ok[/]" if line.well else "[yellow]--[/]", line.what, shown(line.state), shown(line.advice)
-        )
-    Console(highlight=False).print(table)
+        state = "[green]ok[/]" if line.well else "[yellow]--[/]"
+        console.print(f"{state}  {line.what:{width}}", end="  ")
+        _show_under(console, line.state, " " * (width + UNDER), begun=True)
+        _show_under(console, line.advice, " " * UNDER, style="cyan")
     return 0
+
+
+def _show_under(console: Console, text: str, indent: str, *, begun: bool = False, style: str = "") -> None:
+    """Print lines that are broken between words and begin with the indent, the first not where a line has begun."""
+    lines = wrapped(visible(text), min(console.width, WIDTH) - len(indent)).splitlines()
+    for number, line in enumerate(lines):
+        before = "" if begun and number == 0 else indent
+        console.print(f"{before}{line}", style=style, markup=False, soft_wrap=True)
 
 
 def machine_lines() -> Iterator[Line]:
@@ -64,12 +77,12 @@ def machine_lines() -> Iterator[Line]:
         "memory", f"{memory_gb:.0f} GB", enough, "" if enough else "use trainer.micro_train_batch_size_per_gpu=1"
     )
     gpus = _output("nvidia-smi", "-L").count("GPU ")
-    yield Line("GPU", f"{gpus}", gpus > 0, "" if gpus else "none is needed for small models; NUM_GPUS=0 is the default")
+    yield Line("GPU", f"{gpus}", gpus > 0, "" if gpus else "none is needed for small models")
     yield _bf16_line(on_gpu=gpus > 0)
     from skyrl_train.ops.cpu.c_library import c_compiler  # torch, which the other commands need not wait for
 
     compiler = c_compiler()
-    advice = "" if compiler else "apt install gcc: with a C compiler sampling and updates are nearly twice as fast"
+    advice = "" if compiler else "`apt install gcc`: with a C compiler sampling and updates are nearly twice as fast"
     yield Line("C compiler", compiler or "none", compiler is not None, advice)
     yield _model_line()
     free_gb = shutil.disk_usage(Path.home()).free / GB
@@ -78,7 +91,7 @@ def machine_lines() -> Iterator[Line]:
         "free disk",
         f"{free_gb:.0f} GB at home",
         enough,
-        "" if enough else "a checkpoint of a 135M model is 2 GB: set CKPT_PATH",
+        "" if enough else "a checkpoint of a 135M model is 2 GB: set trainer.ckpt_path",
     )
     yield _torch_line()
 
@@ -92,7 +105,7 @@ def wall_lines() -> Iterator[Line]:
         yield Line("Docker", "answers", True)
     wall = strongest_wall()
     advice = {
-        "confinement": "apt install bubblewrap, and allow user namespaces: a second sandbox for a model's programs",
+        "confinement": "`apt install bubblewrap`, and allow user namespaces: a second sandbox for a model's programs",
         "none": "Linux on x86-64 or ARM, or Docker; environment.openenv.accept_unsafe=true takes the risk",
     }
     yield Line("wall", str(wall), wall.name in ("bubblewrap", "container"), advice.get(wall.name, ""))
@@ -103,7 +116,7 @@ def environment_lines() -> Iterator[Line]:
     for entry in CATALOG.values():
         engine, image = entry.has_engine, entry.local_image in images
         ways = [way for way, here in (("engine installed", engine), ("image here", image)) if here]
-        advice = "" if engine else f"uv sync --extra {entry.extra}, or install_environment.py {entry.name}"
+        advice = f"`{install_extra(entry.extra)}`" if entry.extra and not engine else ""
         yield Line(entry.name, " and ".join(ways) or "neither engine nor image", bool(ways), advice)
 
 
@@ -130,7 +143,7 @@ def _torch_line() -> Line:
     try:
         return Line("torch", importlib.metadata.version("torch"), True)
     except importlib.metadata.PackageNotFoundError:
-        return Line("torch", "not installed", False, "uv sync")
+        return Line("torch", "not installed", False, "`uv sync`")
 
 
 def _output(*command: str) -> str:

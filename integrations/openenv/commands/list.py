@@ -7,10 +7,10 @@ import subprocess
 from dataclasses import fields
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
 
 from integrations.openenv.catalog import CATALOG, FORMS, CatalogEntry
+from skyrl_train.console import install_extra
+from skyrl_train.log_style import WIDTH, wrapped
 
 DOCKER_PATIENCE_S = 3.0
 
@@ -24,14 +24,17 @@ def run(arguments: argparse.Namespace) -> int:
     here = images_here()
     console = Console(highlight=False)
     for entry in CATALOG.values():
-        engine = "installed" if entry.has_engine else f"uv sync --extra {entry.extra}"
+        engine = "installed" if entry.has_engine else "not installed"
         image = "no Docker" if here is None else ("here" if entry.local_image in here else "not here")
         turns = f"{entry.max_turns} turn{'s' if entry.max_turns > 1 else ''}"
         console.print(f"[bold cyan]{entry.name}[/]  {turns}; engine: {engine}; image: {image}")
         for text in (about(entry), options_text(entry)):
-            if text:
-                console.print(Padding(Text(text), (0, 0, 0, 2)))
-    console.print(f"\nAn environment may also be {FORMS}, or a class of yours as my_module:MyEnv.", markup=False)
+            for line in wrapped(text, min(console.width, WIDTH) - 2).splitlines():
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+        if not entry.has_engine and entry.extra:
+            console.print(f"  {install_extra(entry.extra)}", markup=False, soft_wrap=True, style="cyan")
+    others = f"An environment may also be {FORMS}, or a class of yours as my_module:MyEnv."
+    console.print(f"\n{wrapped(others, min(console.width, WIDTH))}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-from typing import Any
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
-from integrations.openenv.commands.arguments import add_environment, environment_config, shown, task_rows
-from integrations.openenv.env import CLOSE, OPEN, OpenEnv
+from integrations.openenv.commands.arguments import add_environment, shown
+from integrations.openenv.commands.games import PlayedGame, game, limits_of
 from integrations.openenv.pool.server_pool import close_shared_pools
+from skyrl_gym import commands as gym_commands
+from skyrl_gym.contract import Messages
 from skyrl_gym.core import EnvFailure
+from skyrl_train.engine.base import SamplingParams
+from skyrl_train.rollout.env_calls import EnvCalls
 from skyrl_train.visible import visible
-
-HELP = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="RUN|MODEL", help="watch this model play: a run's folder, a model")
     parser.add_argument("--before", action="store_true", help="with --model: the model before training plays beside it")
     parser.add_argument("--pace", type=float, metavar="S", help="with --model: seconds a move; default: Enter goes on")
+    gym_commands.add_rows(parser.add_argument_group("for a class of yours, as my_module:MyEnv; --seed picks the row"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = environment_config(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
         if arguments.model is not None:
@@ -38,51 +40,64 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.before or arguments.pace is not None:
             raise ValueError("--before and --pace need --model RUN")
-        _, [row] = task_rows(arguments, 1, config)
-        env = OpenEnv(config, row)
-        run_in_background(_play(env, row["prompt"], console))
+        _play(game(arguments), arguments.seed, console)
     except (OpenEnvError, EnvFailure) as failed:
         print(visible(f"the environment failed: {failed}"), file=sys.stderr)
         return 1
     return 0
 
 
-async def _play(env: OpenEnv, prompt: Any, console: Console) -> None:
-    try:
-        messages, _ = await env.init_async(prompt)
-        _show_task(messages, console)
-        console.print(f"[dim]{HELP}[/]")
-        earned = await _turns(env, messages, console)
-        metrics = ", ".join(f"{name} {value:g}" for name, value in env.get_metrics().items())
-        console.print(f"[bold]The episode earned {earned:g}[/] [dim]({shown(metrics)})[/]")
-    finally:
-        await env.close_async()
-        await close_shared_pools()
+def _play(played: PlayedGame, seed: int, console: Console) -> None:
+    """Play one episode. Lines are read in the main thread, where Ctrl-C interrupts the reading."""
+    with ThreadPoolExecutor(1, "environment") as executor:
+        task = played.task(seed, SamplingParams(max_tokens=1))
+        env = EnvCalls(played.make, task, limits_of(played), executor)
+        try:
+            messages = run_in_background(env.init(task.prompt.messages))
+            _show_task(messages, console)
+            console.print(f"[dim]{shown(played.help)}[/]")
+            earned = _turns(played, env, messages, console)
+            metrics = ", ".join(f"{name} {said(value)}" for name, value in run_in_background(env.metrics()).items())
+            console.print(f"[bold]The episode earned {earned:g}[/] [dim]({shown(metrics or 'no metrics')})[/]")
+        finally:
+            run_in_background(env.close())
+            run_in_background(close_shared_pools())
 
 
-async def _turns(env: OpenEnv, messages: Any, console: Console) -> float:
+def _turns(played: PlayedGame, env: EnvCalls, messages: Messages, console: Console) -> float:
     """Play until the end of the episode, "q", or the end of the input. Returns the sum of the rewards."""
-    earned = 0.0
+    earned, turn = 0.0, 1
     while True:
-        line = await asyncio.to_thread(_read_line, console, env.turns + 1)
+        line = _read_line(console, turn)
         if line is None or line == "q":
             return earned
         if line == "?":
             _show_task(messages, console)
         elif not line:
-            console.print(f"[dim]{HELP}[/]")
+            console.print(f"[dim]{shown(played.help)}[/]")
         else:
-            output = await env.step_async(line if OPEN in line else env.translator.reply_with(line))
-            earned += output["reward"] or 0.0
-            for message in output["observations"]:
+            step = run_in_background(env.step(played.reply(line)))
+            earned += step.reward
+            for message in step.observations:
                 console.print(shown(message["content"]))
-            console.print(f"[green]reward {output['reward']:g}[/]")
-            if output["done"]:
-                console.print("[bold]Out of turns.[/]" if output.get("truncated") else "[bold]The end.[/]")
+            console.print(f"[green]reward {step.reward:g}[/]{shown(named(step.rewards))}")
+            out_of_turns = env.max_turns is not None and turn >= env.max_turns
+            if step.done or out_of_turns:
+                console.print("[bold]The end.[/]" if step.done and not step.truncated else "[bold]Out of turns.[/]")
                 return earned
+            turn += 1
 
 
-def _show_task(messages: Any, console: Console) -> None:
+def named(rewards: Mapping[str, float]) -> str:
+    """Return the parts of a reward that have names, as an addition to a line; "" without any."""
+    return f" ({', '.join(f'{name} {value:g}' for name, value in rewards.items())})" if rewards else ""
+
+
+def said(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _show_task(messages: Messages, console: Console) -> None:
     for message in messages:
         console.print(f"[cyan]{shown(message['role'])}:[/] {shown(message['content'])}")
 

@@ -11,31 +11,24 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from integrations.openenv.catalog import CatalogEntry
-from integrations.openenv.commands.arguments import environment_config, shown, task_rows
-from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.env import OpenEnv
+from integrations.openenv.commands.arguments import shown
+from integrations.openenv.commands.games import PlayedGame, game, limits_of
 from integrations.openenv.pool.server_pool import close_shared_pools
-from integrations.openenv.recipe import recipe
 from skyrl_gym.contract import Messages, Step
+from skyrl_gym.threads import in_daemon_thread
 from skyrl_train.commands.sources import Source, source
 from skyrl_train.commands.trained import Talker
 from skyrl_train.engine.base import Engine
-from skyrl_train.prompts import row_prompt
 from skyrl_train.rollout.env_calls import EnvCalls
 from skyrl_train.rollout.episode import Episode
 from skyrl_train.rollout.sampling import sampling_params
-from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.types import Message, Trajectory
-
-TIMEOUT_S = 600.0  # of the environment's calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +93,12 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
 
 async def watch(arguments: argparse.Namespace, sources: Sequence[Source], console: Console) -> None:
     """Let the models play the same task, and show their moves side by side."""
-    config = environment_config(arguments)
     with ThreadPoolExecutor(4, "environment") as executor:
         players: list[Player] = []
         try:
-            entry, [row] = await asyncio.to_thread(task_rows, arguments, 1, config)
+            played = await asyncio.to_thread(game, arguments, sources[-1])
             for one in sources:
-                players.append(await player(one, entry, row, config, arguments.seed, executor))
+                players.append(await player(one, played, arguments.seed, executor))
             await show(players, console, arguments.pace)
         finally:
             for one in players:
@@ -117,29 +109,13 @@ async def watch(arguments: argparse.Namespace, sources: Sequence[Source], consol
             await close_shared_pools()
 
 
-async def player(
-    of: Source, entry: CatalogEntry, row: dict[str, Any], config: OpenEnvConfig, seed: int, executor: ThreadPoolExecutor
-) -> Player:
-    """Return a player whose episode has begun. A run's own settings say how it samples, else the recipe's."""
-    keys = [] if of.settings else [key for key in recipe(entry, Path(), 0, on_cpu=True) if key.startswith("generator.")]
-    talker = await asyncio.to_thread(Talker, of, [key for key in keys if "max_turns" not in key])
-    engine, generator = await talker.start(), talker.cfg.generator
-    limits = EpisodeLimits(
-        max_turns=None,
-        max_input_length=engine.max_model_len,
-        max_context=engine.max_model_len,
-        step_timeout_s=TIMEOUT_S,
-        episode_timeout_s=TIMEOUT_S,
-    )
-    task = EpisodeTask(
-        prompt=replace(row_prompt("the task", row, "openenv"), uid="0"),
-        repetition=0,
-        env_seed=seed,
-        sampling=sampling_params(generator.eval_sampling_params),
-        sampling_seed=seed,
-        round_name="play",
-    )
-    env = WatchedCalls(lambda _, extras: OpenEnv(config, extras), task, limits, executor)
+async def player(of: Source, played: PlayedGame, seed: int, executor: ThreadPoolExecutor) -> Player:
+    """Return a player whose episode has begun. A run's own settings say how it samples, else those of the game."""
+    talker = await asyncio.to_thread(Talker, of, [] if of.settings else played.keys)
+    engine = await talker.start()
+    limits = limits_of(played, engine.max_model_len)
+    task = played.task(seed, sampling_params(talker.cfg.generator.eval_sampling_params))
+    env = WatchedCalls(played.make, task, limits, executor, played.rewards)
     episode = Episode(task, engine, talker.chat_template, limits, env)
     return Player(of.label, env, engine, asyncio.create_task(episode.play()))
 
@@ -187,5 +163,5 @@ async def _goes_on(pace: float | None, console: Console) -> bool:
     if not sys.stdin.isatty():
         return True
     console.print("[dim]Enter: the next move; q: the end[/] ", end="")
-    line = await asyncio.to_thread(sys.stdin.readline)
+    line = await asyncio.wrap_future(in_daemon_thread(sys.stdin.readline))  # nothing waits for it at the end
     return bool(line) and line.strip() != "q"

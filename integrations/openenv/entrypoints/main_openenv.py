@@ -20,6 +20,7 @@ from integrations.openenv.recipe import with_recipe
 from skyrl_train.config import EnvironmentConfig, SkyRLConfig
 from skyrl_train.entrypoints import main_base
 from skyrl_train.entrypoints.main_base import BasePPOExp
+from skyrl_train.signals import ends_when_asked
 from skyrl_train.visible import say
 
 
@@ -89,4 +90,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ends_when_asked(main))

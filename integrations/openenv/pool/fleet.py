@@ -34,7 +34,7 @@ from integrations.openenv.hosting.launch import (
 )
 from integrations.openenv.hosting.server import Server, ServersGivenUp, ServerStartFailed
 from integrations.openenv.hosting.source import ServerSource
-from integrations.openenv.pool.member import Member
+from integrations.openenv.pool.pooled_server import PooledServer
 from integrations.openenv.pool.session_budget import SessionBudget
 
 MAX_FAILURES = 7  # servers in a row that failed without an episode getting through; then the environment is given up
@@ -50,7 +50,7 @@ class Waiter:
     """A lease in the queue. Its number orders it; `slot` is set to the server it may open a session on."""
 
     number: int
-    slot: asyncio.Future[Member] = field(compare=False)
+    slot: asyncio.Future[PooledServer] = field(compare=False)
 
 
 class Fleet:
@@ -65,7 +65,7 @@ class Fleet:
         self.config = config
         self._budget = budget
         budget.on_free.append(self._dispatch)
-        self.members: list[Member] = []
+        self.members: list[PooledServer] = []
         self.num_restarts = 0  # servers started in place of a dead one
         self._runtime: str | None = None
         self._max_servers = default_max_servers(config, config.runtime)
@@ -79,7 +79,7 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def slot(self, number: int) -> Member:
+    async def slot(self, number: int) -> PooledServer:
         """Return a server with a slot, in the order of the numbers. ServerStartFailed if no server can be started."""
         if self._closed:
             raise OpenEnvError("the server pool is closed")
@@ -96,17 +96,17 @@ class Fleet:
             self._waiting = [other for other in self._waiting if other is not waiter]
             raise
 
-    def opened(self, member: Member) -> None:
+    def opened(self, member: PooledServer) -> None:
         member.opened()
         self._budget.grow()
         self._dispatch()
 
-    def refused(self, member: Member, full: CapacityReached) -> None:
+    def refused(self, member: PooledServer, full: CapacityReached) -> None:
         member.refused(full.max_sessions, asyncio.get_running_loop().time())
         self._budget.give_back()
         self._dispatch()
 
-    def out_of_descriptors(self, member: Member) -> None:
+    def out_of_descriptors(self, member: PooledServer) -> None:
         """The session could not be opened for want of file descriptors: the lease waits and tries again.
 
         The server is not at fault.
@@ -117,7 +117,7 @@ class Fleet:
         self._budget.give_back()
         self._dispatch()
 
-    def not_opened(self, member: Member, *, suspect: bool) -> None:
+    def not_opened(self, member: PooledServer, *, suspect: bool) -> None:
         """The session could not be opened for a reason other than a full server, or its lease was cancelled.
 
         suspect: the server may be at fault, so examine it.
@@ -127,21 +127,21 @@ class Fleet:
             self.suspect(member)
         self._vacate(member)
 
-    def give_back(self, member: Member, *, got_through: bool) -> None:
+    def give_back(self, member: PooledServer, *, got_through: bool) -> None:
         """A session has ended: free its slot. got_through: it was not lost, so the server is well."""
         if got_through:
             member.num_lost_in_a_row = 0
             self._num_failures = 0
         self._vacate(member)
 
-    def suspect(self, member: Member) -> None:
+    def suspect(self, member: PooledServer) -> None:
         """A session on this server was lost: give out no slot on it until it has been examined."""
         member.num_lost_in_a_row += 1
         if not member.suspect and member in self.members and not self._closed:
             member.suspect = True
             self._spawn(self._examine(member))
 
-    async def why_no_environment(self, member: Member) -> str:
+    async def why_no_environment(self, member: PooledServer) -> str:
         """Return, in words, why the server cannot make an environment. Found out once for all its sessions."""
         if member.why_no_environment is None:
             member.why_no_environment = asyncio.get_running_loop().create_task(self._read_why(member.server))
@@ -193,7 +193,7 @@ class Fleet:
 
     # Assignment of slots
 
-    def _vacate(self, member: Member) -> None:
+    def _vacate(self, member: PooledServer) -> None:
         member.num_open -= 1
         member.pause_s = member.refused_until_s = 0.0  # a slot has come free, so try again at once
         self._budget.give_back()
@@ -259,8 +259,10 @@ class Fleet:
             self._num_starting -= 1
             self._start_failed(failed, era)
             return
-        except BaseException:
+        except BaseException as broken:
             self._num_starting -= 1
+            if isinstance(broken, Exception):  # a fault of ours: nobody waits for a server that will not come
+                self._start_failed(OpenEnvError(f"no server was started: {type(broken).__name__}: {broken}"), era)
             raise
         self._num_starting -= 1
         if self._runtime is None:
@@ -270,7 +272,7 @@ class Fleet:
         if self._num_dead:
             self._num_dead -= 1
             self.num_restarts += 1
-        self.members.append(Member(server, self._capacity(), era=era))
+        self.members.append(PooledServer(server, self._capacity(), era=era))
         self._dispatch()
 
     async def _pause(self) -> None:
@@ -321,7 +323,7 @@ class Fleet:
             if not waiter.slot.done() and not waiter.slot.get_loop().is_closed():
                 waiter.slot.set_exception(type(reason)(str(reason)))
 
-    async def _examine(self, member: Member) -> None:
+    async def _examine(self, member: PooledServer) -> None:
         """Examine a suspect server: use it again if it is healthy, else replace it."""
         server = member.server
         running = await asyncio.to_thread(lambda: server.is_running)
@@ -343,7 +345,7 @@ class Fleet:
                 self._budget.warn_once()
                 await asyncio.sleep(1.0)
 
-    async def _replace(self, member: Member, why: str) -> None:
+    async def _replace(self, member: PooledServer, why: str) -> None:
         self.members.remove(member)
         self._num_dead += 1
         words = await asyncio.to_thread(member.server.log_end)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from integrations.openenv.client.errors import SessionLost
 from integrations.openenv.client.session import OpenEnvClient, StepResult
 from integrations.openenv.config import OpenEnvConfig
-from integrations.openenv.pool.fleet import Fleet, Member
+from integrations.openenv.pool.fleet import Fleet, PooledServer
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Lease:
     def __init__(
         self,
         fleet: Fleet,
-        member: Member,
+        member: PooledServer,
         session: tuple[OpenEnvClient, StepResult],
         config: OpenEnvConfig,
         on_end: Callable[[Lease], None],

@@ -24,7 +24,7 @@ from integrations.openenv.client.session import open_session
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.hosting.server import Server
 from integrations.openenv.hosting.source import ServerSource
-from integrations.openenv.pool.fleet import Fleet, Member
+from integrations.openenv.pool.fleet import Fleet, PooledServer
 from integrations.openenv.pool.lease import Lease
 from integrations.openenv.pool.session_budget import SessionBudget
 
@@ -66,7 +66,7 @@ class ServerPool:
         self._leases[lease] = source
         return lease
 
-    async def _opened(self, fleet: Fleet, member: Member, reset_kwargs: dict[str, Any]) -> Lease | None:
+    async def _opened(self, fleet: Fleet, member: PooledServer, reset_kwargs: dict[str, Any]) -> Lease | None:
         """Open a session on this server; None if it was full, or if this process has no file descriptor left."""
         try:
             session = await open_session(

@@ -24,7 +24,7 @@ HELD_FRAMES = 8  # of a random action before the episode
 ALEInterface.setLoggerMode(LoggerMode.Error)
 
 
-class Refused(ValueError):
+class CannotPlay(ValueError):
     """The game cannot be played with these options or this action."""
 
 
@@ -42,7 +42,7 @@ class Console:
         self._ale.setFloat("repeat_action_probability", 0.0)  # drawn here instead, from the seed
         rom = roms.get_rom_path(options.game)
         if rom is None:
-            raise Refused(f"game={options.game!r} is not in this ale-py; 0.12.1 has it")
+            raise CannotPlay(f"game={options.game!r} is not in this ale-py; 0.12.1 has it")
         self._ale.loadROM(rom)
         self._set_switches()
         self._ale.reset_game()
@@ -60,7 +60,7 @@ class Console:
         After the end of the episode nothing moves and the reward is 0.
         """
         if not 0 <= action_id < len(self._actions):
-            raise Refused(f"action_id={action_id} must be from 0 to {len(self._actions) - 1}")
+            raise CannotPlay(f"action_id={action_id} must be from 0 to {len(self._actions) - 1}")
         reward = 0.0
         if not self._over:
             reward = self._hold(self._actions[action_id], self.options.frameskip)
@@ -120,7 +120,7 @@ class Console:
             if value is None:
                 continue
             if value not in allowed:
-                raise Refused(f"{name}={value} is not one of {self.options.game}'s: {', '.join(map(str, allowed))}")
+                raise CannotPlay(f"{name}={value} is not one of {self.options.game}'s: {', '.join(map(str, allowed))}")
             switch(value)
 
 
@@ -136,7 +136,7 @@ def make_answer(_: None) -> Callable[[dict[str, Any]], dict[str, Any]]:
                 return console.observed(0.0)
             assert console is not None
             return console.act(request["act"])
-        except Refused as refused:
+        except CannotPlay as refused:
             return {"refused": str(refused)}
 
     return answer

@@ -28,7 +28,7 @@ class AIMEEnv(BaseTextEnv):
         answer = last_answer(printable(action))
         self.num_invalid_actions += answer is None
         prediction = None if answer is None else normal_form(answer)
-        right = prediction is not None and same_value(prediction, self.truth)
+        right = bool(prediction) and same_value(prediction, self.truth)
         return BaseTextEnvStepOutput(
             observations=[],
             reward=1.0 if right else -1.0,

@@ -3,6 +3,7 @@ r"""LaTeX as models write answers in it: commands with arguments in balanced bra
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -10,8 +11,12 @@ _FRACTIONS = {"frac", "dfrac", "tfrac", "cfrac"}
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")  # "2 1/2"
 _ONE_SPELLING = {
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
 }  # fmt: skip
+_REPEATED = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")  # 0.1\overline{6}
+_ROOT_OF = re.compile(r"√\s*\(([^()]*)\)")
+_EXPONENT = re.compile(r"\^\s*([0-9]+|[a-zA-Z])")
 _SYNONYMS = {"times": "cdot", "leq": "le", "geq": "ge", "ne": "neq", "lbrace": "{", "rbrace": "}"}
 
 
@@ -50,10 +55,23 @@ def unwrapped(text: str, wrappers: Sequence[str]) -> str:
             return text
 
 
+def without_repetition(text: str) -> str:
+    r"""Return the text with "0.1\overline{6}" as the fraction that it is, \frac{15}{90}."""
+
+    def fraction(found: re.Match[str]) -> str:
+        whole, once, again = found[1], found[2], found[3] or found[4]
+        numerator = int(whole + once + again) - int(whole + once or "0")
+        return rf"(\frac{{{numerator}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}})"
+
+    return _REPEATED.sub(fraction, text)
+
+
 def commands(text: str) -> str:
     r"""Return the text with one spelling of each command: "\dfrac12" is "\frac{1}{2}", "\sqrt 2" is "\sqrt{2}"."""
+    text = _ROOT_OF.sub(r"\\sqrt{\1}", text)
     for symbol, spelling in _ONE_SPELLING.items():
         text = text.replace(symbol, spelling)
+    text = _EXPONENT.sub(r"^{\1}", unicodedata.normalize("NFKC", text))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     parts, position = [], 0
     while command := _COMMAND.search(text, position):

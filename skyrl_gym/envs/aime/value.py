@@ -2,12 +2,15 @@ r"""The number that an answer in normal form stands for, so that 1/2, 0.5 and \f
 
 sum      product { (+|-) product }
 product  power { (* | / | \cdot | nothing) power }      2\sqrt{3}, but 2\frac{1}{2} is two and a half
-power    atom [ ^ atom ]                                 -2^2 is -4
-atom     number, \pi, \frac{}{}, \sqrt{}, \sqrt[n]{}, (), {}
+power    atom [ ! ] [ ^ atom ]                           -2^2 is -4
+atom     number, \pi, \frac{}{}, \binom{}{}, \sqrt{}, \sqrt[n]{}, (), {}
+
+A whole expression may be "a \over b", and a number may have an exponent: 3e2.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Context, Decimal, DecimalException, DivisionByZero, InvalidOperation, Overflow, localcontext
 from functools import cache
@@ -17,7 +20,9 @@ from skyrl_gym.envs.aime.latex import argument
 _DIGITS = 400  # more than an answer has characters, so two numbers that differ in writing never compare equal
 _SAME_DIGITS = 350
 _MAX_EXPONENT, _MAX_DEPTH, _MAX_CHARACTERS = 1000, 40, 400
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?")
+_OVER = re.compile(r"\\over(?![a-zA-Z])")
+_LARGEST_FACTORIAL = 300
 _TIMES = re.compile(r"\*|/|\\cdot(?![a-zA-Z])|\\div(?![a-zA-Z])")
 _ROOT = re.compile(r"\\sqrt(?:\[([0-9]{1,3})\])?(?=\{)")
 _INTEGER = re.compile(r"[0-9]{1,100}")
@@ -32,6 +37,8 @@ def same_value(prediction: str, truth: str) -> bool:
     """Return whether two answers in normal form are one number, or lists of equal numbers in equal brackets."""
     if prediction == truth:
         return True
+    if truth.startswith(r"\{") and truth.endswith(r"\}"):
+        return _same_set(prediction, truth)
     ours, theirs = _elements(prediction), _elements(truth)
     if len(ours) > 1 or len(theirs) > 1:
         alike = (prediction[:1], prediction[-1:]) == (truth[:1], truth[-1:]) or truth[:1] not in _BRACKETS
@@ -41,6 +48,20 @@ def same_value(prediction: str, truth: str) -> bool:
         return False
     with localcontext(_context()):
         return abs(mine - other) <= abs(other).scaleb(-_SAME_DIGITS)
+
+
+def _same_set(prediction: str, truth: str) -> bool:
+    r"""Return whether "{1,2}" or "\{2,1\}" has the elements of the set `truth`, in any order."""
+    ours = re.fullmatch(r"\\?\{(.*?)\\?\}", prediction)
+    if ours is None or len(prediction) > _MAX_CHARACTERS:
+        return False
+    left = _elements(ours[1])
+    for element in _elements(truth[2:-2]):
+        found = next((i for i, mine in enumerate(left) if same_value(mine, element)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
 
 
 def value(text: str) -> Decimal | None:
@@ -71,6 +92,9 @@ class _AnswerReader:
 
     def whole(self) -> Decimal:
         result = self._sum()
+        if over := _OVER.match(self._text, self._at):
+            self._at = over.end()
+            result /= self._sum()
         if self._at != len(self._text):
             raise _NoNumber(self._text[self._at :])
         return result
@@ -93,7 +117,7 @@ class _AnswerReader:
         result = sign * self._power()
         if _INTEGER.fullmatch(self._text, start, self._at) and (part := self._proper_fraction()) is not None:
             result += sign * part
-        while self._next() not in ("", "+", "-", ")", "]"):
+        while self._next() not in ("", "+", "-", ")", "]") and not _OVER.match(self._text, self._at):
             times = _TIMES.match(self._text, self._at)
             if times is None:
                 if self._next().isdigit() or self._next() == ".":
@@ -117,6 +141,8 @@ class _AnswerReader:
 
     def _power(self) -> Decimal:
         base = self._atom()
+        if self._takes("!"):
+            base = Decimal(math.factorial(_natural(base)))
         if not self._takes("^"):
             return base
         exponent = self._argument() if self._next() == "{" else self._atom()
@@ -133,6 +159,9 @@ class _AnswerReader:
         if self._takes(r"\frac"):
             upper, lower, self._at = self._two_arguments(self._at)
             return self._inner(upper) / self._inner(lower)
+        if self._takes(r"\binom"):
+            upper, lower, self._at = self._two_arguments(self._at)
+            return Decimal(math.comb(_natural(self._inner(upper)), _natural(self._inner(lower))))
         if root := _ROOT.match(self._text, self._at):
             self._at = root.end()
             return _root(self._argument(), int(root[1] or 2))
@@ -172,6 +201,12 @@ class _AnswerReader:
         found = self._text.startswith(word, self._at)
         self._at += len(word) if found else 0
         return found
+
+
+def _natural(number: Decimal) -> int:
+    if number != number.to_integral_value() or not 0 <= number <= _LARGEST_FACTORIAL:
+        raise _NoNumber("no small natural number")
+    return int(number)
 
 
 def _root(radicand: Decimal, index: int) -> Decimal:

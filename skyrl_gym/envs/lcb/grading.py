@@ -80,8 +80,9 @@ def _same_word(mine: str, other: str) -> bool:
 
 def _same_json(mine: str, other: str) -> bool:
     try:
-        return _same_value(json.loads(mine), json.loads(other))
-    except (ValueError, RecursionError):
+        ours, theirs = (json.loads(text, parse_int=Decimal, parse_float=Decimal) for text in (mine, other))
+        return _same_value(ours, theirs)
+    except (ValueError, RecursionError, InvalidOperation):  # no JSON, or an exponent that is too large
         return False
 
 

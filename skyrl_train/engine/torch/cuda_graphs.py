@@ -3,8 +3,8 @@
 A decoding step launches about a thousand small kernels, and starting them from Python takes longer than they do. So a
 step is recorded once, over buffers that stay where they are, and replayed as a whole. Numbers of rows are rounded up to
 few values, each with a graph of its own; so are attended lengths where there is no flash kernel, which reads them from
-the GPU's memory. Row r is slot r of the cache; rows that do not decode compute along and write where nobody reads.
-Prompts that are computed in the same step go the plain way, behind it.
+the GPU's memory. Rows that do not decode compute along and write where nobody reads. Prompts that are computed in the
+same step go the plain way, behind it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrl_train.engine.torch.draws import sent
-from skyrl_train.engine.torch.kv_cache import CachedAttention, KVCache
-from skyrl_train.ops.cuda import decode_attention
+from skyrl_train.engine.torch.kv_cache import CachedAttention
+from skyrl_train.engine.torch.paged_cache import Cache, PagedAttention
 from skyrl_train.policy.attention import Attention
 from skyrl_train.policy.model import Policy
 
@@ -38,16 +37,15 @@ Record = Callable[[Compute], Compute]  # what computes -> what does the same aga
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The first `rows` slots, attending to their first `span` tokens at most: all of them with the flash kernel."""
+    """So many rows, attending to their first `span` tokens at most; a cache in pages has span 0, for any length."""
 
     rows: int
     span: int
 
     @classmethod
-    def around(cls, rows: int, span: int, cache: KVCache) -> Bucket:
+    def around(cls, rows: int, span: int, cache: Cache) -> Bucket:
         least_rows = 1 << (rows - 1).bit_length() if rows < LEAST_ROWS else _rounded(rows, LEAST_ROWS)
-        least_span = cache.length if cache.has_flash else min(_rounded(span, LEAST_SPAN), cache.length)
-        return cls(min(least_rows, cache.num_slots), least_span)
+        return cls(min(least_rows, cache.num_slots), min(_rounded(span, LEAST_SPAN), cache.longest_span))
 
 
 def _rounded(number: int, step: int) -> int:
@@ -56,70 +54,36 @@ def _rounded(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-class StaticAttention:
-    """Computes what `CachedAttention` does for slots 0, 1, 2, ... with one new token each, without the host.
-
-
-    positions, places: [rows], of the new token: what it attends as, and where its key and value go.
-    """
-
-    def __init__(self, cache: KVCache, positions: Tensor, places: Tensor, span: int) -> None:
-        self._cache, self._positions, self._span = cache, positions, span
-        self._rows = cache.rows_of(torch.arange(len(positions), device=positions.device), places)
-        self._num_keys = positions + 1
-        self._masks: dict[int | None, Tensor] = {}
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        self._cache.write(layer, self._rows, key, value)
-        if self._cache.has_flash:
-            keys, values = self._cache.tokens(layer)
-            length = self._cache.length
-            return decode_attention(query, keys, values, self._num_keys, length, scale=scale, window=window)
-        keys, values = (store[: len(query), :, : self._span] for store in self._cache.layer(layer))
-        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, heads per key head, D]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
-        return out.flatten(1, 2)
-
-    def _mask(self, window: int | None) -> Tensor:
-        """Return [rows, 1, 1, span]: 0 where the new token sees a key, else -inf."""
-        if window not in self._masks:
-            distance = self._positions[:, None] - torch.arange(self._span, device=self._positions.device)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            nothing = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=hidden.device)
-            self._masks[window] = nothing.masked_fill_(hidden, -torch.inf)[:, None, None]
-        return self._masks[window]
-
-
 class DecodingStep:
     """One decoding step of a bucket over buffers that stay where they are: `fill` them, then `compute`."""
 
-    def __init__(self, policy: Policy, cache: KVCache, bucket: Bucket) -> None:
+    def __init__(self, policy: Policy, cache: Cache, bucket: Bucket) -> None:
         self._policy, self._cache, self._bucket = policy, cache, bucket
-        self._inputs = torch.zeros((3, bucket.rows), dtype=torch.int64, device=policy.device)  # ids, positions, places
+        self._inputs = torch.zeros((2, bucket.rows), dtype=torch.int64, device=policy.device)  # ids, positions
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self._places = cache.row_places(bucket.rows, nothing, nothing).to(policy.device)
 
-    def fill(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> None:
-        """Positions and slots [decoding rows] lie on the host, the ids there or on the device.
+    def fill(self, input_ids: Tensor, position_ids: Tensor, attention: CachedAttention | PagedAttention) -> None:
+        """Positions [decoding rows] lie on the host, the ids there or on the device.
 
-        A slot that does not decode attends to its first key. Its new one goes to the end of the slot, where a sequence
-        that still has a token to compute has nothing yet.
+        A row that does not decode attends to one key, and the cache knows where its new one harms nobody.
         """
+        rows, slots, device = attention.decoding_rows, attention.decoding_slots, self._policy.device
         # New memory each time: the copy of the step before may not have been made yet.
-        host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=self._policy.device.type == "cuda")
-        host[2] = self._cache.length - 1
-        host[1:, slots] = position_ids
-        if input_ids.device == slots.device:
-            host[0, slots] = input_ids
-        self._inputs.copy_(host, non_blocking=True)
-        if input_ids.device != slots.device:
-            places = slice(len(slots)) if _is_dense(slots) else sent(slots, input_ids.device)
-            self._inputs[0, places] = input_ids
+        host = torch.zeros(self._inputs.shape, dtype=torch.int64)
+        host[1, rows] = position_ids
+        if input_ids.device == rows.device:
+            host[0, rows] = input_ids
+        self._inputs.copy_(sent(host, device), non_blocking=True)
+        if input_ids.device != rows.device:
+            filled = slice(len(rows)) if _is_dense(rows) else sent(rows, input_ids.device)
+            self._inputs[0, filled] = input_ids
+        self._places.copy_(sent(self._cache.row_places(len(host[0]), slots, position_ids), device), non_blocking=True)
 
     def compute(self) -> Tensor:
         """Return the hidden states [rows, hidden]."""
-        ids, positions, places = self._inputs
-        attention = StaticAttention(self._cache, positions, places, self._bucket.span)
+        ids, positions = self._inputs
+        attention = self._cache.recorded(positions, self._places, self._bucket.span)
         return self._policy.hidden_states(ids, positions, attention)
 
 
@@ -143,7 +107,7 @@ class GraphedPolicy:
         return len(self._recorded)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
-        if self._record is None or not isinstance(attention, CachedAttention):
+        if self._record is None or not isinstance(attention, CachedAttention | PagedAttention):
             return self._plainly(input_ids, position_ids, attention)
         num_decoding = len(attention.decoding_slots)
         if num_decoding == len(input_ids):
@@ -156,23 +120,22 @@ class GraphedPolicy:
         decoded = self._decoded(ids, positions, attention.decoding_alone)
         return torch.cat([decoded, self._plainly(prompt_ids, prompt_positions, attention.without_decoding)])
 
-    def _decoded(self, input_ids: Tensor, position_ids: Tensor, attention: CachedAttention) -> Tensor:
+    def _decoded(self, input_ids: Tensor, position_ids: Tensor, attention: CachedAttention | PagedAttention) -> Tensor:
         """One new token of some sequences. The result lies in a buffer that the next call writes over."""
-        slots = attention.decoding_slots
+        rows = attention.decoding_rows
         self._forget_if_moved(attention.cache)
-        rows = int(slots[-1]) + 1
-        bucket = Bucket.around(rows, int(position_ids.max()) + 1, attention.cache)
+        bucket = Bucket.around(int(rows[-1]) + 1, int(position_ids.max()) + 1, attention.cache)
         if bucket not in self._recorded:
             hidden = self._plainly(input_ids, position_ids, attention)
             if self._failures[bucket] == MAX_FAILURES:
                 return hidden
             step = DecodingStep(self._policy, attention.cache, bucket)
-            step.fill(input_ids, position_ids, slots)
-            self._try(step, bucket, slots, hidden)
+            step.fill(input_ids, position_ids, attention)
+            self._try(step, bucket, rows, hidden)
             return hidden
         step, replay = self._recorded[bucket]
-        step.fill(input_ids, position_ids, slots)
-        return _of_slots(replay(), slots)
+        step.fill(input_ids, position_ids, attention)
+        return _taken(replay(), rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._policy.logits(hidden)
@@ -187,11 +150,11 @@ class GraphedPolicy:
         device = self._policy.device
         return self._policy.hidden_states(input_ids.to(device), position_ids.to(device), attention)
 
-    def _try(self, step: DecodingStep, bucket: Bucket, slots: Tensor, expected: Tensor) -> None:
+    def _try(self, step: DecodingStep, bucket: Bucket, rows: Tensor, expected: Tensor) -> None:
         assert self._record is not None
         try:
             replay = self._record(step.compute)
-            distance = _distance(_of_slots(replay(), slots), expected)
+            distance = _distance(_taken(replay(), rows), expected)
         except RuntimeError as error:
             self._count_failure(bucket, f"recording a step of {bucket.rows} rows failed: {error}")
             return
@@ -208,7 +171,7 @@ class GraphedPolicy:
         if self._failures[bucket] == MAX_FAILURES:
             logger.warning(f"steps of {bucket.rows} rows are sampled without a CUDA graph, which is slower: {why}")
 
-    def _forget_if_moved(self, cache: KVCache) -> None:
+    def _forget_if_moved(self, cache: Cache) -> None:
         keys, _ = cache.layer(0)
         if self._cache_at != (now := (keys.data_ptr(), *keys.shape)):
             self._recorded.clear()
@@ -285,14 +248,14 @@ class NothingFromTheHost(TorchDispatchMode):
         return out
 
 
-def _of_slots(hidden: Tensor, slots: Tensor) -> Tensor:
-    """The rows of these slots, which ascend."""
-    return hidden[: len(slots)] if _is_dense(slots) else hidden[sent(slots, hidden.device)]
+def _taken(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return these rows, which ascend."""
+    return hidden[: len(rows)] if _is_dense(rows) else hidden[sent(rows, hidden.device)]
 
 
-def _is_dense(slots: Tensor) -> bool:
-    """Return whether these slots, which ascend, are the first ones."""
-    return int(slots[-1]) + 1 == len(slots)
+def _is_dense(rows: Tensor) -> bool:
+    """Return whether these rows, which ascend, are the first ones."""
+    return int(rows[-1]) + 1 == len(rows)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

@@ -98,8 +98,9 @@ class TorchEngine:
         session_cache_bytes: int = SESSION_CACHE_BYTES,
     ) -> None:
         """max_model_len: prompt and response together, at most (and by default) the model's context.
-        kv_cache_bytes: for sequences in flight; others wait. Default: a quarter of the device's memory.
-        session_cache_bytes: for keys and values kept between turns.
+        kv_cache_bytes: for sequences in flight; others wait. Default: a quarter of the device's memory, at most half of
+        what is free on a GPU.
+        session_cache_bytes: for keys and values kept between turns; where both lie in pages, the two are one.
         """
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError(f"{max_num_seqs=} and {max_num_batched_tokens=} must be at least 1")
@@ -112,7 +113,7 @@ class TorchEngine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            kv_cache_bytes=kv_cache_bytes or _device_memory(policy.device) // 4,
+            kv_cache_bytes=kv_cache_bytes or _cache_bytes(policy.device),
             session_cache_bytes=0 if deterministic else session_cache_bytes,
             cuda_graphs=not deterministic,  # a replayed step's last bits depend on how far the cache has grown
         )
@@ -310,11 +311,12 @@ def _what_and_where(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _device_memory(device: torch.device) -> int:
-    """Return the memory of a device in bytes; for a CPU the machine's."""
+def _cache_bytes(device: torch.device) -> int:
+    """Return a quarter of the memory of a device, for a CPU of the machine's; at most half of what a GPU has free."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free, total = torch.cuda.mem_get_info(device)
+        return min(total // 4, free // 2)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _tell_of_progress(in_flight: Iterable[tuple[Sequence, Pending]]) -> None:

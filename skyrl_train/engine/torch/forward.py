@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from skyrl_train.engine.torch.cuda_graphs import CudaGraphs, GraphedPolicy
-from skyrl_train.engine.torch.kv_cache import SHORT, CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.kv_cache import SHORT, Chunk, KVCache
+from skyrl_train.engine.torch.paged_cache import PAGE_SIZE, Cache, PagedCache
 from skyrl_train.ops import ops_for
 from skyrl_train.ops.base import Decoder, Draw
+from skyrl_train.ops.cuda import has_flash
 from skyrl_train.policy.attention import PackedAttention
 from skyrl_train.policy.blocks import has_known_blocks
 from skyrl_train.policy.check import allowed_distance, distance
@@ -52,18 +55,41 @@ def _candidates(policy: Policy) -> Iterator[tuple[Decoder, Draw | None]]:
     yield policy, None
 
 
-def prompts_and_steps(model: Decoder, policy: Policy, long: int = SHORT + 2) -> Tensor:
+@torch.inference_mode()
+def computes_in_pages(policy: Policy, *, max_length: int | None = None) -> bool:
+    """Return whether keys and values can lie in pages: on a GPU with a flash kernel that reads them rightly.
+
+    Where it does not, this says why, and every sequence gets a place of its own.
+    """
+    if not has_flash(policy.device, policy.compute_dtype, policy.cache_shape[2]):
+        return False
+    long = min(PAGE_SIZE + 10, max_length or policy.context)
+    cache = PagedCache(policy, max_slots=3, max_length=max(long, 17), max_bytes=2**30, evict=lambda: False)
+    try:
+        found = prompts_and_steps(GraphedPolicy(policy, None), policy, long, cache)
+        far = distance(found, packed_prompts_and_steps(policy, long))
+        why = f"its numbers are {far:.1e} away (relative)" if not far <= allowed_distance(policy.compute_dtype) else ""
+    except RuntimeError as error:
+        why = one_line(error)
+    if why:
+        logger.warning(
+            f"sampling is slower than it could be: attention over a cache in pages does not work here: {why}"
+        )
+    return not why
+
+
+def prompts_and_steps(model: Decoder, policy: Policy, long: int = SHORT + 2, cache: Cache | None = None) -> Tensor:
     """Return the logits of two short prompts, of a decoding step behind them, and of one beside a long prompt.
 
-    [28 + long, vocab], of random tokens in the order of `_passes`.
+    [28 + long, vocab], of random tokens in the order of `_passes`. cache: an empty one with three slots.
     """
-    cache = KVCache(policy, max_slots=3, max_length=max(long, 17), max_bytes=2**30)
+    cache = cache or KVCache(policy, max_slots=3, max_length=max(long, 17), max_bytes=2**30)
     cache.reserve(3, max(long, 17))
     ids, rows, done, starts = _random_ids(policy, long), [], 0, [0, 0, 0]
     for counts in _passes(long):
         chunks = [Chunk(sequence, starts[sequence], count) for sequence, count in counts]
         positions = torch.tensor([position for chunk in chunks for position in range(chunk.start, chunk.stop)])
-        attention = CachedAttention(cache, chunks, policy.device)
+        attention = cache.attention(chunks)
         rows.append(model.hidden_states(ids[done : done + len(positions)], positions, attention))
         done += len(positions)
         for chunk in chunks:

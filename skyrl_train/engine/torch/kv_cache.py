@@ -1,14 +1,14 @@
 """Keys and values of the sequences in flight, and the attention that reads and extends them.
 
 Every sequence owns a slot. A layer's keys are one tensor [slots, kv_heads, length, D], so one decode step of many
-sequences attends over a view of it: nothing is gathered, repeated or allocated. On a GPU the heads of a token lie
-together in memory, as its flash kernel wants them.
+sequences attends over a view of it: nothing is gathered, repeated or allocated. Where a GPU has a flash kernel,
+`paged_cache.py` takes its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
@@ -16,14 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl_train.engine.torch.pages import KeptPages
 from skyrl_train.ops import ops_for
 from skyrl_train.ops.base import RowAttention, RowTokens
-from skyrl_train.ops.cuda import flash_attention, has_flash, write_rows
-from skyrl_train.ops.ragged import Ragged
 from skyrl_train.policy.model import Policy
 
 LENGTH_STEP = 128  # tokens
 SHORT = 128  # tokens; the kernels attend to a chunk token by token up to here, to a longer one through torch
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCopy:
+    """Keys and values of a session's last turn, [layers, 2, kv_heads, tokens, D]."""
+
+    tensor: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+Saved = KeptCopy | KeptPages
 
 
 class KVCache:
@@ -49,6 +62,21 @@ class KVCache:
         layers, two, _, heads, _, dim = self._store.shape
         return layers * two * heads * dim * self._store.element_size()
 
+    def max_kept(self, session_bytes: int) -> int:
+        """Return the most tokens of one session that fit into so many bytes."""
+        return session_bytes // self.bytes_per_token
+
+    def num_that_fit(self, in_flight: Iterable[int], waiting: Iterable[int]) -> int:
+        """Return how many sequences of these lengths fit beside those in flight: each gets as much as the longest."""
+        lengths = list(in_flight)
+        longest, count = max(lengths, default=0), len(lengths)
+        for length in waiting:
+            longest = max(longest, length)
+            if count and (count + 1) * longest > self.max_tokens:
+                break
+            count += 1
+        return count - len(lengths)
+
     def reserve(self, slots: int, length: int) -> None:
         """Allocate this many slots of this length. No slot or token beyond them survives a new allocation."""
         layers, two, old_slots, heads, old_length, dim = self._store.shape
@@ -66,21 +94,35 @@ class KVCache:
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Return a new store. Not an empty one: a masked position still multiplies its value by 0."""
-        if not self.tokens_first:
-            return ops_for(self._store.device, self._store.dtype).zeros(shape, self._store.dtype)
-        layers, two, slots, heads, length, dim = shape
-        return self._store.new_zeros((layers, two, slots, length, heads, dim)).transpose(3, 4)
+        if self._store.device.type != "cpu":
+            return self._store.new_zeros(shape)
+        return ops_for(self._store.device, self._store.dtype).zeros(shape, self._store.dtype)
 
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of slot `source` become those of slot `target`."""
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
         self._store[:, :, target, :, :length] = self._store[:, :, source, :, :length]
 
-    def save(self, slot: int, length: int) -> Tensor:
-        """Return a copy of the first `length` tokens of a slot, [layers, 2, kv_heads, length, D]."""
-        return self._store[:, :, slot, :, :length].clone()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` have what slot `source` had, which is free then."""
+        self.share(source, target, length)
 
-    def load(self, slot: int, saved: Tensor, length: int) -> None:
-        self._store[:, :, slot, :, :length] = saved[:, :, :, :length]
+    def free(self, slot: int) -> None:
+        """Do nothing: whoever gets the slot next writes over it."""
+
+    def save(self, slot: int, length: int) -> KeptCopy:
+        """Return a copy of the first `length` tokens of a slot."""
+        return KeptCopy(self._store[:, :, slot, :, :length].clone())
+
+    def load(self, slot: int, saved: Saved, length: int) -> None:
+        assert isinstance(saved, KeptCopy)
+        self._store[:, :, slot, :, :length] = saved.tensor[:, :, :, :length]
+
+    def drop(self, saved: Saved) -> None:
+        """Do nothing: the copy goes with its last reference."""
+
+    def attention(self, chunks: list[Chunk]) -> CachedAttention:
+        """Return the attention of a pass that computes these chunks."""
+        return CachedAttention(self, chunks, self._store.device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one layer, each [slots, kv_heads, length, D]."""
@@ -90,39 +132,34 @@ class KVCache:
     def num_slots(self) -> int:
         return self._store.shape[2]
 
-    @property
-    def tokens_first(self) -> bool:
-        """Return whether the heads of a token lie together in memory, and not the tokens of a head."""
-        return self._store.device.type != "cpu"
-
-    @cached_property
-    def has_flash(self) -> bool:
-        """Return whether a flash kernel can read it in place."""
-        return has_flash(self._store.device, self._store.dtype, self._store.shape[-1])
-
-    def tokens(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one layer on a GPU, each [slots * length, kv_heads, D]."""
-        keys, values = (store.transpose(1, 2).flatten(0, 1) for store in self.layer(index))
-        return keys, values
-
     def rows_of(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Return the rows for `write` of tokens with these slots and positions, [T] each."""
-        if self.tokens_first:
-            return slots * self.length + positions
         heads = self._store.shape[3]
         first = slots[:, None] * heads + torch.arange(heads, device=slots.device)
         return (first * self.length + positions[:, None]).flatten()
 
     def write(self, index: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """Put key and value [T, kv_heads, D] of new tokens into one layer."""
-        if self.has_flash:
-            write_rows(key, value, *self.tokens(index), rows)
-        elif self.tokens_first:
-            for store, new in zip(self.tokens(index), (key, value), strict=True):
-                store.index_copy_(0, rows, new)
-        else:
-            for store, new in zip(self.layer(index), (key, value), strict=True):
-                store.view(-1, store.shape[-1]).index_copy_(0, rows, new.reshape(-1, store.shape[-1]))
+        for store, new in zip(self.layer(index), (key, value), strict=True):
+            store.view(-1, store.shape[-1]).index_copy_(0, rows, new.reshape(-1, store.shape[-1]))
+
+    def row_places(self, rows: int, slots: Tensor, positions: Tensor) -> Tensor:
+        """Return what `StaticSlots` reads, [rows]: the place of the new token in each slot.
+
+        In a slot that does not decode it is the last one, where a sequence that is not finished has nothing yet.
+        """
+        places = torch.full((rows,), self.length - 1)
+        places[slots] = positions
+        return places
+
+    def recorded(self, positions: Tensor, places: Tensor, span: int) -> StaticSlots:
+        """Return the attention of a recorded step."""
+        return StaticSlots(self, positions, places, span)
+
+    @property
+    def longest_span(self) -> int:
+        """Return how many tokens a recorded step can attend to."""
+        return self.length
 
     @property
     def store(self) -> Tensor:
@@ -175,6 +212,11 @@ class CachedAttention(RowAttention):
         """Return the slots of the chunks of one token, which come first: [N] on the host, ascending."""
         return self._slots[: len(self._singles)]
 
+    @property
+    def decoding_rows(self) -> Tensor:
+        """Return the row of a recorded step in which each of them stands: the number of its slot."""
+        return self.decoding_slots
+
     @cached_property
     def decoding_alone(self) -> CachedAttention:
         """Return the attention of the chunks of one token."""
@@ -211,8 +253,6 @@ class CachedAttention(RowAttention):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         self.cache.write(layer, self._rows, key, value)
-        if self.cache.has_flash:
-            return flash_attention(query, *self.cache.tokens(layer), self._ragged, scale=scale, window=window)
         cached = self.cache.layer(layer)
         grouped = query.unflatten(1, (key.shape[1], -1))  # [T, kv_heads, heads per key head, D]
         parts = []
@@ -246,15 +286,6 @@ class CachedAttention(RowAttention):
     @cached_property
     def _rows(self) -> Tensor:
         return self.cache.rows_of(self._slots, self._positions).to(self._device)
-
-    @cached_property
-    def _ragged(self) -> Ragged:
-        """Return where the chunks' queries and keys are: keys from the beginning of each slot."""
-        counts, stops = [chunk.count for chunk in self._chunks], [chunk.stop for chunk in self._chunks]
-        starts = torch.tensor([*(chunk.slot * self.cache.length for chunk in self._chunks), 0], dtype=torch.int32)
-        num_keys = torch.tensor(stops, dtype=torch.int32)
-        end_to_end = Ragged.of(counts, stops, torch.device("cpu"))
-        return replace(end_to_end, key_offsets=starts, num_keys=num_keys).to(self._device)
 
     @cached_property
     def places(self) -> Tensor:
@@ -336,6 +367,36 @@ class CachedAttention(RowAttention):
         distance = query[:, None] - torch.arange(num_keys, device=self._device)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         return torch.zeros(hidden.shape, dtype=self.cache.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+
+class StaticSlots:
+    """Computes what `CachedAttention` does for slots 0, 1, 2, ... with one new token each, without the host.
+
+    positions, places: [rows], of the new token: what it attends as, and where its key and value go.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, places: Tensor, span: int) -> None:
+        self._cache, self._positions, self._span = cache, positions, span
+        self._rows = cache.rows_of(torch.arange(len(positions), device=positions.device), places)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        self._cache.write(layer, self._rows, key, value)
+        keys, values = (store[: len(query), :, : self._span] for store in self._cache.layer(layer))
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, heads per key head, D]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
+        return out.flatten(1, 2)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Return [rows, 1, 1, span]: 0 where the new token sees a key, else -inf."""
+        if window not in self._masks:
+            distance = self._positions[:, None] - torch.arange(self._span, device=self._positions.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            nothing = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=hidden.device)
+            self._masks[window] = nothing.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self._masks[window]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
-"""The torch engine with a policy of its own, which takes its weights from shared memory: one of several engines."""
+"""The torch engine with a policy of its own, which takes its weights from a learner: one of several engines."""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,13 @@ from skyrl_train.engine.torch.engine import TorchEngine
 from skyrl_train.policy.logprobs import batch_logprobs
 from skyrl_train.policy.model import Policy
 from skyrl_train.types import Sample
-from skyrl_train.weights.shared_memory import read_shared
+from skyrl_train.weights.broadcast import Receiver
+from skyrl_train.weights.shared_memory import SharedWeights, read_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from skyrl_train.weights.shared_memory import SharedWeights
+    from skyrl_train.weights.broadcast import Broadcast
 
 
 class LoadingTorchEngine(TorchEngine):
@@ -30,18 +32,19 @@ class LoadingTorchEngine(TorchEngine):
         super().__init__(policy, tokenizer, **options)
         self._policy = policy
         self._not_loaded: str | None = None  # why it has no whole weights
+        self._receiver = Receiver(uuid.uuid4().hex, policy.device)
 
     async def generate(self, request: Request) -> Completion:
         if self._not_loaded is not None:
             raise RuntimeError(self._not_loaded)
         return await super().generate(request)
 
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, weights: SharedWeights | Broadcast) -> None:
         """Replace all weights, in the compute thread. ValueError if a name, a shape or a type is not the policy's."""
         if self._stopped is not None:
             raise self._refusal()
-        self._not_loaded = f"the weights of version {shared.version} were not loaded"
-        await asyncio.wrap_future(compute.submit(self._load, shared))
+        self._not_loaded = f"the weights of version {weights.version} were not loaded"
+        await asyncio.wrap_future(compute.submit(self._load, weights))
         self._not_loaded = None
 
     async def sleep(self) -> None:
@@ -56,14 +59,16 @@ class LoadingTorchEngine(TorchEngine):
     # Below: in the compute thread.
 
     @torch.no_grad()
-    def _load(self, shared: SharedWeights) -> None:
-        new, own = dict(read_shared(shared)), self._policy.weights
+    def _load(self, weights: SharedWeights | Broadcast) -> None:
+        is_file = isinstance(weights, SharedWeights)
+        new, where = (read_shared(weights), weights.path) if is_file else (self._receiver.receive(weights), "broadcast")
+        new, own = dict(new), self._policy.weights
         if wrong := new.keys() ^ own.keys():
-            raise ValueError(f"{shared.path}: the weights and the policy differ in {', '.join(sorted(wrong)[:4])}")
+            raise ValueError(f"{where}: the weights and the policy differ in {', '.join(sorted(wrong)[:4])}")
         for name, weight in own.items():
             if new[name].shape != weight.shape or new[name].dtype != weight.dtype:
                 given, wanted = (f"{t.dtype} of {list(t.shape)}" for t in (new[name], weight))
-                raise ValueError(f"{shared.path}: {name} is {given}, but the policy has {wanted}")
+                raise ValueError(f"{where}: {name} is {given}, but the policy has {wanted}")
         for name, weight in own.items():
             weight.copy_(new[name])
 

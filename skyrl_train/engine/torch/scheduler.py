@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from skyrl_train.engine.base import Completion, Request, StopReason
 from skyrl_train.engine.torch.batched_sampling import BatchedDraw
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.draws import Row, sent
-from skyrl_train.engine.torch.forward import forward_pass
-from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
+from skyrl_train.engine.torch.forward import computes_in_pages, forward_pass
+from skyrl_train.engine.torch.kv_cache import Chunk, KVCache, Saved
+from skyrl_train.engine.torch.paged_cache import Cache, PagedCache
 from skyrl_train.engine.torch.prefix_sharing import PrefixIndex
 from skyrl_train.engine.torch.sampling import Drawn, begin_sampling
 from skyrl_train.engine.torch.sessions import Kept, KeptSessions
@@ -63,7 +65,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class EngineStep:
     """A forward pass that was started: the sequences that are computed to their end, and their next tokens."""
 
     sequences: list[Sequence]
@@ -93,13 +95,20 @@ class Scheduler:
         self._max_num_seqs, self._budget, self._max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self._eos_ids = end_of_turn_ids(policy.module.generation_config, tokenizer)
         self._stop_strings = StopStrings(tokenizer)
-        self._cache = KVCache(policy, max_slots=max_num_seqs, max_length=max_model_len, max_bytes=kv_cache_bytes)
-        self._sessions = KeptSessions(session_cache_bytes)
+        self._sessions = KeptSessions(session_cache_bytes, self._drop)
+        self._cache = self._new_cache(policy, kv_cache_bytes)
         self._waiting: deque[Sequence] = deque()
         self._slots: list[Sequence] = []  # without gaps, so that decoding attends over no idle slot
         self._prompts: PrefixIndex[Sequence] = PrefixIndex()  # of the sequences in slots
         self._policy_version = 0
-        self._ahead: Step | None = None  # started before the step before it was read
+        self._ahead: EngineStep | None = None  # started before the step before it was read
+
+    def _new_cache(self, policy: Policy, kv_cache_bytes: int) -> Cache:
+        sizes = {"max_slots": self._max_num_seqs, "max_length": self._max_model_len}
+        if not computes_in_pages(policy, max_length=self._max_model_len):
+            return KVCache(policy, **sizes, max_bytes=kv_cache_bytes)
+        num_bytes = kv_cache_bytes + self._sessions.budget
+        return PagedCache(policy, **sizes, max_bytes=num_bytes, evict=self._sessions.forget_oldest)
 
     @property
     def is_idle(self) -> bool:
@@ -130,6 +139,9 @@ class Scheduler:
     def forget(self, session_id: str) -> None:
         self._sessions.forget(session_id)
 
+    def _drop(self, saved: Saved) -> None:
+        self._cache.drop(saved)
+
     def weights_changed(self, policy_version: int) -> None:
         """Nothing computed with the old weights is used again: sequences in flight compute their tokens again.
 
@@ -154,7 +166,7 @@ class Scheduler:
         self.stats = replace(self.stats, busy_seconds=busy)
         return finished
 
-    def _start_next(self) -> Step:
+    def _start_next(self) -> EngineStep:
         self._admit()
         plan = self._plan()
         ids = [token for sequence, chunk in plan for token in sequence.tokens[chunk.start : chunk.stop]]
@@ -162,7 +174,7 @@ class Scheduler:
         self._share_prefixes()
         return step
 
-    def _start_ahead(self, step: Step) -> Step | None:
+    def _start_ahead(self, step: EngineStep) -> EngineStep | None:
         """Start the decoding step that follows `step`, whose tokens only the GPU knows yet; None where that cannot be.
 
         A sequence that turns out to have ended computes one token too many, which `_read` drops. Nothing is started
@@ -186,7 +198,7 @@ class Scheduler:
             ids = ids[sent(torch.tensor(rows), ids.device)]
         return self._start([(sequence, _chunk(sequence, 1)) for sequence in sequences], ids)
 
-    def _only_decodes(self, step: Step) -> bool:
+    def _only_decodes(self, step: EngineStep) -> bool:
         """Return whether what follows `step` is one token of each sequence, whatever it draws."""
         sequences = [sequence for sequence in step.sequences if not sequence.has_ended]
         if len(sequences) < len(self._slots) or (self._waiting and len(self._slots) < self._max_num_seqs):
@@ -195,17 +207,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, each with the longest prefix that is already known."""
-        active = list(self._slots)
-        longest = max((self.room_for(sequence.request) for sequence in active), default=0)
-        while self._waiting and len(active) < self._max_num_seqs:
-            longest = max(longest, self.room_for(self._waiting[0].request))
-            if active and (len(active) + 1) * longest > self._cache.max_tokens:
-                break
-            active.append(self._waiting.popleft())
-        if len(active) == len(self._slots):
+        candidates = islice(self._waiting, self._max_num_seqs - len(self._slots))
+        in_flight, waiting = (
+            (self.room_for(sequence.request) for sequence in sequences) for sequences in (self._slots, candidates)
+        )
+        admitted = [self._waiting.popleft() for _ in range(self._cache.num_that_fit(in_flight, waiting))]
+        if not admitted:
             return
+        active = [*self._slots, *admitted]
         self._cache.reserve(len(active), max(len(sequence.tokens) for sequence in active))
-        for sequence in active[len(self._slots) :]:
+        for sequence in admitted:
             sequence.slot = len(self._slots)
             self._reuse(sequence)
             self._slots.append(sequence)
@@ -231,9 +242,9 @@ class Scheduler:
             self._share(sequence)
 
     def _share(self, sequence: Sequence) -> None:
-        """Copy the shared prefix once the sequence that computes it has done so."""
+        """Take the shared prefix once the sequence that computes it has done so."""
         if sequence.waits_for is not None and sequence.waits_for.computed >= sequence.shared:
-            self._cache.copy_prefix(sequence.waits_for.slot, sequence.slot, sequence.shared)
+            self._cache.share(sequence.waits_for.slot, sequence.slot, sequence.shared)
             self._count_reused(sequence, sequence.shared)
             sequence.waits_for, sequence.parent = None, sequence.waits_for
 
@@ -258,14 +269,14 @@ class Scheduler:
         self._cache.reserve(len(self._slots), max(len(sequence.tokens) for sequence in self._slots))
         return plan
 
-    def _start(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> Step:
+    def _start(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> EngineStep:
         """Compute the tokens `ids` [T] of all chunks, and draw where a sequence is computed to its end."""
         with span("engine step", sequences=len(plan), tokens=len(ids)):
             hidden = self._forward(plan, ids)
             with span("sample"):
                 return self._begin_sampling(plan, hidden)
 
-    def _begin_sampling(self, plan: list[tuple[Sequence, Chunk]], hidden: Tensor) -> Step:
+    def _begin_sampling(self, plan: list[tuple[Sequence, Chunk]], hidden: Tensor) -> EngineStep:
         ends, done, end = [], [], -1
         for sequence, chunk in plan:
             end += chunk.count
@@ -273,15 +284,15 @@ class Scheduler:
                 ends.append(end)
                 done.append(sequence)
         if not done:
-            return Step([], Drawn(([], [])))
+            return EngineStep([], Drawn(([], [])))
         last = hidden if len(ends) == len(hidden) else hidden[sent(torch.tensor(ends), hidden.device)]
         rows = [self._row(sequence) for sequence in done]
-        return Step(done, begin_sampling(self._model.logits(last), rows, self._draw))
+        return EngineStep(done, begin_sampling(self._model.logits(last), rows, self._draw))
 
     def _forward(self, plan: list[tuple[Sequence, Chunk]], ids: Tensor) -> Tensor:
         """Hidden states of the row of all chunks, [T, hidden]."""
         positions = torch.tensor([position for _, chunk in plan for position in range(chunk.start, chunk.stop)])
-        attention = CachedAttention(self._cache, [chunk for _, chunk in plan], self._device)
+        attention = self._cache.attention([chunk for _, chunk in plan])
         model = self._model_of_rounds if plan[0][0].request.in_round else self._model
         hidden = model.hidden_states(ids, positions, attention)
         computed = 0
@@ -294,7 +305,7 @@ class Scheduler:
         )
         return hidden
 
-    def _read(self, step: Step) -> list[tuple[Sequence, Completion]]:
+    def _read(self, step: EngineStep) -> list[tuple[Sequence, Completion]]:
         """Append the tokens that the step has drawn, and finish the sequences that they end."""
         with span("read tokens"):
             tokens, logprobs = step.drawn.read()
@@ -340,7 +351,7 @@ class Scheduler:
         return is_longest or num_tokens >= request.sampling.max_tokens
 
     def _finish(self, sequence: Sequence, reason: StopReason) -> Completion:
-        if sequence.computed * self._cache.bytes_per_token <= self._sessions.budget:
+        if sequence.computed <= self._cache.max_kept(self._sessions.budget):
             kept = Kept(sequence.tokens[: sequence.computed], self._cache.save(sequence.slot, sequence.computed))
             self._sessions.keep(sequence.request.session_id, kept)
         self._release(sequence)
@@ -353,9 +364,10 @@ class Scheduler:
         """Free a slot; the last sequence moves into it."""
         sequence.has_ended = True
         self._prompts.remove(sequence.request.prompt_ids, sequence)
+        self._cache.free(sequence.slot)
         last = self._slots.pop()
         if last is not sequence:
-            self._cache.copy_prefix(last.slot, sequence.slot, last.computed)
+            self._cache.move(last.slot, sequence.slot, last.computed)
             self._slots[sequence.slot], last.slot = last, sequence.slot
         successor: Sequence | None = None  # sequences that read a prefix in its slot now read it in the first one's
         for other in self._slots:

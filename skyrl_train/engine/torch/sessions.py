@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from skyrl_train.engine.torch.kv_cache import Saved
 from skyrl_train.engine.torch.prefix_sharing import PrefixIndex, common_prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The tokens of a session's last turn, with their keys and values [layers, 2, kv_heads, tokens, D]."""
+    """The tokens of a session's last turn, with their keys and values."""
 
     tokens: list[int]
-    saved: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return self.saved.numel() * self.saved.element_size()
+    saved: Saved
 
 
 class KeptSessions:
     """Keeps at most `budget` bytes; the session that was kept longest ago goes first."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, drop: Callable[[Saved], None]) -> None:
+        """drop: is told what is kept no longer."""
+        self.budget, self._drop = budget, drop
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._prefixes: PrefixIndex[Kept] = PrefixIndex()
         self._num_bytes = 0
@@ -35,19 +32,26 @@ class KeptSessions:
         self.forget(session_id)
         self._kept[session_id] = kept
         self._prefixes.add(kept.tokens, kept)
-        self._num_bytes += kept.num_bytes
+        self._num_bytes += kept.saved.num_bytes
         while self._num_bytes > self.budget:
-            self.forget(next(iter(self._kept)))
+            self.forget_oldest()
 
     def forget(self, session_id: str) -> None:
         if (kept := self._kept.pop(session_id, None)) is not None:
             self._prefixes.remove(kept.tokens, kept)
-            self._num_bytes -= kept.num_bytes
+            self._num_bytes -= kept.saved.num_bytes
+            self._drop(kept.saved)
+
+    def forget_oldest(self) -> bool:
+        """Forget the session that was kept longest ago. False: there is none."""
+        if not self._kept:
+            return False
+        self.forget(next(iter(self._kept)))
+        return True
 
     def clear(self) -> None:
-        self._kept.clear()
-        self._prefixes = PrefixIndex()
-        self._num_bytes = 0
+        while self.forget_oldest():
+            pass
 
     def longest_prefix(self, session_id: str, prompt_ids: list[int]) -> tuple[int, Kept | None]:
         """Return how many tokens of the prompt some session has, its own first among equals, and what that one left."""

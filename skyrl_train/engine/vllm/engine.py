@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import time
+import uuid
 from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from skyrl_train.engine.base import Completion, EngineDied, Request, StopReason, refuse_impossible_prompt
 from skyrl_train.engine.vllm.arguments import arguments_of, proof_params, vllm_params, whole_distribution
 from skyrl_train.engine.vllm.settings import LEAST_TEMPERATURE, VllmSettings
-from skyrl_train.engine.vllm.worker import SharedFile, SharedWeightsWorker
+from skyrl_train.engine.vllm.worker import Announced, SharedWeightsWorker
+from skyrl_train.weights.broadcast import Broadcast
 from skyrl_train.weights.shared_memory import SharedWeights
 
 T = TypeVar("T")
@@ -55,13 +57,23 @@ class VllmEngine:
         self._asleep: list[str] = []  # vLLM's names of the memory that is given back
         self._is_tempered = False  # whether `_check_logprobs` has seen the logprobs that the learner computes
         self._request_ids = itertools.count()
+        self._name = uuid.uuid4().hex  # of its workers together, for a learner that sends weights
         self.tokens_reused = 0  # of prompts, out of the prefix cache
-        self._num_in_flight, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
+        self._num_in_flight, self._busy_since, self._busy_until, self._busy_seconds = 0, 0.0, 0.0, 0.0
+        self._tokens_seen = 0  # of the requests in flight, when `busy_seconds` was asked for last
 
     @classmethod
     async def start(cls, settings: VllmSettings, tokenizer: PreTrainedTokenizerBase) -> VllmEngine:
-        """Start vLLM's processes, and return once they have computed something: the first pass is a slow one."""
-        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments_of(settings))
+        """Start vLLM's processes, and return once they have computed something: the first pass is a slow one.
+
+        EngineDied when one of them ends before.
+        """
+        try:
+            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments_of(settings))
+        except RuntimeError as error:  # of vLLM, which knows no more than that a process has ended
+            raise EngineDied(
+                "a process of vLLM ended while it was started; its last lines in the log say why"
+            ) from error
         engine = cls(llm, tokenizer)
         try:
             await engine._answer(llm.collective_rpc(SharedWeightsWorker.return_learners_logprobs.__name__))
@@ -73,8 +85,17 @@ class VllmEngine:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which at least one request was in flight."""
-        return self._busy_seconds + (time.monotonic() - self._busy_since if self._num_in_flight else 0.0)
+        """Seconds in which at least one request was in flight. They stand still while vLLM samples nothing.
+
+        That is seen when they are asked for, again and again.
+        """
+        if not self._num_in_flight:
+            return self._busy_seconds
+        states = self._llm.output_processor.request_states.values()
+        num_tokens = sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
+        if num_tokens != self._tokens_seen:
+            self._tokens_seen, self._busy_until = num_tokens, time.monotonic()
+        return self._busy_seconds + self._busy_until - self._busy_since
 
     async def generate(self, request: Request) -> Completion:
         self._refuse_impossible(request)
@@ -89,16 +110,16 @@ class VllmEngine:
         self._running.clear()
         await self._answer(self._llm.pause_generation(mode="keep", clear_cache=False))
 
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, weights: SharedWeights | Broadcast) -> None:
         """Replace all weights, and drop all keys and values. If that fails, vLLM may hold half of them: it stops."""
-        loading = asyncio.gather(self._answer(self._load(shared)), return_exceptions=True)
+        loading = asyncio.gather(self._answer(self._load(weights)), return_exceptions=True)
         try:
             [failure] = await loading
         except asyncio.CancelledError:
-            self._stop(f"loading the weights of version {shared.version} was given up half-way")
+            self._stop(f"loading the weights of version {weights.version} was given up half-way")
             raise
         if failure is not None:
-            self._stop(f"the weights of version {shared.version} were not loaded: {failure}")
+            self._stop(f"the weights of version {weights.version} were not loaded: {failure}")
             raise self._refusal() from failure
 
     async def sleep(self) -> None:
@@ -192,12 +213,12 @@ class VllmEngine:
             await self._llm.wake_up([kind])
             self._asleep.remove(kind)
 
-    async def _load(self, shared: SharedWeights) -> None:
+    async def _load(self, weights: SharedWeights | Broadcast) -> None:
         await self._wake("weights")
         await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(SharedFile.of(shared)))
+        await self._llm.update_weights(WeightTransferUpdateRequest(Announced.of(weights, self._name)))
         await self._llm.finish_weight_update()
-        await self._forget_old_weights(shared.version)
+        await self._forget_old_weights(weights.version)
 
     async def _forget_old_weights(self, version: int) -> None:
         """Drop every key and value, those of sequences in flight too: vLLM computes them again when it goes on."""
@@ -261,7 +282,7 @@ class VllmEngine:
     @contextmanager
     def _busy(self) -> Generator[None]:
         if self._num_in_flight == 0:
-            self._busy_since = time.monotonic()
+            self._busy_since = self._busy_until = time.monotonic()
         self._num_in_flight += 1
         try:
             yield

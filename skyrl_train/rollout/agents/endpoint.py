@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import uvicorn
 from loguru import logger
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -149,6 +150,8 @@ class Endpoint:
             completion = await _unless_gone(request, self._sampled(asked))
         except BadRequest as bad:
             return JSONResponse(bad.body, 400)
+        except ClientDisconnect:  # in the middle of its request
+            return GONE
         except EngineDied as death:
             return JSONResponse(error_body(str(death), "server_error"), 503)
         except asyncio.CancelledError:
@@ -214,13 +217,16 @@ class Endpoint:
     def _passing_session(self, body: Body, number: int) -> AgentSession:
         """Return a session for one call that belongs to none: it may choose its own sampling and seed."""
         longest = self.engine.max_model_len
-        chosen = {
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "max_tokens": body.longest_reply,
-        }
-        sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
-        sampling = replace(sampling, min_tokens=min(sampling.min_tokens, sampling.max_tokens))
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens")
+        chosen = {name: value for name in names if (value := getattr(body, name)) is not None}
+        if chosen.get("top_k") == 0:  # vLLM's other word for off
+            chosen["top_k"] = -1
+        max_tokens = body.longest_reply or self.sampling.max_tokens
+        chosen["min_tokens"] = min(chosen.get("min_tokens", self.sampling.min_tokens), max_tokens)
+        try:
+            sampling = replace(self.sampling, **chosen, max_tokens=max_tokens)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
         seed = number if body.seed is None else body.seed
         return AgentSession(f"http_{number}", self.template, sampling, SessionLimits(None, longest, longest), seed)
 

@@ -6,13 +6,13 @@ import asyncio
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from skyrl_gym.contract import Outcome, WrongAnswer, checked_metrics, checked_pay
+from skyrl_gym.contract import Outcome, checked_metrics, checked_pay
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.error import Error
 from skyrl_gym.importing import import_named
@@ -62,13 +62,14 @@ class Agent:
             raise ValueError(f"generator.agent={name} is no function")
         return cls(name, found)
 
-    async def play(self, offered: dict[str, Any], executor: Executor) -> Any:
-        """Return what the function returns."""
+    async def play(self, offered: dict[str, Any], executor: Executor) -> Outcome:
+        """Return the outcome of the function. SystemExit and StopIteration are kept from the event loop."""
         taken = offered if self._takes_all else {name: offered[name] for name in self._named & offered.keys()}
+        call = partial(self._function, **taken)
         if inspect.iscoroutinefunction(self._function):
-            return await self._function(**taken)
-        answer = await asyncio.get_running_loop().run_in_executor(executor, partial(self._function, **taken))
-        return await answer if inspect.isawaitable(answer) else answer
+            return await _awaited(call())
+        outcome = await asyncio.get_running_loop().run_in_executor(executor, partial(Outcome.of, call))
+        return await _awaited(outcome.value) if inspect.isawaitable(outcome.value) else outcome
 
 
 @dataclass
@@ -141,16 +142,16 @@ class AgentEpisode:
         named = self.rewards.weights if self.rewards else {}
         if answer is USED_UP:
             return 0.0, dict.fromkeys(named, 0.0), {}
+        outcome = Outcome.of(lambda: self._read(answer))
+        if outcome.error is not None:
+            raise failure(outcome.error, self.agent.name, "the agent") from outcome.error
+        return outcome.value
+
+    def _read(self, answer: Any) -> tuple[float, dict[str, float], dict[str, Any]]:
         reward, metrics = (
             (answer.get("reward"), answer.get("metrics", {})) if isinstance(answer, dict) else (answer, {})
         )
-        outcome = Outcome.of(lambda: (self._counted(*checked_pay(reward)), checked_metrics(metrics)))
-        if isinstance(outcome.error, WrongAnswer):
-            raise failure(outcome.error, self.agent.name, "the agent")
-        if outcome.error is not None:
-            raise outcome.error
-        (total, paid), metrics = outcome.value
-        return total, paid, metrics
+        return *self._counted(*checked_pay(reward)), checked_metrics(metrics)
 
     def _counted(self, total: float, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
         if self.rewards is None:
@@ -179,7 +180,17 @@ class AgentEpisode:
             raise EnvFailure(f"{self.agent.name}: it took longer than {seconds:g} s (generator.episode_timeout_s)")
         if isinstance(outcome, BaseException):
             raise failure(outcome, self.agent.name, "the agent") from outcome
-        return outcome
+        if outcome.error is not None:
+            raise failure(outcome.error, self.agent.name, "the agent") from outcome.error
+        return outcome.value
+
+
+async def _awaited(answer: Awaitable[Any]) -> Outcome:
+    with Outcome() as outcome:
+        outcome.value = await answer
+    if isinstance(outcome.error, asyncio.CancelledError | GeneratorExit):
+        raise outcome.error  # this task is cancelled or closed
+    return outcome
 
 
 def _end(session: AgentSession) -> EpisodeEnd:

@@ -38,9 +38,14 @@ class Body(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = None  # vLLM's names from here; of a session only the run's own sampling is read
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = Field(None, ge=0)
     stop: str | list[str] | None = None
     seed: int | None = None
     return_token_ids: bool | None = None  # vLLM's name: add prompt_token_ids and token_ids to the answer
+    return_tokens_as_token_ids: bool | None = None  # vLLM's name: logprobs name a token by its id, "token_id:7"
 
     @property
     def longest_reply(self) -> int | None:
@@ -62,7 +67,7 @@ class ChatBody(Body):
         "tool_choice": (None, "auto", "none"),
         "functions": (None, []),
         "response_format": (None, {"type": "text"}),
-        "top_logprobs": (None, 0),
+        "top_logprobs": (None, 0, 1),  # 1: the token that was sampled, as only its logprob is known
         "audio": (None,),
     }
 
@@ -71,6 +76,7 @@ class ChatBody(Body):
     tool_choice: str | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     @property
     def longest_reply(self) -> int | None:
@@ -122,6 +128,9 @@ def read_body(kind: type[Body], raw: bytes) -> Any:
     """Return a checked request. BadRequest says which field is wrong, or which is asked for and not supported."""
     try:
         fields = json.loads(raw)
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # "\\ud800" is valid JSON and no text that a tokenizer takes
+        raise BadRequest(f"the body holds half of a surrogate pair: {error}") from error
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -122,8 +122,14 @@ class Reply:
     ) -> dict[str, Any]:
         choice = {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
         if self._body.wants_logprobs:
-            tokens = [str(self._tokenizer.decode([token])) for token in ids]
-            choice["logprobs"] = (_chat_logprobs if self._is_chat else _text_logprobs)(tokens, logprobs)
+            by_id = self._body.return_tokens_as_token_ids
+            tokens = [f"token_id:{token}" if by_id else str(self._tokenizer.decode([token])) for token in ids]
+            with_top = isinstance(self._body, ChatBody) and self._body.top_logprobs == 1
+            choice["logprobs"] = (
+                _chat_logprobs(tokens, logprobs, with_top=with_top)
+                if self._is_chat
+                else _text_logprobs(tokens, logprobs)
+            )
         if self._body.return_token_ids:
             choice["token_ids"] = ids
         return choice
@@ -138,13 +144,12 @@ def _finish(completion: Completion, calls: list[dict[str, Any]]) -> str:
     return "tool_calls" if calls and completion.stop_reason == "stop" else completion.stop_reason
 
 
-def _chat_logprobs(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:
-    return {
-        "content": [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in zip(tokens, logprobs, strict=True)
-        ]
-    }
+def _chat_logprobs(tokens: list[str], logprobs: list[float], *, with_top: bool) -> dict[str, Any]:
+    said = [
+        {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        for token, logprob in zip(tokens, logprobs, strict=True)
+    ]
+    return {"content": [{**one, "top_logprobs": [one] if with_top else []} for one in said]}
 
 
 def _text_logprobs(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:

@@ -119,9 +119,21 @@ def read_run_info(run_folder: Path | str) -> RunInfo:
     if not path.exists():
         return RunInfo()
     try:
-        return RunInfo(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        return _checked(RunInfo(**json.loads(path.read_bytes())))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, the report is written without it") from error
+
+
+def _checked(info: RunInfo) -> RunInfo:
+    """Return the description as it is. TypeError if a value is of another kind, as in another program's run.json."""
+    texts = (info.model, info.environment, info.device, info.name)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(info.total_steps, int | None):
+        raise TypeError("a text or a number of another kind")
+    if not isinstance(info.changed, dict) or not all(isinstance(pair, list) for pair in info.changed.values()):
+        raise TypeError("changed settings of another kind")
+    if not isinstance(info.starts, list) or not all(isinstance(start, dict) for start in info.starts):
+        raise TypeError("starts of another kind")
+    return info
 
 
 def changed_settings(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, list[Any]]:

@@ -12,12 +12,14 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
+from skyrl_train.console import as_typed
 from skyrl_train.files import byte_size, folder_bytes, write_whole
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.progress import clock
 from skyrl_train.run.records.profile import VIEWER
 from skyrl_train.run.records.run_info import read_run_info
 from skyrl_train.run.run_folder import METRICS, MODEL, REPORT, SUMMARY, TRAJECTORIES, checkpoint_steps, profile_steps
+from skyrl_train.visible import visible
 
 EVAL_SCORE, TRAIN_REWARD = "eval/all/avg_score", "reward/avg_raw_reward"
 
@@ -92,7 +94,7 @@ def before_and_after(lines: list[dict[str, Any]]) -> tuple[float | None, float |
         (TRAIN_REWARD, "training", 1),
         (EVAL_SCORE, "evaluation", 1),
     ):
-        rewards = [line[key] for line in lines if key in line]
+        rewards = [line[key] for line in lines if isinstance(line.get(key), int | float)]
         if len(rewards) >= least:
             return rewards[0], rewards[-1], name
     return None, None, "training"
@@ -103,7 +105,7 @@ def closing_panel(summary: Summary) -> Group:
 
     They stand outside the box, where a terminal's own wrapping does not break what is copied.
     """
-    headline = Text(f"{summary.model} on {summary.environment}", style="bold")
+    headline = Text(visible(f"{summary.model} on {summary.environment}"), style="bold", no_wrap=False, overflow="fold")
     if summary.reward_before is not None and summary.reward_after is not None:
         headline.append(f"\n{summary.reward_of} reward {summary.reward_before:.3f} → {summary.reward_after:.3f}")
     headline.append(f"   {summary.steps} steps, {clock(summary.seconds)}, {summary.tokens:,} tokens sampled")
@@ -117,8 +119,8 @@ def closing_panel(summary: Summary) -> Group:
         ("trajectories", summary.trajectories),
         ("report", summary.report or "none yet"),
         *([("profile", f"{summary.profile}, one file per step: open it at {VIEWER}")] if summary.profile else []),
-        *([("talk to it", f"uv run skyrl chat {shlex.quote(str(folder))}")] if summary.model_folder else []),
-        ("next", f"uv run python -m skyrl_train.records show {shlex.quote(str(folder))} --worst 3"),
+        *([("talk to it", as_typed(f"skyrl chat {shlex.quote(str(folder))}"))] if summary.model_folder else []),
+        ("next", as_typed(f"python -m skyrl_train.records show {shlex.quote(str(folder))} --worst 3")),
     ]
     width = max(len(name) for name, _ in rows)
     commands = ("next", "talk to it")

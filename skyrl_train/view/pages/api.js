@@ -38,7 +38,7 @@ export class Watch {
       const changed = this.seen !== undefined && version !== this.seen;
       this.seen = version;
       this.onState(state);
-      if (changed) await this.onChange();
+      if (changed && !(this.run && state.run_version === null)) await this.onChange(); // what is shown stays
     } catch {
       this.onState(null);
       wait = 4000;

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { Chart, lookOf } from "./chart.js";
-import { el, fill, num, settled } from "./dom.js";
+import { el, fill, num, own, settled } from "./dom.js";
 
 const FIRST = [
   "reward/avg_raw_reward", "eval/all/avg_score", "policy/policy_entropy", "policy/policy_kl", "policy/grad_norm",
@@ -97,7 +97,7 @@ export class Curves {
 
   lines(key) {
     return this.runs.map((run, n) => {
-      const [steps, values] = this.series[run]?.[key] || [[], []];
+      const [steps, values] = own(this.series[run], key) || [[], []];
       return { label: this.nameOf(run), look: lookOf(n), ...this.placed(run, steps, values) };
     }).filter((line, n) => line.xs.length && !this.hidden.has(this.runs[n]));
   }
@@ -105,7 +105,7 @@ export class Curves {
   /** Put the values over the chosen axis. */
   placed(run, steps, values) {
     if (kept.axis === "step") return { xs: steps, ys: values };
-    const [at, places] = this.series[run]?.[kept.axis] || [[], []];
+    const [at, places] = own(this.series[run], kept.axis) || [[], []];
     const by = new Map(at.map((step, i) => [step, places[i] / (kept.axis === "elapsed_s" ? 3600 : 1e6)]));
     const points = steps.map((step, i) => [by.get(step), values[i]]).filter(([x]) => Math.abs(x) < 1e12).sort((a, b) => a[0] - b[0]);
     return { xs: points.map(([x]) => x), ys: points.map(([, y]) => y) };
@@ -139,9 +139,9 @@ export function curvesView({ query }) {
 function differences(runs) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.description?.changed || {})))].sort();
   const value = (run, key) => {
-    const own = run.description?.changed?.[key];
-    if (own) return said(Array.isArray(own) ? own[0] : own);
-    const other = runs.map((one) => one.description?.changed?.[key]).find(Boolean);
+    const here = own(run.description?.changed, key);
+    if (here) return said(Array.isArray(here) ? here[0] : here);
+    const other = runs.map((one) => own(one.description?.changed, key)).find(Boolean);
     return said(Array.isArray(other) ? other[1] : null);
   };
   const rows = [

@@ -1,11 +1,11 @@
 // Builds the page. Every text goes through a text node, so nothing that a model, a server or a folder says becomes markup.
 
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f\u0080-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
+const HIDDEN = /(?![\n\t])[\p{C}\p{Zl}\p{Zp}]/gu;  // as skyrl_train/visible.py has it
 
 /** Return the text with control, direction and other invisible characters as pictures or codes. */
 export function visible(text) {
   return String(text).replace(HIDDEN, (c) => {
-    const code = c.charCodeAt(0);
+    const code = c.codePointAt(0);
     return code < 0x20 ? String.fromCharCode(0x2400 + code) : "\\u" + code.toString(16).padStart(4, "0");
   });
 }
@@ -32,6 +32,11 @@ function filled(node, props, children) {
     node.append(child instanceof Node ? child : visible(child));
   }
   return node;
+}
+
+/** Return what stands under a name that others chose: "constructor" is a name like any other. */
+export function own(object, name) {
+  return object && Object.hasOwn(object, name) ? object[name] : undefined;
 }
 
 export function fill(node, ...children) {
@@ -72,7 +77,7 @@ export function clock(seconds) {
 }
 
 export function ago(time) {
-  if (!time) return "–";
+  if (!time || Math.abs(time) > 8e12) return "–";  // beyond it JavaScript has no dates
   const s = Date.now() / 1000 - time;
   if (s < 5) return "now";
   if (s < 60) return Math.floor(s) + "s ago";

@@ -48,6 +48,7 @@ async function show() {
 
 function showState(state) {
   if (!state) return fill(status, el("span", { class: "dot lost" }), "the server does not answer");
+  if (watch.run && state.run_version === null) return fill(status, el("span", { class: "dot lost" }), "this run is no longer there");
   if (state.files_left) return fill(status, el("span", { class: "dot busy" }), `reading ${state.files_left.toLocaleString("en")} files`);
   if (state.unread) return fill(status, el("span", { class: "dot busy" }), `reading ${state.unread} runs`);
   fill(status, el("span", { class: "dot" }), "up to date");

@@ -39,7 +39,8 @@ export class SideBySide {
   draw() {
     const first = this.episodes[0];
     fill(this.title, first ? (this.group ? `step ${first.step}, prompt ${first.uid}: ${this.episodes.length} samples` : `validation task ${this.prompt} over ${new Set(this.episodes.map((e) => e.step)).size} evaluations`) : "No episode.");
-    const largest = Math.max(...this.episodes.flatMap((e) => e.segments.flatMap((s) => (s.advantages || []).map((a) => Math.abs(a ?? 0)))), 0);
+    const advantages = this.episodes.flatMap((e) => e.segments.flatMap((s) => s.advantages || []));
+    const largest = advantages.reduce((most, a) => Math.max(most, Math.abs(a ?? 0)), 0);  // too many to be arguments of one call
     this.conversations = this.episodes.map((episode) => new Conversation(episode, { colouring: look.colouring, scale: largest, onlySampled: this.onlySampled }));
     fill(this.columns, this.episodes.map((episode, i) => el("article", { class: "column card" },
       el("header", {}, el("span", { class: "pill number " + mood(episode.reward) }, num(episode.reward)),

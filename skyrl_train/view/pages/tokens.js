@@ -1,6 +1,6 @@
 // An episode's conversation: every token with its id, logprob, advantage and mask, by colour, hover and keyboard.
 
-import { el, ENDS, mood, num, visible } from "./dom.js";
+import { el, ENDS, mood, num, own } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
 export const COLOURINGS = ["logprob", "advantage", "mask", "none"];
@@ -179,5 +179,5 @@ export function scaleOf(name, known = true) {
 }
 
 export function endBadge(end) {
-  return el("span", { class: "end end-" + (ENDS[end] ? end : "other") }, ENDS[end] || visible(end));
+  return el("span", { class: "end end-" + (own(ENDS, end) ? end : "other") }, own(ENDS, end) || end);
 }

@@ -25,7 +25,7 @@ def main() -> int:
     class Watched(OpenEnvExp):
         """An experiment that reports the time of each stage."""
 
-        def get_tokenizer(self) -> Any:
+        def get_tokenizer(self, padding_side: str | None = None) -> Any:
             reached("imports, device, model's folder")
             tokenizer = super().get_tokenizer()
             reached("tokenizer")

@@ -168,6 +168,7 @@ async def test_100_episodes_over_a_connection_that_cuts_stalls_lies_and_is_full(
     monkeypatch.setattr(attempts, "LONGEST_PAUSE_S", 0.1)  # a fault lasts as long
     monkeypatch.setattr(fleet, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(fleet, "LONGEST_PAUSE_S", 0.1)
+    PacedEngine.places = asyncio.Semaphore(2)  # the replies take a second at least, in which every fault comes
     ended: list[Trajectory] = []
     async with proxy_to(echo_url) as proxy, misbehaving(proxy) as seen:
         config = OpenEnvConfig(url=proxy.url, max_sessions=8, step_timeout_s=1.0)

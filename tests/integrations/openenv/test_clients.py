@@ -17,7 +17,7 @@ async def test_a_local_environment_is_started_and_stopped_by_its_client() -> Non
         assert (await env.state())["step_count"] == 1
         assert (await env.reset()).reward == 0.0
         assert (await env.state())["step_count"] == 0
-    assert set(psutil.Process().children()) == before
+    assert set(psutil.Process().children()) <= before  # one of another test may have ended meanwhile
 
 
 def test_the_same_without_a_loop(coding_url: str) -> None:

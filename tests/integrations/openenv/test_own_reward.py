@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from integrations.openenv.__main__ import main
-from integrations.openenv.commands.check import is_text_environment
+from integrations.openenv.commands.games import is_text_environment
 from integrations.openenv.env import register_openenv
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_train.engine.base import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 from datasets import load_dataset
 
 from integrations.openenv import prepare_dummy_dataset
-from integrations.openenv.catalog import CATALOG
+from integrations.openenv.catalog import CATALOG, catalog_entry
 from integrations.openenv.entrypoints.main_openenv import OpenEnvRunConfig
 from integrations.openenv.prepare_dummy_dataset import dataset_rows
 from skyrl_train.config import load_config
@@ -27,6 +27,19 @@ def test_the_splits_share_no_task_and_the_seed_decides() -> None:
     assert dataset_rows("echo_env", 200, 50, seed=1) == (train, validation)
     assert dataset_rows("echo_env", 200, 50, seed=2) != (train, validation)
     assert dataset_rows("echo_env", 20, 50, seed=1)[1] == validation  # more training tasks, same validation
+
+
+def test_the_tasks_are_the_same_wherever_the_folder_is_and_however_the_name_is_spelled(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place / "my_env" / "server").mkdir(parents=True)
+        (tmp_path / place / "my_env" / "server" / "app.py").touch()
+    here, there = (catalog_entry(str(tmp_path / place / "my_env")) for place in ("here", "there"))
+    assert here.name != there.name
+    assert here.seed_name == there.seed_name == "my_env"
+    assert catalog_entry("http://127.0.0.1:8000").seed_name != catalog_entry("http://127.0.0.1:8001").seed_name
+    spelled = [dataset_rows(name, 2, 1, seed=0)[0] for name in ("echo-env", "echo_env")]
+    dashed, tdashed = ([(row["prompt"], row["seed"]) for row in rows] for rows in spelled)
+    assert dashed == tdashed
 
 
 def test_without_a_name_all_environments_share_the_files_which_say_so(
@@ -53,8 +66,8 @@ def test_a_mixture_has_turn_limits_of_its_own_and_says_how_to_train_on_it(
     rows = pyarrow.parquet.read_table(tmp_path / "train.parquet").to_pylist()
     assert {row["env_name"]: row["max_turns"] for row in rows} == {n: CATALOG[n].max_turns for n in names}
     typed = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert typed[:2] == ["skyrl", "train"]
-    config = load_config(typed[2:], OpenEnvRunConfig)
+    assert typed[:4] == ["uv", "run", "skyrl", "train"]
+    config = load_config(typed[4:], OpenEnvRunConfig)
     assert config.data.train_data == [str(tmp_path / "train.parquet")]
 
 

@@ -111,7 +111,7 @@ def test_a_run_that_is_ended_leaves_no_process(trainer, tmp_path, how):
     assert servers(trainer)
     trainer.send_signal(how)
     code = trainer.wait(120)
-    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert code == (-how if how == signal.SIGKILL else 128 + how)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     log = (tmp_path / "log.txt").read_text()

@@ -113,7 +113,7 @@ def test_without_a_gpu_the_size_and_the_switch_are_said_before_anything_is_insta
     assert "about 5.6 GB, 2.7 of them CUDA's libraries" in done.stderr
     assert "CPU_TORCH=1" in done.stderr
     assert not any("pip install" in call for call in machine.calls)
-    assert "main_openenv --env echo_env --gpus 0 trainer.device=cpu generator.backend=torch " in machine.calls[-1]
+    assert "skyrl_train train --env echo_env --gpus 0 trainer.device=cpu generator.backend=torch " in machine.calls[-1]
     assert machine.calls[-1].endswith(" trainer.seed=1")
 
 

@@ -86,6 +86,27 @@ def test_answers_have_one_spelling(written, meant):
         (r"\left(\frac{1}{2},\, 2\right)", "(0.5, 2.0)"),
         ("2^{10}", "1024"),
         ("[1, 2]", "[1,2]"),
+        (r"204\,\text{cm}^2", "204"),
+        (r"204\text{ mm}^{3}", "204"),
+        (r"{1 \over 2}", "1/2"),
+        (r"1+2\over 6", "1/2"),
+        (r"\boxed 204$.", "204"),
+        (r"\boldsymbol{204}", "204"),
+        (r"\$1\,024", "1024"),
+        ("`204`", "204"),
+        ("*204*", "204"),
+        (r"204\quad", "204"),
+        ("３e2", "300"),
+        ("2½", "5/2"),
+        ("10³", "1000"),
+        ("√(2)", r"\sqrt2"),
+        ("2^10", "2^{10}"),
+        ("x²+1", "x^{2}+1"),
+        (r"\frac{5!}{2}", r"\binom{4}{2} \cdot 10"),
+        (r"0.1\overline{6}", "1/6"),
+        ("1/3", r"0.\overline3"),
+        (r"\{2, \frac12\}", r"\{0.5, 2\}"),
+        ("{1, 2}", r"\{1,2\}"),
     ],
 )
 def test_equivalent_forms_are_right(written, truth):
@@ -109,6 +130,14 @@ def test_equivalent_forms_are_right(written, truth):
         ("", "a"),
         (r"\boxed{}", "204"),
         ("1/0", "1"),
+        ("20 4", "204"),
+        ("0.3", r"0.\overline{3}"),
+        (r"\boxed 204", "2"),
+        (r"\{1, 1\}", r"\{1\}"),
+        (r"\{1\}", r"\{1, 1\}"),
+        ("301!", "301"),
+        ("", ""),
+        ("9e9", "9e99"),
     ],
 )
 def test_forms_that_only_look_alike_are_wrong(written, truth):
@@ -118,7 +147,8 @@ def test_forms_that_only_look_alike_are_wrong(written, truth):
 @pytest.mark.parametrize(
     "text",
     ["9^{9^{9}}", "(" * 300, "{" * 300, r"\frac" * 60, r"\sqrt{" * 50, "1/0", "0^{-1}", r"\sqrt{-1}", "2^", "-", "1..2",
-     "1^{0.5" + "}" * 50, r"\sqrt[0]{2}", "(-8)^{1/3}", "1)(2"],
+     "1^{0.5" + "}" * 50, r"\sqrt[0]{2}", "(-8)^{1/3}", "1)(2",
+     "9!!", "(9!)!", "0.5!", "(-1)!", r"\binom{999}{500}", r"1\over0", r"1\over2\over3", "1e9999", r"\over"],
 )  # fmt: skip
 def test_what_is_no_number_has_no_value(text):
     assert value(text) is None

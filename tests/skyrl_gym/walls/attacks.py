@@ -30,6 +30,27 @@ processes = ["self", 1, given["host_parent"], given["host_pid"], given["pid"]]
 """
 
 READS = {  # they succeed if the secret is in the loot
+    "another program": """
+import subprocess
+loot = subprocess.run(["cat", given["secret_file"]], capture_output=True, text=True).stdout
+""",
+    "program in memory": """
+import subprocess
+program = os.memfd_create("program")
+with open("/bin/cat", "rb") as cat:
+    os.write(program, cat.read())
+cat = f"/proc/{os.getpid()}/fd/{program}"
+loot = subprocess.run([cat, given["secret_file"]], capture_output=True, text=True).stdout
+""",
+    "environment of a thread": """
+loot = first_read(f"/proc/{p}/task/{p}/environ" for p in processes if p != "self")
+""",
+    "hard link": """
+link = given["own_folder"] + "/" + given["marker"]
+os.link(given["secret_file"], link)
+loot = first_read([link])
+os.unlink(link)
+""",
     "host file": 'loot = first_read([given["secret_file"]])',
     "environment variables": 'loot = str(dict(os.environ)) + first_read(f"/proc/{p}/environ" for p in processes)',
     "network": """
@@ -162,6 +183,32 @@ ALL = {
     # these succeed by what they leave behind
     "write outside": 'open(given["outside_file"], "w").write("here I was"); loot = "done"',
     "kill another process": 'os.kill(given["pid"], signal.SIGKILL); loot = "done"',
+    "kill another process by a file's owner": """
+import fcntl
+reading, writing = os.pipe()
+fcntl.fcntl(reading, fcntl.F_SETOWN, given["pid"])
+fcntl.fcntl(reading, 10, signal.SIGKILL)  # F_SETSIG
+fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+os.write(writing, b"x")
+loot = "done"
+""",
+    "kill another process by its descriptor": """
+process = libc.syscall(434, given["pid"], 0)  # pidfd_open
+loot = "done" if process >= 0 and libc.syscall(424, process, 9, None, 0) == 0 else "refused"  # pidfd_send_signal
+""",
+    "kill another process by a queued signal": """
+loot = "done" if libc.sigqueue(given["pid"], 9, None) == 0 else "refused"
+""",
+    "write outside by /proc": """
+open("/proc/self/root" + given["outside_file"], "w").write("here I was")
+loot = "done"
+""",
+    "write outside by a rename": """
+own = given["own_folder"] + "/" + given["marker"]
+open(own, "w").write("here I was")
+os.rename(own, given["outside_file"])
+loot = "done"
+""",
     "endless loop": """
 for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGTERM, signal.SIGXCPU):
     signal.signal(number, signal.SIG_IGN)
@@ -176,6 +223,14 @@ if os.fork() == 0:
         time.sleep(60)
     os._exit(0)
 os.wait()
+libc.prctl(15, b"parent")
+loot = "done"
+""",
+    "orphan of a raw call": """
+if libc.syscall(56 if os.uname().machine == "x86_64" else 220, signal.SIGCHLD, 0, 0, 0, 0) == 0:  # clone
+    os.setsid()
+    time.sleep(60)
+    os._exit(0)
 libc.prctl(15, b"parent")
 loot = "done"
 """,

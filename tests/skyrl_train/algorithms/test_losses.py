@@ -18,6 +18,7 @@ from skyrl_train.algorithms.losses import (
     gmpo,
     gspo,
     importance_sampling,
+    rollout_is,
     sapo,
 )
 
@@ -165,6 +166,23 @@ def test_dppo_reads_nothing_outside_the_mask():
         assert_close(loss, tensor([0.0, 1.0, 0.0]))
         assert all(math.isfinite(value) for value in metrics.values())
         assert gradient_of(dppo, junk, loss_mask=mask, **arguments, **settings).tolist() == [0.0, -1.0, 0.0]
+
+
+def test_rollout_is_weighs_by_the_ratio_to_the_engine_and_leaves_out_what_is_outside():
+    ratio, advantages = tensor([1.1, 1.3, 0.9, 0.7]), tensor([2.0, 1.0, -1.0, 1.0])
+    log_probs, engine = tensor([-1.0, -2.0, -3.0, -4.0]), tensor([-1.0, -2.0, -3.0, -4.0]) - ratio.log()
+    arguments: dict[str, Any] = {"rollout_logprobs": engine, "advantages": advantages, **CLIP}
+    loss, metrics = rollout_is(log_probs, loss_mask=torch.ones(4).bool(), **arguments)
+    assert_close(loss, tensor([2.2, 0.0, -2.7, 0.0]))  # 1.3 and 0.7 are outside (0.8, 1.2), though 0.7 would come back
+    assert metrics == {"clip_ratio": 0.5}
+    gradient = gradient_of(rollout_is, log_probs, loss_mask=torch.ones(4).bool(), **arguments)
+    assert_close(gradient, tensor([-2.2, 0.0, 0.9, 0.0]))  # -A r: nothing flows through the ratio
+    junk: dict[str, Any] = {
+        **arguments,
+        "rollout_logprobs": tensor([torch.inf, -torch.inf, -3.0 - math.log(0.9), torch.nan]),
+    }
+    loss, _ = rollout_is(log_probs, loss_mask=tensor([False, False, True, False]), **junk)
+    assert_close(loss, tensor([0.0, 0.0, -2.7, 0.0]))
 
 
 def test_kl_cov_penalizes_the_share_of_tokens_with_the_highest_covariance():

@@ -91,7 +91,8 @@ def test_equal_sums_give_0_and_not_their_rounding():
 
 
 def test_without_names_it_says_what_to_do():
-    played = [trajectory(i, {}) for i in range(4)]
+    assert advantages([trajectory(i, {}) for i in range(4)]) == [0.0] * 4  # as where all were cut before any reward
+    played = [trajectory(i, {}, beside=1.0) for i in range(4)]
     with pytest.raises(ValueError, match=r"gdpo needs several named rewards.*set environment.rewards, have the env"):
         advantages(played)
     with pytest.raises(ValueError, match="2 names"):

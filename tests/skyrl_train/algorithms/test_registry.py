@@ -19,7 +19,7 @@ def mine(log_probs, scale=2):
 def test_the_built_in_names_are_there():
     assert set(PolicyLossRegistry.list_available()) == {
         "regular", "dual_clip", "gspo", "cispo", "clip_cov", "kl_cov", "sapo", "cross_entropy", "importance_sampling",
-        "dppo", "gmpo",
+        "dppo", "gmpo", "rollout_is",
     }  # fmt: skip
     assert AdvantageEstimatorRegistry.list_available() == [
         "distillation",

@@ -10,31 +10,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from skyrl_gym.envs import deregister, register
 from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.cluster.actors import Identity
+from skyrl_train.cluster.deaths import cause_of
 from skyrl_train.cluster.engine import RayEngine
 from skyrl_train.cluster.launch import Cluster
 from skyrl_train.cluster.learner import RayLearner
 from skyrl_train.cluster.placement import Placement
 from skyrl_train.cluster.session import RaySession
+from skyrl_train.cluster.start import import_ray
 from skyrl_train.cluster.travel import arrays_of
 from skyrl_train.config import load_config
-from skyrl_train.engine.base import EngineDied, Request, SamplingParams
+from skyrl_train.engine.base import Completion, EngineDied, Request, SamplingParams
+from skyrl_train.engine.pool import EnginePool
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.learner.base import LearnerDied
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.types import Batch
-from skyrl_train.weights.shared_memory import read_shared
+from skyrl_train.weights.sent import BroadcastWeights
+from skyrl_train.weights.shared_memory import proof_ids_of, read_shared
 from tests.fakes import EvenEnv
 from tests.skyrl_train.batches import random_batch
 from tests.skyrl_train.cluster.runs import TWO, arguments, write_given
 
 pytest.importorskip("ray", reason="needs Ray: uv sync --inexact --extra cluster")
 IDS = [5, 9, 2, 77, 120, 31]
+LONG = Request(IDS, SamplingParams(max_tokens=400, min_tokens=400, seed=1), "s")
 
 
 @dataclass
@@ -97,6 +103,15 @@ def test_two_ranks_learn_what_one_process_learns_and_both_ways_of_the_batch_keep
         torch.testing.assert_close(published[name], weight, atol=1e-6, rtol=1e-5)
 
 
+def test_a_death_that_an_actor_reports_is_told_with_its_name_and_last_lines(tmp_path):
+    (tmp_path / "worker.err").write_text("the cache needs more memory\n")
+    identity = Identity(pid=7, log=str(tmp_path / "worker"), gpus=None)
+    said = import_ray().exceptions.RayTaskError("build", "", EngineDied("a process of vLLM ended"))
+    death = cause_of(said, "engine 1 of 2", identity)
+    assert isinstance(death, EngineDied)
+    assert str(death) == "engine 1 of 2: a process of vLLM ended\nIts last lines:\n  the cache needs more memory"
+
+
 async def test_an_engine_with_pushed_weights_has_the_learners_logprobs_and_samples_by_seed(started, tmp_path):
     engine, learner = started.engine, started.learner
     await engine.pause()
@@ -109,6 +124,40 @@ async def test_an_engine_with_pushed_weights_has_the_learners_logprobs_and_sampl
     assert one.response_ids == again.response_ids != two.response_ids
     assert one.policy_version == 7
     assert engine.busy_seconds > 0
+
+
+class SamePlace(RayEngine):
+    """The engine again, as one that was started in the place of a lost one."""
+
+    async def close(self) -> None:
+        self._is_closed = True
+
+
+@pytest.mark.parametrize("num_readers", [0, 1], ids=["over gloo, which stands for NCCL", "as CUDA IPC would"])
+async def test_weights_of_two_ranks_reach_the_engine_and_one_that_is_started_later_gets_them_too(started, num_readers):
+    engine, learner = started.engine, started.learner
+    parts = engine._actor, engine._name, engine._identity, engine.max_model_len, engine._node, engine._copies
+
+    async def start(_: int) -> SamePlace:
+        return SamePlace(*parts)
+
+    first = await start(0)
+    pool = EnginePool([first], start)
+    ids = proof_ids_of(started.exp.tokenizer)
+    weights = BroadcastWeights(ids, torch.float32, num_engines=lambda: pool.num_up, num_readers=num_readers)
+    for _ in range(2):  # the second push goes on with the group of the first
+        await weights.push(learner, pool)
+        assert weights.metrics["weights/max_logprob_difference"] < 1e-4
+        assert weights.metrics["weights/megabytes"] > 0
+    pids = [identity_of(started, rank).pid for rank in range(2)]
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(tuple(f"torch_{pid}_" for pid in pids))]
+    await engine.pause()
+    request = Request(IDS, SamplingParams(max_tokens=6, seed=1), "session")
+    waiting = asyncio.create_task(pool.generate(request))
+    await first.close()
+    assert (await waiting).policy_version == learner.policy_version
+    again = await pool.generate(request)
+    assert again == await waiting
 
 
 async def test_an_error_of_the_other_process_arrives_as_it_was_raised(started):
@@ -156,14 +205,37 @@ def test_every_process_gets_as_much_of_a_busy_machine_as_the_driver(started):
 
 async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
     engine = await started.cluster.start_engine(1)
-    long = Request(IDS, SamplingParams(max_tokens=400, min_tokens=400, seed=1), "s")
-    waiting = [asyncio.create_task(engine.generate(long)) for _ in range(3)]
+    waiting = [asyncio.create_task(engine.generate(LONG)) for _ in range(3)]
     await asyncio.sleep(0.2)
     os.kill(engine._identity.pid, signal.SIGKILL)
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, EngineDied)
         assert f"engine 1 of 2 (process {engine._identity.pid}) died: it was killed" in str(outcome)
     await engine.close()
+
+
+def seen_often(engine: RayEngine, silent_looks: int) -> RayEngine:
+    """The same engine, asked many times a second whether it computes."""
+    return RayEngine(
+        engine._actor,
+        engine._name,
+        engine._identity,
+        engine.max_model_len,
+        engine._node,
+        engine._copies,
+        look_s=0.05,
+        silent_looks=silent_looks,
+    )
+
+
+async def test_an_engine_that_completes_nothing_for_long_shows_that_it_computes(started):
+    engine = seen_often(started.engine, silent_looks=10_000)
+    waiting = [asyncio.create_task(engine.generate(LONG)) for _ in range(8)]
+    done: set[asyncio.Task[Completion]] = set()
+    while not engine.busy_seconds and not done:
+        done, _ = await asyncio.wait(waiting, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
+    assert not done
+    await asyncio.gather(*waiting)
 
 
 def identity_of(started: Started, rank: int) -> Identity:
@@ -211,7 +283,7 @@ def test_ranks_that_wait_for_each_other_are_named_with_the_lines_where_they_wait
 
 
 def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_waits_for_it(started, tmp_path):
-    """The last test of this module: the ranks are gone after it."""
+    """The ranks are gone after it."""
     pid, log = identity_of(started, 1).pid, identity_of(started, 1).log
     assert log is not None
     with Path(log).open("a") as file:
@@ -235,3 +307,15 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_
     began = time.monotonic()
     started.learner.close()
     assert time.monotonic() - began < 30
+
+
+async def test_a_stopped_engine_is_ended_with_its_name_and_everyone_who_waits_hears_of_it(started):
+    """The engine is gone after it."""
+    engine = seen_often(started.engine, silent_looks=20)
+    pid = engine._identity.pid
+    os.kill(pid, signal.SIGSTOP)
+    outcomes = await asyncio.gather(*(engine.generate(LONG) for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(outcome, EngineDied) for outcome in outcomes)
+    assert all(f"engine 0 of 2 (process {pid}) hung and was ended" in str(outcome) for outcome in outcomes)
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+    assert not alive

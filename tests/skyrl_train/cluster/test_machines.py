@@ -65,7 +65,7 @@ def test_a_dead_machine_ends_the_run_with_its_name_and_nothing_is_left(machines,
     assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
     assert "stopped: learner rank 1 of 2 on machine " in output, output[-2000:]
     assert "Traceback" not in output
-    assert seconds < 40  # it would wait ten minutes for the others
+    assert seconds < 300  # it would wait ten minutes for the others
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 

@@ -8,7 +8,17 @@ import pytest
 from safetensors.torch import load_file
 
 from skyrl_train.run.metrics import read_metrics
-from tests.skyrl_train.cluster.runs import NUM_STEPS, TWO, family_after_step, nothing_is_left, start, title, write_given
+from tests.skyrl_train.cluster.runs import (
+    NUM_STEPS,
+    TWO,
+    family_after_step,
+    imitating,
+    nothing_is_left,
+    start,
+    title,
+    write_given,
+)
+from tests.tiny_models import save_tiny_model
 
 pytest.importorskip("ray", reason="needs Ray: uv sync --inexact --extra cluster")
 VLLM = [
@@ -26,6 +36,7 @@ def test_a_killed_driver_of_one_learner_and_two_engines_apart_leaves_no_process_
     apart = [
         "trainer.placement.colocate_all=false",
         "generator.num_inference_engines=2",
+        "generator.weight_sync_backend=gloo",
         "trainer.dump_data_batch=true",
     ]
     process = start(write_given(tmp_path), *apart, "trainer.epochs=1000")
@@ -39,6 +50,26 @@ def test_a_killed_driver_of_one_learner_and_two_engines_apart_leaves_no_process_
     check(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     batch = load_file(tmp_path / "run" / "exports" / "dumped_data" / "global_step_2.safetensors")
     assert batch["input_ids"].numel() == batch["advantages"].numel() == int(batch["offsets"][-1])
+
+
+@pytest.mark.timeout(400)
+def test_two_ranks_imitate_and_then_have_a_teacher_and_a_sample_for_each_turn(tmp_path):
+    given = write_given(tmp_path)
+    save_tiny_model(given / "teacher", seed=5, head_dim=32)
+    taught = [
+        "trainer.algorithm.advantage_estimator=distillation",
+        "trainer.algorithm.use_kl_loss=false",
+        f"trainer.ref.model.path={given}/teacher",
+        "generator.step_wise_trajectories=true",
+    ]
+    process = start(given, *TWO, *taught, *imitating(given))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    check(lines)
+    gaps = [line["loss/reverse_kl"] for line in lines if "loss/reverse_kl" in line]
+    assert len(gaps) == NUM_STEPS
+    assert min(gaps) > 0.5, "another model's logprobs"
 
 
 @needs_vllm

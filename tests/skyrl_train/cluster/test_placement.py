@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl_train.cluster.placement import Placement, Resources, place, refuse_missing_packages
+from skyrl_train.cluster.placement import Placement, Resources, place, refuse_missing_packages, way_of_weights
 from skyrl_train.config import load_config
 
 HERE = Resources(num_gpus=4, num_cores=8, memory_gb=32)
@@ -48,6 +48,36 @@ def placed(*overrides: str, on_gpu: bool = False, here: Resources = HERE) -> Pla
 def test_ranks_and_engines_have_their_devices(overrides, on_gpu, of_ranks, of_engines, in_process, num_threads):
     placement = placed(*overrides, on_gpu=on_gpu)
     assert placement == Placement(on_gpu, in_process, of_ranks, of_engines, num_threads)
+
+
+NCCL, GLOO, SHARED = ([f"generator.weight_sync_backend={name}"] for name in ("nccl", "gloo", "shared_memory"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_gpu", "way"),
+    [
+        (APART, True, "sent"),  # nccl is the default
+        ([*APART, *NCCL, *VLLM, *SPLIT], True, "sent"),
+        (VLLM, True, "ipc"),  # one GPU for both: NCCL refuses that
+        ([*NCCL, *ranks(2), *engines(1), *VLLM, *SPLIT], True, "ipc"),
+        ([*APART, *NCCL], False, "file"),  # on a CPU it stands for shared memory
+        ([*NCCL, *VLLM], False, "file"),
+        ([*ranks(2), *engines(2)], False, "file"),
+        ([*APART, *GLOO], False, "sent"),
+        ([*GLOO, *VLLM], False, "sent"),
+        ([*GLOO, *ranks(2), *engines(2)], False, "sent"),
+        ([*SHARED, *VLLM], True, "file"),
+        ([*SHARED, *APART], True, "file"),
+    ],
+)
+def test_new_weights_are_copied_on_a_device_sent_or_in_a_file_that_all_map(overrides, on_gpu, way):
+    config = load_config(overrides)
+    assert way_of_weights(config, place(config, HERE, on_gpu=on_gpu)) == way
+
+
+def test_gloo_on_a_gpu_that_was_found_is_refused():
+    with pytest.raises(ValueError, match=r"weight_sync_backend=gloo is for processes on a CPU.* use .*=nccl"):
+        placed(*APART, *GLOO, on_gpu=True)
 
 
 def machines(number: int, each: int) -> list[str]:

@@ -67,6 +67,12 @@ def test_a_run_whose_checkpoints_were_deleted_answers_with_its_model(runs, tmp_p
     assert source(str(run / "model"), before=True).model == str(run.parent / "model")
 
 
+def test_a_line_that_is_no_unicode_text_is_answered(runs, capsys, monkeypatch):
+    assert chat(capsys, monkeypatch, "caf\udce9\n", str(runs["full"])) == chat(
+        capsys, monkeypatch, "caf?\n", str(runs["full"])
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -76,12 +82,18 @@ def test_a_run_whose_checkpoints_were_deleted_answers_with_its_model(runs, tmp_p
         (["base", "--step", "3"], "holds no checkpoint"),
         (["base", "trainer.lerning_rate=1"], "trainer.lerning_rate"),
         (["base", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
+        (["base", "--temperature", "nan"], "temperature=nan must be 0"),
+        (["plain", "--system", "x"], "no system messages"),
         (["damaged"], "skyrl.json is damaged"),
     ],
 )
 def test_what_cannot_talk_is_refused(runs, words, says, tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "base").symlink_to(runs["full"].parent / "model")
     shutil.copytree(runs["full"] / "model", tmp_path / "damaged")
+    shutil.copytree(runs["full"].parent / "model", tmp_path / "plain")
+    template = (tmp_path / "plain" / "chat_template.jinja").read_text()
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    (tmp_path / "plain" / "chat_template.jinja").write_text(refusing + template)
     (tmp_path / "damaged" / "skyrl.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
     assert main(["chat", *words]) == 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from skyrl_train.commands.main import main
 from skyrl_train.run.metrics import read_metrics
+from tests.fakes import EvenEnv
 
 SCORE = "eval/all/avg_score"
 CPU = ["trainer.device=cpu"]
@@ -66,3 +68,16 @@ def test_what_cannot_be_evaluated_is_refused(runs, words, says, capsys):
     assert main(["eval", *(str(runs["full"]) if word == "RUN" else word for word in words), *CPU]) == 2
     refused = capsys.readouterr().err
     assert says in refused.splitlines()[-1]
+
+
+class Broken(EvenEnv):
+    def step(self, action: str) -> Any:
+        raise ConnectionError("the database is gone")
+
+
+def test_an_evaluation_without_an_episode_ends_with_its_reason_and_no_traceback(runs, capsys):
+    words = [str(runs["full"]), f"environment.env_class={__name__}:Broken", "generator.max_env_retries=0", *CPU]
+    assert main(["eval", *words]) == 1
+    printed = capsys.readouterr().err
+    assert "skyrl eval: stopped: all 4 episodes of a round failed in their environments" in " ".join(printed.split())
+    assert "Traceback" not in printed

@@ -151,6 +151,13 @@ def test_a_model_that_is_not_the_runs_own_is_refused(runs, tmp_path, capsys):
         (["run", "--step", "7"], "has no checkpoint of step 7; it has 1, 2"),
         (["run", "--output", "full"], "full holds other files"),
         (["damaged"], "digests.txt is missing"),
+        (["run", "--output", "run/global_step_2/model"], "global_step_2, which would be damaged"),
+        (
+            ["run", "--output", "run/global_step_2/a/b.gguf", "--format", "gguf"],
+            "global_step_2, which would be damaged",
+        ),
+        (["run", "--output", "full/thesis.tex/model"], "thesis.tex is a file"),
+        (["run", "--output", "full/thesis.tex"], "thesis.tex is a file; give a folder"),
         (["run", "--format", "gguf", "--adapter"], "choose one"),
         (["run", "--dtype", "q8_0"], "is for --format gguf"),
         (["run", "--format", "gguf", "--output", "full"], "full is a folder; a GGUF model is one file"),
@@ -171,6 +178,8 @@ def test_what_is_no_run_is_refused_in_one_line(runs, words, says, tmp_path, monk
     refused = capsys.readouterr().err
     assert says in refused
     assert refused.count("\n") == 1
+    assert main(["export", *words, "--json"]) == 2
+    assert says in json.loads(capsys.readouterr().out)["error"]
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
     assert not list(tmp_path.rglob("*.writing"))
 

@@ -34,7 +34,7 @@ async def served(talker: Talker, *words: str) -> AsyncGenerator[str]:
     options = serve.parser().parse_intermixed_args([talker.source.named, "--port", str(port), *words])
     serving = asyncio.create_task(serve.serve(talker, options))
     try:
-        for _ in range(600):
+        for _ in range(2400):
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.close()

@@ -26,7 +26,6 @@ READ_OTHERWISE = {
     "trainer.placement.critic_num_gpus_per_node": "the same",
     "trainer.placement.ref_num_nodes": "the same",
     "trainer.placement.ref_num_gpus_per_node": "the same",
-    "generator.weight_sync_backend": "its rule; both values that are accepted ask for what is always done",
     "environment.env_classes": "as EnvironmentConfig.trusts",
     "environment.trust_dataset_code": "the same",
     "generator.batched": "its rule; the torch engine always plays all prompts at once",

@@ -17,6 +17,7 @@ from skyrl_train.config import (
     DynamicSamplingConfig,
     FSDPConfig,
     FullyAsyncConfig,
+    GeneratorConfig,
     SkyRLConfig,
     TrainerConfig,
     config_dir,
@@ -112,9 +113,11 @@ def test_every_default_can_be_read_and_set():
         assert name in section
         setattr(section, name, row.default)
     assert to_flat_dict(config) == to_flat_dict(load_config([]))
-    assert config.generator.get("model_name", "none") == "none"
+    assert config.generator.model_name == config.trainer.policy.model.path  # as the tree was checked
+    made: Any = GeneratorConfig()
+    assert made.get("model_name", "none") == "none"
     with pytest.raises(AttributeError, match=r"generator.model_name is not read: .* use trainer.policy.model.path"):
-        _ = config.generator.model_name
+        _ = made.model_name
 
 
 def test_a_key_that_follows_another_is_compared_when_the_tree_is_checked():

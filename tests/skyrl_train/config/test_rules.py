@@ -31,6 +31,14 @@ def test_a_mini_batch_is_not_larger_than_a_step():
     ("override", "says"),
     [
         ("trainer.epochs=0", "trainer.epochs=0 must be at least 1"),
+        ("trainer.policy.optimizer_config.lr=nan", "trainer.policy.optimizer_config.lr=nan is not a number"),
+        ("trainer.policy.optimizer_config.lr=inf", "trainer.policy.optimizer_config.lr=inf must be finite"),
+        ("trainer.algorithm.entropy_loss_coef=inf", "trainer.algorithm.entropy_loss_coef=inf must be finite"),
+        ("trainer.algorithm.eps_clip_low=nan", "trainer.algorithm.eps_clip_low=nan is not a number"),
+        ("generator.sampling_params.temperature=nan", "generator.sampling_params.temperature=nan is not a number"),
+        ("generator.sampling_params.temperature=1e-320", "must be 0 (greedy), or finite and at least 0.001"),
+        ("generator.eval_sampling_params.temperature=inf", "must be 0 (greedy), or finite and at least 0.001"),
+        ("generator.sampling_params.repetition_penalty=inf", "must be above 0 and finite"),
         ("trainer.micro_train_batch_size_per_gpu=0", "must be at least 1"),
         ("trainer.device=tpu", "trainer.device=tpu must be one of auto, cpu, cuda"),
         ("trainer.max_ckpts_to_keep=0", "would delete every checkpoint"),
@@ -145,6 +153,8 @@ QUANTIZED = ["trainer.policy.model.load_in_4bit=true", "trainer.policy.model.lor
         ([*QUANTIZED, "trainer.strategy=fsdp2"], "is not possible with trainer.strategy=fsdp2"),
         (["trainer.policy.optimizer_config.optim=adamw_8bit", "trainer.strategy=fsdp2"], "use trainer.strategy=single"),
         (["trainer.policy.optimizer_config.optim=adam8"], "must be one of adamw, adamw_8bit"),
+        (["trainer.policy.optimizer_config.optim=paged_adamw_8bit"], "pages moments on GPUs alone.* use adamw_8bit"),
+        (["trainer.critic.optimizer_config.optim=paged_adamw_32bit"], "pages moments on GPUs alone.* use adamw_8bit"),
     ],
 )
 def test_weights_and_moments_in_few_bits_are_refused_where_they_are_not_possible(overrides, says):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from skyrl_train.engine.torch import cuda_graphs, kv_cache, scheduler
+from skyrl_train.engine.torch import scheduler
 from skyrl_train.engine.torch.cuda_graphs import Bucket, Compute, DecodingStep, GraphedPolicy, NothingFromTheHost
-from skyrl_train.engine.torch.kv_cache import CachedAttention, Chunk, KVCache
-from skyrl_train.ops.ragged import Ragged, ragged_attention
+from skyrl_train.engine.torch.kv_cache import Chunk, KVCache
+from skyrl_train.engine.torch.paged_cache import Cache, PagedCache
 from skyrl_train.policy.model import Policy
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
@@ -41,10 +41,19 @@ def filled_cache(policy: Policy, *, length: int = 64) -> KVCache:
     for layer in range(policy.config.num_hidden_layers):
         for store in cache.layer(layer):
             store.copy_(torch.randn(store.shape, generator=torch.Generator().manual_seed(layer)))
+    return filled(policy, cache)
+
+
+def filled_pages(policy: Policy, *, page_size: int = 16) -> PagedCache:
+    """The same sequences in pages."""
+    options: dict[str, Any] = {"max_bytes": 2**24, "evict": lambda: False, "page_size": page_size}
+    return filled(policy, PagedCache(policy, max_slots=8, max_length=512, **options))
+
+
+def filled(policy: Policy, cache: Any) -> Any:
     for slot, length in enumerate(LENGTHS):
         positions = torch.arange(length)
-        attention = CachedAttention(cache, [Chunk(slot, 0, length)], policy.device)
-        plainly(policy).hidden_states(positions + slot, positions, attention)
+        plainly(policy).hidden_states(positions + slot, positions, cache.attention([Chunk(slot, 0, length)]))
     return cache
 
 
@@ -52,12 +61,11 @@ def plainly(policy: Policy) -> GraphedPolicy:
     return GraphedPolicy(policy, None)
 
 
-def one_token(model: GraphedPolicy, cache: KVCache, slots: list[int], token: int = 9) -> Tensor:
+def one_token(model: GraphedPolicy, cache: Cache, slots: list[int], token: int = 9) -> Tensor:
     """Hidden states of one more token in each of these slots."""
     chunks = [Chunk(slot, LENGTHS[slot], 1) for slot in slots]
     positions = torch.tensor([chunk.start for chunk in chunks])
-    attention = CachedAttention(cache, chunks, cache.layer(0)[0].device)
-    return model.hidden_states(torch.arange(len(slots)) + token, positions, attention)
+    return model.hidden_states(torch.arange(len(slots)) + token, positions, cache.attention(chunks))
 
 
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2, 3, 4], [1, 3], [4]], ids=str)
@@ -81,7 +89,7 @@ def test_slots_that_idle_along_lose_nothing_that_they_have_computed() -> None:
     for _ in range(2):
         one_token(graphed, cache, [1, 3])
     for slot, length in enumerate(LENGTHS):
-        assert_close(cache.save(slot, length), untouched.save(slot, length), atol=0, rtol=0)
+        assert_close(cache.save(slot, length).tensor, untouched.save(slot, length).tensor, atol=0, rtol=0)
     assert all(store.isfinite().all() for layer in range(2) for store in cache.layer(layer))
 
 
@@ -157,63 +165,36 @@ def test_a_recording_that_failed_is_tried_once_more_and_other_numbers_of_rows_ar
     assert graphed.num_recorded == 2
 
 
-def pretend_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of a GPU, computed plainly, and its layout of the cache."""
-
-    def write_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-        keys.index_copy_(0, rows, key)
-        values.index_copy_(0, rows, value)
-
-    def decode_attention(
-        query: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor, length: int, **options
-    ) -> Tensor:
-        edges = torch.arange(len(query) + 1)
-        return ragged_attention(query, keys, values, Ragged(edges, edges * length, 1, length, num_keys), **options)
-
-    monkeypatch.setattr(KVCache, "has_flash", True)
-    monkeypatch.setattr(KVCache, "tokens_first", True)
-    monkeypatch.setattr(kv_cache, "write_rows", write_rows)
-    monkeypatch.setattr(kv_cache, "flash_attention", ragged_attention)
-    monkeypatch.setattr(cuda_graphs, "decode_attention", decode_attention)
-
-
-@pytest.mark.parametrize("flash", [False, True], ids=["masks", "flash"])
+@pytest.mark.parametrize("make", [filled_cache, filled_pages], ids=["slots", "pages"])
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
 @torch.inference_mode()
 def test_prompts_beside_decoding_rows_leave_those_their_graph(
-    family: str, config: dict, flash: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, config: dict, make: Callable[[Policy], Cache]
 ) -> None:
     policy = tiny_policy(family, **config)
     chunks = [Chunk(0, 3, 1), Chunk(3, 11, 1), Chunk(4, 7, 5), Chunk(1, 40, 9), Chunk(5, 0, 20)]
     positions = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
 
-    def computed(model: GraphedPolicy, cache: KVCache) -> Tensor:
-        return model.hidden_states(positions + 7, positions, CachedAttention(cache, chunks, policy.device))
+    def computed(model: GraphedPolicy, cache: Cache) -> Tensor:
+        return model.hidden_states(positions + 7, positions, cache.attention(chunks))
 
     expected = computed(plainly(policy), filled_cache(policy))
-    if flash:
-        pretend_flash(monkeypatch)
     graphed = GraphedPolicy(policy, again)
-    cache = filled_cache(policy)
+    cache = make(policy)
     for _ in range(2):
         assert_close(computed(graphed, cache), expected, atol=2e-5, rtol=1e-4)
     assert graphed.num_recorded == 1
-    if flash:
-        assert_close(computed(plainly(policy), filled_cache(policy)), expected, atol=2e-5, rtol=1e-4)
+    assert_close(computed(plainly(policy), make(policy)), expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_with_the_flash_kernel_a_number_of_rows_has_one_graph_however_long_the_sequences(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pretend_flash(monkeypatch)
+def test_in_pages_a_number_of_rows_has_one_graph_whatever_their_slots_and_lengths() -> None:
     policy = tiny_policy()
-    cache = filled_cache(policy, length=500)
-    graphed = GraphedPolicy(policy, again)
-    for slots in ([0, 1], [2, 3], [0, 2], [1, 4]):
-        ours = one_token(graphed, cache, slots)
-        assert_close(ours, one_token(plainly(policy), cache, slots), atol=2e-5, rtol=1e-4)
-    assert graphed.num_recorded == 3  # of 2, 4 and 6 rows: slots up to the last one compute along
+    cache, graphed = filled_pages(policy), GraphedPolicy(policy, again)
+    for slots in ([0, 1], [2, 3], [0, 2], [1, 4], [0, 2, 4]):
+        ours = one_token(graphed, cache, slots).clone()
+        assert_close(ours, one_token(plainly(policy), filled_cache(policy), slots), atol=2e-5, rtol=1e-4)
+    assert graphed.num_recorded == 2  # of 2 and 4 rows: the fourth has no sequence, and writes into nobody's page
 
 
 def test_rows_and_spans_are_rounded_up_to_few_numbers_within_the_cache() -> None:

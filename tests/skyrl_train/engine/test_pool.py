@@ -83,8 +83,8 @@ def tokens(replies: list[Completion]) -> list[list[int]]:
     return [reply.response_ids for reply in replies]
 
 
-async def until_it_computes(engine: LoadingTorchEngine) -> None:
-    while engine.stats().steps < 3:  # noqa: ASYNC110 (the thread tells nobody about its steps)
+async def until_it_computes(engine: LoadingTorchEngine, after_step: int = 0) -> None:
+    while engine.stats().steps < after_step + 3:  # noqa: ASYNC110 (the thread tells nobody about its steps)
         await asyncio.sleep(0)
 
 
@@ -108,13 +108,14 @@ async def test_two_engines_reply_as_one_does_and_the_next_turn_finds_its_keys(en
 async def test_a_round_is_the_same_up_to_the_bit_also_after_a_death(engines, weights, dies):
     pool = EnginePool([engines.make(0), engines.make(1)], engines.start)
     await push(pool, weights(7))
-    asked = [replace(request, in_round=True) for request in requests(8, max_tokens=24, min_tokens=24)]
+    asked = [replace(request, in_round=True) for request in requests(8, max_tokens=48, min_tokens=48)]
     expected = await answers(pool, asked)
     for request in asked:
         await pool.forget(request.session_id)
+    steps = engines.last(1).stats().steps
     replies = asyncio.create_task(answers(pool, asked))
     if dies:
-        await asyncio.sleep(0.02)
+        await until_it_computes(engines.last(1), steps)
         await engines.last(1).close()
     assert await replies == expected
     assert len(engines.made) == (3 if dies else 2)

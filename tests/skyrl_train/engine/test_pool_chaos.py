@@ -7,6 +7,7 @@ import gc
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class SlowEngine:
         await self._call("pause")
         self.goes_on.clear()
 
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, shared: Any) -> None:
         await self._call("load_weights")
         [(_, weights)] = read_shared(shared)
         await self._after(0.5)
@@ -342,7 +343,7 @@ def test_an_engine_that_does_not_answer_a_push_is_replaced_and_the_push_succeeds
 
 
 class Refusing(SlowEngine):
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, shared: Any) -> None:
         raise ValueError("layers half open")
 
 
@@ -361,7 +362,7 @@ def test_an_engine_that_alone_refuses_weights_is_replaced(tmp_path):
 
 
 class Stale(SlowEngine):
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, shared: Any) -> None:
         """Take nothing, without a word."""
 
 

@@ -19,7 +19,7 @@ from skyrl_train.ops import cuda
 from skyrl_train.policy import attention, blocks, logprobs
 from skyrl_train.policy.attention import ATTENTION_NAME, register_attention
 from skyrl_train.policy.model import Policy
-from tests.benchmarks.gpu import SHAPES
+from tests.benchmarks.shapes import SHAPES
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,6 +114,8 @@ class OpsOnMeta(cuda.CudaOps):
 
 class FusedOpsOnMeta(OpsOnMeta):
     """The same with what liger-kernel's functions allocate and keep."""
+
+    recomputes = True
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return Normed.apply(x, weight)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skyrl_train.algorithms.advantages import add_advantages
+from skyrl_train.batch.packing import pack
+from skyrl_train.batch.steps import steps
 from skyrl_train.config import LoraConfig, TrainerConfig
 from skyrl_train.learner.fsdp import sharded_learner
 from skyrl_train.learner.learner import TorchLearner
@@ -19,8 +21,9 @@ from skyrl_train.policy.model import Policy
 from skyrl_train.policy.value_head import Critic
 from skyrl_train.types import Batch
 from skyrl_train.weights.shared_memory import SharedWeights
-from tests.skyrl_train.batches import random_batch, shared_batch
+from tests.skyrl_train.batches import random_batch, shared_batch, uneven_batch
 from tests.skyrl_train.learner.test_learner import trainer_config
+from tests.skyrl_train.learner.test_step_wise import episodes
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
 Named = dict[str, Tensor]
@@ -117,7 +120,14 @@ def prepared(learner: TorchLearner, case: Case, batch: Batch) -> Batch:
 
 
 def batch_of(name: str, seed: int = 0) -> Batch:
-    return shared_batch(seed) if name == "shared" else random_batch(num_prompts=5, seed=seed)
+    match name:
+        case "shared":
+            return shared_batch(seed)
+        case "uneven":
+            return uneven_batch(seed)
+        case "turns":  # step-wise: every turn of an episode is a row
+            return pack([turn for sample in episodes(seed) for turn in steps(sample)])
+    return random_batch(num_prompts=5, seed=seed)
 
 
 def train(case: Case, is_sharded: bool) -> Outcome:

@@ -75,7 +75,19 @@ CASES = {
         {**PLAIN, "off_policy_correction": OffPolicyCorrectionConfig(tis_ratio_type="token")},
         trainer={"update_epochs_per_batch": 2},
     ),
+    "ranks with nothing but a filtered group, or one of equal rewards": Case(PLAIN, batches=("uneven",) * 2),
+    "a critic and uneven groups, some mini batches without a trained token": Case(
+        {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
+        trainer={"train_batch_size": 3, "policy_mini_batch_size": 1, "critic_mini_batch_size": 1},
+        batches=("uneven",),
+        critic="own",
+    ),
     "shards and optimizer on the host": Case(PLAIN, is_offloaded=True),
+    "turns of an episode apart, a mean over episodes": Case(
+        {"kl_loss_coef": 0.1, "loss_reduction": "sequence_mean"},
+        trainer={"train_batch_size": 3, "policy_mini_batch_size": 1, "max_tokens_per_microbatch": 100},
+        batches=("turns",),
+    ),
     "a critic": Case(
         {**PLAIN, "advantage_estimator": "gae", "lambd": 0.9},
         trainer={"critic_mini_batch_size": 2},

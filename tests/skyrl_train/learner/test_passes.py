@@ -52,6 +52,17 @@ def test_a_long_sample_costs_more_than_its_tokens():
     assert shares(batch_of([long], [half], [half], [2200], [4]), 2) == [[0, 4], [1, 2, 3]]
 
 
+def test_tokens_behind_a_shared_prefix_cost_more_by_its_keys():
+    """4000 shared tokens and two tails of 1000 behind them cost more than 5650; without the keys it would be less."""
+    two = [sample("0" * 4000 + "1" * 1000, group="a", trajectory=f"a_{i}") for i in range(2)]
+    for i, row in enumerate(two):
+        row.input_ids[:] = [7] * 4000 + [8 + i] * 1000
+    others = [sample("0" + "1" * (length - 1), group=f"{length}", trajectory=f"{length}") for length in (5650, 4)]
+    for i, row in enumerate(others):
+        row.input_ids[:] = [20 + i] * len(row.input_ids)
+    assert shares(pack([*two, *others]), 2) == [[0, 1], [2, 3]]
+
+
 def test_a_prefix_that_samples_share_counts_once():
     prefix = list(range(100, 130))
     shared = [sample("0" * 30 + "1" * 2, group="a", trajectory=f"a_{i}") for i in range(3)]

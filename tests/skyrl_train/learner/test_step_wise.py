@@ -24,7 +24,7 @@ from tests.skyrl_train.learner.test_learner import (
 from tests.tiny_models import tiny_policy
 
 # Losses that look at each token alone. gspo and the sequence ratios of off_policy_correction look at a sample.
-TOKEN_LOSSES = ["dual_clip", "cispo", "sapo", "dppo", "importance_sampling"]
+TOKEN_LOSSES = ["dual_clip", "cispo", "sapo", "dppo", "rollout_is", "importance_sampling"]
 
 
 def episodes(seed: int = 0) -> list[Sample]:

@@ -114,3 +114,25 @@ def test_no_tensor_has_the_size_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> No
     with LargestTensor() as largest:
         attend(query, key, value, scale=0.125, window=None)
     assert largest.numbers <= query.numel() < 8192 * (512 + 8192)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_keys_that_lie_in_pages_are_those_that_lie_end_to_end(window: int | None) -> None:
+    counts, lengths, size = [1, 7, 3], [9, 7, 20], 4
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(sum(counts), 4, 8, generator=generator)
+    key, value = (torch.randn(sum(lengths), 2, 8, generator=generator) for _ in range(2))
+    cpu = torch.device("cpu")
+    pages = torch.randperm(15, generator=generator).view(3, 5).int()
+    stores = [torch.full((15, size, 2, 8), torch.nan) for _ in range(2)]
+    for store, rows in zip(stores, (key, value), strict=True):
+        for own, sequence in zip(pages, rows.split(lengths), strict=True):
+            for page, part in zip(own.tolist(), sequence.split(size), strict=False):
+                store[page, : len(part)] = part
+    expected = ragged_attention(query, key, value, Ragged.of(counts, lengths, cpu), scale=0.3, window=window)
+    ragged = Ragged.of(counts, lengths, cpu, pages)
+    for attend in (ragged_attention, cuda.paged_attention):
+        assert torch.equal(attend(query, *stores, ragged, scale=0.3, window=window), expected)
+    num_keys, last = torch.tensor(lengths), torch.tensor(counts).cumsum(0) - 1
+    found = cuda.decode_attention(query[last], *stores, num_keys, pages, scale=0.3, window=window)
+    assert_close(found, expected[last], atol=1e-6, rtol=1e-6)

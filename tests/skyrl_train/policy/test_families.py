@@ -98,6 +98,19 @@ def test_rotary_embeddings_that_depend_on_the_longest_sequence_are_refused_where
     assert_all_agree(policy, prompts, asyncio.run(sampled(policy, prompts, max_length=64)))
 
 
+@pytest.mark.parametrize("error", [NameError, UnboundLocalError, StopIteration, SyntaxError, KeyError])
+def test_a_family_whose_code_fails_in_any_way_is_refused_by_name(error: type[Exception]) -> None:
+    """transformers' longrope with a kind of embedding per kind of layer fails of an UnboundLocalError, say."""
+    module = tiny_module("llama")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error("no value")
+
+    module.model.rotary_emb.forward = fails
+    with pytest.raises(ModelRefused, match=rf"^LlamaForCausalLM is not supported: .*\({error.__name__}: .*no value"):
+        wrap_module(module)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn", "llama3"])
 def test_rotary_embeddings_that_depend_on_the_position_alone_are_supported(kind: str) -> None:
     rotary = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

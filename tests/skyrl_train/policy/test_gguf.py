@@ -195,6 +195,10 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused():
     own = tiny_bpe_tokenizer(r"\d+|\D+")
     with pytest.raises(ModelRefused, match=r"llama.cpp has no name for this one: \\d\+\|\\D\+, ByteLevel"):
         refuse_unless_gguf(config, own)
+    by_chance = tiny_bpe_tokenizer()
+    by_chance.backend_tokenizer.model.dropout = 0.1
+    with pytest.raises(ModelRefused, match="GGUF has no key for this tokenizer's dropout"):
+        refuse_unless_gguf(config, by_chance)
     own.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     own.backend_tokenizer.decoder = decoders.Metaspace()
     with pytest.raises(ModelRefused, match="byte-level BPE"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -80,9 +82,28 @@ def test_gradient_checkpointing_recomputes_the_layers_in_backward():
     assert len(calls[True]) == 2
 
 
-def test_dropout_of_the_configuration_is_off():
-    policy = tiny_policy(attention_dropout=0.5, gradient_checkpointing=True)
-    assert_close(packed_logits(policy, LENGTHS)[2], packed_logits(policy, LENGTHS)[2])
+CHANCE: dict[str, dict[str, Any]] = {
+    "llama": {"attention_dropout": 0.5},
+    "mixtral": {"router_jitter_noise": 0.3, "num_local_experts": 4},
+    "persimmon": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+    "seed_oss": {"residual_dropout": 0.5},
+    "starcoder2": {"embedding_dropout": 0.5, "residual_dropout": 0.5},
+    "opt": {"dropout": 0.5, "layerdrop": 0.9, "ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", CHANCE)
+def test_what_a_family_does_by_chance_in_training_is_off(family):
+    """Checkpointed layers are in training mode, in which families drop numbers, drop layers and add noise."""
+    expected = packed_logits(tiny_policy(family, **CHANCE[family]), LENGTHS)[2]
+    assert_close(
+        packed_logits(tiny_policy(family, gradient_checkpointing=True, **CHANCE[family]), LENGTHS)[2], expected
+    )
+
+
+def test_a_family_that_cannot_be_checkpointed_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^CTRLLMHeadModel does not .*gradient_checkpointing=false$"):
+        tiny_policy("ctrl", gradient_checkpointing=True, dff=64)
 
 
 def test_a_head_that_we_would_compute_differently_is_refused():

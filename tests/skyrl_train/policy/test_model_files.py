@@ -21,6 +21,7 @@ from skyrl_train.policy.model import load_policy
 from skyrl_train.policy.model_files import fit_tokenizer, load_config, load_module, load_tokenizer
 from skyrl_train.policy.refusal import ModelRefused
 from tests.fakes import EvenEnv
+from tests.families import tiny_family
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
 
 WEIGHTS, MISSING = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
@@ -212,3 +213,17 @@ def test_a_tokenizer_smaller_than_the_embedding_stays_as_it_is(model: Path) -> N
     tokenizer, before = load_tokenizer(model), load_tokenizer(model).get_vocab()
     fit_tokenizer(tokenizer, load_config(model, {}).vocab_size + 64, [])
     assert tokenizer.get_vocab() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buffers_may_be_infinite_and_not_nan(tmp_path: Path) -> None:
+    """Gemma 4 keeps bounds, infinite until something sets them, in its files."""
+    module = tiny_family("gemma4")
+    module.save_pretrained(tmp_path)
+    loaded = load_module(tmp_path, torch.float32, {})
+    bounds = {name: buffer for name, buffer in loaded.named_buffers() if buffer.isinf().any()}
+    assert bounds
+    module.get_buffer(next(iter(bounds))).fill_(torch.nan)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ModelRefused, match="1 weights have numbers that are NaN"):
+        load_module(tmp_path, torch.float32, {})

@@ -157,7 +157,7 @@ def test_two_conversions_at_once_leave_one_whole_folder(cache, monkeypatch):
 
     def write(gguf: Path, folder: Path) -> None:
         save_tiny_model(folder)
-        together.wait(20)
+        together.wait(120)
 
     monkeypatch.setattr(packaged, "_write_hugging_face", write)
     with ThreadPoolExecutor(2) as pool:

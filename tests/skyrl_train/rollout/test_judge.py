@@ -184,6 +184,7 @@ def test_an_answer_that_was_cut_is_no_score_whatever_its_last_line_is(server):
         ((401, {}, "wrong key sk-secret"), 1, r"HTTP 401 from .*: wrong key \.\.\."),
         ((302, {"location": "http://127.0.0.1:9/"}, ""), 1, "HTTP 302"),
         ((200, {}, "<html>"), 3, "the answer is no chat completion: '<html>'"),
+        ((200, {}, "[" * 100_000), 3, "the answer is no chat completion: "),
         ((200, {}, completion("x" * 2**20)), 1, "longer than"),
     ],
 )
@@ -307,7 +308,7 @@ def test_the_key_is_not_among_the_settings(monkeypatch):
 def play(url: str, longest: int = 400, **settings: Any) -> Any:
     """Play one episode in which the policy says 2, 1, 0; a judge and the environment pay."""
     tokenizer, replies = tiny_tokenizer(), iter("210")
-    limits = EpisodeLimits(5, longest, 512, step_timeout_s=5, episode_timeout_s=10)
+    limits = EpisodeLimits(5, longest, 512, step_timeout_s=60, episode_timeout_s=300)
     entry = {"function": "judge", "weight": 2, "base_url": url, "model": "m", **settings}
     rewards = Rewards.of(None, named_rewards({"good": entry, "played": "environment"}))
     collector = Collector(

@@ -35,11 +35,24 @@ class ManyRewards(CountdownEnv):
 
     def step(self, action: str) -> Any:
         output = super().step(action)
+        if "plain" in self.extras:
+            return {**output, "reward": self.extras["plain"]}
         rewards = {"right": output["reward"], "short": 0.5 * (len(action) == 1), **self.extras.get("more", {})}
         return {**output, "reward": {k: v for k, v in rewards.items() if k != self.extras.get("leaves_out")}}
 
     def cut_short(self) -> Any:
         return {"right": -0.25}
+
+
+class PaysAtTheEnd(CountdownEnv):
+    """Pays a number in each turn, and `right` by name with the last one only."""
+
+    def step(self, action: str) -> Any:
+        output = super().step(action)
+        return {**output, "reward": {"right": output["reward"]} if output["done"] else 0.0}
+
+    def cut_short(self) -> Any:
+        return 0.0
 
 
 def twice(reply: str, reward: float) -> float:
@@ -57,7 +70,7 @@ def infinite(reply: str) -> float:
 def play(rewards: dict[str, Any], env: str = f"{HERE}:ManyRewards", longest: int = 400, **row: Any) -> Trajectory:
     """Return the episode in which the policy says 2, 1, 0 to a countdown from 3."""
     tokenizer, replies = tiny_tokenizer(), iter(["2", "1 ", "0"])
-    limits = EpisodeLimits(5, longest, 512, step_timeout_s=5, episode_timeout_s=10)
+    limits = EpisodeLimits(5, longest, 512, step_timeout_s=60, episode_timeout_s=300)
     engine = ScriptedEngine(tokenizer, lambda _: next(replies))
     prompt = Prompt("0", ASKED, env, {"start": 3, **row})
     found = Rewards.of(None, named_rewards(rewards))
@@ -111,9 +124,16 @@ def test_what_an_environment_takes_for_a_cut_goes_to_its_name_and_weight():
     assert [(turn.reward, turn.rewards) for turn in trajectory.turns] == [(2.0, {"right": 0.75, "short": 0.5})]
 
 
+def test_what_an_environment_pays_at_the_end_is_0_where_a_limit_cut_the_episode():
+    trajectory = play({"right": 2}, env=f"{HERE}:PaysAtTheEnd", longest=30)
+    assert (trajectory.end, trajectory.num_attempts, trajectory.reward) == (EpisodeEnd.OUT_OF_TOKENS, 1, 0.0)
+    assert trajectory.rewards == {"right": 0.0}
+
+
 @pytest.mark.parametrize(
     ("rewards", "row", "words"),
     [
+        ({"right": 1}, {"plain": 0.5}, "it pays 0.5 without a name, and environment.rewards weighs right"),
         ({"right": 1, "short": 1}, {"leaves_out": "short"}, "it never paid short, which environment.rewards weighs"),
         ({"right": 1}, {}, "it pays short, which environment.rewards does not weigh; add it"),
         ({}, {"more": {"short": float("nan")}}, "reward short: reward must be a finite float, not nan"),

@@ -95,9 +95,9 @@ def test_the_ground_truth_is_offered_by_name():
 
 
 def test_it_is_checked_before_a_model_is_loaded():
-    def checked(function: Any, *rows: dict[str, Any]) -> None:
+    def checked(function: Any, *rows: dict[str, Any], within_s: float = 60.0) -> None:
         prompts = [Prompt(str(i), ASKED, "single_turn", row) for i, row in enumerate(rows)]
-        RewardFunction("m:f", function).check(prompts, within_s=0.2)
+        RewardFunction("m:f", function).check(prompts, within_s=within_s)
 
     row = {"answer": "42"}
     checked(lambda reply, answer: answer in reply, row)
@@ -110,7 +110,7 @@ def test_it_is_checked_before_a_model_is_loaded():
     with pytest.raises(ValueError, match=r"with the reply 'I do not know.': .*reward must be one finite float"):
         checked(lambda reply: None, row)
     with pytest.raises(ValueError, match=r"took longer than 0.2 s"):
-        checked(lambda reply: time.sleep(1), row)
+        checked(lambda reply: time.sleep(1), row, within_s=0.2)
 
     async def costs_money(reply: str) -> float:
         raise AssertionError("it was called")

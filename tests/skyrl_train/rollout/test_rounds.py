@@ -205,11 +205,12 @@ async def test_a_stall_report_names_its_round_and_only_its_own_episodes(tokenize
     collector = collector_of(engine)
     stuck = asyncio.create_task(collector.collect(training(2, counting(2), n=1)))
     await collector.collect(training(1, counting(2), n=1))
-    await asyncio.sleep(0.2)
+    warnings.clear()  # on a busy machine that round stood still as well
+    while not warnings:  # noqa: ASYNC110 (the log tells nobody)
+        await asyncio.sleep(0.01)
     engine.open("train_2_")
     await stuck
     collector.close()
-    assert warnings
     assert all(line.startswith("train_2: no episode ended for") for line in warnings)
     assert "1 wait for the engine (0_0…)" in warnings[0]
 

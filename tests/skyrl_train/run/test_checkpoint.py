@@ -28,6 +28,14 @@ def save_learner(folder: Path) -> None:
     write_rank(folder, {"masters/w": Part(torch.randn(50, 50), (50, 50))}, {"policy_version": 1}, ONE_PROCESS)
 
 
+def save_two_ranks(folder: Path) -> None:
+    """Write what two ranks with 25 rows each would."""
+    for number in range(2):
+        ranks = Ranks()
+        ranks.rank, ranks.size = number, 2
+        write_rank(folder, {"masters/w": Part(torch.randn(25, 50), (50, 50))}, {"policy_version": 1}, ranks)
+
+
 def state(step: int) -> dict:
     return {
         "trainer_state": {"config": {"trainer.seed": 1}, "random": random_states()},
@@ -147,14 +155,21 @@ def flipped(path: Path, bit: int) -> bytes:
     return bytes(content)
 
 
-def test_no_flipped_bit_in_any_file_loads(tmp_path):
+@pytest.mark.parametrize(
+    ("save", "names"),
+    [
+        (save_learner, ["policy/rank_0_of_1.safetensors"]),
+        (save_two_ranks, ["policy/rank_0_of_2.safetensors", "policy/rank_1_of_2.safetensors"]),
+    ],
+)
+def test_no_flipped_bit_in_any_file_loads(tmp_path, save, names):
     checkpoints = Checkpoints(tmp_path)
-    folder = checkpoints.save(1, state(1), save_learner)
+    folder = checkpoints.save(1, state(1), save)
     rng = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert [path.relative_to(folder).as_posix() for path in files] == [
         "data.safetensors", "digests.txt",
-        "model.safetensors", "policy/index.json", "policy/rank_0_of_1.safetensors", "trainer_state.safetensors",
+        "model.safetensors", "policy/index.json", *names, "trainer_state.safetensors",
     ]  # fmt: skip
     for path in files:
         whole = path.read_bytes()
@@ -291,3 +306,18 @@ def test_kill_9_in_the_middle_of_saves_always_leaves_a_loadable_newest_checkpoin
     checkpoints.remove_leftovers()
     names = {p.name for p in tmp_path.iterdir()} - {"latest_ckpt_global_step.txt"}
     assert names <= {f"global_step_{s}" for s in range(newest - 2, newest + 1)}
+
+
+def test_files_of_ranks_that_were_swapped_or_lost_are_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    learner = checkpoints.save(1, state(1), save_two_ranks) / "policy"
+    first, second = learner / "rank_0_of_2.safetensors", learner / "rank_1_of_2.safetensors"
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    with pytest.raises(ValueError, match=r"rank_0_of_2\.safetensors is damaged"):
+        checkpoints.load(1)
+    first.write_bytes(contents[0])
+    second.unlink()
+    with pytest.raises(ValueError, match=r"rank_1_of_2\.safetensors is missing"):
+        checkpoints.load(1)

@@ -14,7 +14,7 @@ from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.policy import model_memory
 from skyrl_train.policy.memory_plan import GIB, Device, MemoryPlan
-from tests.benchmarks.gpu import SHAPES
+from tests.benchmarks.shapes import SHAPES
 from tests.tiny_models import save_tiny_model
 
 
@@ -43,7 +43,7 @@ def arguments(folder: Path) -> list[str]:
 
 @pytest.fixture
 def an_80_gb_gpu(monkeypatch):
-    device = Device("NVIDIA H100", int(79.6 * GIB), 79 * GIB, int(79.6 * GIB / 24))
+    device = Device("NVIDIA H100", int(79.6 * GIB), 79 * GIB, int(79.6 * GIB / 32))
     monkeypatch.setattr(model_memory, "gpu", lambda _, whole: device)
 
 

@@ -54,6 +54,12 @@ def test_lengths_count_what_is_behind_the_prompt_observations_included():
     assert found["generate/num_turns"] == 1.5
 
 
+def test_an_episode_of_negative_reward_is_neither_among_the_paid_nor_among_those_with_zero():
+    found = rollout_metrics([group(trajectory(["abc"], [-1.0]), trajectory(["d"], [0.0]), trajectory(["ef"], [1.0]))])
+    assert found["generate/avg_tokens_zero_rewards"] == 1
+    assert found["generate/avg_tokens_non_zero_rewards"] == 2
+
+
 def test_an_environment_failure_is_counted_and_is_no_reward_and_no_length():
     found = rollout_metrics([group(trajectory(["x"], [1.0]), broken()), group(broken(of=prompt("b")))])
     assert found["generate/env_failures"] == found["generate/end_env_failure"] == 2
@@ -180,3 +186,14 @@ def test_dumped_evals(tmp_path, step, name):
         "env_class": "records_a", "env_extras": {"data_source": "a/b"}, "data_source": "a/b",
     }  # fmt: skip
     assert json.loads((path / "aggregated_results.jsonl").read_text()) == {"eval/all/avg_score": 1.0}
+
+
+@pytest.mark.parametrize(
+    "source", ["long" * 100, "é" * 200, "\ud800", "a\x00b", "two\nlines", ".", "..", "aggregated_results"]
+)
+def test_any_data_source_is_dumped(tmp_path, source):
+    kept = trajectory(["no"], [0.0], of=prompt("0", source))
+    path = dump_eval_results(tmp_path, [group(kept)], {}, 1, decode)
+    [file] = [file for file in path.iterdir() if file.name != "aggregated_results.jsonl"]
+    assert json.loads(file.read_text())["data_source"] == source
+    assert len(eval_metrics([group(kept)])) > 0

@@ -233,7 +233,7 @@ def test_the_command_serves_until_it_is_interrupted(runs):
         with urlopen(f"{address}/api/runs", timeout=60) as answer:
             assert len(json.load(answer)["rows"]) == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 130
 
 
 @pytest.mark.parametrize("folder", ["missing", "file", "nul\0"])
@@ -241,7 +241,7 @@ def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path, capsys, folder):
     (tmp_path / "file").touch()
     assert main([str(tmp_path / folder), "--no-open"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("skyrl view: ")
     assert "give" in line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
@@ -14,7 +15,7 @@ from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.trajectories import TrajectoryStore
 from skyrl_train.view.library import Library
 from tests.browser import Browser, chromium, headless_browser
-from tests.skyrl_train.run.records.episodes import TOKENIZER
+from tests.skyrl_train.run.records.episodes import TOKENIZER, prompt, trajectory
 from tests.skyrl_train.view.conftest import EVIL_NAME, NUM_STEPS, read_whole, served, write_run, write_step
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="needs a Chromium (Debian: apt-get install chromium)")
@@ -201,7 +202,7 @@ def test_a_validation_task_is_followed_over_the_steps(browser, address, run):
 @pytest.mark.parametrize("place", ["", "/curves", "/episodes", "/tasks", "/settings"])
 def test_nothing_that_was_said_becomes_markup_on_a_phone_or_a_desk(browser, address, run, place):
     """The fixture looks for errors, dialogs, other addresses and elements; here for the width, light and dark."""
-    for width, dark in ((420, True), (1280, False)):
+    for width, dark in ((360, True), (420, True), (1280, False)):
         browser.size(width, 860, dark=dark)
         browser.open(f"{address}#/run/{run}{place}" if place else address)
         browser.until("document.querySelector('.row, .chart .u-over, .settings')")
@@ -214,8 +215,9 @@ def test_nothing_that_was_said_becomes_markup_on_a_phone_or_a_desk(browser, addr
         assert smallest >= 10.5
 
 
-def test_on_a_phone_an_episode_opens_over_the_list_and_escape_leads_back(browser, address, run):
-    browser.size(420, 860)
+@pytest.mark.parametrize("width", [360, 420])
+def test_on_a_phone_an_episode_opens_over_the_list_and_escape_leads_back(browser, address, run, width):
+    browser.size(width, 860)
     browser.open(f"{address}#/run/{run}/episodes")
     browser.until("document.querySelector('.episode-row')")
     assert not browser.run("document.querySelector('.reader-side').offsetParent")
@@ -238,6 +240,21 @@ def test_the_page_follows_a_run_while_it_trains(browser, address, library):
     browser.until("document.querySelector('.filters .count').innerText === '27 episodes'")
     browser.until("document.querySelector('.run-head').innerText.includes('3 of 2')")
     assert texts(browser, ".row .about b")  # the list is still there
+
+
+def test_a_run_that_is_deleted_while_it_is_shown_is_called_gone_and_leaves_the_table(browser, address, library):
+    folder = write_run(library.roots[1] / "leaving", num_steps=1)
+    library.look_for_runs()
+    run = next(name for name, entry in library.entries.items() if entry.folder.path == folder)
+    browser.open(f"{address}#/run/{run}")
+    browser.until("document.querySelector('.run-head').innerText.includes('1 of 1')")
+    browser.until("document.querySelector('.status').innerText === 'up to date'")
+    shutil.rmtree(folder)
+    browser.until("document.querySelector('.status').innerText === 'this run is no longer there'")
+    assert "1 of 1" in texts(browser, ".run-head")[0]  # what was read stays
+    browser.press("Escape")
+    browser.until("document.querySelectorAll('.row').length === 3")
+    assert not any("leaving" in name for name in texts(browser, ".run-name a"))
 
 
 def test_the_help_opens_and_light_becomes_dark(browser, address):
@@ -270,3 +287,65 @@ def test_the_report_is_readable_on_a_phone_and_its_filter_shows_what_it_says(bro
         )
         assert all(label in text for text in first)
         assert len(first) == 2
+
+
+NAMES = ["constructor", "__proto__", "toString", "hasOwnProperty"]  # what every JavaScript object has
+HIDDEN = "seen\U000e0041\U000e0042\u180e\u2066\ue000"  # invisible: tags, a vowel separator, an isolate, no character
+
+
+@pytest.fixture(scope="module")
+def odd(library: Library, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two more runs of the library, of which one calls everything by names of JavaScript's own."""
+    root = tmp_path_factory.mktemp("odd")
+    write_run(root / "plain", num_steps=1)
+    folder = write_run(root / "__proto__", num_steps=1)
+    store = TrajectoryStore(folder, TOKENIZER)
+    names = {name: {"said": name} for name in NAMES}
+    store.add(
+        "eval",
+        2,
+        [
+            trajectory([f"{HIDDEN}{name}"], [1e308], of=prompt(name, name, name), env_metrics=names, observation=name)
+            for name in NAMES
+        ],
+    )
+    store.close()
+    with (folder / "metrics.jsonl").open("a") as file:
+        line = {"step": 2**52, "time": -1e300, "elapsed_s": 1e308, "reward/avg_raw_reward": -1e308, "huge": 1e308}
+        file.write(json.dumps(line | dict.fromkeys(NAMES, 1.5)) + "\n")
+    run_info = json.loads((folder / "run.json").read_text())
+    run_info |= {"model": NAMES[1], "changed": {name: [name, "2"] for name in NAMES}, "total_steps": 10**400}
+    (folder / "run.json").write_text(json.dumps(run_info))
+    library.roots.append(root.resolve())
+    library.look_for_runs()
+    ids = {entry.folder.name.rpartition("/")[2]: name for name, entry in library.entries.items()}
+    return [ids["plain"], ids["__proto__"]]
+
+
+def test_names_of_javascripts_own_and_numbers_without_bounds_stop_no_page(browser, address, odd):
+    plain, strange = odd
+    library_is_read = "document.querySelector('.status').innerText === 'up to date'"
+    browser.open(address)
+    browser.until(f"{library_is_read} && document.querySelectorAll('.row .spark-line').length >= 5")
+    wanted = urlencode([("run", plain), ("run", strange), *(("key", name) for name in [*NAMES, "huge"])])
+    browser.open(f"{address}#/curves?{wanted}")
+    browser.until(
+        "document.querySelectorAll('.chart h3').length === 5 && document.querySelectorAll('table.settings td')[9]"
+    )
+    assert [text.split("\n")[-1] for text in texts(browser, ".chart-read")][:4] == ["1.5"] * 4
+    rows = browser.run("[...document.querySelectorAll('.settings tr')].map((row) => row.innerText.split('\\t'))")
+    assert [row for row in rows if row[0] in NAMES] == [[name, "2", name] for name in sorted(NAMES)]
+    browser.open(f"{address}#/run/{strange}/episodes?phase=eval&step_from=2")
+    browser.until("document.querySelectorAll('.reader .said').length > 0")
+    assert len(texts(browser, ".episode-row")) == len(NAMES)
+    [said] = texts(browser, ".reader .sampled .said")
+    assert said.startswith("seen\\ue0041\\ue0042\\u180e\\u2066\\ue000")
+    browser.run("document.querySelector('.extras').open = true")
+    told = " ".join(texts(browser, ".extras th"))
+    assert all(name in told for name in NAMES)
+    for place in ("tasks", "settings", "curves", "task/__proto__", "task/constructor"):
+        browser.open(f"{address}#/run/{strange}/{place}")
+        browser.until(
+            "document.querySelector('.facts, .run-head .fact') && document.querySelector('main').innerText.length > 40"
+        )
+    assert browser.run("({}).said") is None, "no prototype was written to"

@@ -6,8 +6,9 @@ import asyncio
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -71,6 +72,11 @@ class GenericEntry(CatalogEntry):
     def data_name(self) -> str:
         """The name in files and metrics: http://127.0.0.1:8000 -> http_127_0_0_1_8000."""
         return re.sub(r"[^a-z0-9]+", "_", self.foreign.target.lower()).strip("_")
+
+    @property
+    def seed_name(self) -> str:
+        """A folder's own name, wherever the folder is; the whole name of everything else."""
+        return Path(self.foreign.target).name if self.foreign.form == "folder" else self.foreign.text
 
     @property
     def local_image(self) -> str:
@@ -192,7 +198,11 @@ class GenericTranslator(Translator):
 
 
 class ToolCallTranslator(GenericTranslator):
-    """Translator of calls of tools. The first call of a reply counts."""
+    """Translator of calls of tools. The first call of a reply is made; the answer says so where there were more."""
+
+    def __init__(self, entry: GenericEntry, options: GenericOptions) -> None:
+        super().__init__(entry, options)
+        self._num_calls = 1  # of the last reply
 
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
@@ -217,7 +227,15 @@ class ToolCallTranslator(GenericTranslator):
             raise InvalidAction(str(wrong)) from None
         if not calls:
             raise InvalidAction("There is no call of a tool in your reply.")
+        self._num_calls = len(calls)
         return self.entry.description.form.called(calls[0].name, sendable(calls[0].arguments), legal)
+
+    def answer(self, result: StepResult, *, last_turn: bool) -> Answer:
+        answer = super().answer(result, last_turn=last_turn)
+        if self._num_calls == 1:
+            return answer
+        said = f"{answer.text}\n\nOnly the first of your {self._num_calls} calls was made: call one tool in each reply."
+        return replace(answer, text=said.strip())
 
     def random_action(self, random: Random) -> str | None:
         call = self.entry.description.form.random_call(random, legal_actions(self._last))

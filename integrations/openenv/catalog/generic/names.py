@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from integrations.openenv.client.addresses import http_url
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.hosting.source import ServerSource
 
 FORMS = (
@@ -47,7 +50,7 @@ def foreign_name(text: str) -> ForeignName | None:
     """
     text = text.strip()
     if ADDRESS.match(text):
-        return ForeignName("address", text.rstrip("/"))
+        return ForeignName("address", _address(text))
     if text.startswith("image:"):
         return ForeignName("image", _image(text.removeprefix("image:"), text))
     if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
@@ -64,8 +67,16 @@ def foreign_name(text: str) -> ForeignName | None:
     return None
 
 
+def _address(text: str) -> str:
+    try:
+        http_url(text)
+    except OpenEnvError as wrong:
+        raise ValueError(f"env_name={text!r} is no address: {wrong}") from None
+    return text.rstrip("/")
+
+
 def _folder(text: str) -> str:
-    folder = Path(text).expanduser().resolve()
+    folder = Path(os.path.expanduser(text)).resolve()  # ~x of no user is a folder that is not there
     if not folder.is_dir():
         raise ValueError(f"env_name={text!r}: there is no folder {folder}")
     if not (folder / "openenv.yaml").is_file() and not (folder / "server" / "app.py").is_file():

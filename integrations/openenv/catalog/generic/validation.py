@@ -38,7 +38,8 @@ class ActionSchema:
         try:
             worst = best_match(self._validator.iter_errors(value))
         except Unresolvable as missing:
-            raise OpenEnvError(f"the server's schema refers to what is not in it: {missing}") from missing
+            message = str(missing)[:MAX_COMPLAINT_CHARS]  # it may quote the whole schema
+            raise OpenEnvError(f"the server's schema refers to what is not in it: {message}") from missing
         except RecursionError:
             raise InvalidAction("Your action is nested too deeply.") from None
         if worst is not None:

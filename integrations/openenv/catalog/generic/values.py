@@ -49,7 +49,9 @@ class Field:
 
     @property
     def fewest_chars(self) -> int:
-        """A lower bound on the length of a text that the schema allows, from minItems and minLength."""
+        """A lower bound on the length of a text that the schema allows, from its choices, minItems and minLength."""
+        if self.kind == "choice":
+            return min(len(_spelling(choice)) for choice in self.choices)
         items = self.schema.get("minItems", 0) if self.kind in ("list", "json") else 0
         return max(2 * items, self.schema.get("minLength", 0) if self.kind == "string" else 0)
 
@@ -94,7 +96,8 @@ class Field:
         """Return a random value; it keeps the schema's simple keywords (bounds, lengths, enum) only."""
         match self.kind:
             case "choice":
-                return random.choice(self.choices)
+                short = [choice for choice in self.choices if len(_spelling(choice)) <= MAX_WRITTEN_CHARS]
+                return random.choice(short or self.choices)
             case "integer":
                 low, high = _finite(*_bounds(self.schema), width=9)
                 return random.randint(math.ceil(low), max(math.floor(high), math.ceil(low)))
@@ -172,9 +175,18 @@ def _kind(schema: dict[str, Any], root: dict[str, Any]) -> str:
 
 
 def _bounds(schema: dict[str, Any]) -> tuple[float, float]:
-    low = schema.get("minimum", schema.get("exclusiveMinimum", -math.inf))
-    high = schema.get("maximum", schema.get("exclusiveMaximum", math.inf))
+    low = _number(schema.get("minimum", schema.get("exclusiveMinimum", -math.inf)))
+    high = _number(schema.get("maximum", schema.get("exclusiveMaximum", math.inf)))
     return (-math.inf if math.isnan(low) else low), (math.inf if math.isnan(high) else high)
+
+
+def _number(given: int | float) -> int | float:
+    """Return the number, infinite where a whole one is too large for arithmetic with others."""
+    try:
+        float(given)
+    except OverflowError:
+        return math.inf if given > 0 else -math.inf
+    return given
 
 
 def _finite(low: float, high: float, *, width: float) -> tuple[float, float]:

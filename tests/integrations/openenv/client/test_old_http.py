@@ -23,7 +23,9 @@ def started() -> tuple[str, subprocess.Popen[bytes]]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         command = [sys.executable, "-m", "tests.integrations.openenv.client.old_http_server", str(listening.fileno())]
         server = subprocess.Popen(command, pass_fds=[listening.fileno()])
-        return f"http://127.0.0.1:{listening.getsockname()[1]}", server
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with urllib.request.urlopen(f"{url}/health", timeout=120):
+        return url, server
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ async def test_somebody_elses_reset_is_noticed(old_url: str) -> None:
 
 
 async def test_a_step_that_comes_too_late_does_not_reach_the_next_episode(old_url: str) -> None:
-    client, _ = await open_session(old_url, {}, step_timeout_s=2.0)
+    client, _ = await open_session(old_url, {})
     late = asyncio.create_task(client.step({"message": "sleep 1"}))
     await asyncio.sleep(0.2)
     late.cancel()

@@ -45,6 +45,38 @@ def test_doctor_has_a_line_for_everything_a_run_needs() -> None:
         assert what in shown
 
 
+@pytest.fixture
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is installed but what everybody has, and pip has installed that."""
+    monkeypatch.setattr("integrations.openenv.catalog.entry.find_spec", lambda name: None)
+    monkeypatch.setattr("skyrl_train.console.IN_CHECKOUT", False)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("command", ["list", "doctor"])
+@pytest.mark.usefixtures("no_engines")
+def test_reports_fit_the_width_and_break_no_command(command, columns, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > columns] == []
+    installing = [line.strip(" `") for line in lines if "pip install" in line]
+    assert installing == [f"pip install 'skyrl-train[{entry.extra}]'" for entry in CATALOG.values() if entry.extra]
+
+
+def test_doctor_reports_as_json(capsys) -> None:
+    assert main(["doctor", "--json"]) == 0
+    lines = {line["what"]: line for line in json.loads(capsys.readouterr().out)["lines"]}
+    assert lines.keys() >= {"CPU", "torch", *CATALOG}
+    assert lines["echo_env"] == {"what": "echo_env", "state": "engine installed", "well": True, "advice": ""}
+
+
+def test_an_unknown_argument_is_answered_with_the_usage_of_its_command(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--jsn"], prog="skyrl")
+    assert capsys.readouterr().err.startswith("usage: skyrl doctor ")
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Return what a command that is refused says, without a process of its own."""
     assert main(words) == 2
@@ -148,3 +180,9 @@ def test_serve_runs_our_server_until_it_is_told_to_stop(template_folder: Path) -
 @pytest.mark.parametrize("name", ["http://127.0.0.1:8000", "image:my_env"])
 def test_serve_has_no_server_for_what_others_serve(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no server of ours for it" in refused(capsys, "serve", name)
+
+
+@pytest.mark.parametrize("name", ["tests.fakes:Completion", "statistics:mean", "statistics:Nothing"])
+def test_what_can_be_imported_and_is_no_environment_is_no_image(name, capsys) -> None:
+    assert f"{name}" in (words := refused(capsys, "check", name))
+    assert f"image:{name}" in words

@@ -252,15 +252,15 @@ def succeeds(name: str, place: Place, here: Scene) -> bool:
                 return here.secret in loot
             case _ if name in attacks.DEEDS:
                 return "done" in loot
-            case "write outside":
+            case _ if name.startswith("write outside"):
                 return here.outside_file.exists()
-            case "kill another process":
+            case _ if name.startswith("kill another process"):
                 return not place.victim_lives(here)
             case "endless loop":
                 return _lives_on(here)
     finally:
         place.close()
-    assert name == "orphan"
+    assert name.startswith("orphan")
     return _lives_on(here)
 
 

@@ -17,7 +17,7 @@ from skyrl_train.engine.torch import TorchEngine
 from skyrl_train.engine.vllm.settings import VllmSettings
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.model import Policy
-from skyrl_train.weights.shared_memory import SharedMemoryWeights, SharedWeights, proof_ids_of, read_shared
+from skyrl_train.weights.shared_memory import SharedMemoryWeights, proof_ids_of, read_shared
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_policy, tiny_tokenizer
 
 ENDS = list(range(150, VOCAB_SIZE))  # so many tokens end a reply that tests see it happen
@@ -32,7 +32,7 @@ class LoadingTorchEngine(TorchEngine):
         super().__init__(policy, tiny_tokenizer(), **LIMITS)
         self._policy = policy
 
-    async def load_weights(self, shared: SharedWeights) -> None:
+    async def load_weights(self, shared: Any) -> None:
         with torch.no_grad():
             for name, tensor in read_shared(shared):
                 self._policy.weights[name].copy_(tensor)

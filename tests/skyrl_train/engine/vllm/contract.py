@@ -160,6 +160,10 @@ async def test_a_paused_engine_finishes_nothing_and_loses_nothing(engine):
     late = asyncio.create_task(engine.generate(requests[9]))
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in [*begun, late])
+    seconds = engine.busy_seconds
+    assert seconds > 0
+    await asyncio.sleep(0.1)
+    assert engine.busy_seconds == seconds  # the sign by which an engine that hangs is known
     await engine.pause()  # it is paused already
     await engine.resume()
     async with asyncio.timeout(60):

@@ -17,9 +17,11 @@ import pytest_asyncio
 import torch
 
 from skyrl_train.engine.base import EngineDied
+from skyrl_train.engine.pool import EnginePool
 from skyrl_train.learner.learner import TorchLearner
 from skyrl_train.policy.lora import merged_weights
 from skyrl_train.weights.base import PushFailed
+from skyrl_train.weights.sent import BroadcastWeights
 from skyrl_train.weights.shared_memory import SharedMemoryWeights, SharedWeights, proof_ids_of, write_shared
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
@@ -50,6 +52,34 @@ async def test_the_head_is_the_pushed_one_also_where_the_embedding_is_the_head(v
         await weights.push(learner_of(policy_of(version, tie_word_embeddings=True), version), vllm_engine)
         assert weights.metrics["weights/max_logprob_difference"] < 1e-4
         assert weights.metrics["weights/push_seconds"] > 0
+
+
+async def assert_sent_weights_arrive(engine: Any, seed: int, *, tied: bool, num_readers: int = 0) -> None:
+    """Send twice: the second push goes on with the group of the first. num_readers: if they are copied, by how many."""
+    learner = learner_of(policy_of(seed, tie_word_embeddings=tied), seed)
+    pool, ids = EnginePool([engine], no_other), proof_ids_of(tiny_tokenizer())
+    weights = BroadcastWeights(ids, torch.float32, num_engines=lambda: pool.num_up, num_readers=num_readers)
+    for _ in range(2):
+        await weights.push(learner, pool)
+        assert weights.metrics["weights/max_logprob_difference"] < 1e-4
+    completion = await pool.generate(ask("a", max_tokens=3))
+    assert completion.policy_version == seed
+
+
+async def no_other(index: int) -> Any:
+    raise AssertionError("an engine was lost")
+
+
+async def test_weights_that_are_sent_over_gloo_arrive_as_those_in_a_file_do(vllm_engine):
+    """As they would over NCCL between GPUs. The tied head is the sent one, too."""
+    for seed in (11, 12):
+        await assert_sent_weights_arrive(vllm_engine, seed, tied=True)
+
+
+async def test_weights_that_are_copied_through_handles_arrive_too(vllm_engine):
+    """As they would with CUDA IPC."""
+    for seed in (14, 15):
+        await assert_sent_weights_arrive(vllm_engine, seed, tied=True, num_readers=1)
 
 
 async def test_a_push_among_many_replies_loses_none_and_each_says_its_oldest_version(vllm_engine):
@@ -129,6 +159,12 @@ async def test_an_engine_that_kept_vllms_own_logprobs_is_found_out_by_its_first_
     assert await again.logprobs_of_tokens(ids) == await vllm_engine.logprobs_of_tokens(ids)
 
 
+async def test_an_engine_that_ends_while_it_is_started_is_dead(tmp_path):
+    """vLLM's own error says that something ended, as an error of any kind. Its process has said why in the log."""
+    with pytest.raises(EngineDied, match="a process of vLLM ended while it was started"):
+        await started(tmp_path, tie_word_embeddings=True, kv_cache_bytes=1000)
+
+
 async def test_an_engine_without_weights_samples_nothing(untied):
     with pytest.raises(RuntimeError, match="no weights yet"):
         await untied.generate(ask("a"))
@@ -142,6 +178,10 @@ async def test_a_head_of_its_own(untied):
     requests.append(ask(PROMPT, "greedy", temperature=0, max_tokens=30))
     for request, completion in zip(requests, await answers(untied, requests), strict=True):
         assert_learner_agrees(policy, request, completion)
+
+
+async def test_both_workers_of_an_engine_receive_what_is_sent(untied):
+    await assert_sent_weights_arrive(untied, 13, tied=False)
 
 
 class Partial(TorchLearner):

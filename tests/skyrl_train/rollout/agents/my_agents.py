@@ -24,19 +24,20 @@ print(len(reply))
 
 async def two_turns(prompt: list[Any], base_url: str, api_key: str) -> dict[str, Any]:
     """Ask twice; the reward is the share of characters with an even code, as that of EvenEnv."""
-    client, messages, replies = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0), list(prompt), []
-    for _ in range(2):
-        done = await client.chat.completions.create(model="any", messages=messages)
-        replies.append(done.choices[0].message.content or "")
-        messages += [{"role": "assistant", "content": replies[-1]}, {"role": "user", "content": "go on"}]
+    messages, replies = list(prompt), []
+    async with AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+        for _ in range(2):
+            done = await client.chat.completions.create(model="any", messages=messages)
+            replies.append(done.choices[0].message.content or "")
+            messages += [{"role": "assistant", "content": replies[-1]}, {"role": "user", "content": "go on"}]
     text = "".join(replies)
     reward = sum(ord(character) % 2 == 0 for character in text) / max(len(text), 1)
     return {"reward": reward, "metrics": {"characters": len(text)}}
 
 
 def in_a_thread(prompt: list[Any], base_url: str, api_key: str, model: str) -> float:
-    client = OpenAI(base_url=base_url, api_key=api_key, max_retries=0)
-    done = client.chat.completions.create(model=model, messages=prompt)
+    with OpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+        done = client.chat.completions.create(model=model, messages=prompt)
     return float(len(done.choices[0].message.content or "") % 2)
 
 
@@ -55,6 +56,34 @@ async def in_a_process(prompt: list[Any], base_url: str, api_key: str) -> float:
 
 async def broken(base_url: str) -> float:
     raise ConnectionError("the agent's own database is gone")
+
+
+async def leaves(base_url: str) -> float:
+    sys.exit(3)
+
+
+def leaves_in_a_thread(base_url: str) -> float:
+    sys.exit(3)
+
+
+def stops_in_a_thread(base_url: str) -> float:
+    return float(next(iter([])))
+
+
+async def interrupts(base_url: str) -> float:
+    raise KeyboardInterrupt
+
+
+async def pays_what_breaks(base_url: str) -> Any:
+    class Pay:
+        def item(self) -> float:
+            raise KeyError("no number here")
+
+    return Pay()
+
+
+async def pays_nothing(base_url: str) -> Any:
+    return {"metrics": {}}
 
 
 async def silent() -> float:

@@ -44,9 +44,19 @@ class Served:
         self.engine = ScriptedEngine(self.tokenizer, lambda request: "yes, I do")
         self.template = ChatTemplate(self.tokenizer)
         self.endpoint = Endpoint(self.engine, self.template, SAMPLING, model="tiny", **how)
+        self.clients: list[AsyncOpenAI] = []
 
     def client(self, base_url: str | None = None, key: str = "unused") -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=base_url or f"{self.endpoint.url}/v1", api_key=key, max_retries=0)
+        self.clients.append(AsyncOpenAI(base_url=base_url or f"{self.endpoint.url}/v1", api_key=key, max_retries=0))
+        return self.clients[-1]
+
+    async def close(self) -> None:
+        """Close the clients too: one that the collector finds later closes itself in another test's event loop."""
+        for client in self.clients:
+            await client.close()
+        self.endpoint.close()
+        assert self.endpoint._serving is not None
+        await asyncio.wait_for(self.endpoint._serving, 60)
 
     def session(self, max_calls: int | None = None) -> AgentSession:
         return AgentSession("s_1", self.template, SAMPLING, SessionLimits(max_calls, 300, 512), seed=3)
@@ -57,9 +67,7 @@ async def served() -> AsyncIterator[Served]:
     made = Served()
     await made.endpoint.start()
     yield made
-    made.endpoint.close()
-    assert made.endpoint._serving is not None
-    await asyncio.wait_for(made.endpoint._serving, 5)
+    await made.close()
 
 
 async def test_chat_completions_as_openais_client_reads_them(served: Served) -> None:
@@ -79,6 +87,25 @@ async def test_chat_completions_as_openais_client_reads_them(served: Served) -> 
     assert raw["prompt_token_ids"] == request.prompt_ids == served.template.encode(HELLO, add_generation_prompt=True)
     assert raw["choices"][0]["token_ids"] == completion.response_ids
     assert served.engine.forgotten == ["http_1"]
+
+
+async def test_logprobs_name_tokens_by_their_ids_where_a_client_asks_as_of_vllm(served: Served) -> None:
+    """SkyRL's integration of verifiers sends both."""
+    done = await served.client().chat.completions.create(
+        model="m",
+        messages=HELLO,
+        logprobs=True,
+        top_logprobs=1,
+        extra_body={"return_tokens_as_token_ids": True},
+    )
+    [completion] = served.engine.completions
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    said = logprobs.content or []
+    assert [token.token for token in said] == [f"token_id:{token}" for token in completion.response_ids]
+    assert [[(top.token, top.logprob) for top in token.top_logprobs] for token in said] == [
+        [(token.token, token.logprob)] for token in said
+    ]
 
 
 async def test_a_stream_says_the_same(served: Served) -> None:
@@ -101,6 +128,62 @@ async def test_plain_completions_take_text_or_token_ids(served: Served) -> None:
     assert by_text.choices[0].logprobs is not None
     assert by_text.choices[0].logprobs.token_logprobs == served.engine.completions[0].logprobs
     assert [model.id async for model in client.models.list()] == ["tiny"]
+
+
+async def test_a_call_outside_sessions_samples_as_it_asks_for(served: Served) -> None:
+    client = served.client()
+    asked: Any = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 3}
+    await client.chat.completions.create(
+        model="m", messages=HELLO, temperature=0.5, top_p=0.9, max_tokens=7, extra_body=asked
+    )
+    sampled = served.engine.requests[-1].sampling
+    assert (sampled.temperature, sampled.top_p, sampled.max_tokens) == (0.5, 0.9, 7)
+    assert {name: getattr(sampled, name) for name in asked} == asked
+    await client.completions.create(model="m", prompt="abc", max_tokens=2, extra_body={"min_tokens": 3, "top_k": 0})
+    sampled = served.engine.requests[-1].sampling
+    assert (sampled.min_tokens, sampled.top_k) == (2, -1)
+    with pytest.raises(BadRequestError, match="top_k=-3 must be"):
+        await client.completions.create(model="m", prompt="abc", extra_body={"top_k": -3})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+            "half of a surrogate pair",
+        ),
+        ("completions", b'{"prompt": "\\udfff"}', "half of a surrogate pair"),
+        ("completions", b'{"prompt": "a", "temperature": Infinity}', "temperature=inf must be 0"),
+        ("completions", b'{"prompt": "a", "temperature": 1e-320}', "temperature=1e-320 must be 0"),
+        ("completions", b'{"prompt": "a", "temperature": NaN}', "temperature: "),
+    ],
+)
+async def test_what_no_tokenizer_and_no_engine_takes_is_a_bad_request(
+    served: Served, path: str, body: bytes, words: str
+) -> None:
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(f"{served.endpoint.url}/v1/{path}", content=body)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+async def test_a_client_that_hangs_up_within_its_request_is_no_error(served: Served, caplog: Any) -> None:
+    host, port = served.endpoint.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"prompt"')
+    await writer.drain()
+    await asyncio.sleep(0.1)  # the server has begun to read
+    writer.close()
+    await writer.wait_closed()
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(f"{served.endpoint.url}/health")).status_code == 200
+    await asyncio.sleep(0.1)
+    ours = ("uvicorn", "skyrl_train")  # others log what the garbage collector finds of other tests
+    errors = [record for record in caplog.records if record.levelname == "ERROR" and record.name.startswith(ours)]
+    assert errors == []
 
 
 @pytest.mark.parametrize(
@@ -214,6 +297,22 @@ async def asked(client: AsyncOpenAI, messages: list[Any], stream: bool) -> dict[
     return {**said.delta.model_dump(), "finish_reason": end.finish_reason}
 
 
+async def test_a_conversation_with_other_tools_is_read_anew_and_fewer_tokens_than_the_least_are_given(
+    served: Served,
+) -> None:
+    sampling = replace(SAMPLING, min_tokens=8)
+    session = AgentSession("s_1", served.template, sampling, SessionLimits(None, 2000, 2500), seed=3)
+    client = served.client(served.endpoint.open(session))
+    first = await client.chat.completions.create(model="m", messages=HELLO, max_tokens=4)
+    assert [served.engine.requests[0].sampling.min_tokens, served.engine.requests[0].sampling.max_tokens] == [4, 4]
+    said = first.choices[0].message.content
+    messages: list[Any] = [*HELLO, {"role": "assistant", "content": said}, {"role": "user", "content": "add"}]
+    await client.chat.completions.create(model="m", messages=messages, tools=ADD)
+    offered = served.template.offering(ADD).encode(messages, add_generation_prompt=True)
+    assert served.engine.requests[1].prompt_ids == offered  # the first call's tokens do not name the tool
+    assert '"name": "add"' in served.tokenizer.decode(offered)
+
+
 async def test_an_edited_history_and_a_second_conversation_are_read_as_they_are_sent(served: Served) -> None:
     session = served.session()
     client = served.client(served.endpoint.open(session))
@@ -299,7 +398,7 @@ async def test_another_host_needs_the_key(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(APIStatusError, match="wrong or missing API key"):
         await made.client(key="guess").chat.completions.create(model="m", messages=HELLO)
     await made.client(key="secret").chat.completions.create(model="m", messages=HELLO)
-    made.endpoint.close()
+    await made.close()
     monkeypatch.delenv("SKYRL_API_KEY")
     open_to_all = Served(host="0.0.0.0")
     assert len(open_to_all.endpoint.api_key) > 20
@@ -355,6 +454,22 @@ async def test_an_agent_that_fails_is_an_environment_that_fails() -> None:
         await played(Served(), "silent")
     with pytest.raises(EveryEpisodeFailed, match=r"it took longer than 0\.2 s"):
         await played(Served(), "asleep", episode_timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("agent", "words"),
+    [
+        ("leaves", "SystemExit: 3"),
+        ("leaves_in_a_thread", "SystemExit: 3"),
+        ("stops_in_a_thread", "StopIteration"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("pays_what_breaks", "KeyError"),
+        ("pays_nothing", "reward must be one finite float"),
+    ],
+)
+async def test_whatever_an_agent_raises_or_pays_ends_no_run(agent: str, words: str) -> None:
+    with pytest.raises(EveryEpisodeFailed, match=words):
+        await asyncio.wait_for(played(Served(), agent, episode_timeout_s=200), 100)
 
 
 async def test_a_dead_engine_ends_the_run_whatever_the_agent_makes_of_it() -> None:

@@ -62,11 +62,16 @@ class Served:
         self.engine = Slow(TOKENIZER, lambda request: reply)
         self.template = ChatTemplate(TOKENIZER)
         self.endpoint = Endpoint(self.engine, self.template, SamplingParams(max_tokens=60), model="tiny")
+        self.clients: list[openai.AsyncOpenAI] = []
+
+    def client(self, base_url: str | None = None) -> openai.AsyncOpenAI:
+        url = base_url or f"{self.endpoint.url}/v1"
+        self.clients.append(openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0))
+        return self.clients[-1]
 
     async def stream(self, base_url: str | None = None, **more: Any) -> AsyncIterator[Any]:
         await self.endpoint.start()
-        client = openai.AsyncOpenAI(base_url=base_url or f"{self.endpoint.url}/v1", api_key="unused", max_retries=0)
-        made: Any = client.chat.completions
+        made: Any = self.client(base_url).chat.completions
         return await made.create(model="m", messages=HELLO, stream=True, **more)
 
 
@@ -74,9 +79,11 @@ class Served:
 async def served() -> AsyncIterator[Served]:
     made = Served("ab☃c END d")
     yield made
+    for client in made.clients:
+        await client.close()
     made.endpoint.close()
     if made.endpoint._serving is not None:
-        await asyncio.wait_for(made.endpoint._serving, 5)
+        await asyncio.wait_for(made.endpoint._serving, 60)
 
 
 async def test_each_piece_is_there_before_the_next_token_is_sampled_and_no_letter_is_cut(served: Served) -> None:
@@ -121,9 +128,7 @@ async def test_a_stop_string_is_not_shown_nor_what_may_become_one(served: Served
     assert "".join(shown) == "a E EN"
     assert shown[:2] == ["a ", "E "]
     served.engine.tokens.put_nowait(100)
-    whole: Any = await openai.AsyncOpenAI(base_url=f"{served.endpoint.url}/v1", api_key="x").completions.create(
-        model="m", prompt="x", stop=["☃", "END"]
-    )
+    whole: Any = await served.client().completions.create(model="m", prompt="x", stop=["☃", "END"])
     assert whole.choices[0].text == "a E EN"
 
 

@@ -192,7 +192,11 @@ def test_the_summary_adds_up(run):
     assert "--worst 3" in printed
     narrow = Console(record=True, width=40)
     narrow.print(closing_panel(summary), soft_wrap=True)
-    assert f"uv run python -m skyrl_train.records show {run} --worst 3\n" in narrow.export_text()  # in one piece
+    text = narrow.export_text()
+    assert f"uv run python -m skyrl_train.records show {run} --worst 3\n" in text  # in one piece
+    box = [line for line in text.splitlines() if line[0] in "╭│╰"]
+    assert {len(line) for line in box} == {40}
+    assert f"{summary.tokens:,} tokens sampled" in " ".join(line.strip("│ ") for line in box)  # nothing is cut off
     assert str(run / "report.html") in printed
     assert summary.profile is None
     assert "perfetto" not in printed

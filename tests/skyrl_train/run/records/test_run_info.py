@@ -190,6 +190,18 @@ def test_runs_are_listed_newest_first_within_the_width(listed, tmp_path, columns
     assert ("SmolLM2" in lines[1]) is (columns == 100)
 
 
+@pytest.mark.parametrize(("environment", "model"), [("e" * 90, "m"), ("e", "m" * 90), ("e" * 90, "m" * 90)])
+def test_a_long_name_takes_no_room_from_the_other_columns(listed, tmp_path, environment, model):
+    file = described_run(tmp_path / "one") / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "environment": environment, "model": model}))
+    for columns in (60, 80, 110):
+        heading, line, *_ = listed(tmp_path, columns=columns).splitlines()
+        assert len(line) <= columns
+        assert line.startswith("2026-11-27 16:59  finished  2/2    0.250 > 0.750  e")
+        assert heading.split()[:4] == ["started", "ended", "steps", "reward"]
+        assert ("model" in heading) is (columns > 100)
+
+
 def test_runs_are_listed_as_json(listed, tmp_path):
     described_run(tmp_path / "one")
     (tmp_path / "bad").mkdir()
@@ -209,9 +221,36 @@ def test_two_runs_are_compared(listed, tmp_path):
     shown = listed("compare", a, b)
     assert max(map(len, shown.splitlines()[3:])) <= 80
     assert "trainer.seed" in shown
+    assert "versions and machine that differ" in shown
+    assert "model, code, versions and machine: the same\n\nsettings: the same" in listed("compare", a, a)
 
 
 def test_what_is_no_run_is_refused(listed, tmp_path):
     assert "there is no folder" in listed(tmp_path / "gone", code=2)
     assert "is no run's folder" in listed("compare", tmp_path, tmp_path, code=2)
-    assert "no runs below" in listed(tmp_path)
+    (tmp_path / "\x1b[31mred").mkdir()
+    shown = listed(tmp_path / "\x1b[31mred")
+    assert "no runs below" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"starts": 5}'),
+        ("run.json", '{"starts": [5]}'),
+        ("run.json", '{"model": null}'),
+        ("run.json", '{"changed": {"a": 1}}'),
+        ("run.json", '{"total_steps": "many"}'),
+        ("metrics.jsonl", '{"step": 1e999}\n'),
+        ("metrics.jsonl", '{"step": 1, "generate/num_sampled_tokens": "many"}\n'),
+        ("metrics.jsonl", '{"step": 1, "reward/avg_raw_reward": "high"}\n'),
+    ],
+)
+def test_a_foreign_file_of_the_same_name_hides_no_other_run(listed, tmp_path, name, content):
+    described_run(tmp_path / "one")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / name).write_text(content)
+    shown = listed(tmp_path)
+    assert str(tmp_path / "one") in shown
+    assert str(tmp_path / "foreign") in shown

@@ -267,6 +267,8 @@ def test_a_list_of_types_is_read_as_what_is_not_null(kinds: list[str], written: 
         {"type": "array", "items": {"type": "number"}, "minItems": 1_000_000_000},
         {"type": "array", "items": {"type": "object"}, "minItems": 1_000_000_000},
         {"type": "string", "minLength": 1_000_000_000},
+        {"enum": ["x" * 20_000, "y" * 30_000]},
+        {"const": {"a": "x" * 20_000}},
     ],
 )
 def test_what_is_too_long_to_be_written_is_refused_or_left_out(x: dict[str, Any]) -> None:
@@ -276,13 +278,43 @@ def test_what_is_too_long_to_be_written_is_refused_or_left_out(x: dict[str, Any]
     assert all(len(optional.random_text(Random(seed), None)) < 100 for seed in range(20))
 
 
+def test_only_names_that_can_be_written_are_drawn() -> None:
+    form = action_form(schema(["x"], x={"enum": ["x" * 20_000, "up"]}))
+    assert {form.random_text(Random(seed), None) for seed in range(20)} == {"up"}
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        ({"type": "integer", "minimum": 10**400}, "a whole number"),
+        ({"type": "number", "maximum": -(10**400)}, "a number"),
+        ({"type": "integer", "minimum": -(10**400), "maximum": 7}, "a whole number of at most 7"),
+    ],
+)
+def test_a_bound_that_no_float_holds_is_left_out_of_the_words(x: dict[str, Any], words: str) -> None:
+    form = action_form(schema(["x"], x=x))
+    assert words in form.how()
+    assert " from " not in form.how()
+    assert form.random_text(Random(0), None)
+
+
+@pytest.mark.parametrize("x", [{"$ref": "#/nowhere"}, {"$dynamicRef": "#nobody"}])
+def test_a_reference_to_nothing_is_refused_without_the_whole_schema(x: dict[str, Any]) -> None:
+    of = schema(["x", "y"], x=x, y={"type": "string", "description": "long " * 10_000})
+    with pytest.raises(OpenEnvError, match="refers to what is not in it") as refused:
+        action_form(of).fields('{"x": 1, "y": "a"}', None)
+    assert len(str(refused.value)) < 400
+
+
 def test_a_required_field_that_is_not_described_is_the_servers_fault() -> None:
     with pytest.raises(OpenEnvError, match="requires a field 'z' that it does not describe"):
         action_form(schema(["z"], x={"type": "integer"}))
 
 
 counts = st.sampled_from([0, 0, 1, 2, 3, 10**9])
-numbers = st.one_of(st.integers(-3, 10), st.sampled_from([10**9, -(10**9), 1e308, float("inf"), float("nan"), 0.5]))
+numbers = st.one_of(
+    st.integers(-3, 10), st.sampled_from([10**9, -(10**9), 10**400, -(10**400), 1e308, float("inf"), float("nan"), 0.5])
+)
 kinds = st.sampled_from(["string", "integer", "number", "boolean", "array", "object", "null"])
 leaves: Any = st.fixed_dictionaries(
     {},

@@ -107,7 +107,7 @@ def test_actions_are_calls_of_tools_where_the_data_set_says_so(echo_url: str, te
     ):
         [row], _ = dataset_rows(name, 1, 0, 0, {"tool_calls": True}, SLOW_START)
         assert "<action>" not in str(row["prompt"])
-        with OpenEnv(SLOW_START, {**row, "max_turns": 5}) as env:
+        with OpenEnv(SLOW_START, {**row, "max_turns": 20}) as env:
             messages, _ = env.init(row["prompt"])
             [schema] = [schema["function"] for schema in env.tool_schemas or [] if schema["function"]["name"] == tool]
             assert schema["parameters"]["properties"][argument]["type"] == "string"
@@ -120,10 +120,20 @@ def test_actions_are_calls_of_tools_where_the_data_set_says_so(echo_url: str, te
                 ("<action>hi</action>", "no call of a tool"),
                 (written(ToolCall("shout", {})), "tool"),
                 (written(ToolCall(tool, {argument: 3})), "not of type 'string'"),
-                (written(ToolCall(tool, {argument: "?"})).replace("?", "\\ud800"), "no text"),
+                (written(ToolCall(tool, {argument: "?"})).replace("?", "\\ud800"), "no JSON"),
+                (written(ToolCall(tool, {argument: "hi"}))[:-12], "does not end"),
+                (f'<tool_call>{{"name": "{tool}", "arguments": {{"{argument}": 1e999}}}}</tool_call>', "no JSON"),
+                (f'<tool_call>{{"name": "{tool}", "arguments": "hi"}}</tool_call>', "must be a JSON object"),
+                (f"<think>{written(ToolCall(tool, {argument: 'hi'}))}", "no call of a tool"),
             ):
                 assert complaint in env.step(reply)["observations"][0]["content"]
-            assert env.num_invalid_actions == 4
+            assert env.num_invalid_actions == 8
+            odd = env.step(written(ToolCall(tool, {argument: "</tool_call>{é}"})))
+            assert "</tool_call>{é}" in odd["observations"][0]["content"]
+            two = env.step(f"{written(ToolCall(tool, {argument: 'hi'}))}\n{written(ToolCall(tool, {argument: 'ho'}))}")
+            assert two["observations"][0]["content"] == (
+                f"{said}\n\nOnly the first of your 2 calls was made: call one tool in each reply."
+            )
             assert read_tool_calls(env.translator.random_action(Random(0)) or "")
 
 

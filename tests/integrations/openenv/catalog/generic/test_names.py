@@ -37,6 +37,18 @@ def test_each_form_is_told_from_the_others(text: str, form: str, target: str) ->
     assert foreign_name(name.text) == name  # a row may carry the text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://[::1:9", "http://x]:9", "http://[x]:9", "http://host:port", "http://host:99999", "http://", "ws:///path",
+        "https://:80", "http://a b:1", "http://x\x1b[2J:9", "http://\u202e:9",
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_parsed_is_refused_before_anything_starts(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no address: .*must look like http://host:8000"):
+        foreign_name(text)
+
+
 def test_a_folder_is_the_same_from_everywhere(folder: Path) -> None:
     for text in ("./my_env", str(folder), "./my_env/../my_env/"):
         name = foreign_name(text)

@@ -13,7 +13,7 @@ MIN_LOST = 3  # sessions in a row that a server must lose, though it looks healt
 
 
 @dataclass(eq=False)
-class Member:
+class PooledServer:
     """One server of a fleet: how many sessions it has and takes, and whether it is suspect."""
 
     server: Server
