@@ -227,10 +227,15 @@ libc.prctl(15, b"parent")
 loot = "done"
 """,
     "orphan of a raw call": """
-if libc.syscall(56 if os.uname().machine == "x86_64" else 220, signal.SIGCHLD, 0, 0, 0, 0) == 0:  # clone
+told, tell = os.pipe()
+child = libc.syscall(56 if os.uname().machine == "x86_64" else 220, signal.SIGCHLD, 0, 0, 0, 0)  # clone
+if child == 0:
     os.setsid()
+    os.write(tell, b"alone")
     time.sleep(60)
     os._exit(0)
+os.close(tell)
+os.read(told, 5)  # until the child is in a session of its own, or has ended
 libc.prctl(15, b"parent")
 loot = "done"
 """,

@@ -152,7 +152,7 @@ class Workers:
         return attacker.ask({"code": attacks.BEGIN + code, "given": given}, wait_s) or ""
 
     def victim_lives(self, here: Scene) -> bool:
-        return self._sibling.ask({}, WAIT_S) is not None and here.victim.poll() is None
+        return self._sibling.ask({}, WAIT_S) is not None and _outlives(here.victim)
 
     def close(self) -> None:
         for worker in self._open:
@@ -179,8 +179,7 @@ class Process:
         return last_line(self._process, self._max_bytes, wait_s)
 
     def victim_lives(self, here: Scene) -> bool:
-        time.sleep(0.1)
-        return here.victim.poll() is None
+        return _outlives(here.victim)
 
     def close(self) -> None:
         assert self._process is not None
@@ -197,8 +196,7 @@ class Programs:
         return lines[-2] if lines[-1:] == ["end"] else ""
 
     def victim_lives(self, here: Scene) -> bool:
-        time.sleep(0.1)
-        return here.victim.poll() is None
+        return _outlives(here.victim)
 
     def close(self) -> None:
         """Do nothing: the program has ended when `run` returns."""
@@ -228,7 +226,7 @@ class DockerContainer:
         return loot
 
     def victim_lives(self, here: Scene) -> bool:
-        return here.victim.poll() is None
+        return _outlives(here.victim)
 
     def close(self) -> None:
         self._remove()
@@ -265,7 +263,14 @@ def succeeds(name: str, place: Place, here: Scene) -> bool:
 
 
 def _lives_on(here: Scene) -> bool:
-    return not gone([process.pid for process in here.survivors()], within_s=4)
+    return not gone([process.pid for process in here.survivors()], within_s=8)
+
+
+def _outlives(victim: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process is there although a signal may have been sent to it."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        victim.wait(0.5)
+    return victim.returncode is None
 
 
 def base_image() -> str | None:
