@@ -6,12 +6,16 @@ Needs neither torch nor the trainer.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 from skyrl_gym.check import CheckReport, Fact, check_env, example_extras
 from skyrl_gym.contract import Outcome, short
@@ -56,6 +60,22 @@ def refuse_rows(arguments: argparse.Namespace) -> None:
         )
 
 
+@contextmanager
+def ends_with_words() -> Generator[None]:
+    """Let code that would end this process without a word say so: os._exit raises, a crash in C prints a traceback."""
+    usual, this_process = os._exit, os.getpid()
+
+    def refused(status: int) -> NoReturn:
+        if os.getpid() != this_process:  # a child that the environment forked
+            usual(status)
+        raise RuntimeError(f"os._exit({status}) would end this process, in training the whole run")
+
+    with patch.object(os, "_exit", refused):
+        faulthandler.enable(sys.__stderr__)
+        yield
+
+
+@ends_with_words()
 def run(
     arguments: argparse.Namespace, env_config: dict[str, Any] | None = None, columns: dict[str, Any] | None = None
 ) -> int:

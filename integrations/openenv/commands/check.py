@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gym_commands.add_num_rows(of_class)
 
 
+@gym_commands.ends_with_words()
 def run(arguments: argparse.Namespace) -> int:
     """Play, print the report, and return 0 if nothing in it would make training fail, else 1."""
     if is_text_environment(arguments.env):
