@@ -71,7 +71,8 @@ def ends_with_words() -> Generator[None]:
         raise RuntimeError(f"os._exit({status}) would end this process, in training the whole run")
 
     with patch.object(os, "_exit", refused):
-        faulthandler.enable(sys.__stderr__)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(2)
         yield
 
 
