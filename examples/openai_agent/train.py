@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from skyrl_train.entrypoints.main_base import main
 HERE = Path(__file__).resolve().parent
 RUN_FOLDER = Path.home() / "ckpts" / "openai_agent"
 NUM_TRAIN, NUM_VALIDATION = 64, 16
-PATIENCE_S = 120
 SETTINGS = (
     "generator.agent=examples.openai_agent.episodes:play",
     "trainer.policy.model.path=HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -53,43 +51,40 @@ def data_file(name: str, made: list[dict[str, Any]]) -> Path:
 
 
 @contextmanager
-def served(*command: str) -> Generator[str]:
-    """Run a server on a free port, and end it. Yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = (sys.executable, "-m", *command, "--port", str(port))
-    process = subprocess.Popen(command, cwd=HERE, env=with_repository(), stdout=subprocess.DEVNULL)
+def running(*command: str, **how: Any) -> Generator[subprocess.Popen[str]]:
+    """Run a module of Python, and end it."""
+    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=HERE, env=environment, text=True, **how)
     try:
-        wait_for(process, port)
-        yield f"http://127.0.0.1:{port}"
+        yield process
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()
 
 
-def with_repository() -> dict[str, str]:
-    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+@contextmanager
+def echo_env() -> Generator[str]:
+    """Serve echo_env. Yields its address, which is the first line that it prints."""
+    with running("integrations.openenv", "serve", "echo_env", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        if not (line := process.stdout.readline()):
+            raise RuntimeError(f"echo_env did not start (exit status {process.wait()})")
+        yield json.loads(line)["url"]
 
 
-def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
-    """Return once the port is answered. RuntimeError if the server ended, or takes too long."""
-    ends = time.monotonic() + PATIENCE_S
-    while time.monotonic() < ends and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError(f"{process.args} does not answer (exit status {process.poll()})")
+@contextmanager
+def agent() -> Generator[str]:
+    """Serve the agent at a socket that is open before it starts, so that its first calls wait for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        number, address = listening.fileno(), f"http://127.0.0.1:{listening.getsockname()[1]}"
+        app = ("uvicorn", "examples.openai_agent.agent:app", "--log-level", "warning", "--fd", str(number))
+        with running(*app, pass_fds=[number]):
+            listening.close()  # the agent's alone from now on: if it ends, calls are refused
+            yield address
 
 
 if __name__ == "__main__":
-    with served("integrations.openenv", "serve", "echo_env") as echo:
-        os.environ["ECHO_URL"] = echo  # the agent's process inherits it
-        with served("uvicorn", "examples.openai_agent.agent:app", "--log-level", "warning") as agent:
-            os.environ["AGENT_URL"] = agent
-            status = main([*settings(), *sys.argv[1:]])
+    with echo_env() as os.environ["ECHO_URL"], agent() as os.environ["AGENT_URL"]:  # the agent inherits the first
+        status = main([*settings(), *sys.argv[1:]])
     sys.exit(status)

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from skyrl_gym.envs.arithmetic import rows
 from skyrl_train.policy.pretrained import cache_folder
 from skyrl_train.run.metrics import read_metrics
@@ -17,7 +15,6 @@ from skyrl_train.run.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(240)
 def test_the_example_trains_the_packaged_model(tmp_path):
     for split, num in (("train", 8), ("validation", 8)):
         lines = [json.dumps(row) + "\n" for row in rows(num, split=split, digits=1)]

@@ -42,7 +42,6 @@ async def test_the_agent_asks_again_for_an_action_and_has_the_environment_say_it
         endpoint.close()
 
 
-@pytest.mark.timeout(240)
 def test_the_command_trains_the_model_that_the_agent_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_tiny_model(tmp_path / "model", max_position_embeddings=1024)

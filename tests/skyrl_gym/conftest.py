@@ -76,5 +76,5 @@ def sql_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def env_configs(search_server: SearchServer, sql_root: Path) -> dict[str, dict[str, Any]]:
     """Return the env_config of each built-in environment that needs one."""
-    search = {"search_url": search_server.url, "timeout": 5, "log_requests": False}
+    search = {"search_url": search_server.url, "timeout": 60, "log_requests": False}
     return {"search": search, "searchcode": search, "text2sql": {"db_path": str(sql_root)}}

@@ -19,7 +19,7 @@ from skyrl_gym.temporary_folders import PREFIXES, PROGRAM, reap_temporary_folder
 
 COMPILER = """#!/bin/sh
 touch "$SEEN"
-exec sleep 20
+exec sleep 600
 """
 COMPILE = """
 from pathlib import Path

@@ -27,7 +27,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_gym.envs.base_text_env import BaseTextEnvStepOutput
 
 MAX_SESSIONS_TRIED = 16
-TIME_TO_END_S = 5.0  # for the processes of a server that was stopped
+TIME_TO_END_S = 20.0  # for the processes of a server that was stopped
 Process = tuple[int, str]  # pid and start time: a pid may be used again
 HAS_PROC = Path("/proc/self/stat").exists()
 NUM_REPEATED = 3  # episodes that are played twice

@@ -40,7 +40,7 @@ from integrations.openenv.pool.session_budget import SessionBudget
 MAX_FAILURES = 7  # servers in a row that failed without an episode getting through; then the environment is given up
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a replacement, from the second failure in a row on; doubles
 LONGEST_SILENCE_S = 5.0  # within which a suspect server must answer its health check
-LOG_DELAY_S = 0.2  # until an error that a server has met is in its log
+LOG_DELAY_S, LOG_LOOK_S = 5.0, 0.2  # until an error that a server has met is in its log, at the latest; looks at it
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|NotFound|Timeout)\b.*|[A-Za-z_][\w.]*: \S.*")
 NO_GROWTH_S = 60.0  # in which no further server is started, after one beside running ones failed to start
 
@@ -154,10 +154,12 @@ class Fleet:
         """
         with contextlib.suppress(OpenEnvError):
             await fetch_json(server.url, "/state", self.config.step_timeout_s)
-        await asyncio.sleep(LOG_DELAY_S)
-        words = await asyncio.to_thread(server.log_end)
-        lines = [line for line in words.splitlines() if EXCEPTION.match(line)]
-        return f" It says in its log: {lines[-1][:500]}" if lines else " Its log may say why."
+        for _ in range(round(LOG_DELAY_S / LOG_LOOK_S)):
+            await asyncio.sleep(LOG_LOOK_S)
+            words = await asyncio.to_thread(server.log_end)
+            if lines := [line for line in words.splitlines() if EXCEPTION.match(line)]:
+                return f" It says in its log: {lines[-1][:500]}"
+        return " Its log may say why."
 
     def stop(self) -> list[Server]:
         """End the queue: leases that wait get ServerStartFailed. Returns the servers, for the caller to stop."""

@@ -40,6 +40,7 @@ from skyrl_train.types import Message
 T = TypeVar("T")
 KEY_VARIABLE = "SKYRL_API_KEY"
 MAX_BODY = 64 * 2**20  # bytes
+KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx: 5 s), which might ask while we hang up
 GONE = Response(status_code=499)  # nginx's number for a client that has hung up; nobody is there to read it
 EPISODE_OVER = error_body("this episode is over", "not_found_error")
 EVENTS = "text/event-stream"
@@ -86,6 +87,7 @@ class Endpoint:
                 log_level="warning",
                 lifespan="off",
                 timeout_graceful_shutdown=1,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._serving: asyncio.Task[None] | None = None

@@ -17,6 +17,11 @@ def gone(pids: list[int], within_s: float = 60.0) -> bool:
     return False
 
 
+def no_children_but(before: set[psutil.Process], within_s: float = 60.0) -> bool:
+    """Return whether all processes below this one end within that time, but for those that were there before."""
+    return gone([child.pid for child in psutil.Process().children(recursive=True) if child not in before], within_s)
+
+
 def _lives(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != "zombie"

@@ -10,6 +10,7 @@ from skyrl_gym.core import EnvFailure
 from skyrl_gym.tools import PythonCodeExecutorToolGroup, python_process
 from skyrl_gym.tools.python_process import run_python
 from skyrl_gym.walls.wall import NoWall
+from tests.integrations.openenv.processes import no_children_but
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def test_an_error_names_itself_and_what_was_printed_before(python):
 
 def test_a_program_is_stopped_when_its_time_is_up():
     start = time.perf_counter()
-    answer = PythonCodeExecutorToolGroup(timeout=0.5).python("print('x', flush=True)\nwhile True: pass")
-    assert answer.startswith("Error executing Python code: Execution timed out after 0.5 seconds.")
+    answer = PythonCodeExecutorToolGroup(timeout=5).python("print('x', flush=True)\nwhile True: pass")
+    assert answer.startswith("Error executing Python code: Execution timed out after 5 seconds.")
     assert answer.endswith("x")
     assert time.perf_counter() - start < 60  # it never ends by itself
 
@@ -82,7 +83,7 @@ def test_a_program_is_gone_when_its_time_is_up_and_starts_no_other(python):
     run_python("pass", timeout_s=60)
     before = set(psutil.Process().children(recursive=True))
     assert run_python("import time; time.sleep(60)", timeout_s=0.2).timed_out
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert no_children_but(before)
 
 
 @pytest.mark.parametrize(

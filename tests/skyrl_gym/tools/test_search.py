@@ -9,7 +9,7 @@ from skyrl_gym.tools.search import call_search_api, search_text
 
 @pytest.fixture
 def search(search_server):
-    return SearchToolGroup(search_url=search_server.url, topk=2, timeout=5, log_requests=False).search
+    return SearchToolGroup(search_url=search_server.url, topk=2, timeout=60, log_requests=False).search
 
 
 def test_passages_are_numbered_lines_in_json(search, search_server):

@@ -13,7 +13,7 @@ from tests.skyrl_train.engine.conftest import answers, ask, until_step
 from tests.tiny_models import tiny_policy
 
 LONG: dict[str, Any] = {"min_tokens": 60, "max_tokens": 60}
-AT_MOST_S = 20.0  # a test that waits longer hangs
+AT_MOST_S = 200.0  # a test that waits longer hangs
 
 
 async def test_no_step_is_computed_while_paused_and_every_request_gets_its_tokens(make_engine):

@@ -125,7 +125,7 @@ def test_llama_cpp_computes_the_same(family, changes, expression, tmp_path):
     server = llama_cpp.Server(how)
     body = json.dumps({"content": "".join(TEXTS), "add_special": False, "parse_special": True}).encode()
     address = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(address, timeout=30) as answer:
+    with urllib.request.urlopen(address, timeout=120) as answer:
         assert json.load(answer)["tokens"] == tokenizer.encode("".join(TEXTS), add_special_tokens=False)
     ids, expected = a_prompt_that_is_answered_by_a_letter(module, tokenizer)
     done = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 5})

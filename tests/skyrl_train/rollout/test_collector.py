@@ -160,7 +160,7 @@ def test_a_round_in_which_everything_fails_ends_with_the_reason(tokenizer):
 
 
 def test_a_hanging_environment_fails_at_its_deadline(tokenizer):
-    limits = EpisodeLimits(5, 400, 512, step_timeout_s=1.0, episode_timeout_s=300)
+    limits = EpisodeLimits(5, 400, 512, step_timeout_s=5.0, episode_timeout_s=300)
     groups, _ = play([flaky("a", 1, "hang"), flaky("b", 0)], lambda r: "0", tokenizer, limits=limits)
     assert groups[0].trajectories[0].num_attempts == 2
     assert groups[0].trajectories[0].reward == 1.0

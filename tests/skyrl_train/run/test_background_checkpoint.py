@@ -16,7 +16,7 @@ from skyrl_train.run.checkpoint import Checkpoints
 from skyrl_train.run.run_folder import checkpoint_steps
 from tests.skyrl_train.test_ends import arguments
 
-LONG_S = 20.0  # that a disk takes which nobody makes faster
+LONG_S = 200.0  # that a disk takes which nobody makes faster
 
 
 class SlowDisk:

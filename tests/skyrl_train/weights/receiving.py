@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +43,14 @@ class ReceivingProcess:
             return found
         return {name: tensor_of(*fields) for name, fields in found.items()}
 
-    def resume(self) -> None:
-        """Let it go on after it has stopped itself."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+    def resume(self, after_s: float = 0.0) -> None:
+        """Let it go on, so long after it has stopped itself. Waits until it has."""
+        pid = self._process.pid
+        assert pid is not None
+        while " T " not in Path(f"/proc/{pid}/stat").read_text():
+            time.sleep(0.01)
+        time.sleep(after_s)
+        os.kill(pid, signal.SIGCONT)
 
     def end(self) -> None:
         self._process.kill()

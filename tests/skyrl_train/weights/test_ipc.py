@@ -24,16 +24,16 @@ from skyrl_train.weights.broadcast import PATIENCE, Broadcast
 from skyrl_train.weights.buckets import layout, size_of, spec_of
 from skyrl_train.weights.ipc import IpcSender, handle_of, key_of
 from tests.skyrl_train.weights.receiving import ReceivingProcess, receiving
-from tests.skyrl_train.weights.test_broadcast import BUCKET_BYTES, assert_received, weights
+from tests.skyrl_train.weights.test_broadcast import BUCKET_BYTES, LOST_S, PATIENT_S, assert_received, weights
 
-CPU, TIMEOUT_S, NUMBERS = torch.device("cpu"), 2.5, itertools.count()
+CPU, NUMBERS = torch.device("cpu"), itertools.count()
 
 
-def lent(sender: IpcSender, named: dict[str, Tensor], num_readers: int) -> Broadcast:
+def lent(sender: IpcSender, named: dict[str, Tensor], num_readers: int, timeout_s: float = PATIENT_S) -> Broadcast:
     """Return what the learner announces."""
     buckets = layout([spec_of(*item) for item in named.items()], BUCKET_BYTES)
     handles = sender.lend(max(map(size_of, buckets)), num_readers)
-    return Broadcast("nowhere", 0, next(NUMBERS), 1, buckets, TIMEOUT_S, handles)
+    return Broadcast("nowhere", 0, next(NUMBERS), 1, buckets, timeout_s, handles)
 
 
 def push(sender: IpcSender, seed: int, *processes: ReceivingProcess) -> list[str]:
@@ -46,7 +46,7 @@ def push(sender: IpcSender, seed: int, *processes: ReceivingProcess) -> list[str
 
 @pytest.fixture(scope="module")
 def sender() -> IpcSender:
-    return IpcSender(CPU, TIMEOUT_S)
+    return IpcSender(CPU, PATIENT_S)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_two_workers_of_one_device_get_every_bit_again_and_again(sender, healthy
 
 def test_a_worker_copies_from_the_rank_on_its_own_device(sender, healthy):
     """As two workers of one engine that share its layers, each on the GPU of another rank."""
-    elsewhere = IpcSender(torch.device("cpu:1"), TIMEOUT_S)
+    elsewhere = IpcSender(torch.device("cpu:1"), PATIENT_S)
     here, there = weights(4), weights(5)
     broadcast = lent(sender, here, 1)
     broadcast = replace(broadcast, handles={**broadcast.handles, **lent(elsewhere, there, 1).handles})
@@ -88,16 +88,18 @@ def test_a_worker_copies_from_the_rank_on_its_own_device(sender, healthy):
     [(1, signal.SIGKILL), (1, signal.SIGSTOP), (-1, signal.SIGKILL)],
     ids=["dies", "is silent", "dies before the last bucket"],
 )
-def test_a_reader_that_is_lost_costs_the_others_its_timeout_and_nothing_else(sender, healthy, taken, by):
+def test_a_reader_that_is_lost_costs_the_others_its_timeout_and_nothing_else(healthy, taken, by):
     """taken: the buckets that it copies; -1: all but the last."""
+    sender = IpcSender(CPU, LOST_S)
     named = weights(6) | {f"more.{i}": torch.full((1000,), float(i)) for i in range(6)}
     with receiving("lost") as [lost]:
-        broadcast = lent(sender, named, 2)
+        broadcast = lent(sender, named, 2, LOST_S)
+        assert len(broadcast.buckets) > 8
         healthy.start(broadcast)
         lost.start(broadcast, sum(map(len, broadcast.buckets[:taken])), by)
         started = time.monotonic()
         assert sender.send(iter(named.items()), broadcast) == ["healthy"]
-        assert time.monotonic() - started < TIMEOUT_S + 4
+        assert time.monotonic() - started < 4 * LOST_S, "it cost more than a bucket"
         found = healthy.received()
         assert not isinstance(found, str), found
         assert all(torch.equal(found[name], tensor) for name, tensor in named.items())
@@ -116,7 +118,7 @@ def test_a_buffer_is_filled_again_only_after_the_slowest_reader_has_copied_it(se
         broadcast = lent(sender, named, 2)
         healthy.start(broadcast)
         slow.start(broadcast, 2, signal.SIGSTOP)
-        going_on = threading.Timer(TIMEOUT_S / 3, slow.resume)
+        going_on = threading.Thread(target=slow.resume, args=(0.5,))
         going_on.start()
         assert sender.send(iter(named.items()), broadcast) == ["healthy", "slow"]
         going_on.join()
@@ -125,17 +127,15 @@ def test_a_buffer_is_filled_again_only_after_the_slowest_reader_has_copied_it(se
 
 
 def test_a_sender_that_fills_nothing_keeps_no_reader_waiting_for_long(sender, healthy):
-    broadcast = replace(lent(sender, weights(9), 1), timeout_s=0.1)
-    started = time.monotonic()
+    broadcast = replace(lent(sender, weights(9), 1), timeout_s=2.0)
     healthy.start(broadcast)
-    assert healthy.received() == f"TimeoutError: bucket 0 did not come in {PATIENCE * 0.1:g} seconds"
-    assert time.monotonic() - started < 10
+    assert healthy.received() == f"TimeoutError: bucket 0 did not come in {PATIENCE * 2:g} seconds"
 
 
 def test_without_any_reader_the_push_fails():
-    impatient, named = IpcSender(CPU, 0.2), weights(10)
+    impatient, named = IpcSender(CPU, 2.0), weights(10)
     broadcast = lent(impatient, named, 1)
-    with pytest.raises(RuntimeError, match=r"no engine took the weights: bucket 0 was not copied in 0\.2 seconds"):
+    with pytest.raises(RuntimeError, match=r"no engine took the weights: bucket 0 was not copied in 2\.0 seconds"):
         impatient.send(iter(named.items()), broadcast)
 
 
@@ -157,7 +157,7 @@ def test_one_reader_too_many_gets_nothing(sender, healthy):
 
 
 def test_of_ranks_on_one_device_only_the_announced_one_sends(sender):
-    other = IpcSender(CPU, TIMEOUT_S)
+    other = IpcSender(CPU, PATIENT_S)
     broadcast = lent(sender, weights(13), 1)
     assert sender.is_of(broadcast)
     assert not other.is_of(broadcast)
@@ -192,7 +192,7 @@ def test_a_handle_is_the_same_memory_and_leaves_none_behind_when_both_ends_are_k
         assert answer(reader, "go on") == f"{64 * 7}"
         sender.kill()
         reader.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path("/dev/shm", left).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path("/dev/shm", left).exists()

@@ -81,7 +81,7 @@ async def test_with_a_network_the_port_is_on_the_loopback_and_dockers_choice(ima
 
 @pytest.mark.parametrize("deed", ["kill", "pause"])
 async def test_a_container_that_dies_or_stands_still_is_replaced(image: str, deed: str) -> None:
-    pool = ServerPool(OpenEnvConfig(runtime="docker", step_timeout_s=2.0, startup_timeout_s=120))
+    pool = ServerPool(OpenEnvConfig(runtime="docker", step_timeout_s=10.0, startup_timeout_s=120))
     lease = await pool.lease(source(image))
     [(_, server)] = pool.servers()
     assert isinstance(server, Container)

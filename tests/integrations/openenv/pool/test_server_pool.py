@@ -29,6 +29,7 @@ from integrations.openenv.hosting.server import ServerStartFailed
 from integrations.openenv.hosting.server_process import ServerProcess
 from integrations.openenv.hosting.source import ServerSource
 from integrations.openenv.pool import fleet
+from integrations.openenv.pool import lease as lease_module
 from integrations.openenv.pool.fleet import MAX_FAILURES
 from integrations.openenv.pool.server_pool import NoFreeSession, ServerPool, close_shared_pools, shared_pool
 from tests.integrations.openenv.processes import gone
@@ -70,12 +71,13 @@ async def test_a_killed_server_costs_its_sessions_and_is_replaced_once() -> None
         await pool.lease(ECHO_SOURCE)
 
 
-async def test_a_stopped_server_counts_as_dead() -> None:
-    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=2.0))
+async def test_a_stopped_server_counts_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "LONGEST_SILENCE_S", 1.0)
+    pool = ServerPool(OpenEnvConfig(runtime="local", step_timeout_s=8.0))
     lease = await pool.lease(ECHO_SOURCE)
     server = only_server(pool)
     os.kill(server.pid, signal.SIGSTOP)
-    with pytest.raises(SessionLost, match=r"no answer to step within 2 s"):
+    with pytest.raises(SessionLost, match=r"no answer to step within 8 s"):
         await lease.step(HELLO)
     await lease.release()
     assert await asyncio.to_thread(gone, [server.pid])
@@ -90,7 +92,7 @@ async def test_leases_beyond_max_sessions_wait_for_their_turn(echo_url: str) -> 
     assert not second.done()
     await first.release()
     await first.release()  # twice frees one slot only
-    lease = await asyncio.wait_for(second, 10)
+    lease = await asyncio.wait_for(second, 60)
     third = asyncio.create_task(pool.lease(ECHO_SOURCE))
     await asyncio.sleep(0.1)
     assert not third.done()
@@ -278,11 +280,13 @@ async def test_a_full_server_is_not_stormed() -> None:
 
 
 async def test_a_lease_that_waits_too_long_says_who_holds_what(echo_url: str) -> None:
-    pool = ServerPool(OpenEnvConfig(url=echo_url, max_sessions=1, lease_timeout_s=0.5))
+    pool = ServerPool(OpenEnvConfig(url=echo_url, max_sessions=1))
     holder = await pool.lease(ECHO_SOURCE)
     await holder.step(HELLO)
+    patient, pool.config = pool.config, replace(pool.config, lease_timeout_s=0.5)
     with pytest.raises(NoFreeSession, match=r"within 0\.5 s .*1 of 1 sessions open.*: 1 steps in \d+ s, unused for"):
         await pool.lease(ECHO_SOURCE)
+    pool.config = patient
     await holder.release()
     await (await pool.lease(ECHO_SOURCE)).release()
     await pool.close()
@@ -292,8 +296,7 @@ async def test_a_lease_that_waits_too_long_says_who_holds_what(echo_url: str) ->
 async def test_a_session_that_is_held_too_long_is_taken_back(echo_url: str, name: str) -> None:
     pool = ServerPool(OpenEnvConfig.from_any({"url": echo_url, "max_sessions": 1, name: 0.3}))
     lease = await pool.lease(ECHO_SOURCE)
-    await lease.step(HELLO)
-    next_one = await asyncio.wait_for(pool.lease(ECHO_SOURCE), 20)  # although nobody released the first
+    next_one = await asyncio.wait_for(pool.lease(ECHO_SOURCE), 60)  # although nobody released the first
     with pytest.raises(SessionLost, match=rf"for 0\.3 s \(openenv\.{name}\) and was taken back"):
         await lease.step(HELLO)
     await lease.release()
@@ -301,11 +304,27 @@ async def test_a_session_that_is_held_too_long_is_taken_back(echo_url: str, name
     await pool.close()
 
 
-async def test_a_session_in_use_is_not_idle(echo_url: str) -> None:
-    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=2.0))
+class LaterClock:
+    """Stands in for the module `time`: `shift` seconds later than it is."""
+
+    shift = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.shift
+
+
+async def test_a_session_in_use_is_not_idle(echo_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = LaterClock()
+    monkeypatch.setattr(lease_module, "time", clock)
+    pool = ServerPool(OpenEnvConfig(url=echo_url, idle_timeout_s=100.0))
     lease = await pool.lease(ECHO_SOURCE)
     for _ in range(12):
-        await asyncio.sleep(0.2)
+        clock.shift += 20
+        lease._watch()  # as its timer does
+        await lease.step(HELLO)
+    clock.shift += 101
+    lease._watch()
+    with pytest.raises(SessionLost, match="was not used for 100 s"):
         await lease.step(HELLO)
     await lease.release()
     await pool.close()

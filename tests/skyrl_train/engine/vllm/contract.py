@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skyrl_train.engine.base import Completion
+from skyrl_train.engine.base import Completion, Request
 from tests.skyrl_train.engine.conftest import answers, ask
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.skyrl_train.engine.vllm.conftest import ENDS, learner_of, policy_of, weights_of
@@ -145,18 +145,29 @@ async def test_a_cancelled_request_frees_its_slot(engine):
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         completion = await engine.generate(ask("b", max_tokens=2, min_tokens=2))
     assert len(completion.response_ids) == 2
     await engine.forget("a")
 
 
+async def begun_and_paused(engine: Any, requests: list[Request]) -> list[asyncio.Task[Completion]]:
+    """Return requests under way in an engine that is paused. On a busy machine the pause may come too late for some."""
+    for _ in range(20):
+        begun = [asyncio.create_task(engine.generate(request)) for request in requests]
+        await asyncio.sleep(0.05)
+        await engine.pause()
+        if not any(task.done() for task in begun):
+            return begun
+        await engine.resume()
+        await asyncio.gather(*begun)
+    raise AssertionError("no pause came in time")
+
+
 async def test_a_paused_engine_finishes_nothing_and_loses_nothing(engine):
     requests = [ask("a", f"{i}", seed=i, **LONG) for i in range(10)]  # two wait for a slot
     expected = await answers(engine, requests)
-    begun = [asyncio.create_task(engine.generate(request)) for request in requests[:9]]
-    await asyncio.sleep(0.05)
-    await engine.pause()
+    begun = await begun_and_paused(engine, requests[:9])
     late = asyncio.create_task(engine.generate(requests[9]))
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in [*begun, late])
@@ -166,7 +177,7 @@ async def test_a_paused_engine_finishes_nothing_and_loses_nothing(engine):
     assert engine.busy_seconds == seconds  # the sign by which an engine that hangs is known
     await engine.pause()  # it is paused already
     await engine.resume()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         completions = await asyncio.gather(*begun, late)
     assert [c.response_ids for c in completions] == [c.response_ids for c in expected]
 
@@ -186,8 +197,7 @@ async def test_a_paused_engine_still_proves_its_weights(engine, policy):
 async def test_new_weights_reach_the_next_token_and_requests_in_flight_outlive_them(engine, policy):
     other = policy_of(5, tie_word_embeddings=True)
     before = await engine.generate(ask(PROMPT, seed=1, min_tokens=9, max_tokens=9))
-    running = asyncio.create_task(engine.generate(ask(PROMPT, "episode", seed=1, **LONG)))
-    await asyncio.sleep(0.1)
+    [running] = await begun_and_paused(engine, [ask(PROMPT, "episode", seed=1, **LONG)])
     weights = weights_of()
     await weights.push(learner_of(other, 2), engine)
     request = ask(PROMPT, "late", seed=1, min_tokens=9, max_tokens=9)

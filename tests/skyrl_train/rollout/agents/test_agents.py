@@ -164,7 +164,7 @@ async def test_a_call_outside_sessions_samples_as_it_asks_for(served: Served) ->
 async def test_what_no_tokenizer_and_no_engine_takes_is_a_bad_request(
     served: Served, path: str, body: bytes, words: str
 ) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=120) as client:
         answer = await client.post(f"{served.endpoint.url}/v1/{path}", content=body)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
@@ -178,7 +178,7 @@ async def test_a_client_that_hangs_up_within_its_request_is_no_error(served: Ser
     await asyncio.sleep(0.1)  # the server has begun to read
     writer.close()
     await writer.wait_closed()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=120) as client:
         assert (await client.get(f"{served.endpoint.url}/health")).status_code == 200
     await asyncio.sleep(0.1)
     ours = ("uvicorn", "skyrl_train")  # others log what the garbage collector finds of other tests
@@ -219,7 +219,7 @@ async def test_what_cannot_be_answered_is_refused_with_the_field(
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"[" * 100_000, b'{"messages": 3}', b'{"messages": [3]}', b"\xff"])
 async def test_hostile_bodies_are_refused_and_the_server_stays_up(served: Served, raw: bytes) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=120) as client:
         answer = await client.post(f"{served.endpoint.url}/v1/chat/completions", content=raw)
         assert answer.status_code == 400
         assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -376,6 +376,13 @@ async def test_a_client_that_hangs_up_and_an_episode_that_ends_leave_nothing(ser
         await asking
     assert stuck.num_cancelled == 2
     assert served.endpoint._sessions == served.endpoint._calls == {}
+
+
+async def test_an_idle_connection_is_closed_by_the_client_first(served: Served) -> None:
+    """Both would close it after 5 s, and a request of that moment would get no answer."""
+    idle_s = httpx.Limits().keepalive_expiry
+    assert idle_s is not None
+    assert served.endpoint._server.config.timeout_keep_alive > 2 * idle_s
 
 
 async def test_64_clients_at_once(served: Served) -> None:

@@ -181,7 +181,7 @@ async def test_an_error_before_the_first_token_has_a_status_and_a_later_one_is_a
     body = {"messages": HELLO, "stream": True}
     for number in (1, EngineDied("it burnt")):
         served.engine.tokens.put_nowait(number)
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=120) as client:
         raw = await client.post(f"{served.endpoint.url}/v1/chat/completions", json=body)
     events = raw.text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
