@@ -22,7 +22,8 @@ class Evaluator:
     """Plays the same episodes each time: their seeds depend on the prompt and on trainer.seed, not on the step.
 
     The same weights earn the same, bit for bit on the same machine, where the environment does its part: episodes take
-    their turns together, and the engine computes each such round apart from all else.
+    their turns together, and the engine computes each such round apart from all else. An episode that fails and is
+    played again is missing in the turns of the others, which rounding may then change: a warning says so.
     """
 
     config: SkyRLConfig

@@ -44,7 +44,7 @@ def headless_browser() -> Generator[Browser]:
         )  # fmt: skip
         try:
             port = _port_of(Path(profile), process)
-            with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=20) as answer:
+            with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as answer:
                 page = next(target for target in json.load(answer) if target["type"] == "page")
             with connect(page["webSocketDebuggerUrl"], max_size=None, compression=None, ping_interval=None) as socket:
                 yield Browser(socket)
@@ -83,7 +83,7 @@ class Browser:
         self.number += 1
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while True:
-            message = json.loads(self.socket.recv(timeout=60))
+            message = json.loads(self.socket.recv(timeout=120))
             if message.get("id") == self.number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")

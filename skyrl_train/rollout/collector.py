@@ -100,6 +100,11 @@ class Collector:
                 stall_report.cancel()
                 await _cancelled(place)
                 playing.failures.say_how_many()
+                if playing.lockstep is not None and playing.failures.counts:
+                    logger.warning(
+                        f"{this_round.name}: episodes failed, so fewer than usual took some turns together: with the "
+                        "same weights, rounding may give other rewards the next time"
+                    )
         refuse_if_all_failed([trajectory for group in found for trajectory in group])
         self._tell_of_cuts(playing)
 

@@ -24,7 +24,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(240)
 def test_the_page_about_an_own_environment(folder, capsys):
     page = Page.read("your-own-environment.md")
     assert list(page.files) == ["my_game.py", "make_tasks.py", "my_reward.py", "train_it.py"]
@@ -57,7 +56,6 @@ def test_the_page_about_an_own_environment(folder, capsys):
     assert re.fullmatch(r"\d\.\d+ \d\.\d+", capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.timeout(240)
 def test_the_page_about_an_own_server(folder):
     page = Page.read("your-own-openenv-server.md")
     init, many, play, check, prepare, train = page.commands
@@ -74,7 +72,7 @@ def test_the_page_about_an_own_server(folder):
     assert {line["step"] for line in read_metrics(folder / "runs/guess/metrics.jsonl")} >= {1, 2}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_tutorial(folder, capsys):
     page = Page.read("tutorial.md")
     assert list(page.files) == ["nim_env/models.py", "nim_env/server/nim_env_environment.py", "my_reward.py"]

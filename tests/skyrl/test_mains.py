@@ -44,7 +44,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(main: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
     command = [sys.executable, "-m", main, *overrides]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=500)
 
 
 def test_a_hydra_main_with_a_ray_task_trains_with_its_own_estimator_and_key(settings, tmp_path):

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_checkpoint_that_finds_no_room_is_named_and_the_one_before_it_stays(gi
     args = arguments(given, tmp_path, "trainer.epochs=2")
     child = CONTEXT.Process(target=with_small_files, args=(args, tmp_path / "log.txt", size // 2))
     child.start()
-    child.join(200)
+    child.join(400)
     log = (tmp_path / "log.txt").read_text()
     assert child.exitcode == 1, log
     assert (
@@ -153,7 +154,7 @@ def test_an_export_that_finds_no_room_is_named(given, tmp_path):
     size = (given / "model/model.safetensors").stat().st_size
     child = CONTEXT.Process(target=with_small_files, args=(args, tmp_path / "log.txt", size // 2))
     child.start()
-    child.join(200)
+    child.join(400)
     log = (tmp_path / "log.txt").read_text()
     assert child.exitcode == 1, log
     assert f"broken off: cannot write {tmp_path}/exports/global_step_1/policy: File too large" in log
@@ -179,8 +180,9 @@ def test_a_terminal_that_hangs_up_ends_a_run_as_sigterm_does_but_not_under_nohup
         assert child.is_alive()
         time.sleep(0.02)
     assert child.pid is not None
-    os.kill(child.pid, signal.SIGHUP)
-    child.join(200)
+    with suppress(ProcessLookupError) if is_ignored else nullcontext():  # it goes on to its end, and may be there
+        os.kill(child.pid, signal.SIGHUP)
+    child.join(400)
     log = (tmp_path / "log.txt").read_text()
     assert child.exitcode == (0 if is_ignored else 128 + signal.SIGHUP), log
     assert is_ignored or "interrupted; the same command goes on after step" in log

@@ -26,7 +26,7 @@ print(grown[1] - grown[0])
 def in_a_process(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env={**kept, **variables})
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=True, env={**kept, **variables})
 
 
 def spin_count(**variables: str) -> str:

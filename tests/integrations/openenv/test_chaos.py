@@ -131,7 +131,7 @@ def slow_down(pid: int) -> None:
 
 
 async def test_100_episodes_while_servers_are_killed_paused_and_slowed() -> None:
-    config = OpenEnvConfig(runtime="local", max_sessions=16, max_servers=2, step_timeout_s=2.0)
+    config = OpenEnvConfig(runtime="local", max_sessions=16, max_servers=2, step_timeout_s=4.0)
     saboteur = Saboteur(lambda: shared_pool(config), every=15, deeds=[slow_down, kill, pause, kill, slow_down])
     restarts = num_server_restarts()
     ends = assert_all_is_accounted_for(await trajectories(config, 20, saboteur.on_episode), 100)

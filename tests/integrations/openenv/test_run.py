@@ -60,7 +60,7 @@ def trainer(given: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for_step(run_folder: Path, step: int, trainer: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and trainer.poll() is None:
         lines = read_metrics(run_folder / "metrics.jsonl")
         if lines and lines[-1]["step"] >= step:
@@ -70,15 +70,21 @@ def wait_for_step(run_folder: Path, step: int, trainer: subprocess.Popen[bytes])
     raise AssertionError(f"step {step} was not reached:\n{log[-3000:]}")
 
 
-def wait_for_sessions(server: psutil.Process, num_sessions: int) -> None:
-    """Wait until the server has this many sessions."""
+def stop_with_sessions(trainer: subprocess.Popen[bytes], server: psutil.Process, num_sessions: int) -> None:
+    """Stop the trainer in a moment in which the server has this many sessions: they stay open until it goes on."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        connections = server.net_connections(kind="tcp")
-        if sum(connection.status == psutil.CONN_ESTABLISHED for connection in connections) >= num_sessions:
-            return
+        if num_open(server) >= num_sessions:
+            trainer.send_signal(signal.SIGSTOP)
+            if num_open(server) >= num_sessions:
+                return
+            trainer.send_signal(signal.SIGCONT)
         time.sleep(0.005)
     raise AssertionError(f"there never were {num_sessions} sessions at once")
+
+
+def num_open(server: psutil.Process) -> int:
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in server.net_connections(kind="tcp"))
 
 
 def servers(trainer: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -90,15 +96,17 @@ def test_a_server_killed_in_mid_run_is_replaced_and_its_episodes_are_played_agai
     wait_for_step(tmp_path / "run", 2, trainer)
     family = psutil.Process(trainer.pid).children(recursive=True)
     [server] = servers(trainer)
-    wait_for_sessions(server, 16)
+    stop_with_sessions(trainer, server, 16)
     server.kill()
-    assert trainer.wait(120) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    trainer.send_signal(signal.SIGCONT)
+    assert trainer.wait(400) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(NUM_STEPS + 1))
     assert lines[-1]["environment/num_server_restarts"] == 1
     assert sum(line.get("generate/retries", 0) for line in lines) >= 1
     assert sum(line.get("generate/env_failures", 0) for line in lines) == 0
-    assert not any(process.is_running() for process in family), "a process was left behind"
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == [], "a process was left behind"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"reward_before", "reward_after", "steps", "seconds", "tokens"} <= summary.keys()
     assert summary["steps"] == NUM_STEPS
@@ -110,7 +118,7 @@ def test_a_run_that_is_ended_leaves_no_process(trainer, tmp_path, how):
     family = psutil.Process(trainer.pid).children(recursive=True)
     assert servers(trainer)
     trainer.send_signal(how)
-    code = trainer.wait(120)
+    code = trainer.wait(400)
     assert code == (-how if how == signal.SIGKILL else 128 + how)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []

@@ -74,7 +74,7 @@ def start(given: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def family_after_step(step: int, run_folder: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return the run's processes, once it has made this step."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
         lines = read_metrics(run_folder / "metrics.jsonl")
         if lines and lines[-1]["step"] >= step:

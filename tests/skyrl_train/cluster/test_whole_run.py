@@ -62,16 +62,16 @@ def ended(given: Path) -> tuple[float, int, str, list[psutil.Process]]:
         [_, victim] = [child for child in family if title(child) == "ray::LearnerRank"]
         victim.send_signal(signal.SIGKILL)
         began = time.monotonic()
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
         return time.monotonic() - began, process.returncode, output, family
     finally:
         process.kill()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_dead_rank_ends_the_run_with_its_name_and_how_to_go_on_and_nothing_is_left(ended):
     seconds, status, output, family = ended
-    assert seconds < 120  # the end of Ray and of the environments included
+    assert seconds < 300  # the end of Ray and of the environments included
     assert status == 1
     assert " is replaced: engine " in output
     assert "stopped: learner rank " in output
@@ -81,12 +81,13 @@ def test_a_dead_rank_ends_the_run_with_its_name_and_how_to_go_on_and_nothing_is_
     assert nothing_is_left(family)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ended")
 def test_one_process_goes_on_with_what_two_ranks_have_written(given):
     before = read_metrics(given / "run" / "metrics.jsonl")
     epochs = -(-(before[-1]["step"] - 1) // NUM_STEPS) + 1
     process = start(given, *settings(given), f"trainer.epochs={epochs}")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert "resuming after step" in output
     assert "order" in output  # of the sums, which is another now

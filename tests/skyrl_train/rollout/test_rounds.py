@@ -186,6 +186,17 @@ async def test_two_rounds_under_way_do_not_mix(tokenizer, warnings):
     assert [line.split(" episodes")[0] for line in cuts] == ["4 of 6"]  # of the first round alone
 
 
+@pytest.mark.parametrize("breaks", [0, 1])
+async def test_a_round_that_should_be_reproducible_says_when_failures_changed_who_played_together(
+    tokenizer, warnings, breaks
+):
+    collector = collector_of(Gate(tokenizer, "train_1_"), max_retries=3)
+    await collector.collect(replace(training(1, [*counting(2), flaky("a", breaks)]), reproducible=True))
+    collector.close()
+    told = [line for line in warnings if "rounding may give other rewards the next time" in line]
+    assert len(told) == breaks
+
+
 async def test_the_failures_of_one_round_are_not_counted_in_the_other(tokenizer):
     engine = Gate(tokenizer)
     collector = collector_of(engine, max_retries=0)

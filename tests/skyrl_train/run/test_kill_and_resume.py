@@ -80,7 +80,7 @@ def start(given: Path, run_folder: Path, *, deterministic: bool) -> multiprocess
 
 def finish(given: Path, run_folder: Path, *, deterministic: bool) -> None:
     child = start(given, run_folder, deterministic=deterministic)
-    child.join(250)
+    child.join(500)
     assert child.exitcode == 0, (given / "log.txt").read_text()[-3000:]
 
 
@@ -103,22 +103,22 @@ def assert_every_step_and_prompt_is_there_once(run_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(given, tmp_path_factory) -> tuple[dict[str, torch.Tensor], float, Path]:
+def unbroken(given, tmp_path_factory) -> tuple[dict[str, torch.Tensor], Path]:
     folder = tmp_path_factory.mktemp("unbroken")
-    child = CONTEXT.Process(target=time.sleep, args=(0,))
-    child.start()  # the fork server imports now, not within the measured time
-    child.join()
-    started = time.monotonic()
     finish(given, folder / "run", deterministic=True)
-    return weights(folder / "run"), time.monotonic() - started, folder / "run"
+    return weights(folder / "run"), folder / "run"
 
 
-def is_killed_at_work(given: Path, run_folder: Path, step: int, more_s: float, *, deterministic: bool) -> bool:
-    """Start a run and kill it so long after it logged this step (-1: began). Return whether it was alive."""
+def is_killed_at_work(given: Path, run_folder: Path, step: int, part: float, *, deterministic: bool) -> bool:
+    """Start a run and kill it in this part of the step behind this one (-1: before the first). Return if it was alive.
+
+    How long a step takes, the last one tells: the machine may be busier than it was a minute ago.
+    """
     child = start(given, run_folder, deterministic=deterministic)
     while child.is_alive() and last_step(run_folder) < step:
         time.sleep(0.01)
-    time.sleep(more_s)
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    time.sleep(part * max([line["timing/step"] for line in lines if "timing/step" in line][-1:], default=0.5))
     was_alive = child.is_alive()
     child.kill()
     child.join()
@@ -129,17 +129,17 @@ def last_step(run_folder: Path) -> int:
     return max((line["step"] for line in read_metrics(run_folder / "metrics.jsonl")), default=-1)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(given, unbroken, tmp_path):
     """Five runs, each killed twice: the second time while it goes on where the first kill left it."""
-    expected, seconds, _ = unbroken
+    expected, _ = unbroken
     moments = random.Random(7)
     kills_in_mid_run = 0
     for trial in range(5):
         folder = tmp_path / str(trial)
         for step in sorted(moments.sample(range(-1, NUM_STEPS - 1), 2)):
-            more_s = moments.uniform(0, 1) * seconds / NUM_STEPS
-            kills_in_mid_run += is_killed_at_work(given, folder, step, more_s, deterministic=True) and step >= 0
+            part = moments.uniform(0, 1)
+            kills_in_mid_run += is_killed_at_work(given, folder, step, part, deterministic=True) and step >= 0
         finish(given, folder, deterministic=True)
         got = weights(folder)
         assert got.keys() == expected.keys()
@@ -151,7 +151,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(given, un
 
 def test_training_moved_the_weights_at_all(given, unbroken):
     """Else the test above would compare nothing."""
-    _, _, folder = unbroken
+    _, folder = unbroken
     lines = read_metrics(folder / "metrics.jsonl")
     assert lines[-1]["policy/policy_version"] == 2 * NUM_STEPS
     assert all(line["policy/grad_norm"] > 0.01 for line in lines[1:])
@@ -161,17 +161,15 @@ def test_another_seed_ends_with_other_weights(given, unbroken, tmp_path):
     args = [*arguments(given, tmp_path / "run", deterministic=True), "trainer.seed=1"]
     child = CONTEXT.Process(target=run_to_its_end, args=(args, given / "log.txt"))
     child.start()
-    child.join(250)
+    child.join(500)
     got = weights(tmp_path / "run")
     assert any(not torch.equal(got[name], tensor) for name, tensor in unbroken[0].items())
 
 
-@pytest.mark.timeout(120)
-def test_in_the_default_mode_no_prompt_is_lost_or_trained_twice(given, unbroken, tmp_path):
+def test_in_the_default_mode_no_prompt_is_lost_or_trained_twice(given, tmp_path):
     moments = random.Random(8)
     for step in (0, 1, 4):
-        more_s = moments.uniform(0, 1) * unbroken[1] / NUM_STEPS
-        is_killed_at_work(given, tmp_path / "run", step, more_s, deterministic=False)
+        is_killed_at_work(given, tmp_path / "run", step, moments.uniform(0, 1), deterministic=False)
     finish(given, tmp_path / "run", deterministic=False)
     assert_every_step_and_prompt_is_there_once(tmp_path / "run")
 
@@ -188,7 +186,7 @@ def even() -> Iterator[None]:
 def test_a_finished_run_says_so_and_one_with_other_settings_is_refused(given, unbroken, capfd):
     from skyrl_train.entrypoints.main_base import main
 
-    _, _, folder = unbroken
+    _, folder = unbroken
     args = arguments(given, folder, deterministic=True)
     assert main(args) == 0
     assert "this run is complete: 6 of 6 steps" in capfd.readouterr().out

@@ -42,7 +42,7 @@ def roomy_url() -> Iterator[str]:
 
 def in_a_process(program: str, url: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", BEGINNING + textwrap.dedent(program), url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

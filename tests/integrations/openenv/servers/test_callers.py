@@ -75,7 +75,7 @@ async def test_only_its_own_pages_may_use_it(bound_host: str | None, origin: str
 
 async def test_a_running_server_refuses_both(echo_url: str) -> None:
     for headers, status in (({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)):
-        answered = await asyncio.to_thread(requests.post, f"{echo_url}/reset", headers=headers, json={}, timeout=30)
+        answered = await asyncio.to_thread(requests.post, f"{echo_url}/reset", headers=headers, json={}, timeout=120)
         assert answered.status_code == status
     socket_url = echo_url.replace("http://", "ws://") + "/ws"
     async with connect(socket_url):

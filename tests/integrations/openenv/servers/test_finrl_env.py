@@ -278,7 +278,7 @@ async def test_the_official_client_plays_and_bad_actions_are_explained(finrl_url
             await client.step({"actions": wrong})
     assert not (await client.step({"actions": [0, 0]})).done  # the session goes on
     await client.close()
-    config = await asyncio.to_thread(requests.get, f"{finrl_url}/config", timeout=30)
+    config = await asyncio.to_thread(requests.get, f"{finrl_url}/config", timeout=120)
     assert config.json()["stock_dim"] == 2
 
 
