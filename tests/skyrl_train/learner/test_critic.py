@@ -118,14 +118,16 @@ def test_micro_batches_and_shared_prefixes_do_not_change_the_gradient(limits, ma
     assert metrics == pytest.approx(expected_metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["own", "adapters", "shared"])
-def test_it_learns_the_returns_and_says_how_much_of_them_it_explains(kind):
-    config = config_of({"value_clip": None, "lambd": 1.0}, policy_lr=1e-4, critic_lr=5e-2, update_epochs_per_batch=4)
+@pytest.mark.parametrize(("kind", "lr", "least"), [("own", 2e-2, 0.9), ("adapters", 2e-2, 0.9), ("shared", 5e-2, 0.3)])
+def test_it_learns_the_returns_and_says_how_much_of_them_it_explains(kind, lr, least):
+    config = config_of({"value_clip": None, "lambd": 1.0}, policy_lr=1e-4, critic_lr=lr, update_epochs_per_batch=4)
     learner, batch, seen = learner_of(config, kind), random_batch(), []
     for _ in range(8):
         seen.append(learner.update(prepared(learner, config, batch)))
     assert seen[0]["critic/explained_variance"] < 0.3
-    assert seen[-1]["critic/explained_variance"] > (0.9 if kind == "own" else 0.35)
+    assert (
+        seen[-1]["critic/explained_variance"] > least
+    )  # 0.99, 0.99 and 0.44; adapters at 5e-2 end wherever rounding leads
     assert seen[-1]["critic/critic_loss"] < seen[0]["critic/critic_loss"] / 2
     assert {"critic/grad_norm", "critic/critic_lr", "critic/returns_mean", "policy/grad_norm"} <= seen[0].keys()
 
