@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import signal
+import threading
 from enum import IntEnum
 from typing import Any
 
@@ -27,6 +28,8 @@ def cancel_on_signals() -> None:
     Those that come after the first are ignored, until `usual_signals_afterwards` ends. A SIGHUP that is ignored, as
     under nohup, stays ignored.
     """
+    if threading.current_thread() is not threading.main_thread():  # as in a notebook: its signals are not ours
+        return
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     forget()
