@@ -18,6 +18,27 @@ def note(number: int) -> None:
     _came.append(number)
 
 
+def ignore_more() -> None:
+    """Let nothing but Ctrl-C disturb the clean-up once the first signal has come. Call it in the main thread.
+
+    Where a terminal is closed, SIGHUP comes twice: from the shell, and from the kernel when the shell ends.
+    """
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def usual_signals_afterwards() -> Generator[None]:
+    """Put back, after the block, what SIGTERM and SIGHUP did before: an event loop leaves its own at its end."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            if usual is not None and signal.getsignal(number) is not usual:
+                signal.signal(number, usual)
+
+
 def forget() -> None:
     """Forget the signals that came: a run begins, which none of them has ended."""
     _came.clear()
@@ -40,6 +61,7 @@ def ends_when_asked(main: Callable[[], int]) -> int:
     A signal that is ignored, as SIGHUP under nohup, stays ignored. While the interpreter ends, no signal makes a
     traceback any more.
     """
+    ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
@@ -55,7 +77,7 @@ def ends_when_asked(main: Callable[[], int]) -> int:
                 raise
     finally:
         for number in (signal.SIGINT, *ENDING):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number not in ignored and (number in ENDING or signal.getsignal(number) is not signal.SIG_IGN):
                 signal.signal(number, signal.SIG_DFL)
 
 
@@ -83,5 +105,6 @@ def _signals() -> Generator[Callable[[], bool]]:
 
 def _interrupt(number: int, frame: object) -> None:
     note(number)
+    ignore_more()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # where an event loop was about to start
     raise KeyboardInterrupt

@@ -199,7 +199,7 @@ class AlgorithmConfig(Section, at="trainer.algorithm"):
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     kl_estimator_type: str = "k3"  # k1, k2, k3 or abs
     use_kl_in_reward: bool = False  # subtract the KL from the token rewards; excludes use_kl_loss
-    use_kl_loss: bool = True  # add the KL to the policy loss: a mean over samples, whatever loss_reduction is
+    use_kl_loss: bool = True  # add the KL to the policy loss: a mean over episodes, whatever loss_reduction is
     kl_loss_coef: float = 0.001  # weight of either use of the KL
     use_entropy_loss: bool = False  # subtract the entropy from the loss: a mean over tokens, whatever loss_reduction is
     entropy_loss_coef: float = 0.01  # weight of the entropy

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config import SkyRLConfig, load_config
+from skyrl_train.signals import usual_signals_afterwards
 
 if TYPE_CHECKING:
     from skyrl_train.run.records.summary import Summary
@@ -24,8 +25,9 @@ def train(overrides: Iterable[str] | Mapping[str, Any] = (), /, **sections: Mapp
     """
     from skyrl_train.entrypoints.experiment import BasePPOExp  # it loads torch
 
-    result = BasePPOExp(configuration(overrides, sections)).run()
-    return asyncio.run(result) if inspect.iscoroutine(result) else result
+    with usual_signals_afterwards():
+        result = BasePPOExp(configuration(overrides, sections)).run()
+        return asyncio.run(result) if inspect.iscoroutine(result) else result
 
 
 def configuration(overrides: Iterable[str] | Mapping[str, Any], sections: Mapping[str, Any]) -> SkyRLConfig:

@@ -17,7 +17,7 @@ from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, load_conf
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
-from skyrl_train.signals import ends_when_asked, interrupted, interrupted_status
+from skyrl_train.signals import ends_when_asked, interrupted, interrupted_status, usual_signals_afterwards
 from skyrl_train.visible import make_errors_visible, say
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
@@ -32,7 +32,7 @@ def main(
 ) -> int:
     """Train or evaluate, and return the exit status (process.Exit). What breaks otherwise shows its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with lasting_output():
+    with usual_signals_afterwards(), lasting_output():
         make_errors_visible()
         if any(word in ("-h", "--help") for word in arguments):
             print(usage())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import signal
+import threading
 from enum import IntEnum
 from typing import Any
 
-from skyrl_train.signals import ENDING, forget, note
+from skyrl_train.signals import ENDING, forget, ignore_more, note
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -24,8 +25,11 @@ class Exit(IntEnum):
 def cancel_on_signals() -> None:
     """Let SIGTERM and SIGHUP cancel the current task, as Ctrl-C does, so that everything it opened is closed.
 
-    A SIGHUP that is ignored, as under nohup, stays ignored.
+    Those that come after the first are ignored, until `usual_signals_afterwards` ends. A SIGHUP that is ignored, as
+    under nohup, stays ignored.
     """
+    if threading.current_thread() is not threading.main_thread():  # as in a notebook: its signals are not ours
+        return
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     forget()
@@ -36,6 +40,9 @@ def cancel_on_signals() -> None:
 
 def _cancel(task: asyncio.Task[Any], number: int) -> None:
     note(number)
+    for each in ENDING:
+        task.get_loop().remove_signal_handler(each)
+    ignore_more()
     task.cancel()
 
 

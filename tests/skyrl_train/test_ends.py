@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from skyrl_train.entrypoints.main_base import main
 from skyrl_train.records.__main__ import main as look
 from skyrl_train.run.checkpoint import Checkpoints
 from skyrl_train.run.metrics import MetricsLog
+from skyrl_train.run.records.run_info import read_run_info
+from skyrl_train.signals import ENDING
 from tests.fakes import EvenEnv
 
 CONTEXT = multiprocessing.get_context("forkserver")  # see conftest.py: children have everything imported
@@ -187,3 +191,44 @@ def test_a_terminal_that_hangs_up_ends_a_run_as_sigterm_does_but_not_under_nohup
     assert child.exitcode == (0 if is_ignored else 128 + signal.SIGHUP), log
     assert is_ignored or "interrupted; the same command goes on after step" in log
     assert "Traceback" not in log
+
+
+def hung_up_again(args: list[str], log: Path) -> None:
+    """Run until a SIGHUP comes, and get another once the event loop has ended and before the records are written."""
+    run = asyncio.run
+
+    def run_and_hang_up(main: Any) -> Any:
+        try:
+            return run(main)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    pytest.MonkeyPatch().setattr(asyncio, "run", run_and_hang_up)
+    long_run(args, log, is_ignored=False)
+
+
+def test_a_second_signal_does_not_disturb_the_end_that_the_first_one_began(given, tmp_path):
+    """A terminal that is closed sends SIGHUP twice."""
+    args = arguments(given, tmp_path, "trainer.epochs=10000")
+    child = CONTEXT.Process(target=hung_up_again, args=(args, tmp_path / "log.txt"))
+    child.start()
+    while not (tmp_path / "global_step_2").exists():
+        assert child.is_alive()
+        time.sleep(0.02)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGHUP)
+    child.join(400)
+    assert child.exitcode == 128 + signal.SIGHUP, (tmp_path / "log.txt").read_text()
+    assert read_run_info(tmp_path).starts[-1]["ended"] == "interrupted"
+
+
+def test_what_signals_did_before_a_run_they_do_after_it(given, tmp_path):
+    def mine(number: int, frame: object) -> None: ...
+
+    before = {number: signal.signal(number, mine) for number in ENDING}
+    try:
+        assert main(arguments(given, tmp_path, "trainer.ckpt_interval=-1")) == 0
+        assert [signal.getsignal(number) for number in ENDING] == [mine, mine]
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -77,6 +78,13 @@ def test_a_class_is_trained_in_without_being_registered(given, tmp_path):
     assert summary.environment == EVEN
     [line] = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 1]
     assert line["generate/num_turns"] == 2.0
+
+
+async def test_where_an_event_loop_runs_it_is_trained_in_a_thread_as_the_docstring_says(given, tmp_path):
+    """As in a notebook."""
+    values = settings(given, tmp_path / "run", [{"prompt": f"task {i}"} for i in range(2)])
+    summary = await asyncio.to_thread(skyrl_train.train, values | {"environment.env_class": EvenEnv})
+    assert summary.steps == 1
 
 
 def test_a_reward_function_trains_on_any_rows(given, tmp_path):
