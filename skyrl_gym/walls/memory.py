@@ -139,12 +139,15 @@ def descendants(process_id: int) -> list[int]:
 
 
 def private_bytes(process_id: int) -> int:
-    """Return the resident memory that is not backed by files; 0 for a process that has ended."""
+    """Return the resident memory that is not backed by files; 0 for a process that has ended.
+
+    Shared memory, such as mmap.mmap(-1, size) of a program, counts: /proc/PID/statm takes it for that of a file.
+    """
     try:
-        _, resident, file_backed, *_ = map(int, Path(f"/proc/{process_id}/statm").read_text().split())
-    except (OSError, ValueError):
+        lines = Path(f"/proc/{process_id}/status").read_text(errors="replace").splitlines()
+    except OSError:
         return 0
-    return (resident - file_backed) * os.sysconf("SC_PAGE_SIZE")
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _own_cgroups() -> Iterator[tuple[Path, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 def make_answer(start: int) -> Callable[[Any], Any]:
     count = start
-    held: list[bytes] = []
+    held: list[Any] = []
 
     def answer(request: Any) -> Any:
         nonlocal count
@@ -23,6 +24,11 @@ def make_answer(start: int) -> Callable[[Any], Any]:
                 return dict(os.environ)
             case {"hold_mb": size}:
                 held.append(b"x" * (size << 20))
+                return True
+            case {"hold_shared_mb": size}:
+                held.append(mmap.mmap(-1, size << 20))
+                for start in range(0, size << 20, 4096):
+                    held[-1][start] = 1
                 return True
             case "die":
                 os._exit(3)

@@ -62,13 +62,14 @@ def is_bounded(nursery: Nursery, within_s: float) -> bool:
     return True
 
 
-def test_ten_sessions_hold_no_more_than_all_may(nursery: Nursery, bounded_by: str) -> None:
+@pytest.mark.parametrize("how", ["hold_mb", "hold_shared_mb"])
+def test_ten_sessions_hold_no_more_than_all_may(nursery: Nursery, bounded_by: str, how: str) -> None:
     small = nursery.worker(0)
     assert small.ask("count", 30) is not None
     workers: list[Worker] = []
     for _ in range(10):
         workers.append(nursery.worker(0))
-        workers[-1].ask({"hold_mb": 90}, 30)
+        workers[-1].ask({how: 90}, 60)
         assert is_bounded(nursery, within_s=60.0 if bounded_by == "watch" else 0.0)
     alive = [worker for worker in workers if worker.ask("count", 30) is not None]
     assert 1 <= len(alive) <= 4
