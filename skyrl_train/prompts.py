@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from skyrl_gym.contract import WrongAnswer, checked_messages
 from skyrl_train.files import user_path
-from skyrl_train.rollout.env_calls import MISTAKES, words_of
+from skyrl_train.rollout.env_calls import MISTAKES
 from skyrl_train.types import Message, Prompt
+from skyrl_train.visible import words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -35,6 +35,10 @@ class LoadsNoModel(BasePPOExp):
         raise AssertionError("the model was loaded")
 
 
+class Stepless(EvenEnv):
+    step: Any = None
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
@@ -168,8 +172,9 @@ def test_a_row_may_name_only_code_that_the_configuration_names(given, tmp_path, 
         (
             {},
             {"environment.env_class": "tests.fakes:varied_logprobs"},
-            "tests.fakes:varied_logprobs(env_config=..., extras=...), and there: missing",
+            "it is called with (env_config=..., extras=...), and there: missing a required argument: 'ids'",
         ),
+        ({}, {"environment.env_class": f"{__name__}:Stepless"}, "it must be a method step(action)"),
         ({}, {"environment.env_class": "single_turn"}, "set environment.reward=my_module:my_function"),
         ({"env_class": "single_turn"}, {"environment.env_class": EVEN}, "set environment.reward=my_module:my_function"),
         ({}, {"environment.reward": "my_reward.py"}, "must name a function as my_module:my_function"),
