@@ -43,7 +43,7 @@ def _wrong_attributes(cls: type) -> Iterator[str]:
         yield "it must be a subclass of skyrl_gym.envs.base_text_env.BaseTextEnv"
         return
     if inspect.isabstract(cls):
-        yield f"it is abstract; define {', '.join(sorted(cls.__abstractmethods__))}"
+        yield f"it is abstract; define {', '.join(sorted(getattr(cls, '__abstractmethods__')))}"  # noqa: B009
     if cls.step is BaseTextEnv.step and cls.step_async is BaseTextEnv.step_async:
         yield "it defines neither step(action) nor step_async(action)"
     for name in CALLED:
@@ -89,4 +89,4 @@ def _bound(cls: type, name: str, attribute: Any) -> Callable[..., Any]:
     if not isinstance(attribute, _BINDS):
         return attribute
     is_of_class = isinstance(inspect.getattr_static(BaseTextEnv, name), classmethod | staticmethod)
-    return attribute.__get__(None if is_of_class else object(), cls)  # ty: ignore[invalid-argument-type]
+    return attribute.__get__(None if is_of_class else object(), cls)

@@ -38,6 +38,18 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
+def yields(function: Callable[..., Any]) -> bool:
+    """Return whether a call gives a generator, so that nothing of the function runs by it."""
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+def checked_part(made: Any, method: str, *needs: str) -> Any:
+    """Return what a method of the user's made. WrongFunction if it lacks one of the attributes that are needed."""
+    if lacks := [name for name in needs if not hasattr(made, name)]:
+        raise WrongFunction(f"{method} returned {type(made).__name__}, which has no {', '.join(lacks)}")
+    return made
+
+
 def parameters_of(function: Callable[..., Any], label: str) -> list[inspect.Parameter]:
     """Return the parameters of the function. WrongFunction, which begins with the label, if they cannot be read."""
     try:
@@ -55,7 +67,7 @@ class CalledByName:
         by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         if by_place:
             raise WrongFunction(f"{label} takes {', '.join(by_place)} by position; drop the / from it")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        if yields(function):
             raise WrongFunction(f"{label} is a generator function; it must return its answer instead of yielding it")
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         self.needed = [p.name for p in named if p.default is p.empty]

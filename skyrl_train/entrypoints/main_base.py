@@ -69,6 +69,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
     from skyrl_train.rollout.dynamic_sampling import TooManyBatches
     from skyrl_train.rollout.round import EveryEpisodeFailed
     from skyrl_train.run.run import RunRefused
+    from skyrl_train.users_functions import WrongFunction
     from skyrl_train.weights.base import PushFailed
 
     try:
@@ -81,7 +82,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
             asyncio.run(result)
     except (RunRefused, ModelRefused) as error:
         return _refused(error)
-    except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied) as error:
+    except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied, WrongFunction) as error:
         return _stopped(error, cfg.trainer)
     except (KeyboardInterrupt, asyncio.CancelledError):
         say(f"interrupted; {_how_to_go_on(cfg.trainer)}")
