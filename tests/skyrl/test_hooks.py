@@ -490,7 +490,7 @@ def test_a_hook_returns_the_episodes_it_was_given():
     with pytest.raises(ValueError, match="was given 2 episodes and returned 1"):
         check_shaped([group()], ["0_0", "0_1"])
     with pytest.raises(ValueError, match="must return the list of groups"):
-        check_shaped([None], ["0_0"])  # ty: ignore[invalid-argument-type]
+        check_shaped([None], ["0_0"])
     output, _ = output_of([group()], one_reward=True)
     [shaped] = with_output([group()], output)
     [trajectory] = shaped.trajectories
