@@ -93,6 +93,17 @@ def manual_of(tool_schemas: list[dict[str, Any]]) -> str:
     )
 
 
+def nests_deeper(value: Any, limit: int) -> bool:
+    """Return whether more than `limit` lists and objects of a JSON value stand in each other."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
+
+
 def _tagged(said: str) -> list[ToolCall]:
     """Return the calls between tags. A string in a call may hold a tag. Takes time linear in the length of the text."""
     found: list[ToolCall] = []
@@ -137,20 +148,9 @@ def _decoded(said: str, start: int, up_to: str = "") -> tuple[Any, int]:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent to any tool
     except (ValueError, RecursionError):
         _refuse(said, start, up_to)
-    if _is_deep(value):
+    if nests_deeper(value, MAX_DEPTH):
         raise UnreadableCall(f"Your call is nested more than {MAX_DEPTH} deep.")
     return value, _end_of(_SPACE, said, end)
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether lists and objects stand in each other deeper than whoever gets a call has to bear."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = (part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer))
-        level = [part for part in inner if isinstance(part, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 def _end_of(pattern: re.Pattern[str], said: str, start: int) -> int:
