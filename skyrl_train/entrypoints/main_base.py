@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, load_config, validate_cfg
+from skyrl_train.config.load import command_instead
+from skyrl_train.config.problems import Unfit
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
@@ -74,6 +76,8 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
 
     try:
         exp = experiment(cfg)
+    except Unfit as error:
+        return _refused(f"{error}{command_instead(error, arguments, root)}")
     except (ValueError, OSError) as error:  # of the model or the data
         return _refused(error)
     try:
@@ -123,7 +127,7 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
     return f"no checkpoint was due yet (trainer.ckpt_interval={trainer.ckpt_interval}): the same command begins again"
 
 
-def _refused(error: Exception) -> int:
+def _refused(error: Exception | str) -> int:
     say(f"refused: {error}")
     return Exit.REFUSED
 
