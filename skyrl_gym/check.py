@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import skyrl_gym
+from skyrl_gym.class_check import wrong_in
 from skyrl_gym.contract import Outcome, WrongAnswer, checked_pay, refuse_coroutine, short, wrong_messages, wrong_step
 from skyrl_gym.core import load_entry_point
 from skyrl_gym.envs.base_text_env import BaseTextEnv, ConversationType
@@ -95,10 +96,12 @@ def check_env(
     if not isinstance(extras, dict):
         raise TypeError(f"extras must be a dict (a dataset row without prompt and env_class), not {extras!r}")
     if isinstance(env_id_or_factory, str):
-        skyrl_gym.spec(env_id_or_factory)  # an unknown id is misuse
+        recipe = skyrl_gym.spec(env_id_or_factory)  # an unknown id is misuse
+        wrong = wrong_in(load_entry_point(recipe.entry_point), **recipe.kwargs)
         factory, name = partial(skyrl_gym.make, env_id_or_factory), env_id_or_factory
     else:
         factory, name = env_id_or_factory, getattr(env_id_or_factory, "__name__", repr(env_id_or_factory))
+        wrong = wrong_in(factory)
     given = {
         column: value for column, value in extras.items() if column not in ("max_turns", "seed") or value is not None
     }
@@ -109,6 +112,8 @@ def check_env(
         env_config=env_config or {},
         limit_s=limit_s,
     )
+    words = "; ".join(wrong)
+    check.expect(check.CLASS, not words, words)
     # A separate thread, because asyncio.run is refused in a thread whose event loop is already running.
     playing = in_daemon_thread(lambda: asyncio.run(check.run(gold_actions, list(bad_actions))))
     while not wait([playing], timeout=0.1).done:
@@ -159,6 +164,7 @@ class _Episode:
 class _Check:
     """Plays the episodes and collects in `seen`, for each rule, what contradicts it. Exceptions come back as values."""
 
+    CLASS = "constructor and methods can be called as a rollout calls them"
     MAKES = "Env(env_config=..., extras=...) makes a BaseTextEnv"
     INPUTS = "the given prompt, extras and env_config are left as they were"
     INIT = "init returns (messages, dict)"

@@ -109,6 +109,9 @@ def checked_reward(reward: Any) -> float:
 
     NotANumberToLearnFrom: it is NaN, infinite or beyond ±MAX_REWARD. WrongAnswer: it is no number.
     """
+    if inspect.iscoroutine(reward):
+        reward.close()
+        raise WrongAnswer("reward must be one finite float, not a coroutine, which nobody awaits: write `async def`")
     number = _python_scalar(reward)
     if not isinstance(number, Real | Decimal):
         raise WrongAnswer(f"reward must be one finite float, not {short(reward)} ({type(reward).__name__})")
@@ -178,10 +181,15 @@ def refuse_coroutine(answer: Any, method: str) -> None:
     """Raise WrongAnswer if a method that is called without `await` returned a coroutine."""
     if inspect.iscoroutine(answer):
         answer.close()
+        raise WrongAnswer(words_for_coroutine(method))
+
+
+def words_for_coroutine(method: str) -> str:
+    """Return what is wrong with a method that nobody awaits, and what to do instead."""
+    instead = "define it without `async`"
+    if method in ("init", "step", "close"):
         instead = "define init_async, step_async and close_async instead"
-        if method not in ("init", "step", "close"):
-            instead = "define it without `async`"
-        raise WrongAnswer(f"{method} is a coroutine function: {instead}")
+    return f"{method} is a coroutine function: {instead}"
 
 
 def wrong_messages(messages: Any) -> str:

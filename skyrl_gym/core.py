@@ -139,7 +139,12 @@ def load_entry_point(entry_point: EntryPoint | None) -> Callable[..., Any]:
         return entry_point
     if not entry_point:
         raise Error(f"entry point {entry_point!r} must be a callable or 'package.module:Class'")
-    return import_named(entry_point)
+    found = import_named(entry_point)
+    if not callable(found):
+        raise Error(
+            f"{entry_point!r} is of type {type(found).__name__}, and no class or function that makes environments"
+        )
+    return found
 
 
 def print_or_return(text: str, disable_print: bool) -> str | None:

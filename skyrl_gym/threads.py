@@ -18,7 +18,7 @@ def in_daemon_thread(call: Callable[[], T]) -> Future[T]:
 
     def run() -> None:
         outcome = Outcome.of(call)
-        if future.cancelled():
+        if not future.set_running_or_notify_cancel():  # nobody waits any more
             return
         if outcome.error is None:
             future.set_result(outcome.value)

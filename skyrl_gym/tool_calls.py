@@ -21,6 +21,7 @@ THINKING, END_OF_THINKING = "<think>", "</think>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")  # in front of bare JSON; most tokenizers leave them out of the text
 _ARGUMENTS = ("arguments", "parameters")
 MAX_CALLS = 100  # of one reply
+MAX_DEPTH = 100  # of lists and objects in each other; Python bears about 1000, less where the stack is deep already
 MAX_SHOWN = 100  # characters of what cannot be read
 
 
@@ -41,26 +42,41 @@ def read_tool_calls(reply: str) -> list[ToolCall]:
 
     UnreadableCall: a call does not end, or is no JSON object with a name and arguments.
     """
-    said = reply.rpartition(END_OF_THINKING)[2].partition(THINKING)[0]
+    said = _spoken(reply)
+    if bare := _bare(said):
+        return bare
     if OPEN in said:
         return _tagged(said)
     said, is_marked = _without_mark(said.strip())
-    if is_marked:
-        return _in_a_row(said)
-    if not said.startswith(("{", "[")):
-        return []
-    try:
-        return _in_a_row(said)
-    except UnreadableCall:
-        return []  # JSON, or nearly, that was not said to be a call
+    return _in_a_row(said) if is_marked else []
 
 
 def without_tool_calls(reply: str) -> str:
     """Return the text of a reply in front of its first call."""
+    if _bare(_spoken(reply)):
+        return ""
     before, found, _ = reply.partition(OPEN)
     if found:
         return before.strip()
     return "" if read_tool_calls(reply) else reply
+
+
+def _spoken(reply: str) -> str:
+    """Return the reply without the model's thinking."""
+    return reply.rpartition(END_OF_THINKING)[2].partition(THINKING)[0]
+
+
+def _bare(said: str) -> list[ToolCall]:
+    """Return the calls of a text that is nothing but JSON objects with a name and arguments; else none.
+
+    An object with a name alone may be the answer to a question.
+    """
+    if not said.lstrip().startswith(("{", "[")):
+        return []
+    try:
+        return _in_a_row(said.strip(), needs_arguments=True)
+    except UnreadableCall:
+        return []  # JSON, or nearly, that was not said to be a call
 
 
 def written(call: ToolCall) -> str:
@@ -75,6 +91,17 @@ def manual_of(tool_schemas: list[dict[str, Any]]) -> str:
         f"You can call these tools:\n<tools>\n{lines}\n</tools>\n\n"
         f'To call one, write a JSON object with its name and arguments: {OPEN}{{"name": ..., "arguments": ...}}{CLOSE}'
     )
+
+
+def nests_deeper(value: Any, limit: int) -> bool:
+    """Return whether more than `limit` lists and objects of a JSON value stand in each other."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def _tagged(said: str) -> list[ToolCall]:
@@ -94,13 +121,13 @@ def _tagged(said: str) -> list[ToolCall]:
     return found
 
 
-def _in_a_row(said: str) -> list[ToolCall]:
+def _in_a_row(said: str, *, needs_arguments: bool = False) -> list[ToolCall]:
     """Return the calls of a text that holds nothing else; between two of them may stand a semicolon."""
     found: list[ToolCall] = []
     place = 0
     while place < len(said) or not found:
         value, place = _decoded(said, place)
-        found += _calls(value)
+        found += _calls(value, needs_arguments=needs_arguments)
         if len(found) > MAX_CALLS:
             raise UnreadableCall(f"Your reply has more than {MAX_CALLS} calls.")
         place = _end_of(_BETWEEN, said, place)
@@ -121,6 +148,8 @@ def _decoded(said: str, start: int, up_to: str = "") -> tuple[Any, int]:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent to any tool
     except (ValueError, RecursionError):
         _refuse(said, start, up_to)
+    if nests_deeper(value, MAX_DEPTH):
+        raise UnreadableCall(f"Your call is nested more than {MAX_DEPTH} deep.")
     return value, _end_of(_SPACE, said, end)
 
 
@@ -150,17 +179,17 @@ _DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
 _SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*;?[ \t\r\n]*")
 
 
-def _calls(value: Any) -> list[ToolCall]:
+def _calls(value: Any, *, needs_arguments: bool = False) -> list[ToolCall]:
     """Return the call that a JSON object is, or those in a list of them."""
     calls = value if isinstance(value, list) else [value]
     if not calls or len(calls) > MAX_CALLS:
         raise UnreadableCall(f"A list of calls has 1 to {MAX_CALLS} of them.")
-    return [_call(call) for call in calls]
+    return [_call(call, needs_arguments=needs_arguments) for call in calls]
 
 
-def _call(value: Any) -> ToolCall:
+def _call(value: Any, *, needs_arguments: bool) -> ToolCall:
     name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or (needs_arguments and not value.keys() & set(_ARGUMENTS)):
         raise UnreadableCall('A call is a JSON object with "name" and "arguments".')
     arguments = next((value[key] for key in _ARGUMENTS if key in value), {})
     if not isinstance(arguments, dict):

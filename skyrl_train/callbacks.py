@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from skyrl_gym.contract import Outcome
+from skyrl_train.users_functions import WrongFunction, is_async, yields
+
 Metrics = dict[str, float]
 
 
@@ -79,8 +82,34 @@ def check_callbacks(callbacks: Any) -> list[TrainingCallback]:
                 inspect.signature(getattr(callback, event)).bind(None, None, None)
             except TypeError as error:
                 raise ValueError(f"{name}.{event} must take (trainer, callback_input, control): {error}") from error
-            if inspect.iscoroutinefunction(getattr(callback, event)):
+            if is_async(getattr(callback, event)):
                 raise ValueError(
                     f"{name}.{event} is written with `async def`, and nobody awaits it; write it with `def`"
                 )
+            if yields(getattr(callback, event)):
+                raise ValueError(
+                    f"{name}.{event} is a generator function, so a call does nothing; write it without yield"
+                )
     return checked
+
+
+def numbers_of(metrics: Any, whose: str) -> Metrics:
+    """Return what a user's code measured as names and plain numbers. WrongFunction if it is anything else."""
+    if not isinstance(metrics, dict):
+        raise WrongFunction(f"{whose} must be a dict of names and numbers, not {type(metrics).__name__}")
+    return {_name(name, whose): _number(name, value, whose) for name, value in metrics.items()}
+
+
+def _name(name: Any, whose: str) -> str:
+    if not isinstance(name, str):
+        raise WrongFunction(f"{whose} must be a dict of names and numbers; {name!r} is no text")
+    return name
+
+
+def _number(name: str, value: Any, whose: str) -> float:
+    if isinstance(value, int | float):
+        return value
+    number = Outcome.of(lambda: float(value))
+    if number.error is not None or isinstance(value, str):
+        raise WrongFunction(f"{whose} must be a dict of names and numbers; {name} is of type {type(value).__name__}")
+    return number.value

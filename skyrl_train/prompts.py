@@ -18,9 +18,11 @@ from loguru import logger
 from tqdm import tqdm
 
 from skyrl_gym.contract import WrongAnswer, checked_messages
+from skyrl_train.config.problems import Unfit
 from skyrl_train.files import user_path
-from skyrl_train.rollout.env_calls import MISTAKES, words_of
+from skyrl_train.rollout.env_calls import MISTAKES
 from skyrl_train.types import Message, Prompt
+from skyrl_train.visible import words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ FILE_TYPES = (".parquet", ".json", ".jsonl")
 SECONDS_BEFORE_PROGRESS_BAR = 2.0
 
 
-class DataError(ValueError):
+class DataError(Unfit):
     """A data set that cannot be used, with the reason."""
 
 
@@ -66,7 +68,7 @@ class PromptRows(Sequence[Prompt]):
         if look_up is not None:
             refuse_unknown_environments(prompts, look_up)
         self._prompts: list[Prompt] = []
-        shortest_dropped = None
+        dropped_lengths: list[int] = []
         for place, prompt in tqdm(
             prompts, desc="counting prompt tokens", unit="rows", delay=SECONDS_BEFORE_PROGRESS_BAR
         ):
@@ -74,12 +76,14 @@ class PromptRows(Sequence[Prompt]):
             if length <= max_prompt_length:
                 self._prompts.append(replace(prompt, uid=str(len(self._prompts))))
             else:
-                shortest_dropped = min(length, shortest_dropped or length)
+                dropped_lengths.append(length)
         self.num_dropped = len(rows) - len(self._prompts)
         if not self._prompts:
+            shortest, longest = min(dropped_lengths), max(dropped_lengths)
             raise DataError(
-                f"all {len(rows)} prompts of {names} are too long: the shortest has {shortest_dropped} tokens, "
-                f"trainer.max_prompt_length={max_prompt_length}"
+                f"all {len(rows)} prompts of {names} are too long: they have {shortest} to {longest} tokens, "
+                f"trainer.max_prompt_length={max_prompt_length}",
+                f"trainer.max_prompt_length={longest}",
             )
         dropped = f", {self.num_dropped} dropped (longer than {max_prompt_length} tokens)" if self.num_dropped else ""
         logger.log("WARNING" if dropped else "INFO", f"{len(self._prompts)} prompts from {names}{dropped}")
@@ -114,7 +118,9 @@ class PromptSchedule:
         if self.num_rows < self.batch_size:
             raise DataError(
                 f"a step takes trainer.train_batch_size={self.batch_size} prompts, but the data set has "
-                f"{self.num_rows}; use trainer.train_batch_size={self.num_rows} or less, or more data"
+                f"{self.num_rows}; use trainer.train_batch_size={self.num_rows} or less, or more data",
+                f"trainer.train_batch_size={self.num_rows}",
+                f"trainer.policy_mini_batch_size={self.num_rows}",
             )
 
     @property

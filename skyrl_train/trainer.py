@@ -20,7 +20,7 @@ from skyrl_train.algorithms.multi_reward import NamedRewards, named_rewards
 from skyrl_train.batch.dumped import dump_batch
 from skyrl_train.batch.packing import pack
 from skyrl_train.batch.samples import check_shaped, to_samples
-from skyrl_train.callbacks import CallbackInput
+from skyrl_train.callbacks import CallbackInput, numbers_of
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.conversations import Conversations
 from skyrl_train.engine.base import Engine
@@ -124,7 +124,7 @@ class Trainer:
             metrics |= await self.evaluate()
         logs = metrics | self._clock()
         self._fire("on_log", logs=logs)
-        self.run.log(self.global_step, logs)
+        self.run.log(self.global_step, numbers_of(logs, "the logs of on_log"))
         if self._ends_epoch():
             self._fire("on_epoch_end", metrics=metrics)
         await self.save()
@@ -396,7 +396,7 @@ class Trainer:
     def _clock(self) -> Metrics:
         return (
             self.extra_metrics()
-            | (self.users.taken_metrics() if self.users else {})
+            | (numbers_of(self.users.taken_metrics(), "the trainer's all_metrics") if self.users else {})
             | self.timings
             | self.prompts.metrics
             | {

@@ -7,7 +7,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from skyrl_train.users_functions import yields
+
 MAY_BE_ASYNC = {"postprocess_generator_output", "run", "shape_rewards"}  # what they return is awaited if it can be
+CALLED_BY_NAME = {"get_trainer"}  # with keywords, as SkyRL calls it
 ALIKE = 0.85  # of difflib: get_tokeniser is meant to be get_tokenizer
 
 
@@ -41,21 +44,26 @@ def vain_overrides(cls: type, base: type, never_called: Mapping[str, str]) -> It
 
 
 def _wrong_signature(where: str, override: Any, original: Any) -> Iterator[str]:
-    """Yield what is wrong: an override is called as the original is, with its parameters by position."""
+    """Yield what is wrong: an override is called as the original is, by position but for CALLED_BY_NAME."""
     if not inspect.isfunction(original):
         return
     function = getattr(override, "__func__", override)  # of a static or class method
     if not inspect.isfunction(function):
         yield f"{where} must be a method, as in the class that it overrides; it is {override!r}"
         return
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    if is_async and not inspect.iscoroutinefunction(original) and where.rpartition(".")[2] not in MAY_BE_ASYNC:
+    if yields(function) and not yields(original):
+        yield f"{where} is a generator function, so a call does nothing; it must return its answer"
+        return
+    is_async = inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(original)
+    if is_async and where.rpartition(".")[2] not in MAY_BE_ASYNC:
         yield f"{where} is written with `async def`, and nobody awaits it; write it with `def`"
         return
     given = [p for p in inspect.signature(original).parameters.values() if p.default is p.empty]
-    num_given = len(given) - isinstance(override, staticmethod)
+    is_static = isinstance(override, staticmethod)
+    names = [p.name for p in given][is_static:]
+    num_by_place = 1 - is_static if where.rpartition(".")[2] in CALLED_BY_NAME else len(names)
     try:
-        inspect.signature(function).bind(*[None] * num_given)
+        inspect.signature(function).bind(*names[:num_by_place], **dict.fromkeys(names[num_by_place:]))
     except TypeError as error:
         yield (
             f"{where}{inspect.signature(function)} cannot be called: it is given "

@@ -9,6 +9,7 @@ import argparse
 import html
 import logging
 import sys
+import sysconfig
 import traceback
 import unicodedata
 import warnings
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 from loguru import logger
 
 from skyrl_train.log_style import INDENT, LibraryLogs, log_format, show_warning, width_of, wrapped
+
+MAX_WORDS = 1000  # characters of an error that are kept
 
 
 def visible(text: str) -> str:
@@ -69,6 +72,30 @@ def _print_visible(kind: type[BaseException], error: BaseException, frames: Trac
 
 def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
+
+
+def words_of(error: BaseException, *, with_place: bool = True) -> str:
+    """Return the error on one line: `NameError: name 'x' is not defined (my_env.py:12 in step: return x)`."""
+    described = traceback.TracebackException.from_exception(error)
+    lines = "".join(described.format_exception_only()).split("\n")
+    words = " ".join(line.strip() for line in lines if line.strip())
+    place = _place(described.stack) if with_place else ""
+    return kept_words(words) + (f" ({kept_words(place)})" if place else "")
+
+
+def _place(stack: traceback.StackSummary) -> str:
+    """Return the innermost frame that is neither Python's nor a library's, or else the innermost one."""
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    own = [frame for frame in stack if not frame.filename.startswith(libraries)]
+    if not stack:
+        return ""
+    frame = (own or list(stack))[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def kept_words(text: str) -> str:
+    """Return the text of an error `visible`, and not much longer than MAX_WORDS."""
+    return visible(shortened(text, MAX_WORDS))
 
 
 def _is_plain(character: str) -> bool:

@@ -45,6 +45,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "log_style",
         "signals",
         "visible",
+        "users_functions",
         "callbacks",
         "left_out",
         "vain_overrides",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from inspect import Parameter, signature
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from skyrl_train.algorithms.padded import sample_rows
 from skyrl_train.algorithms.registry import Function, call_with_named
-from skyrl_train.algorithms.skyrl_style import FLAT_NAMES, is_ours, kind_of, name_of
+from skyrl_train.algorithms.skyrl_style import FLAT_NAMES, is_ours, kind_of
 from skyrl_train.algorithms.trial_batch import trial_batch
 from skyrl_train.types import Batch
+from skyrl_train.users_functions import WrongFunction, name_of, parameters_of
 
 Metrics = dict[str, float]
 WRONG_FOR_TENSORS = (RuntimeError, TypeError, ValueError, IndexError)  # errors of code that gets another shape or dtype
@@ -87,12 +88,12 @@ class LossCall:
         offered = {**self.settings, **tensors}
         by_position = ("log_probs", "old_log_probs", "advantages")
         kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [p.name for p in signature(self.function).parameters.values() if p.kind in kinds]
+        parameters = [p.name for p in parameters_of(self.function, name_of(self.function)) if p.kind in kinds]
         if not set(by_position) & set(parameters):  # SkyRL passes these three without their names
             offered |= {theirs: tensors[ours] for theirs, ours in zip(parameters[:3], by_position, strict=False)}
         answer = call_with_named(self.function, offered)
         if not isinstance(answer, tuple | list) or len(answer) != 2:
-            raise ValueError(
+            raise WrongFunction(
                 f"the policy loss {name_of(self.function)} returned {kind_of(answer)}; it must return (loss, metrics)"
             )
         loss, metrics = answer
@@ -106,21 +107,21 @@ class LossCall:
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
+            raise WrongFunction(
                 f"the policy loss {name_of(self.function)} returned {kind_of(value)} as its metric {name!r}; it must "
                 "be one number"
             ) from None
 
 
 def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
-    """Find out how to call a policy loss. ValueError if it returns nothing that can be minimised.
+    """Find out how to call a policy loss. WrongFunction if it returns nothing that can be minimised.
 
     A loss of ours is flat, and so is one that asks for `sample_index`. Any other one gets SkyRL's padded tensors and,
     where those do not suit it, the flat ones.
     """
     if is_ours(function):
         return LossStyle(is_padded=False, returns=LossReturns.TOKENS)
-    if FLAT_NAMES & set(signature(function).parameters):
+    if FLAT_NAMES & {parameter.name for parameter in parameters_of(function, name_of(function))}:
         return _style_of_flat(function, settings)
     call = _trial_call(function, settings)
     try:
@@ -129,14 +130,13 @@ def loss_style(function: Function, settings: dict[str, Any]) -> LossStyle:
         try:
             return _style_of_flat(function, settings)
         except WRONG_FOR_TENSORS:
-            error.add_note(f"while the policy loss {name_of(function)} was tried on a small batch")
             raise error from None
     if isinstance(loss, Tensor) and loss.shape == trial_batch().loss_mask.shape:
         _refuse_useless(loss, call)
         return LossStyle(is_padded=True, returns=LossReturns.TOKENS)
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return LossStyle(is_padded=True, returns=_mean_or_sum(function, settings))
-    raise ValueError(
+    raise WrongFunction(
         f"the policy loss {name_of(function)} returned {kind_of(loss)} as its loss for log_probs "
         f"{list(sample_rows(trial_batch()).shape)} [samples, response tokens]; it must return one loss per token, of "
         "that shape, or one number: a mean over the batch or a masked sum"
@@ -147,7 +147,7 @@ def _style_of_flat(function: Function, settings: dict[str, Any]) -> LossStyle:
     call = _trial_call(function, settings)
     loss, _ = call.flat()
     if not isinstance(loss, Tensor) or loss.shape != call.log_probs.shape:
-        raise ValueError(
+        raise WrongFunction(
             f"the policy loss {name_of(function)} returned {kind_of(loss)} as its loss for log_probs "
             f"{list(call.log_probs.shape)}; one that asks for sample_index must return one loss per token, of that "
             "shape, and leave the reduction to trainer.algorithm.loss_reduction"
@@ -164,7 +164,7 @@ def _mean_or_sum(function: Function, settings: dict[str, Any]) -> LossReturns:
     scaled = _size_of_gradient(function, settings, advantage_scale=2.0)
     if 1.5 < twice / once < 2.5 and 1.9 < scaled / once < 2.1:
         return LossReturns.SUM
-    raise ValueError(
+    raise WrongFunction(
         f"the policy loss {name_of(function)} returned one number that is neither a mean over the batch nor a masked "
         f"sum that scales with the advantages (twice the samples: {twice / once:.2f} times the gradient; twice the "
         f"advantages: {scaled / once:.2f} times); return one loss per token instead"
@@ -181,18 +181,20 @@ def _size_of_gradient(
 
 
 def _refuse_useless(loss: Tensor, call: LossCall) -> None:
-    """Raise ValueError for a loss per token [T] that would train nothing, or ruin the weights."""
+    """Raise WrongFunction for a loss per token [T] that would train nothing, or ruin the weights."""
     sampled = _gradient_of(loss, call.function)[call.batch.loss_mask].sum()
     [gradient] = torch.autograd.grad(sampled, call.log_probs)
     _refuse_size(float(gradient.abs().sum()), call.function)
 
 
 def _refuse_size(size: float, function: Function) -> None:
-    """Raise ValueError for a gradient of this size, summed over the tokens of the trial."""
+    """Raise WrongFunction for a gradient of this size, summed over the tokens of the trial."""
     if size == 0:
-        raise ValueError(f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing")
+        raise WrongFunction(
+            f"the policy loss {name_of(function)} has a gradient of 0 everywhere: it would train nothing"
+        )
     if not math.isfinite(size):
-        raise ValueError(
+        raise WrongFunction(
             f"the policy loss {name_of(function)} has a gradient that is not finite on a small batch: an update "
             "with it is left out; a divisor may be 0, for example loss_mask at a token that was not sampled"
         )
@@ -201,7 +203,7 @@ def _refuse_size(size: float, function: Function) -> None:
 def _gradient_of(loss: Tensor, function: Function) -> Tensor:
     """Return the gradient of the loss."""
     if not loss.requires_grad:
-        raise ValueError(
+        raise WrongFunction(
             f"the policy loss {name_of(function)} has no gradient with respect to log_probs: it would train nothing; "
             "compute it without torch.no_grad() and without detach()"
         )

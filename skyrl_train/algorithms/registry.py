@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from skyrl_train.config.algorithm import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+from skyrl_train.users_functions import WrongFunction, imported_function, is_async, name_of, parameters_of
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
@@ -36,21 +35,10 @@ class FunctionRegistry:
         if name in cls.functions:
             return cls.functions[name]
         if ":" in name:
-            return cls._imported(name)
+            return imported_function(name, f"the {cls.kind} {name!r}")
         raise ValueError(
             f"Unknown {cls.kind} {name!r}. Available: {', '.join(cls.list_available())}, or a path 'pkg.mod:function'"
         )
-
-    @classmethod
-    def _imported(cls, path: str) -> Function:
-        module, _, attribute = path.partition(":")
-        try:
-            function = getattr(import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ValueError(f"the {cls.kind} {path!r} cannot be imported: {error}") from error
-        if not callable(function):
-            raise ValueError(f"the {cls.kind} {path!r} is {function!r}, which cannot be called")
-        return function
 
     @classmethod
     def list_available(cls) -> list[str]:
@@ -97,17 +85,20 @@ def _register_as(registry: type[FunctionRegistry], name: str) -> Callable[[F], F
 def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
     """Call the function with those of the offered values that it names as parameters; **kwargs takes them all.
 
-    ValueError for a coroutine, which nobody awaits.
+    WrongFunction for one that needs more, or whose coroutine nobody awaits.
     """
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"{function} is written with `async def`, and nobody awaits it; write it with `def`")
-    parameters = list(inspect.signature(function).parameters.values())
+    if is_async(function):
+        raise WrongFunction(
+            f"{name_of(function)} is written with `async def`, and nobody awaits it; write it with `def`"
+        )
+    parameters = parameters_of(function, name_of(function))
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     unknown = [p.name for p in parameters if p.default is p.empty and p.name not in offered]
     if unknown:
-        raise TypeError(
-            f"{function} needs {', '.join(unknown)}, which is not offered. Offered: {', '.join(sorted(offered))}"
+        raise WrongFunction(
+            f"{name_of(function)} needs {', '.join(unknown)}, which is not offered. "
+            f"Offered: {', '.join(sorted(offered))}"
         )
     by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in offered]
     named = {p.name for p in parameters} - set(by_place)

@@ -7,7 +7,6 @@ padded, and a loss may look at its rows, which `dim=-1` of a flat tensor would m
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from skyrl_train.algorithms.padded import trajectory_rows
 from skyrl_train.algorithms.registry import Function, call_with_named
 from skyrl_train.types import Batch
+from skyrl_train.users_functions import WrongFunction, name_of, parameters_of
 
 FLAT_NAMES = {"batch", "rewards", "sample_index", "group_index", "trajectory_index"}
 PADDED_NAMES = {"token_level_rewards", "response_mask", "index"}
@@ -24,10 +24,10 @@ OUR_PACKAGE = "skyrl_train.algorithms."
 
 
 def is_skyrl_style(function: Function) -> bool:
-    """Return whether the function is called with padded tensors. TypeError for one that mixes both vocabularies."""
-    named = set(inspect.signature(function).parameters)
+    """Return whether the function is called with padded tensors. WrongFunction for one that mixes both vocabularies."""
+    named = {parameter.name for parameter in parameters_of(function, name_of(function))}
     if named & FLAT_NAMES and named & PADDED_NAMES:
-        raise TypeError(
+        raise WrongFunction(
             f"{name_of(function)} names {', '.join(sorted(named & FLAT_NAMES))} of ours, which are flat, and "
             f"{', '.join(sorted(named & PADDED_NAMES))} of SkyRL's, which are padded; take one kind: "
             f"{', '.join(sorted(FLAT_NAMES))} and loss_mask, or {', '.join(sorted(PADDED_NAMES))}"
@@ -61,19 +61,13 @@ def call_estimator(function: Function, batch: Batch, settings: dict[str, Any]) -
     return rows.unpad(advantages.float()), rows.unpad(returns.float())
 
 
-def name_of(function: Function) -> str:
-    """Return the function's module and name, or its repr if it has none."""
-    name = getattr(function, "__qualname__", None)
-    return f"{function.__module__}.{name}" if name else repr(function)
-
-
 def checked_pair(answer: Any, function: Function, shape: tuple[int, ...], axes: str) -> tuple[Tensor, Tensor]:
-    """Return what an estimator returned as tensors. ValueError unless it is two of this shape."""
+    """Return what an estimator returned as tensors. WrongFunction unless it is two of this shape."""
     is_pair = isinstance(answer, tuple | list) and len(answer) == 2
     if is_pair:
         answer = tuple(_as_tensor(part) for part in answer)
     if not is_pair or not all(_has_shape(part, shape) for part in answer):
-        raise ValueError(
+        raise WrongFunction(
             f"the advantage estimator {name_of(function)} returned {kind_of(answer)}; it must return (advantages, "
             f"returns), both {list(shape)} ({axes})"
         )

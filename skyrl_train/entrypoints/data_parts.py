@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +137,7 @@ class DataParts(ModelParts):
 
 def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
     """Raise if this is no environment, cannot be imported, made or run here, or only the data set names its code."""
+    from skyrl_gym.class_check import wrong_in
     from skyrl_gym.envs.base_text_env import BaseTextEnv
     from skyrl_gym.envs.registration import load_entry_point, spec
 
@@ -149,13 +148,9 @@ def look_up_environment(environment: EnvironmentConfig, env_class: str) -> None:
         )
     if env_class == SINGLE_TURN and not environment.pays_itself:
         raise ValueError("it pays nothing by itself; set environment.reward=my_module:my_function, too")
-    made = load_entry_point(spec(env_class).entry_point)
-    if not callable(made):
-        raise TypeError(f"it is a {type(made).__name__}, not a class of environments")
-    with suppress(ValueError):  # a callable without a signature that can be read
-        try:
-            inspect.signature(made).bind(env_config={}, extras={})
-        except TypeError as wrong:
-            raise TypeError(f"it is made as {env_class}(env_config=..., extras=...), and there: {wrong}") from None
+    recipe = spec(env_class)
+    made = load_entry_point(recipe.entry_point)
+    if wrong := "; ".join(wrong_in(made, **recipe.kwargs)):
+        raise TypeError(wrong)
     if isinstance(made, type) and issubclass(made, BaseTextEnv):
         made.check_machine()

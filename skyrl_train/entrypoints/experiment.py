@@ -16,6 +16,7 @@ from skyrl_train.config import SkyRLConfig, is_resolved, validate_cfg
 from skyrl_train.entrypoints.overrides import NEVER_CALLED, check_overrides
 from skyrl_train.entrypoints.process import cancel_on_signals
 from skyrl_train.entrypoints.rollout_parts import RolloutParts
+from skyrl_train.users_functions import WrongFunction, checked_part
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -167,6 +168,9 @@ class BasePPOExp(RolloutParts):
             raise RunRefused(str(error)) from error
         if not isinstance(trainer, RayPPOTrainer):
             raise RunRefused(f"get_trainer returned {type(trainer).__name__}; it must return a RayPPOTrainer")
+        checked_part(
+            trainer, "get_trainer, whose __init__ does not call super().__init__(...),", "callbacks", "control"
+        )
         trainer.callbacks += self.callbacks
         trainer.total_training_steps = self.num_steps
         return trainer
@@ -176,11 +180,14 @@ class BasePPOExp(RolloutParts):
         from skyrl_train.cluster.parts import ComputingParts
         from skyrl_train.weights.in_process import InProcessWeights
 
-        policy = self.get_policy()
-        return ComputingParts(self.get_learner(policy), self.get_engine(policy), InProcessWeights())
+        policy = checked_part(self.get_policy(), "get_policy", "module", "weights")
+        learner = checked_part(self.get_learner(policy), "get_learner", "add_logprobs", "update")
+        engine = checked_part(self.get_engine(policy), "get_engine", "generate", "pause", "weights_changed", "resume")
+        return ComputingParts(learner, engine, InProcessWeights())
 
     def build_trainer(self, run: Run) -> Trainer:
         from skyrl_train.algorithms.kl import kl_controller
+        from skyrl_train.callbacks import numbers_of
         from skyrl_train.evaluate import Evaluator
         from skyrl_train.prompts import TrainPrompts
         from skyrl_train.trainer import Trainer
@@ -203,7 +210,11 @@ class BasePPOExp(RolloutParts):
             weights=parts.weights,
             run=run,
             kl_controller=kl_controller(self.cfg.trainer.algorithm),
-            extra_metrics=lambda: {**collector.metrics, **self.judge_metrics(), **self.extra_metrics()},
+            extra_metrics=lambda: {
+                **collector.metrics,
+                **self.judge_metrics(),
+                **numbers_of(self.extra_metrics(), "what extra_metrics() returns"),
+            },
             conversations=self.conversations,
             users=self.get_users_trainer(run, collector),
             shape_rewards=self.shape_rewards,
@@ -265,11 +276,15 @@ class BasePPOExp(RolloutParts):
 
     async def _train(self, run: Run) -> None:
         from skyrl_train import compute
+        from skyrl_train.run.run import RunRefused
 
         cancel_on_signals()
         try:
             async with self.other_processes():
-                trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
+                try:
+                    trainer = await asyncio.wrap_future(compute.submit(self.build_trainer, run))
+                except WrongFunction as error:
+                    raise RunRefused(str(error)) from error
                 await trainer.train()
         finally:
             await self.closed()

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.config import SkyRLConfig, TrainerConfig, config_dir, load_config, validate_cfg
+from skyrl_train.config.load import command_instead
+from skyrl_train.config.problems import Unfit
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
@@ -69,10 +71,13 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
     from skyrl_train.rollout.dynamic_sampling import TooManyBatches
     from skyrl_train.rollout.round import EveryEpisodeFailed
     from skyrl_train.run.run import RunRefused
+    from skyrl_train.users_functions import WrongFunction
     from skyrl_train.weights.base import PushFailed
 
     try:
         exp = experiment(cfg)
+    except Unfit as error:
+        return _refused(f"{error}{command_instead(error, arguments, root)}")
     except (ValueError, OSError) as error:  # of the model or the data
         return _refused(error)
     try:
@@ -81,7 +86,7 @@ def _main(arguments: Sequence[str], experiment: type[BasePPOExp], root: type[Sky
             asyncio.run(result)
     except (RunRefused, ModelRefused) as error:
         return _refused(error)
-    except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied) as error:
+    except (EveryEpisodeFailed, TooManyBatches, PushFailed, LearnerDied, WrongFunction) as error:
         return _stopped(error, cfg.trainer)
     except (KeyboardInterrupt, asyncio.CancelledError):
         say(f"interrupted; {_how_to_go_on(cfg.trainer)}")
@@ -122,7 +127,7 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
     return f"no checkpoint was due yet (trainer.ckpt_interval={trainer.ckpt_interval}): the same command begins again"
 
 
-def _refused(error: Exception) -> int:
+def _refused(error: Exception | str) -> int:
     say(f"refused: {error}")
     return Exit.REFUSED
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config import SkyRLConfig, env_config_for
 from skyrl_train.entrypoints.data_parts import DataParts
+from skyrl_train.users_functions import yields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,5 +189,13 @@ def check_generator(generator: Any) -> None:
     name = type(generator).__name__
     if inspect.isclass(generator) or not (generator is None or callable(getattr(generator, "generate", None))):
         raise RunRefused(f"get_generator returned {generator!r}; it must return a GeneratorInterface, or None")
+    generate = getattr(generator, "generate", None)
+    if generate is not None and yields(generate):
+        raise RunRefused(f"{name}.generate is a generator function; it must return its output instead of yielding it")
+    if generate is not None:
+        try:
+            inspect.signature(generate).bind(None)
+        except TypeError as error:
+            raise RunRefused(f"{name}.generate must take (input_batch): {error}") from error
     if inspect.iscoroutinefunction(getattr(generator, "close", None)):
         raise RunRefused(f"{name}.close is written with `async def`, and nobody awaits it; write it with `def`")

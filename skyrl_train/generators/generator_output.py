@@ -12,6 +12,7 @@ from skyrl_train.batch.samples import to_samples
 from skyrl_train.batch.steps import merged, steps
 from skyrl_train.generators.base import GeneratorOutput, TrajectoryID
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Sample, Trajectory, Turn
+from skyrl_train.users_functions import WrongFunction
 
 LISTS = ("prompt_token_ids", "response_ids", "rewards", "loss_masks")
 PLAIN = {*LISTS, "rollout_logprobs", "is_last_step", "stop_reasons"}
@@ -19,7 +20,7 @@ PER_TOKEN = ("loss_masks", "rollout_logprobs")
 FAILED = "env_failure"  # the stop reason of an episode that its environment broke: it is nobody's reward
 
 
-class WrongOutput(ValueError):
+class WrongOutput(WrongFunction):
     """A generator returned something that cannot be trained on."""
 
 

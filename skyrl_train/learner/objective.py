@@ -15,7 +15,9 @@ from skyrl_train.algorithms.kl import token_kl
 from skyrl_train.algorithms.loss_style import LossCall, LossReturns, LossStyle, loss_style
 from skyrl_train.algorithms.masked import masked_mean, masked_std
 from skyrl_train.algorithms.off_policy import importance_weights, outlier_mask, ratio_metrics, sequence_mask, token_mask
+from skyrl_train.algorithms.trial import tried
 from skyrl_train.types import Batch
+from skyrl_train.users_functions import name_of
 
 if TYPE_CHECKING:
     from skyrl_train.config import AlgorithmConfig
@@ -39,7 +41,8 @@ class Objective:
     @cached_property
     def style(self) -> LossStyle:
         """Return how the loss is called; a user's is tried once. ValueError if it returns nothing to minimise."""
-        style = loss_style(self.function, self._settings(torch.Generator().manual_seed(0)))
+        settings = self._settings(torch.Generator().manual_seed(0))
+        style = tried(f"the policy loss {name_of(self.function)}", lambda: loss_style(self.function, settings))
         if style.returns is not LossReturns.TOKENS and self.algorithm.off_policy_correction.is_on:
             raise ValueError(
                 f"trainer.algorithm.policy_loss_type={self.algorithm.policy_loss_type} returns one number, so its "

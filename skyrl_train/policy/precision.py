@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from skyrl_train.config.problems import Unfit
+
 
 def choose_device(wanted: str) -> torch.device:
     """Return the device that `wanted` names: auto (the GPU if there is one, else the CPU), cpu or cuda. ValueError."""
@@ -15,7 +17,8 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto" and device.type == "cpu" and nvidia_driver() is not None:
         logger.warning(f"training on the CPU, although there is an NVIDIA driver: {_why_no_gpu()}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={wanted}, but torch finds no CUDA GPU on this machine: {_why_no_gpu()}")
+        words = f"device={wanted}, but torch finds no CUDA GPU on this machine: {_why_no_gpu()}"
+        raise Unfit(words, "trainer.device=cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={wanted} is not supported; use auto, cpu or cuda")
     if device.type == "cuda":  # it plans each new shape for 60 ms to 1.7 s (H200), and here most shapes are new

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import math
-import sysconfig
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -38,14 +37,13 @@ from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.rollout.waiting import is_done_within
 from skyrl_train.spans import span
 from skyrl_train.types import Message
-from skyrl_train.visible import shortened, visible
+from skyrl_train.visible import kept_words, words_of
 
 if TYPE_CHECKING:
     from skyrl_train.rollout.reward import RewardFunction
     from skyrl_train.rollout.rewards import Rewards
 
 MakeEnv = Callable[[str, dict[str, Any]], BaseTextEnv]  # (env_class, extras) -> environment
-MAX_WORDS = 1000  # characters of a failure that are kept
 # Exceptions of wrong code: playing the episode again would raise them again.
 MISTAKES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
@@ -107,9 +105,9 @@ class EnvCalls:
         env = await self._answer("the constructor", self._threaded(self._constructed, _as_it_is))
         prompt = copy.deepcopy(messages)
         if env.is_async:
-            call = self._awaited(partial(env.init_async, prompt), checked_init)
+            call = self._awaited(_method(env, "init_async", prompt), checked_init)
         else:
-            call = self._threaded(partial(env.init, prompt), checked_init)
+            call = self._threaded(_method(env, "init", prompt), checked_init)
         return await self._answer("init", call, env.init_timeout_s)
 
     async def tool_schemas(self) -> list[dict[str, Any]]:
@@ -123,9 +121,9 @@ class EnvCalls:
     async def step(self, action: str) -> Step:
         assert self._env is not None
         if self._env.is_async:
-            call = self._awaited(partial(self._env.step_async, action), self._checked_step)
+            call = self._awaited(_method(self._env, "step_async", action), self._checked_step)
         else:
-            call = self._threaded(partial(self._env.step, action), self._checked_step)
+            call = self._threaded(_method(self._env, "step", action), self._checked_step)
         step = await self._answer("step", call)
         return step if self._rewards is None else await self._weighed(self._rewards, action, step)
 
@@ -194,7 +192,7 @@ class EnvCalls:
         rewards = self._rewards
         total, parts = 0.0, {}
         if rewards is None or not rewards.replaces_environment:
-            total, parts = await self._answer("cut_short", self._threaded(self._env.cut_short, checked_pay))
+            total, parts = await self._answer("cut_short", self._threaded(_method(self._env, "cut_short"), checked_pay))
         if rewards is None:
             return total, parts
         if rewards.alone is not None:  # it alone decides
@@ -204,7 +202,7 @@ class EnvCalls:
 
     async def metrics(self) -> dict[str, Any]:
         assert self._env is not None
-        return await self._answer("get_metrics", self._threaded(self._env.get_metrics, checked_metrics))
+        return await self._answer("get_metrics", self._threaded(_method(self._env, "get_metrics"), checked_metrics))
 
     async def close(self) -> None:
         """Close the environment, with deadlines of its own. A failure is logged and changes nothing about the episode.
@@ -217,9 +215,9 @@ class EnvCalls:
         if env is None:
             return
         if env.is_async:
-            close = self._awaited(env.close_async, checked_close)
+            close = self._awaited(_method(env, "close_async"), checked_close)
         else:
-            close = self._threaded(env.close, checked_close)
+            close = self._threaded(_method(env, "close"), checked_close)
         if not await is_done_within(close, self._step_timeout_s):
             close.cancel()
             logger.warning(f"{self._name}: close took longer than {self._step_timeout_s:.1f} s")
@@ -232,8 +230,9 @@ class EnvCalls:
         if not isinstance(env, BaseTextEnv):
             raise WrongAnswer(f"made a {type(env).__name__}, which is no skyrl_gym.envs.base_text_env.BaseTextEnv")
         self._env = env
-        if not isinstance(env.init_timeout_s, int | float | None):
-            raise WrongAnswer(f"init_timeout_s must be a number of seconds or None, not {short(env.init_timeout_s)}")
+        limit_s = env.init_timeout_s
+        if limit_s is not None and not (type(limit_s) in (int, float) and limit_s > 0):
+            raise WrongAnswer(f"init_timeout_s must be a number of seconds above 0, or None, not {short(limit_s)}")
         return env
 
     def _threaded(self, call: Callable[[], Any], check: Callable[[Any], Any]) -> asyncio.Future[Outcome]:
@@ -250,7 +249,10 @@ class EnvCalls:
 
     async def _outcome(self, call: Callable[[], Awaitable[Any]], check: Callable[[Any], Any]) -> Outcome:
         with Outcome() as outcome:
-            outcome.value = check(await call())
+            answer = call()
+            if not inspect.isawaitable(answer):
+                raise WrongAnswer(f"it returned {short(answer)} to be awaited: write it with `async def`")
+            outcome.value = check(await answer)
         if isinstance(outcome.error, asyncio.CancelledError | GeneratorExit):
             raise outcome.error  # this task is cancelled or closed
         return outcome
@@ -305,32 +307,9 @@ def failure(error: BaseException, name: str, what: str) -> EnvFailure:
     return EnvFailure(words) if by_chance and not isinstance(error, MISTAKES) else BrokenEnv(words, is_mistake)
 
 
-def words_of(error: BaseException, *, with_place: bool = True) -> str:
-    """Return the error on one line: `NameError: name 'x' is not defined (my_env.py:12 in step: return x)`."""
-    described = traceback.TracebackException.from_exception(error)
-    lines = "".join(described.format_exception_only()).split("\n")
-    words = " ".join(line.strip() for line in lines if line.strip())
-    place = _place(described.stack) if with_place else ""
-    return _kept(words) + (f" ({_kept(place)})" if place else "")
-
-
-def _place(stack: traceback.StackSummary) -> str:
-    """Return the innermost frame that is neither Python's nor a library's, or else the innermost one."""
-    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-    own = [frame for frame in stack if not frame.filename.startswith(libraries)]
-    if not stack:
-        return ""
-    frame = (own or list(stack))[-1]
-    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-
-
 def _said(error: BaseException) -> str:
     said = Outcome.of(lambda: str(error))
-    return _kept(said.value if said.error is None else f"{type(error).__name__}, which cannot be printed")
-
-
-def _kept(words: str) -> str:
-    return visible(shortened(words, MAX_WORDS))
+    return kept_words(said.value if said.error is None else f"{type(error).__name__}, which cannot be printed")
 
 
 def _raised(task: asyncio.Future[Outcome]) -> BaseException | None:
@@ -338,6 +317,18 @@ def _raised(task: asyncio.Future[Outcome]) -> BaseException | None:
     if task.cancelled():
         return asyncio.CancelledError("its own")
     return task.exception() or task.result().error
+
+
+def _method(env: BaseTextEnv, name: str, *args: Any) -> Callable[[], Any]:
+    """Return a call of the method, which is looked up when it is called; WrongAnswer then for what is no method."""
+
+    def call() -> Any:
+        method = getattr(env, name)
+        if not callable(method):
+            raise WrongAnswer(f"{name} is {short(method)}; it must be a method")
+        return method(*args)
+
+    return call
 
 
 def _as_it_is(answer: Any) -> Any:

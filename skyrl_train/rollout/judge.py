@@ -17,15 +17,14 @@ import json
 import os
 import random
 import re
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from skyrl_gym.contract import Messages, Outcome
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.threads import in_daemon_thread
 from skyrl_train.config.rewards import JudgeSettings
 from skyrl_train.files import user_path
 from skyrl_train.rollout.judge_client import AskAgain, JudgeClient
@@ -256,34 +255,20 @@ async def _in_thread(call: Callable[[], Any], timeout_s: float) -> Outcome:
 
     The thread is the call's own: nobody waits for it when the process ends.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Outcome] = loop.create_future()
-
-    def tell(outcome: Outcome) -> None:
-        if not done.done():
-            done.set_result(outcome)
-
-    def work() -> None:
-        outcome = Outcome.of(call)
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, outcome)
-
-    threading.Thread(target=work, name="judge", daemon=True).start()
-    if not await is_done_within(done, timeout_s):
-        with Outcome() as late:
-            raise AskAgain(f"no answer within {timeout_s:g} s")
-        return late
-    return done.result()
+    asking = asyncio.wrap_future(in_daemon_thread(partial(Outcome.of, call)))
+    try:
+        if await is_done_within(asking, timeout_s):
+            return asking.result()
+    finally:
+        asking.cancel()
+    with Outcome() as late:
+        raise AskAgain(f"no answer within {timeout_s:g} s")
+    return late
 
 
 def _in_new_loop(work: Callable[[], Any]) -> Outcome:
     """Return the outcome of a coroutine that runs in an event loop of its own: this thread may have one."""
-    found: list[Outcome] = []
-    run = partial(Outcome.of, lambda: asyncio.run(work()))
-    thread = threading.Thread(target=lambda: found.append(run()), name="judge", daemon=True)
-    thread.start()
-    thread.join()
-    return found[0]
+    return in_daemon_thread(partial(Outcome.of, lambda: asyncio.run(work()))).result()
 
 
 def _short(text: str) -> str:

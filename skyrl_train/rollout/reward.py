@@ -24,16 +24,16 @@ exception counts as a failure of the environment, never as a reward.
 from __future__ import annotations
 
 import copy
-import inspect
-import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
-from skyrl_gym.contract import Outcome, checked_reward
-from skyrl_gym.error import Error
-from skyrl_gym.importing import import_named
-from skyrl_train.rollout.env_calls import words_of
+from skyrl_gym.contract import Outcome, WrongAnswer, checked_reward
+from skyrl_gym.threads import in_daemon_thread
 from skyrl_train.types import Prompt
+from skyrl_train.users_functions import CalledByName, imported_function
+from skyrl_train.visible import words_of
 
 ALWAYS = ("reply", "prompt", "row", "turn", "done", "reward", "observations", "metadata")
 KNOWN_AFTER_A_STEP = {"reward", "observations", "metadata"}  # a function that names one of these is not tried before
@@ -44,43 +44,21 @@ class RewardFunction:
     """The function that `environment.reward`, or an entry of `environment.rewards`, names."""
 
     def __init__(self, name: str, function: Callable[..., Any], key: str = "environment.reward") -> None:
-        """ValueError if the parameters of the function cannot be read."""
+        """ValueError if the function cannot be called."""
         self.label = f"{key}={name}"
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.label} has no parameters that can be read: {error}") from None
-        by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
-        if by_place:
-            raise ValueError(f"{self.label} takes {', '.join(by_place)} by position; drop the / from it")
-        self._function = function
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        self._named = {p.name for p in named}
-        self._needed = [p.name for p in named if p.default is p.empty]
-        self.is_async = inspect.iscoroutinefunction(function)
+        self._call = CalledByName(function, self.label)
+        self.is_async = self._call.is_async
 
     @classmethod
     def named(cls, name: str, key: str = "environment.reward") -> RewardFunction:
         """Return the function at the import path. ValueError if there is none."""
-        found = Outcome.of(lambda: import_named(name))
-        if isinstance(found.error, Error):
-            raise ValueError(f"{key}: {found.error}") from found.error
-        if found.error is not None:
-            words = f"{key}={name} cannot be imported: {words_of(found.error)}"
-            raise ValueError(words) from found.error
-        function = found.value
-        if not callable(function):
-            raise ValueError(f"{key}={name} is a {type(function).__name__}, not a function")
-        return cls(name, function, key)
+        return cls(name, imported_function(name, f"{key}={name}"), key)
 
     def of_turn(self, prompt: Prompt, reply: str, **facts: Any) -> Any:
         """Return what the function returns for a reply; facts: those of ALWAYS that only the step told."""
         before = {"turn": 1, "done": True, "reward": 0.0, "observations": [], "metadata": {}}
         always = {"reply": reply, "prompt": prompt.messages, "row": prompt.env_extras, **before, **facts}
-        offered = {**columns(prompt), **always}
-        taken = offered if self._takes_all else {name: offered[name] for name in self._named & offered.keys()}
-        return self._function(**taken)
+        return self._call({**columns(prompt), **always})
 
     def check(self, prompts: Iterable[Prompt], within_s: float) -> None:
         """Refuse a function that needs what a row does not have, or that fails on two replies to the first prompt.
@@ -90,22 +68,22 @@ class RewardFunction:
         first: Prompt | None = None
         for prompt in prompts:
             first = first or prompt
-            lacks = [name for name in self._needed if name not in ALWAYS and name not in columns(prompt)]
+            lacks = [name for name in self._call.needed if name not in ALWAYS and name not in columns(prompt)]
             if lacks:
                 raise ValueError(
                     f"{self.label} needs {', '.join(lacks)}, which prompt {prompt.uid} lacks; "
                     f"offered are {', '.join((*ALWAYS, *columns(prompt)))}"
                 )
-        if first is None or self.is_async or self._named & KNOWN_AFTER_A_STEP:
+        if first is None or self.is_async or self._call.named & KNOWN_AFTER_A_STEP:
             return
         for reply in TRIED_REPLIES:
             outcome = _within(within_s, lambda reply=reply: checked_reward(self.of_turn(copy.deepcopy(first), reply)))
             if outcome is None:
                 raise ValueError(f"{self.label} took longer than {within_s:g} s for one reply")
             if outcome.error is not None:
-                raise ValueError(
-                    f"{self.label} fails on prompt {first.uid} with the reply {reply!r}: {words_of(outcome.error)}"
-                )
+                error = outcome.error
+                words = str(error) if isinstance(error, WrongAnswer) else words_of(error)
+                raise ValueError(f"{self.label} fails on prompt {first.uid} with the reply {reply!r}: {words}")
 
 
 def columns(prompt: Prompt) -> dict[str, Any]:
@@ -120,8 +98,5 @@ def columns(prompt: Prompt) -> dict[str, Any]:
 
 def _within(seconds: float, call: Callable[[], Any]) -> Outcome | None:
     """Return the outcome of the call; None if it takes longer, and then its thread is left behind."""
-    outcomes: list[Outcome] = []
-    thread = threading.Thread(target=lambda: outcomes.append(Outcome.of(call)), name="reward", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcomes[0] if outcomes else None
+    outcome = in_daemon_thread(partial(Outcome.of, call))
+    return outcome.result() if wait([outcome], seconds).done else None

@@ -16,10 +16,10 @@ from skyrl_gym.metrics import INVALID_ACTIONS, aggregate_for_environment, defaul
 from skyrl_gym.reply import printable
 from skyrl_train.batch.samples import num_unplaced_rewards
 from skyrl_train.files import naming, whole_folder
-from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.run.digests import text_digest
 from skyrl_train.run.run_folder import METRICS
 from skyrl_train.types import AGENT, EpisodeEnd, Group, Trajectory
+from skyrl_train.visible import words_of
 
 Metrics = dict[str, float]
 AGGREGATED = "aggregated_results"  # the file of an evaluation's metrics beside those of the data sources

@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 import skyrl_gym
 from skyrl_gym.envs import register
 from skyrl_train.batch.samples import to_samples
-from skyrl_train.callbacks import check_callbacks
+from skyrl_train.callbacks import check_callbacks, numbers_of
 from skyrl_train.config import load_config
 from skyrl_train.entrypoints.main_base import BasePPOExp, main
 from skyrl_train.entrypoints.main_generate import EvalOnlyEntrypoint
@@ -33,6 +33,7 @@ from skyrl_train.run.records.trajectories import read_trajectories, trajectory_f
 from skyrl_train.run.run import RunRefused
 from skyrl_train.trainer import RayPPOTrainer
 from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
+from skyrl_train.users_functions import WrongFunction
 from skyrl_train.utils.callbacks import CallbackInput, TrainingCallback, TrainingControl
 from tests.fakes import EvenEnv, ScriptedEngine
 from tests.skyrl.test_generators import SingleTurn
@@ -333,6 +334,76 @@ def test_a_hook_of_the_experiment_that_returns_nothing_is_refused(folder, capsys
     assert says in capsys.readouterr().err
 
 
+def generator_of_answers(self: Any, *given: Any) -> Any:
+    yield given
+
+
+async def async_generator_of_answers(self: Any, *given: Any) -> Any:
+    yield given
+
+
+@pytest.mark.parametrize(
+    ("hook", "override", "status", "says"),
+    [
+        ("get_policy", lambda self: None, 2, "refused: get_policy returned NoneType, which has no module"),
+        ("get_engine", lambda self, policy: 3, 2, "refused: get_engine returned int, which has no generate, pause"),
+        ("get_learner", lambda self, policy: "x", 2, "refused: get_learner returned str, which has no add_logprobs"),
+        ("shape_rewards", lambda self, groups: None, 1, "stopped: shape_rewards returned NoneType; it must return"),
+        ("shape_rewards", lambda self, groups: (x for x in groups), 1, "shape_rewards returned generator; it must"),
+        ("shape_rewards", lambda self, groups: groups[:1], 1, "was given 8 episodes and returned 4 or others"),
+        ("shape_rewards", generator_of_answers, 2, "shape_rewards is a generator function, so a call does nothing"),
+        ("shape_rewards", async_generator_of_answers, 2, "shape_rewards is a generator function"),
+        (
+            "extra_metrics",
+            lambda self: None,
+            1,
+            "what extra_metrics() returns must be a dict of names and numbers, not",
+        ),
+        ("extra_metrics", lambda self: {"a": "b"}, 1, "names and numbers; a is of type str"),
+        ("get_generator", lambda self, *given: Yields(), 2, "Yields.generate is a generator function"),
+        ("get_generator", lambda self, *given: TakesNothing(), 2, "TakesNothing.generate must take (input_batch): too"),
+        ("get_trainer", lambda self, **given: OnItsOwn(), 2, "get_trainer, whose __init__ does not call super()"),
+    ],
+)
+def test_what_a_hook_may_not_be_or_return_is_told_in_one_line(folder, capsys, hook, override, status, says):
+    assert run(folder, type("WrongExp", (BasePPOExp,), {hook: override}), "trainer.resume_mode=none")[0] == status
+    assert says in capsys.readouterr().err
+
+
+class Yields:
+    generate = async_generator_of_answers
+
+
+class TakesNothing:
+    async def generate(self) -> Any:
+        return {}
+
+
+class OnItsOwn(RayPPOTrainer):
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("logged", "says"),
+    [
+        ({"a": "text"}, r"the logs of on_log must be a dict of names and numbers; a is of type str"),
+        ({3: 1.0}, r"3 is no text"),
+        ({"a": None}, r"a is of type NoneType"),
+        ([], r"names and numbers, not list"),
+        ({"a": [1.0, 2.0]}, r"a is of type list"),
+    ],
+)
+def test_what_is_no_metric_is_told(logged, says):
+    with pytest.raises(WrongFunction, match=says):
+        numbers_of(logged, "the logs of on_log")
+
+
+def test_numbers_of_other_packages_are_metrics():
+    given = {"a": 1, "b": 0.5, "c": np.float32(0.25), "d": torch.tensor(2.0), "e": True}
+    assert numbers_of(given, "the logs") == {"a": 1, "b": 0.5, "c": 0.25, "d": 2.0, "e": True}
+
+
 def test_a_generator_whose_close_would_never_run_is_refused():
     class Closing(SingleTurn):
         async def close(self): ...
@@ -419,7 +490,7 @@ def test_a_hook_returns_the_episodes_it_was_given():
     with pytest.raises(ValueError, match="was given 2 episodes and returned 1"):
         check_shaped([group()], ["0_0", "0_1"])
     with pytest.raises(ValueError, match="must return the list of groups"):
-        check_shaped([None], ["0_0"])  # ty: ignore[invalid-argument-type]
+        check_shaped([None], ["0_0"])
     output, _ = output_of([group()], one_reward=True)
     [shaped] = with_output([group()], output)
     [trajectory] = shaped.trajectories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,13 @@ from skyrl_train.learner.gradient import accumulate_gradient
 from skyrl_train.learner.objective import Objective
 from skyrl_train.learner.passes import Budget
 from skyrl_train.types import Batch
+from skyrl_train.users_functions import WrongFunction
 from skyrl_train.utils.ppo_utils import ppo_critic_loss
 from tests.skyrl_train.batches import random_batch
 from tests.tiny_models import tiny_policy
 
 HERE = __name__
+MAX = max
 
 
 def reinforce(log_probs, old_log_probs, advantages, config, loss_mask: Any = None, rollout_logprobs=None):
@@ -203,6 +206,14 @@ def breaks(log_probs, advantages):
     return log_probs @ advantages, {}
 
 
+def leaves(log_probs):
+    sys.exit(3)
+
+
+async def later(log_probs):
+    return log_probs, {}
+
+
 def not_a_number(log_probs, advantages, loss_mask):
     return -log_probs * advantages * float("nan"), {}
 
@@ -238,7 +249,13 @@ def summed_though_flat(log_probs, sample_index):
         ("square_root", r"twice the samples: 1.41 times the gradient"),
         ("wants_more", r"needs teacher, which is not offered"),
         ("wants_a_third", r"needs teacher, which is not offered"),
-        ("breaks", None),
+        (
+            "breaks",
+            rf"the policy loss {HERE}.breaks fails on a small batch: RuntimeError: .*test_losses.py:\d+ in breaks",
+        ),
+        ("leaves", r"leaves fails on a small batch: SystemExit: 3"),
+        ("later", r"later is written with `async def`, and nobody awaits it"),
+        ("MAX", r"builtins.max has no parameters that can be read"),
         ("not_a_number", r"has a gradient that is not finite"),
         ("divides_by_the_mask", r"has a gradient that is not finite"),
         ("zero_per_token", r"has a gradient of 0 everywhere"),
@@ -249,7 +266,7 @@ def summed_though_flat(log_probs, sample_index):
     ],
 )
 def test_a_loss_that_cannot_be_minimised_is_found_at_start_up(name, says):
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=says):
+    with pytest.raises(WrongFunction, match=says):
         _ = objective(name).style
 
 

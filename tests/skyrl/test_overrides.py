@@ -79,6 +79,23 @@ def test_skyrls_signature_where_ours_differs_is_refused():
     assert text.endswith("missing a required argument: 'sources'")
 
 
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (lambda self, **given: None, None),
+        (lambda self, *, cfg, tracker, **others: None, None),
+        (lambda self, *args, **kwargs: None, None),
+        (staticmethod(lambda **given: None), None),
+        (lambda self, *args: None, "got an unexpected keyword argument 'cfg'"),
+        (lambda self, config, **others: None, "missing a required argument: 'config'"),
+    ],
+)
+def test_get_trainer_is_called_with_keywords(method, says):
+    problems = list(vain_overrides(type("MyExp", (BasePPOExp,), {"get_trainer": method}), BasePPOExp, NEVER_CALLED))
+    assert len(problems) == (says is not None)
+    assert all(says in problem for problem in problems)
+
+
 @pytest.mark.parametrize("name", ["get_generator", "get_trainer", "extra_metrics"])
 def test_a_coroutine_that_nobody_awaits_is_refused(name):
     async def method(self, *args, **kwargs): ...

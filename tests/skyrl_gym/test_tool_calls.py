@@ -1,11 +1,13 @@
 """Calls of tools in the forms of several families, and replies that are no calls."""
 
+import copy
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
@@ -43,7 +45,13 @@ SAY = ToolCall("say", {})
         ("{not JSON", []),
         ("[1, 2]", []),
         ("[]", []),
-        ('Read {"name": "add"}', []),  # Llama's form is the whole reply
+        ('Read {"name": "add", "parameters": {}}', []),  # Llama's form is the whole reply
+        ('{"name": "Alice"}', []),  # the answer to a question; Llama's form has parameters
+        ('[{"name": "Alice"}, {"name": "say", "parameters": {}}]', []),
+        (
+            '{"name": "say", "parameters": {"x": "<tool_call>"}}',  # a tag of another family's within a text
+            [ToolCall("say", {"x": "<tool_call>"})],
+        ),
     ],
 )
 def test_calls_are_read_in_the_familys_form(reply: str, calls: list[ToolCall]) -> None:
@@ -69,6 +77,11 @@ def test_calls_are_read_in_the_familys_form(reply: str, calls: list[ToolCall]) -
         ('<tool_call>{"name": "say"} and more</tool_call>', 'no JSON: {"name": "say"} and more'),
         ('<tool_call>{"name": "say", "arguments": {"x": 1e999}}</tool_call>', "no JSON"),
         ('<tool_call>{"name": "say", "arguments": {"x": "\\ud800"}}</tool_call>', "no JSON"),
+        (
+            '<tool_call>{"name": "say", "arguments": {"x": ' + "[" * 99 + "]" * 99 + "}}</tool_call>",
+            "more than 100 deep",
+        ),
+        ('<|python_tag|>{"name": "say", "arguments": {"x": ' + '{"x": ' * 500 + "1" + "}" * 502, "more than 100 deep"),
         ('<tool_call>{"name": "say", "arguments": {"x": ' + "9" * 5000 + "}}</tool_call>", "no JSON"),
         ("<|python_tag|>" + '{"name": "say"};' * (MAX_CALLS + 1), f"more than {MAX_CALLS}"),
         (written(SAY) * (MAX_CALLS + 1), f"more than {MAX_CALLS}"),
@@ -99,6 +112,65 @@ def test_no_reply_raises_anything_else(reply: str) -> None:
         assert all(isinstance(call, ToolCall) for call in read_tool_calls(reply))
     with suppress(UnreadableCall):
         assert without_tool_calls(reply) in reply
+
+
+NAMES = ['"add"', '"nothing"', "3", "null", '"\\ud800"', '["add"]', '""']
+LEAVES = [
+    "1",
+    "-0",
+    "1e999",
+    "NaN",
+    "Infinity",
+    "9" * 400,
+    "9" * 4400,
+    "null",
+    '"</tool_call>"',
+    '"<tool_call>"',
+    '"\\u0000"',
+]
+DEPTHS = (1, 50, 98, 99, 300, 480, 495, 900, 960, 985, 995, 1000, 3000)
+
+
+@st.composite
+def hostile_calls(draw: st.DrawFn) -> str:
+    """A call with duplicate keys, arguments of any type and depth, perhaps cut, in tags, marks, text, or bare."""
+    value, depth = draw(st.sampled_from(LEAVES)), draw(st.sampled_from(DEPTHS))
+    nested = draw(
+        st.sampled_from(("{}", value, "[" * depth + value + "]" * depth, '{"a":' * depth + "1" + "}" * depth))
+    )
+    arguments = draw(st.sampled_from(("{}", "[]", "null", '"{}"', nested, f'{{"a": {nested}}}')))
+    pairs = [
+        f'"name": {draw(st.sampled_from(NAMES))}',
+        f'"{draw(st.sampled_from(["arguments", "parameters", "args"]))}": {arguments}',
+    ]
+    pairs += draw(st.lists(st.sampled_from(pairs), max_size=1))
+    call = "{" + ", ".join(draw(st.permutations(pairs))) + "}"
+    call = call[: draw(st.integers(0, len(call)))] if draw(st.integers(0, 4)) == 0 else call
+    return draw(st.sampled_from(("", "", "I add. "))) + draw(
+        st.sampled_from(
+            ("{}", "<tool_call>{}</tool_call>", "<tool_call>\n{}\n</tool_call>", "<|python_tag|>{}", "[TOOL_CALLS][{}]")
+        )
+    ).replace("{}", call)
+
+
+def in_a_deep_stack(num_frames: int, call: Callable[[], Any]) -> Any:
+    return call() if num_frames == 0 else in_a_deep_stack(num_frames - 1, call)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(hostile_calls(), min_size=1, max_size=3).map("".join))
+def test_what_was_read_can_be_written_sent_and_read_wherever_the_stack_stands(reply: str) -> None:
+    calls: list[ToolCall] = []
+    with suppress(UnreadableCall):
+        calls = read_tool_calls(reply)
+    again = "".join(written(call) for call in calls)
+    assert in_a_deep_stack(400, lambda: read_tool_calls(again)) == calls
+    if calls:
+        assert in_a_deep_stack(400, lambda: without_tool_calls(reply)) in reply
+    for call in calls:
+        assert call.name in ("add", "nothing", "")
+        in_a_deep_stack(400, lambda call=call: json.dumps(call.arguments, ensure_ascii=False).encode())
+        assert in_a_deep_stack(400, lambda call=call: copy.deepcopy(call)) == call
 
 
 @given(st.text(), st.dictionaries(st.text(), st.integers() | st.text() | st.booleans() | st.none(), max_size=4))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import skyrl_train
@@ -33,6 +35,10 @@ def share_of_letters(reply: str, question: str, scale: float = 1.0) -> float:
 class LoadsNoModel(BasePPOExp):
     def get_policy(self) -> Any:
         raise AssertionError("the model was loaded")
+
+
+class Stepless(EvenEnv):
+    step: Any = None
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +174,9 @@ def test_a_row_may_name_only_code_that_the_configuration_names(given, tmp_path, 
         (
             {},
             {"environment.env_class": "tests.fakes:varied_logprobs"},
-            "tests.fakes:varied_logprobs(env_config=..., extras=...), and there: missing",
+            "it is called with (env_config=..., extras=...), and there: missing a required argument: 'ids'",
         ),
+        ({}, {"environment.env_class": f"{__name__}:Stepless"}, "it must be a method step(action)"),
         ({}, {"environment.env_class": "single_turn"}, "set environment.reward=my_module:my_function"),
         ({"env_class": "single_turn"}, {"environment.env_class": EVEN}, "set environment.reward=my_module:my_function"),
         ({}, {"environment.reward": "my_reward.py"}, "must name a function as my_module:my_function"),
@@ -181,6 +188,43 @@ def test_a_row_may_name_only_code_that_the_configuration_names(given, tmp_path, 
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(given, tmp_path, capsys, row, more, words):
     values = settings(given, tmp_path / "run", [{"prompt": "a", **row}] * 2, **more)
     assert words in refusal(values, capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "settings_instead"),
+    [
+        (
+            {"trainer.train_batch_size": 4, "trainer.policy_mini_batch_size": 4},
+            ["trainer.train_batch_size=2", "trainer.policy_mini_batch_size=2"],
+        ),
+        ({"trainer.max_prompt_length": 1}, ["trainer.max_prompt_length="]),
+        ({"generator.num_inference_engines": 3, "trainer.strategy": "fsdp2"}, ["generator.num_inference_engines=1"]),
+        (
+            {"trainer.deterministic": True, "trainer.placement.colocate_all": False, "trainer.strategy": "fsdp2"},
+            ["trainer.deterministic=false"],
+        ),
+    ],
+)
+def test_what_fits_neither_machine_nor_data_is_refused_with_a_command_that_fits(
+    given, tmp_path, capsys, more, settings_instead
+):
+    values = settings(given, tmp_path / "run", [{"prompt": "a"}] * 2, **{"environment.env_class": EVEN, **more})
+    _, found, command = refusal(values, capsys).partition("This would start:")
+    assert found
+    words = shlex.split(command)
+    for key in more:
+        [setting] = [word for word in words if word.startswith(f"{key}=")]
+        wanted = [instead for instead in settings_instead if instead.startswith(key)]
+        assert all(setting.startswith(instead) for instead in wanted)
+        assert wanted or setting == f"{key}={json.dumps(more[key])}"
+    load_config(words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_for_the_cpu_is_told(given, tmp_path, capsys):
+    more = {"environment.env_class": EVEN, "trainer.device": "cuda"}
+    words = refusal(settings(given, tmp_path / "run", [{"prompt": "a"}] * 2, **more), capsys)
+    assert "trainer.device=cpu" in shlex.split(words.partition("This would start:")[2])
 
 
 def test_the_settings_of_a_class_stand_under_its_name():

@@ -22,9 +22,9 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv
 from skyrl_gym.error import Error
 from skyrl_gym.importing import import_named, is_import_path
 from skyrl_train.engine.base import SamplingParams
-from skyrl_train.rollout.env_calls import words_of
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.types import Prompt
+from skyrl_train.visible import words_of
 
 if TYPE_CHECKING:
     from skyrl_train.commands.sources import Source

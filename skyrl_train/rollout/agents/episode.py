@@ -14,8 +14,6 @@ from typing import Any
 
 from skyrl_gym.contract import Outcome, checked_metrics, checked_pay
 from skyrl_gym.core import EnvFailure
-from skyrl_gym.error import Error
-from skyrl_gym.importing import import_named
 from skyrl_train.rollout.agents.endpoint import Endpoint
 from skyrl_train.rollout.agents.session import AgentSession, SessionLimits
 from skyrl_train.rollout.env_calls import failure
@@ -23,6 +21,7 @@ from skyrl_train.rollout.episode import Cut
 from skyrl_train.rollout.rewards import Rewards
 from skyrl_train.rollout.task import EpisodeLimits, EpisodeTask
 from skyrl_train.types import EpisodeEnd, Message, Trajectory, Turn
+from skyrl_train.users_functions import CalledByName, imported_function
 
 USED_UP = object()  # in the place of what an agent returns that broke on a refused call
 OFFERED = ("prompt", "extras", "base_url", "api_key", "model", "seed")
@@ -37,36 +36,23 @@ class Agent:
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        """ValueError if the function needs anything that is not offered."""
-        parameters = inspect.signature(function).parameters.values()
-        self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self._named = {parameter.name for parameter in parameters}
-        needed = [
-            parameter.name
-            for parameter in parameters
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        ]
-        if unknown := [name for name in needed if name not in OFFERED]:
-            raise ValueError(f"generator.agent={name} needs {', '.join(unknown)}; offered are {', '.join(OFFERED)}")
-        self.name, self._function = name, function
+        """ValueError if the function cannot be called, or needs anything that is not offered."""
+        label = f"generator.agent={name}"
+        if inspect.isclass(function):
+            raise ValueError(f"{label} is a class; name a function, or an object of it that can be called")
+        self.name, self._call = name, CalledByName(function, label)
+        if unknown := [name for name in self._call.needed if name not in OFFERED]:
+            raise ValueError(f"{label} needs {', '.join(unknown)}; offered are {', '.join(OFFERED)}")
 
     @classmethod
     def named(cls, name: str) -> Agent:
         """Return the agent that `package.module:function` names. ValueError if there is none."""
-        try:
-            found = import_named(name)
-        except (Error, ImportError) as error:
-            raise ValueError(f"generator.agent={name} cannot be found as package.module:function: {error}") from error
-        if not callable(found):
-            raise ValueError(f"generator.agent={name} is no function")
-        return cls(name, found)
+        return cls(name, imported_function(name, f"generator.agent={name}"))
 
     async def play(self, offered: dict[str, Any], executor: Executor) -> Outcome:
         """Return the outcome of the function. SystemExit and StopIteration are kept from the event loop."""
-        taken = offered if self._takes_all else {name: offered[name] for name in self._named & offered.keys()}
-        call = partial(self._function, **taken)
-        if inspect.iscoroutinefunction(self._function):
+        call = partial(self._call, offered)
+        if self._call.is_async:
             return await _awaited(call())
         outcome = await asyncio.get_running_loop().run_in_executor(executor, partial(Outcome.of, call))
         return await _awaited(outcome.value) if inspect.isawaitable(outcome.value) else outcome

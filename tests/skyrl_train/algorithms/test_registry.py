@@ -64,5 +64,5 @@ def test_a_function_gets_only_the_parameters_it_takes():
 
 
 def test_a_parameter_that_nobody_offers_is_named():
-    with pytest.raises(TypeError, match=r"needs log_probs.*Offered: a, b"):
+    with pytest.raises(ValueError, match=r"mine needs log_probs.*Offered: a, b"):
         call_with_named(mine, {"a": 1, "b": 2})

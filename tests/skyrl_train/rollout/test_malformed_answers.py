@@ -45,12 +45,15 @@ class OddEnv(EvenEnv):
     """Even, but for the one method whose answer `answers` replaces."""
 
     answers: dict[str, Callable[[], Any]] = {}  # noqa: RUF012 - set by each test
+    attributes: dict[str, Any] = {}  # noqa: RUF012 - set by each test
     num_made = 0
 
     def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
         super().__init__(env_config, extras)
         OddEnv.num_made += 1
         self.answer("constructor", None)
+        for name, value in self.attributes.items():
+            setattr(self, name, value)
 
     def answer(self, method: str, right: Any) -> Any:
         return self.answers[method]() if method in self.answers else right
@@ -238,6 +241,22 @@ def played(method: str, answer: Callable[[], Any]) -> Trajectory:
 @given(malformed())
 def test_of_500_malformed_answers_none_ends_the_round(answer):
     played(*answer)
+
+
+@pytest.mark.parametrize("place", range(10))
+@pytest.mark.parametrize("method", ["init", "step", "get_metrics", "close", "init_timeout_s"])
+@pytest.mark.filterwarnings("ignore:coroutine 'coroutine' was never awaited")
+def test_what_an_environment_has_in_the_place_of_a_method_ends_its_own_episode_alone(method, place, monkeypatch):
+    value = (None, 3, "text", Evil(), Evil, len, lambda: None, coroutine, math.nan, -1.0)[place]
+    if method in ("init", "step", "close") and skyrl_gym.registry["odd"].entry_point is OddAsyncEnv:
+        method = f"{method}_async"
+    monkeypatch.setattr(OddEnv, "attributes", {method: value})
+    odd = played("nothing", lambda: None)
+    is_right = method.startswith("close") or (method == "init_timeout_s" and place in (0, 1))
+    assert (odd.end is EpisodeEnd.ENV_FAILURE) is not is_right
+    if not is_right:
+        assert odd.failure is not None
+        assert method.removesuffix("_async") in odd.failure
 
 
 @pytest.mark.filterwarnings("ignore:coroutine 'coroutine' was never awaited")

@@ -252,5 +252,5 @@ def test_what_has_no_effect_beside_it_is_refused(overrides, words):
 
 
 def test_a_name_that_is_no_function_is_told_with_its_key():
-    with pytest.raises(ValueError, match=r"environment\.rewards\.a: 'tests.fakes:nothing': module tests.fakes has no"):
+    with pytest.raises(ValueError, match=r"environment\.rewards\.a=tests.fakes:nothing cannot be imported: .*has no"):
         Rewards.of(None, named_rewards({"a": "tests.fakes:nothing"}))

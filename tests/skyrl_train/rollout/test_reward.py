@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import Any
 
@@ -88,6 +89,69 @@ def test_a_function_that_fails_is_a_failure_and_no_reward(function, words):
         play(function)
 
 
+class Scorer:
+    def __call__(self, reply: str) -> float:
+        return 2.0 * (reply == "2")
+
+    async def later(self, reply: str) -> float:
+        await asyncio.sleep(0)
+        return self(reply)
+
+
+class AsyncScorer:
+    async def __call__(self, reply: str) -> float:
+        await asyncio.sleep(0)
+        return 2.0 * (reply == "2")
+
+
+def scaled(scale: float, reply: str) -> float:
+    return scale * (reply == "2")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda reply: 2.0 * (reply == "2"),
+        functools.partial(scaled, 2.0),
+        Scorer(),
+        Scorer().later,
+        functools.partial(Scorer().later),
+        AsyncScorer(),
+    ],
+)
+def test_it_may_be_any_callable(function):
+    RewardFunction("m:f", function).check([COUNTDOWN], within_s=60)
+    assert paid(play(function)) == [2.0, 0.0, 0.0]
+
+
+async def nobody(reply: str) -> float:
+    return 0.0
+
+
+def yields(reply: str) -> Any:
+    yield 1.0
+
+
+async def yields_async(reply: str) -> Any:
+    yield 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda reply: nobody(reply), "not a coroutine, which nobody awaits: write `async def`"),
+        (yields, "is a generator function; it must return its answer"),
+        (yields_async, "is a generator function"),
+        (Scorer, "reward must be one finite float, not .*Scorer"),
+        (max, "environment.reward=m:f has no parameters that can be read"),
+        (len, "takes obj by position; drop the / from it"),
+    ],
+)
+def test_what_cannot_be_called_as_it_is_is_refused(function, words):
+    with pytest.raises(ValueError, match=words):
+        RewardFunction("m:f", function).check([COUNTDOWN], within_s=60)
+
+
 def test_the_ground_truth_is_offered_by_name():
     row = {"start": 3, "reward_spec": {"method": "rule", "ground_truth": "1"}}
     prompt = Prompt("0", ASKED, "tests.fakes:CountdownEnv", row)
@@ -121,9 +185,12 @@ def test_it_is_checked_before_a_model_is_loaded():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tests.fakes:nothing", "environment.reward: 'tests.fakes:nothing': module tests.fakes has no nothing"),
-        ("tests.skyrl_train.rollout.test_reward:ASKED", "is a list, not a function"),
-        ("json.tool.nothing:f", "environment.reward: .*there is no module"),
+        (
+            "tests.fakes:nothing",
+            "environment.reward=tests.fakes:nothing cannot be imported: .*module tests.fakes has no nothing",
+        ),
+        ("tests.skyrl_train.rollout.test_reward:ASKED", "is of type list, and no function"),
+        ("json.tool.nothing:f", "environment.reward=json.tool.nothing:f cannot be imported: .*there is no module"),
     ],
 )
 def test_what_is_no_function_is_refused(name, words):

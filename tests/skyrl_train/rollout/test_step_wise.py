@@ -131,6 +131,21 @@ def test_a_reply_cut_by_its_length_is_closed_by_the_template_and_goes_on():
     assert trained(sample)[:40] == sampled(engine.completions[0])
 
 
+def test_a_reply_that_another_end_token_closed_is_printed_with_the_templates_end():
+    name = "HuggingFaceTB-SmolLM2-135M-Instruct"
+    ends, _ = FAMILIES[name]
+    tokenizer = byte_tokenizer(source_of(name), ends, eos=ends[0])
+    printed_end, other_end = "<|im_end|>", "<|endoftext|>"
+    template = ChatTemplate(tokenizer, end_ids=ids_of(tokenizer, ends), step_wise=True)
+    opening = [message("user", "Where to?")]
+    chat = StepWiseChat.of(template, opening)
+    chat.append(tokenizer.encode(f"north{other_end}", add_special_tokens=False), [message("user", "And now?")])
+    read = tokenizer.decode(chat.ids)
+    assert f"north{printed_end}" in read
+    assert other_end not in read
+    assert read == render(tokenizer, [*opening, message("assistant", "north"), message("user", "And now?")])
+
+
 @pytest.mark.parametrize("name", [name for name, (_, setting) in FAMILIES.items() if setting != REFUSED])
 def test_published_templates_are_read_as_they_print(name):
     """Also those whose turns can be appended only with a switch, and those that leave reasoning out."""

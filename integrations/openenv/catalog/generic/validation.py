@@ -13,6 +13,7 @@ from referencing.exceptions import Unresolvable
 
 from integrations.openenv.catalog.entry import InvalidAction
 from integrations.openenv.client.errors import OpenEnvError
+from skyrl_gym.tool_calls import nests_deeper
 
 MAX_DEPTH = 30
 MAX_COMPLAINT_CHARS = 300
@@ -59,7 +60,7 @@ def json_value(text: str) -> Any:
         raise InvalidAction("Your action is nested too deeply.") from None
     except ValueError as wrong:
         raise InvalidAction(f"Your action is not JSON: {wrong}.") from None
-    if not _is_shallow(value, MAX_DEPTH):
+    if nests_deeper(value, MAX_DEPTH):
         raise InvalidAction("Your action is nested too deeply.")
     return value
 
@@ -126,11 +127,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is no number that can be sent")
     return number
-
-
-def _is_shallow(value: Any, depth: int) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return True
-    return depth > 0 and all(_is_shallow(item, depth - 1) for item in value)

@@ -97,3 +97,11 @@ async def asleep(base_url: str, api_key: str, prompt: list[Any]) -> float:
 
 def needs_more(base_url: str, browser: Any) -> float:
     return 0.0
+
+
+def by_place(base_url: str, /) -> float:
+    return 0.0
+
+
+async def yields(base_url: str):
+    yield 0.0

@@ -500,10 +500,14 @@ async def test_an_agent_that_breaks_at_a_limit_has_used_up_its_turns_and_is_paid
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no_such_module:run", "cannot be found as package.module:function"),
-        (f"{HERE}:nothing", "cannot be found"),
-        (f"{HERE}:HERE", "cannot be found"),
-        (f"{HERE}:LOOP", "is no function"),
+        ("no_such_module:run", "generator.agent=no_such_module:run cannot be imported: .*there is no module"),
+        (f"{HERE}:nothing", "has no nothing"),
+        ("my_agent.py", "must be a name like 'package.module:Class'"),
+        ("tests.skyrl_train.rollout.agents.test_agents:LIMITS", "is of type .*, and no function"),
+        (f"{HERE}:by_place", "takes base_url by position; drop the / from it"),
+        (f"{HERE}:yields", "is a generator function; it must return its answer"),
+        ("tests.fakes:ScriptedEngine", "is a class; name a function, or an object of it that can be called"),
+        ("builtins:max", "generator.agent=builtins:max has no parameters that can be read"),
         (f"{HERE}:needs_more", "needs browser; offered are prompt, extras, base_url"),
     ],
 )
