@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -36,21 +37,36 @@ def main(argv: list[str]) -> int:
             return _serve(roots, listener, opens=not options.no_open)
 
 
+class _Server(uvicorn.Server):
+    """Calls `announce` when it answers: from then on it takes Ctrl-C itself, in an event loop that runs."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.announce()
+
+
 def _serve(roots: list[Path], listener: socket.socket, *, opens: bool) -> int:
     library = Library(roots)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    count = len(library.entries)
-    print(visible(f"{count} {'run' if count == 1 else 'runs'} in {', '.join(str(root) for root in roots)}"))
-    print(f"{address}   (only from this machine; Ctrl-C ends it)", flush=True)
+
+    def announce() -> None:
+        count = len(library.entries)
+        print(visible(f"{count} {'run' if count == 1 else 'runs'} in {', '.join(str(root) for root in roots)}"))
+        print(f"{address}   (only from this machine; Ctrl-C ends it)", flush=True)
+        if opens and _has_a_screen():
+            threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
+
     library.start()
-    if opens and _has_a_screen():
-        threading.Timer(0.3, webbrowser.open, [address]).start()
     config = uvicorn.Config(
         make_app(library), log_config=None, log_level="warning", access_log=False, lifespan="off",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, announce).run(sockets=[listener])
     finally:
         library.close()
     return 0
