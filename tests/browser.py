@@ -133,7 +133,7 @@ class Browser:
     def press(self, *keys: str) -> None:
         for key in keys:
             code = KEY_CODES.get(key, ord(key[0].upper()))
-            text = {} if len(key) > 1 else {"text": key}
+            text = {"text": "\r"} if key == "Enter" else {} if len(key) > 1 else {"text": key}
             for kind in ("keyDown", "keyUp"):
                 self.call(
                     "Input.dispatchKeyEvent",

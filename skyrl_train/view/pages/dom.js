@@ -40,9 +40,22 @@ export function own(object, name) {
 }
 
 export function fill(node, ...children) {
-  node.replaceChildren(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false)
-    .map((c) => (c instanceof Node ? c : visible(c))));
+  keepingFocus(node, () => node.replaceChildren(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false)
+    .map((c) => (c instanceof Node ? c : visible(c)))));
   return node;
+}
+
+/** Change what stands in a node. A focus in it goes to the control of the same name, else to `otherwise` or a neighbour. */
+export function keepingFocus(node, change, otherwise) {
+  const controls = () => [...node.querySelectorAll("a, button, input, select, summary, [tabindex]")];
+  const nameOf = (one) => [one.tagName, one.getAttribute("aria-label") || one.getAttribute("href") || one.textContent].join(" ");
+  const focused = document.activeElement, at = controls().indexOf(focused);
+  const name = at < 0 ? "" : nameOf(focused);
+  change();
+  if (at < 0 || node.contains(document.activeElement)) return;
+  const after = controls();
+  const same = [after[at], ...after].find((one) => one && nameOf(one) === name);
+  (same || otherwise || after[Math.min(at, after.length - 1)])?.focus({ preventScroll: true });
 }
 
 /** 0.12345 -> "0.123", 12345 -> "12,345", null -> "–" */

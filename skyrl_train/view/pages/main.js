@@ -35,7 +35,7 @@ async function show() {
   watch.seen = undefined;
   const made = make({ parts, query });
   view = made;
-  fill(main, made.node);
+  main.replaceChildren(made.node);
   fill(path, el("a", { href: "#/", class: "home" }, "skyrl view"), made.path || null);
   document.title = made.title ? made.title + " · skyrl view" : "skyrl view";
   try {

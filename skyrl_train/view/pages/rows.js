@@ -1,6 +1,6 @@
 // A list of any length of which only the rows in sight exist. Rows have one height, so nothing shifts while pages arrive.
 
-import { el } from "./dom.js";
+import { el, keepingFocus } from "./dom.js";
 
 const PAGE = 100, BEYOND = 6;
 
@@ -69,7 +69,7 @@ export class Rows {
       node.style.height = height + "px";
       drawn.push(node);
     }
-    this.space.replaceChildren(...drawn);
+    keepingFocus(this.space, () => this.space.replaceChildren(...drawn), this.node);
     if (this.cursor >= 0) this.node.setAttribute("aria-activedescendant", "row-" + this.cursor);
   }
 

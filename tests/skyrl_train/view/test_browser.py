@@ -345,3 +345,49 @@ def test_names_of_javascripts_own_and_numbers_without_bounds_stop_no_page(browse
             "document.querySelector('.facts, .run-head .fact') && document.querySelector('main').innerText.length > 40"
         )
     assert browser.run("({}).said") is None, "no prototype was written to"
+
+
+FOCUSED = """(() => {
+  const node = document.activeElement, style = getComputedStyle(node);
+  return [node.tagName, node.getAttribute("aria-label") || node.innerText || "", style.outlineStyle, parseFloat(style.outlineWidth)];
+})()"""
+
+
+@pytest.mark.parametrize(
+    ("place", "control", "key"),
+    [
+        ("", ".row input", " "),
+        ("", ".heads button", "Enter"),
+        ("#/curves?run=GROWING&run=RUN", ".legend-run", "Enter"),
+        ("#/curves?run=GROWING&run=RUN", "section.card a", ""),
+        ("#/run/GROWING/settings", ".path a[href*=run]", ""),
+        ("", ".row a", ""),
+        ("#/run/RUN/episodes?phase=train", ".siblings button:not(.here)", "Enter"),
+    ],
+)
+def test_what_is_drawn_anew_keeps_the_focus(browser, address, library, run, place, control, key):
+    """A key on the control redraws it; without one a new line of metrics does, while the run trains."""
+    entry = next(entry for entry in library.entries.values() if entry.folder.path.name == "growing")
+    found = f"document.querySelector({json.dumps(control)})"
+    browser.open(address + place.replace("GROWING", entry.folder.id).replace("RUN", run))
+    browser.until(f"{found} && document.querySelector('.status').innerText === 'up to date'")
+    browser.run(f"window.drawn = {found}; drawn.focus()")
+    tag, name, *_ = browser.run(FOCUSED)
+    if key:
+        browser.press(key)
+    else:
+        log = MetricsLog(entry.folder.path)
+        log.log(5, {"reward/avg_raw_reward": 1.0})
+        log.close()
+    browser.until("!drawn.isConnected && document.activeElement !== document.body")
+    assert browser.run(FOCUSED)[:2] == [tag, name.removesuffix("\n↓") + ("\n↓" if control == ".heads button" else "")]
+
+
+def test_the_focus_moves_to_the_neighbour_of_a_control_that_is_gone(browser, address, run):
+    browser.open(f"{address}#/run/{run}")
+    browser.until("document.querySelectorAll('.chart button').length > 2")
+    names = browser.run("[...document.querySelectorAll('.chart button')].map((node) => node.ariaLabel)")
+    browser.run("document.querySelectorAll('.chart button')[1].focus()")
+    browser.press("Enter")
+    browser.until(f"document.querySelectorAll('.chart button').length === {len(names) - 1}")
+    assert browser.run(FOCUSED)[1] == names[2]
