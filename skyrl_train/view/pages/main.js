@@ -98,6 +98,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+document.addEventListener("focusin", (event) => {
+  if (event.target.matches("a, button, input, select, summary")) event.target.scrollIntoView({ block: "nearest", inline: "nearest" });
+});
+
 help.append(el("h2", {}, "Keys"), el("table", {}, el("tbody", {}, KEYS.map(([key, what]) =>
   el("tr", {}, el("td", {}, key.split("  ").map((one) => el("kbd", {}, one))), el("td", {}, what))))),
   el("button", { onclick: () => help.close() }, "Close"));

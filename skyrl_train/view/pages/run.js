@@ -23,7 +23,7 @@ export function runView({ parts, query }) {
     keys: { ...Object.fromEntries(TABS.map(([name], i) => [String(i + 1), () => { location.hash = `#/run/${run}/${name}`; }])), ...body.keys },
     async refresh() {
       const detail = await ask("/api/runs/" + run);
-      fill(title, "/ ", el("a", { href: "#/run/" + run }, detail.name));
+      fill(title, "/", el("a", { href: "#/run/" + run }, detail.name));
       document.title = detail.name + " · skyrl view";
       fill(head, facts(detail));
       problems.hidden = !detail.problems.length;
