@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def add_model(made: argparse.ArgumentParser) -> None:
     """Add the arguments that name a model."""
     made.add_argument("model", metavar="RUN|MODEL", help="a run's folder (trainer.ckpt_path), a model's folder or name")
-    made.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="settings in place of the run's")
+    made.add_argument("keys", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the run's")
     made.add_argument("--before", action="store_true", help="the model that the run began with")
     made.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; default: the newest")
 

@@ -32,6 +32,7 @@ def main(words: list[str]) -> int:
         raise ValueError("name at least one run's folder or model")
     from skyrl_train.commands.sources import source
     from skyrl_train.console import lasting_output
+    from skyrl_train.policy.pretrained import resolve_model
     from skyrl_train.visible import make_errors_visible
 
     with lasting_output():
@@ -42,6 +43,9 @@ def main(words: list[str]) -> int:
         keys = [f"data.val_data=[{key[5:]}]" if key.startswith("data=") else key for key in keys]
         if options.env is not None:
             keys = import_module(RECIPE).keys_of_evaluation(options.env, options.data_dir, keys)
+        for one in sources:
+            if one.saved is None:
+                resolve_model(one.model)  # a model that there is not is refused before another one plays
         results = [(one, metrics_of(one, keys, _shared(sources))) for one in sources]
         show(results, as_json=options.json)
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +12,7 @@ from skyrl_train.config.grammar import parsed_overrides
 from skyrl_train.config.problems import ConfigError, Problem, written
 from skyrl_train.config.refused import lies_in
 from skyrl_train.config.renamed import renamed
+from skyrl_train.console import as_typed
 
 MAX_ROUNDS = 8  # a correction may bring up a rule that could not be asked before
 
@@ -78,8 +81,16 @@ def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
     num_before = len(instead_of) - num_typed
     is_kept = list(overrides[:num_before]) == list(instead_of[:num_before])
     if num_typed and is_kept and sys.orig_argv[-num_typed:] == typed[-num_typed:]:
-        return shlex.join([*sys.orig_argv[:-num_typed], *overrides[num_before:]])
+        return shlex.join([*_program(sys.orig_argv[:-num_typed]), *overrides[num_before:]])
     return shlex.join(overrides)
+
+
+def _program(words: list[str]) -> list[str]:
+    """Return the first words of a command line as they are typed: the script `skyrl` is called by its name."""
+    if len(words) < 2 or os.path.basename(words[1]) != "skyrl":
+        return words
+    script = words[1]
+    return [*(as_typed("skyrl").split() if shutil.which("skyrl") == script else [script]), *words[2:]]
 
 
 def advice_to_paste(

@@ -32,7 +32,7 @@ def parsed_override(parser: OverridesParser, text: str) -> tuple[str, Any] | Pro
             (text.lstrip("-"),) if "=" in text else (),
         )
     if "=" not in text and not text.startswith("~"):
-        return Problem(text, NO_VALUE, f"has no value; write {text}=VALUE")
+        return Problem(text, NO_VALUE, f"has no value; write {text}=VALUE, or quotes around a value that holds spaces")
     try:
         [override] = parser.parse_overrides([text])
     except OverrideParseException as error:

@@ -6,6 +6,7 @@ Nothing here imports torch before a conversion needs it.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ __all__ = ["PACKAGED_MODEL", "cache_folder", "packaged_model", "resolve_model"]
 PACKAGED_NAMES = (PACKAGED_MODEL, "SmolLM2-135M-Instruct")
 GPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 HUB_PATIENCE_S = 3.0
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -36,7 +38,7 @@ def resolve_model(name: str) -> Path:
         return packaged_model()
     if user_path(name).is_dir():
         return user_path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not HUB_ID.fullmatch(name):
         raise ValueError(f"model {name!r}: there is no such folder, and a model hub's id has the form owner/name")
     if (folder := _from_hub(name)) is None:
         raise ValueError(

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from skyrl_train.config import (
     validate_cfg,
 )
 from skyrl_train.config.problems import written
+from skyrl_train.console import as_typed
 from skyrl_train.engine.vllm.settings import refuse_what_vllm_cannot
 
 OPENENV_LAUNCH = [
@@ -366,6 +368,14 @@ def test_the_command_is_the_one_of_this_process(monkeypatch):
         composed = compose("ppo_base_config", overrides=typed)
     with pytest.raises(ConfigError, match=r"This would start:\n  python -m my.main"):
         validate_cfg(composed)
+
+
+def test_the_script_skyrl_is_called_as_it_is_typed(monkeypatch):
+    for on_path, begin in (("/venv/bin/skyrl", as_typed("skyrl")), (None, "/venv/bin/skyrl")):
+        monkeypatch.setattr(shutil, "which", lambda name, found=on_path: found)
+        monkeypatch.setattr(sys, "argv", ["/venv/bin/skyrl", "train", "trainer.epoch=2"])
+        monkeypatch.setattr(sys, "orig_argv", ["/venv/bin/python", "/venv/bin/skyrl", "train", "trainer.epoch=2"])
+        assert refusal("trainer.epoch=2").splitlines()[-1] == f"  {begin} train trainer.epochs=2"
 
 
 def test_the_launch_command_of_skyrls_openenv_integration_is_accepted_as_it_is():

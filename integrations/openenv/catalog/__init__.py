@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from functools import cache
 
 from integrations.openenv.catalog.atari import AtariEntry
@@ -39,7 +40,8 @@ def catalog_entry(name: str) -> CatalogEntry:
         return _generic_entry(foreign)
     spelled = name.strip().lower().replace("-", "_")
     if spelled not in CATALOG:
-        raise ValueError(f"unknown env_name={name!r} ({known})")
+        near = get_close_matches(spelled, CATALOG, n=1)
+        raise ValueError(f"unknown env_name={name!r}{f'; did you mean {near[0]}?' if near else ''} ({known})")
     return CATALOG[spelled]
 
 

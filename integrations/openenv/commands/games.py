@@ -111,7 +111,8 @@ def is_text_environment(name: str) -> bool:
         return False
     found = Outcome.of(lambda: import_named(name))
     if isinstance(found.error, Error):
-        if name.partition(":")[0] in sys.modules:
+        module, _, last = name.partition(":")
+        if module in sys.modules or last[0].isupper():  # classes are named so, tags of images hardly ever
             raise ValueError(f"{found.error}; for an image write image:{name}") from found.error
         return False  # there is no such module: "echo_env:latest" is an image
     if found.error is not None:

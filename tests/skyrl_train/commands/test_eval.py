@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from skyrl_train.commands import evaluate
 from skyrl_train.commands.main import main
 from skyrl_train.run.metrics import read_metrics
 from tests.fakes import EvenEnv
@@ -68,6 +69,12 @@ def test_what_cannot_be_evaluated_is_refused(runs, words, says, capsys):
     assert main(["eval", *(str(runs["full"]) if word == "RUN" else word for word in words), *CPU]) == 2
     refused = capsys.readouterr().err
     assert says in refused.splitlines()[-1]
+
+
+def test_a_model_that_there_is_not_is_refused_before_another_one_plays(runs, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "metrics_of", lambda *_: pytest.fail("it played"))
+    assert main(["eval", str(runs["full"]), "nowhere/", *CPU]) == 2
+    assert "model 'nowhere/': there is no such folder" in capsys.readouterr().err
 
 
 class Broken(EvenEnv):

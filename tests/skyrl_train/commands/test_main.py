@@ -120,6 +120,10 @@ def test_the_help_of_no_subcommand_waits_for_torch():
         (["train"], "nothing to train on: add --env ENV"),
         (["train", "--gpus", "1"], "complete --env"),
         (["check", "no_such_env"], "unknown env_name='no_such_env'"),
+        (["play", "echo"], "unknown env_name='echo'; did you mean echo_env? (known: "),
+        (["check", "my_game:OneWord"], "'my_game:OneWord': there is no module my_game here"),
+        (["train", "echo_env"], "'echo_env' is no KEY=VALUE; an environment is named as --env echo_env"),
+        (["train", "./my env"], "'./my env' is no KEY=VALUE; an environment is named as --env './my env'"),
     ],
 )
 def test_what_is_refused_has_one_line_and_status_2(words, says, capsys):

@@ -163,7 +163,10 @@ def test_an_unknown_key_far_from_all_is_told_where_they_are_listed():
             "trainer.policy.model=gpt2",
             "trainer.policy.model=gpt2 is a section; set one of its keys: path, load_in_4bit, lora",
         ),
-        ("trainer.epochs", "trainer.epochs has no value; write trainer.epochs=VALUE"),
+        (
+            "trainer.epochs",
+            "trainer.epochs has no value; write trainer.epochs=VALUE, or quotes around a value that holds spaces",
+        ),
         (
             "trainer.seed=1,2",
             "trainer.seed=1,2 is a sweep, and one run takes one value; write a list as trainer.seed=[1,2]",

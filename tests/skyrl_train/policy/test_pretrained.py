@@ -40,9 +40,10 @@ def test_a_folder_is_taken_as_it_is(tmp_path):
     assert resolve_model(str(save_tiny_model(tmp_path / "mine"))) == tmp_path / "mine"
 
 
-def test_a_missing_folder_is_an_error_that_says_so(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        resolve_model(str(tmp_path / "missing"))
+@pytest.mark.parametrize("name", ["/tmp/missing", "missing/", "a folder/model", "missing", "a/b/c"])
+def test_what_is_neither_a_folder_nor_a_hubs_id_is_an_error_that_says_so(name):
+    with pytest.raises(ValueError, match="there is no such folder, and a model hub's id has the form owner/name"):
+        resolve_model(name)
 
 
 def test_without_the_hub_the_error_comes_in_seconds_and_names_the_packaged_model(no_hub):
