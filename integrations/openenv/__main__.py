@@ -16,11 +16,11 @@ from skyrl_train.signals import ends_when_asked, interrupted
 from skyrl_train.visible import Parser, make_errors_visible, say
 
 COMMANDS = {
-    "list": (list_command, "the environments and their options"),
+    "list": (list_command, "list the environments and their options"),
     "play": (play, "play an environment by hand, or watch a model play it"),
-    "check": (check, "what would make training in an environment fail"),
+    "check": (check, "find what would make training in an environment fail"),
     "serve": (serve, "run our own server of an environment"),
-    "doctor": (doctor, "what this machine can run, and why not"),
+    "doctor": (doctor, "report what this machine can run, and why not"),
 }
 
 

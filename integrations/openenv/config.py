@@ -15,9 +15,7 @@ NOT_OF_SERVERS = ("options", "env_names", "trust_dataset_code")
 class OpenEnvConfig:
     """Options of OpenEnv environments: where their servers run, time limits, and what an unreadable action costs."""
 
-    # "local": servers of our own, started when needed; "docker": containers; "url": yours; "auto": url if one is given,
-    # docker if a daemon answers and the environment's image is here, else local
-    runtime: str = "auto"
+    runtime: str = "auto"  # local, docker or url; auto: url if one is given, docker if it has the image, else local
     url: str | None = None  # of a running server, like http://host:8000
     max_sessions: int = 256  # episodes at once on one server; servers that take fewer are detected
     max_servers: int | None = None  # of one environment; None: by this machine's cores and memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from skyrl_train.config.reference import MOST_USED, Setting, entries, refused_entries
@@ -14,7 +15,12 @@ from skyrl_train.visible import Parser
 WIDTH = 116  # columns of a meaning, and fewer in a narrower terminal
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m skyrl_train.config") -> int:
+def main(
+    arguments: list[str] | None = None,
+    prog: str = "python -m skyrl_train.config",
+    more: Callable[[], list[Setting]] = list,
+) -> int:
+    """Print what the arguments ask for, and return 1 if no key matches. more: entries of other packages."""
     parser = Parser(
         prog=prog,
         description="Print every key that does something, with its default and meaning, the most used first.",
@@ -28,25 +34,20 @@ def main(arguments: list[str] | None = None, prog: str = "python -m skyrl_train.
     parser.add_argument("--json", action="store_true", help="print a JSON list of keys, defaults and meanings")
     options = parser.parse_args(arguments)
     words = " ".join(options.search)
+    known = entries(SkyRLConfig) + more() + (refused_entries() if options.all else [])
+    rows = [entry for entry in known if entry.matches(words)]
     with lasting_output():
         if options.json:
-            print_json([asdict(entry) for entry in found(words, with_refused=options.all)])
+            print_json([asdict(entry) for entry in rows])
         else:
-            print(table(words, with_refused=options.all))
-    return 0 if found(words, with_refused=options.all) else 1
+            print(table(rows, words, with_refused=options.all))
+    return 0 if rows else 1
 
 
-def found(words: str, *, with_refused: bool) -> list[Setting]:
-    """The entries that match the words; all where there are none."""
-    rows = entries(SkyRLConfig) + (refused_entries() if with_refused else [])
-    return [entry for entry in rows if entry.matches(words)]
-
-
-def table(words: str, *, with_refused: bool) -> str:
+def table(rows: Sequence[Setting], words: str, *, with_refused: bool) -> str:
     """Return what the command prints: the entries under headings, or where else to look when there are none."""
-    rows = found(words, with_refused=with_refused)
     if not rows:
-        refused = [] if with_refused else found(words, with_refused=True)
+        refused = [] if with_refused else [entry for entry in refused_entries() if entry.matches(words)]
         hint = f"; --all shows {len(refused)} that may only keep their default" if refused else ""
         return f"no key that does something has {words!r} in its name or meaning{hint}"
     sections: dict[str, list[str]] = {}

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
             return _serve(roots, listener, opens=not options.no_open)
 
 
-class _Server(uvicorn.Server):
+class _AnnouncingServer(uvicorn.Server):
     """Calls `announce` when it answers: from then on it takes Ctrl-C itself, in an event loop that runs."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ def _serve(roots: list[Path], listener: socket.socket, *, opens: bool) -> int:
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     try:
-        _Server(config, announce).run(sockets=[listener])
+        _AnnouncingServer(config, announce).run(sockets=[listener])
     finally:
         library.close()
     return 0
@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Open a local web page: runs, their curves over each other, every episode. Nothing is changed but "
         "an index beside the trajectories (.view.sqlite), which may be deleted at any time.",
     )
-    parser.add_argument("folder", nargs="*", help="a run (trainer.ckpt_path), or a folder that holds runs")
+    parser.add_argument(
+        "folder", nargs="*", metavar="FOLDER", help="a run (trainer.ckpt_path), or a folder that holds runs"
+    )
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT} on")
     parser.add_argument("--no-open", action="store_true", help="only print the address, open no browser")
     return parser

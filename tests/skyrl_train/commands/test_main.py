@@ -146,6 +146,12 @@ def test_config_prints_keys_for_programs_as_json(capsys):
     assert main(["config", "--search", "nosuchword"]) == 1
 
 
+def test_config_knows_the_keys_of_openenvs_environments_too(capsys):
+    assert main(["config", "--search", "openenv", "max", "session", "--json"]) == 0
+    found = {entry["key"]: entry["default"] for entry in json.loads(capsys.readouterr().out)}
+    assert found["environment.openenv.max_sessions"] == "256"
+
+
 @pytest.mark.parametrize(
     "words", [["eval", "./nowhere"], ["export", "./nowhere"], ["runs", "./nowhere"], ["check", "no_such_env"],
               ["export"], ["config", "--no-such-option"]],
