@@ -69,7 +69,7 @@ def found_below(folders: Sequence[Path]) -> Iterator[Path]:
         for place, names, files in os.walk(top):
             depth = len(Path(place).relative_to(top).parts)
             if RUN_INFO in files or METRICS in files:
-                yield Path(place).absolute()
+                yield Path(os.path.abspath(place))  # ".." in it is gone
                 names[:] = []  # what lies within a run is its own
             elif depth >= MAX_DEPTH:
                 names[:] = []

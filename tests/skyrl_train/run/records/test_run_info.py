@@ -190,6 +190,13 @@ def test_runs_are_listed_newest_first_within_the_width(listed, tmp_path, columns
     assert ("SmolLM2" in lines[1]) is (columns == 100)
 
 
+def test_a_folder_is_named_without_the_way_to_it(listed, tmp_path, monkeypatch):
+    described_run(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    assert listed("..", columns=200).splitlines()[-1].strip() == str(tmp_path / "one")
+
+
 @pytest.mark.parametrize(("environment", "model"), [("e" * 90, "m"), ("e", "m" * 90), ("e" * 90, "m" * 90)])
 def test_a_long_name_takes_no_room_from_the_other_columns(listed, tmp_path, environment, model):
     file = described_run(tmp_path / "one") / "run.json"
