@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +169,16 @@ def test_no_container_outlives_the_trainer(image: str, how: signal.Signals) -> N
     assert not folder.exists()
 
 
+@pytest.fixture
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes of other tests, which remove what dead trainers left, do not look there."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.mark.usefixtures("own_temporary_folder")
 async def test_what_even_the_container_reaper_missed_is_found_by_its_mark_at_the_next_start(image: str) -> None:
     process, owner, folder, reaper_pid = await asyncio.to_thread(trainer, image)
     os.kill(reaper_pid, signal.SIGKILL)
