@@ -1,7 +1,7 @@
-"""What a class, or a function that makes environments, gets wrong: what a rollout would call or read and could not.
+"""A class of environments, or a function that makes them, is checked for what a rollout calls and reads.
 
-It is seen without making an environment, so nothing of it runs. What a constructor sets on one environment is seen when
-an episode is played.
+No environment is made, so nothing of it runs. What a constructor sets on one environment is seen when an episode is
+played.
 """
 
 from __future__ import annotations
