@@ -13,7 +13,7 @@ from functools import partialmethod
 from types import FunctionType
 from typing import Any
 
-from skyrl_gym.contract import short, words_for_coroutine
+from skyrl_gym.contract import NOT_AWAITED, short, words_for_coroutine
 from skyrl_gym.envs.base_text_env import BaseTextEnv
 
 CALLED = (
@@ -27,7 +27,7 @@ _BINDS = (FunctionType, classmethod, staticmethod, partialmethod)  # other descr
 def wrong_in(entry_point: Callable[..., Any], **kwargs: Any) -> Iterator[str]:
     """Yield a sentence for each thing in which an entry point cannot be used. kwargs: the defaults that it is given."""
     if inspect.iscoroutinefunction(entry_point):
-        yield "it is written with `async def`, and nobody awaits it; write it with `def`"
+        yield f"it {NOT_AWAITED}"
     with suppress(ValueError):  # a callable without a signature that can be read
         try:
             inspect.signature(entry_point).bind(**{**kwargs, "env_config": {}, "extras": {}})

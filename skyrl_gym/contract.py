@@ -184,6 +184,9 @@ def refuse_coroutine(answer: Any, method: str) -> None:
         raise WrongAnswer(words_for_coroutine(method))
 
 
+NOT_AWAITED = "is written with `async def`, and nobody awaits it; write it with `def`"
+
+
 def words_for_coroutine(method: str) -> str:
     """Return what is wrong with a method that nobody awaits, and what to do instead."""
     instead = "define it without `async`"

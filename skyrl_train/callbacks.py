@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from skyrl_gym.contract import Outcome
+from skyrl_gym.contract import NOT_AWAITED, Outcome
 from skyrl_train.users_functions import WrongFunction, is_async, yields
 
 Metrics = dict[str, float]
@@ -83,9 +83,7 @@ def check_callbacks(callbacks: Any) -> list[TrainingCallback]:
             except TypeError as error:
                 raise ValueError(f"{name}.{event} must take (trainer, callback_input, control): {error}") from error
             if is_async(getattr(callback, event)):
-                raise ValueError(
-                    f"{name}.{event} is written with `async def`, and nobody awaits it; write it with `def`"
-                )
+                raise ValueError(f"{name}.{event} {NOT_AWAITED}")
             if yields(getattr(callback, event)):
                 raise ValueError(
                     f"{name}.{event} is a generator function, so a call does nothing; write it without yield"

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from skyrl_gym.contract import NOT_AWAITED
 from skyrl_train.users_functions import yields
 
 MAY_BE_ASYNC = {"postprocess_generator_output", "run", "shape_rewards"}  # what they return is awaited if it can be
@@ -56,7 +57,7 @@ def _wrong_signature(where: str, override: Any, original: Any) -> Iterator[str]:
         return
     is_async = inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(original)
     if is_async and where.rpartition(".")[2] not in MAY_BE_ASYNC:
-        yield f"{where} is written with `async def`, and nobody awaits it; write it with `def`"
+        yield f"{where} {NOT_AWAITED}"
         return
     given = [p for p in inspect.signature(original).parameters.values() if p.default is p.empty]
     is_static = isinstance(override, staticmethod)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
+from skyrl_gym.contract import NOT_AWAITED
 from skyrl_train.config.algorithm import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
 from skyrl_train.users_functions import WrongFunction, imported_function, is_async, name_of, parameters_of
 
@@ -88,9 +89,7 @@ def call_with_named(function: Function, offered: dict[str, Any]) -> Any:
     WrongFunction for one that needs more, or whose coroutine nobody awaits.
     """
     if is_async(function):
-        raise WrongFunction(
-            f"{name_of(function)} is written with `async def`, and nobody awaits it; write it with `def`"
-        )
+        raise WrongFunction(f"{name_of(function)} {NOT_AWAITED}")
     parameters = parameters_of(function, name_of(function))
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skyrl_gym.contract import NOT_AWAITED
 from skyrl_train.config import SkyRLConfig, env_config_for
 from skyrl_train.entrypoints.data_parts import DataParts
 from skyrl_train.users_functions import yields
@@ -198,4 +199,4 @@ def check_generator(generator: Any) -> None:
         except TypeError as error:
             raise RunRefused(f"{name}.generate must take (input_batch): {error}") from error
     if inspect.iscoroutinefunction(getattr(generator, "close", None)):
-        raise RunRefused(f"{name}.close is written with `async def`, and nobody awaits it; write it with `def`")
+        raise RunRefused(f"{name}.close {NOT_AWAITED}")
