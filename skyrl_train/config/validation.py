@@ -18,6 +18,12 @@ from skyrl_train.config.trainer import LOGGERS, TrainerConfig
 LEAST_LORA_LR = 1e-5
 SHARED_MEMORY, NCCL, GLOO = WAYS_OF_WEIGHTS = "shared_memory", "nccl", "gloo"
 INSTALL_QUANTIZED = "uv sync --inexact --extra quantized (pip install 'skyrl-train[quantized]')"
+# The reductions with which these losses were published; gspo with the sum over tokens is LUSPO.
+PUBLISHED_REDUCTIONS = {
+    "gspo": ("sequence_mean", "seq_mean_token_sum_norm"),
+    "gmpo": ("sequence_mean",),
+    "sapo": ("sequence_mean",),
+}
 COMPARE_SIBLINGS = ("grpo", "rloo", "maxrl", "opo", "gpg", "pass_at_k", "gdpo")  # the episodes of one prompt
 
 
@@ -92,6 +98,7 @@ def estimator_problems(trainer: TrainerConfig, generator: GeneratorConfig) -> It
             "trainer.algorithm.advantage_estimator",
             estimator,
             "needs a teacher; set trainer.ref.model.path to another model with the policy's tokenizer",
+            drops=(),  # without the estimator the rewards would be learned from, which nobody asked for
         )
     if estimator == "distillation" and trainer.algorithm.distillation.reward_weight > 0:
         estimator = "grpo"  # it compares the episodes of a prompt, too
@@ -244,10 +251,11 @@ def has_wandb_key() -> bool:
 def advice(data: DataConfig, trainer: TrainerConfig, generator: GeneratorConfig) -> Iterator[str]:
     """Return a sentence for each setting that is allowed but rarely intended."""
     algorithm = trainer.algorithm
-    if algorithm.policy_loss_type in ("gspo", "gmpo", "sapo") and algorithm.loss_reduction != "sequence_mean":
+    loss, reduction = algorithm.policy_loss_type, algorithm.loss_reduction
+    if reduction not in PUBLISHED_REDUCTIONS.get(loss, (reduction,)):
         yield (
-            f"trainer.algorithm.policy_loss_type={algorithm.policy_loss_type} was published with "
-            f"loss_reduction=sequence_mean, here it is {algorithm.loss_reduction}"
+            f"trainer.algorithm.policy_loss_type={loss} was published with loss_reduction=sequence_mean, here it is "
+            f"{reduction}"
         )
     stops = generator.sampling_params.stop
     if generator.max_turns != 1 and stops and not generator.append_eos_token_after_stop_str_in_multi_turn:

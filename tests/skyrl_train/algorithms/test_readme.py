@@ -10,6 +10,7 @@ import pytest
 from skyrl_train import algorithms
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.config.algorithm import OWN_ESTIMATORS, OWN_LOSSES
+from skyrl_train.config.validation import advice
 
 TEXT = (Path(algorithms.__file__).parent / "README.md").read_text()
 ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `(.*)` \|$", TEXT, re.MULTILINE)
@@ -20,8 +21,10 @@ def full(setting: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "settings"), ROWS, ids=[name for name, _ in ROWS])
-def test_the_settings_of_a_paper_are_accepted(name: str, settings: str) -> None:
-    SkyRLConfig.from_cli_overrides(["data.train_data=['x.jsonl']", *map(full, settings.split())])
+def test_the_settings_of_a_paper_are_accepted_without_a_warning(name: str, settings: str) -> None:
+    data = ["data.train_data=['x.jsonl']", "data.val_data=['x.jsonl']"]
+    config = SkyRLConfig.from_cli_overrides([*data, *map(full, settings.split())])
+    assert list(advice(config.data, config.trainer, config.generator)) == []
 
 
 def test_every_loss_and_estimator_with_a_paper_has_a_line() -> None:

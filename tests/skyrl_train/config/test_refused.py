@@ -187,6 +187,12 @@ def test_a_distillation_that_cannot_be_is_refused(settings, says):
     load_config([DISTILLATION, NO_KL, TEACHER, "trainer.algorithm.distillation.reward_weight=1"])
 
 
+def test_a_distillation_without_a_teacher_is_not_corrected_to_a_run_that_learns_from_rewards():
+    with pytest.raises(ConfigError) as caught:
+        load_config([DISTILLATION])
+    assert "This would start" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
