@@ -6,8 +6,9 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,12 @@ IN_CHECKOUT = (Path(__file__).parents[1] / "pyproject.toml").is_file()
 def as_typed(command: str) -> str:
     """Return a command as it is typed here: behind `uv run` in a checkout, alone where pip has installed it."""
     return f"uv run {command}" if IN_CHECKOUT else command
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """Return words as a line for a shell; what holds single quotes stands in double ones: "data.val_data=['x']"."""
+    quoted = (f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word) for word in words)
+    return " ".join(quoted)
 
 
 def install_extra(extra: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -21,7 +20,7 @@ from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.pool.server_pool import close_shared_pools, shared_pool
 from skyrl_train.config.problems import written
-from skyrl_train.console import as_typed
+from skyrl_train.console import as_typed, shell_line
 from skyrl_train.files import user_path
 from skyrl_train.visible import Parser, make_errors_visible, visible
 
@@ -78,7 +77,7 @@ def mixture_command(names: Sequence[str], folder: Path) -> str:
     foreign = [name for name in names if name not in CATALOG]
     if foreign:
         settings.append(written("environment.openenv.env_names", foreign))
-    return as_typed(shlex.join(["skyrl", "train", *settings]))
+    return as_typed(shell_line(["skyrl", "train", *settings]))
 
 
 def dataset_rows(

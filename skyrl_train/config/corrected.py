@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from skyrl_train.config.grammar import parsed_overrides
 from skyrl_train.config.problems import ConfigError, Problem, written
 from skyrl_train.config.refused import lies_in
 from skyrl_train.config.renamed import renamed
-from skyrl_train.console import as_typed
+from skyrl_train.console import as_typed, shell_line
 
 MAX_ROUNDS = 8  # a correction may bring up a rule that could not be asked before
 
@@ -81,8 +80,8 @@ def as_command(overrides: Sequence[str], instead_of: Sequence[str]) -> str:
     num_before = len(instead_of) - num_typed
     is_kept = list(overrides[:num_before]) == list(instead_of[:num_before])
     if num_typed and is_kept and sys.orig_argv[-num_typed:] == typed[-num_typed:]:
-        return shlex.join([*_program(sys.orig_argv[:-num_typed]), *overrides[num_before:]])
-    return shlex.join(overrides)
+        return shell_line([*_program(sys.orig_argv[:-num_typed]), *overrides[num_before:]])
+    return shell_line(overrides)
 
 
 def _program(words: list[str]) -> list[str]:

