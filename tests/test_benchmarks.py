@@ -14,6 +14,7 @@ from skyrl_train.types import EpisodeEnd, Group, Prompt, Trajectory, Turn
 from tests.benchmarks import gpu
 from tests.benchmarks.comparison import Comparison
 from tests.benchmarks.run_openenv import variables
+from tests.benchmarks.side_by_side import arguments
 from tests.benchmarks.update import useful_tokens
 from tests.benchmarks.workers import ours_multi_turn, ours_rollout, ours_update
 from tests.benchmarks.workers.echo import reward
@@ -148,3 +149,15 @@ def test_the_stand_in_for_uv_starts_the_worker_in_the_trainers_place(tmp_path: P
     words = ["run", "python", "-m", "integrations.openenv.entrypoints.main_openenv", "data.train_data=['a b']"]
     said = subprocess.run([tmp_path / "bin" / "uv", *words], capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == [*words[:3], "tests.benchmarks.workers.ours_learn", "data.train_data=['a b']"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_a_number_of_rounds_or_tokens_that_cannot_be_is_refused(value: str, capsys: pytest.CaptureFixture[str]):
+    parser = arguments("Times a thing.\n\nuv run it", tokens=64)
+    for key in ("rounds", "tokens"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--{key}={value}"])
+        assert f"argument --{key}: '{value}' is no whole number of at least 1" in capsys.readouterr().err
+    chosen = parser.parse_args([])
+    assert (chosen.rounds, chosen.tokens) == (5, 64)
+    assert "\n\nuv run it\n" in parser.format_help()

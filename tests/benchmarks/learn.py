@@ -21,7 +21,8 @@ from tests.benchmarks.side_by_side import TRL, Worker, add_trl_arguments, argume
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", seed=1)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seed", type=int, default=1, help="of the first round; default: 1")
     parser.add_argument("--reward", type=float, default=0.95)
     add_trl_arguments(parser)
     chosen = parser.parse_args()

@@ -135,14 +135,23 @@ def project(module: str, with_packages: Sequence[str] = ()) -> list[str]:
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     """Return a parser with the arguments of every benchmark. Also makes SIGTERM end the workers first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--rounds", type=int, default=5, help="results per worker; the median counts")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=5, help="results per side; the median counts; default: 5"
+    )
     parser.add_argument("--model", default="auto", help="folder, hub name, or auto")
     parser.add_argument("--no-peers", action="store_true", help="time ours alone")
     for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least_one, default=value, help=f"default: {value}")
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """Return the whole number that an argument must be."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def add_trl_arguments(parser: argparse.ArgumentParser) -> None:

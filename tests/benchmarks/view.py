@@ -139,7 +139,7 @@ def ask(address: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs lie, or are written")
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--steps", type=int, default=2000)
