@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--step", type=int, metavar="N", help="of this checkpoint; default: the newest")
     made.add_argument("--adapter", action="store_true", help="the adapters alone, as PEFT keeps them")
-    made.add_argument("--dtype", choices=(*DTYPES, OF_GGUF), default="bfloat16", help="default: bfloat16")
+    made.add_argument(
+        "--dtype",
+        choices=(*DTYPES, OF_GGUF),
+        default="bfloat16",
+        help="default: bfloat16, the weights that sampled and were trained; others come from the optimizer's float32 ones",
+    )
     made.add_argument("--base", type=Path, metavar="FOLDER", help="the model that the run began with, if it was moved")
     made.add_argument("--json", action="store_true", help="print folder, step, kind, dtype and bytes as JSON")
     return made

