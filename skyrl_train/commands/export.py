@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=(*DTYPES, OF_GGUF),
         default="bfloat16",
-        help="default: bfloat16, the weights that sampled and were trained; others come from the optimizer's float32 ones",
+        help="default: bfloat16, what a run in bfloat16 samples from; float32: the optimizer's own weights",
     )
     made.add_argument("--base", type=Path, metavar="FOLDER", help="the model that the run began with, if it was moved")
     made.add_argument("--json", action="store_true", help="print folder, step, kind, dtype and bytes as JSON")
