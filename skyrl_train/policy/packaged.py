@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +126,10 @@ def _write_hugging_face(gguf: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # its progress bar would fill a log
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
     model.save_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     tokenizer.save_pretrained(folder)

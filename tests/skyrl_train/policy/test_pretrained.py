@@ -189,12 +189,13 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one(cache):
     assert not leftover.exists()
 
 
-def test_a_gguf_file_becomes_the_same_model_and_tokenizer(tmp_path):
+def test_a_gguf_file_becomes_the_same_model_and_tokenizer(tmp_path, capfd):
     """The real conversion, of the real file: a quarter of a minute, and the one thing the first run depends on."""
     folder = tmp_path / "model"
     gguf = packaged.installed_gguf()
     assert gguf is not None
     packaged._convert(gguf, folder)
+    assert "%|" not in capfd.readouterr().err  # no progress bar in a log
     policy = load_policy(folder, device="cpu", compute_dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
     assert policy.config.num_hidden_layers == 30
