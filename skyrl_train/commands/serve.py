@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ LONGEST_REPLY = 1024  # tokens, where a call names no other number
 def main(words: list[str]) -> int:
     """Serve until Ctrl-C or a signal ends it, which is raised as KeyboardInterrupt."""
     options = parser().parse_intermixed_args(words)
+    refuse_unless_free(options.host, options.port)
     from skyrl_train.commands.sources import source
     from skyrl_train.commands.trained import Talker
     from skyrl_train.console import lasting_output
@@ -48,26 +50,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def refuse_unless_free(host: str, port: int) -> None:
+    """Raise ValueError for an address that cannot be served at, before a model is loaded."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port={port} must be from 0 to 65535")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"cannot serve at {host}:{port} ({error.strerror}); give another --host or --port") from None
+
+
 async def serve(talker: Talker, options: argparse.Namespace) -> None:
     from skyrl_train.entrypoints.process import cancel_on_signals
     from skyrl_train.rollout.agents.endpoint import Endpoint
     from skyrl_train.rollout.sampling import sampling_params
 
     cancel_on_signals()
-    if not 0 <= options.port <= 65535:
-        raise ValueError(f"--port={options.port} must be from 0 to 65535")
     engine = await talker.start()
     try:
         sampling = replace(sampling_params(talker.cfg.generator.sampling_params), max_tokens=LONGEST_REPLY)
         name = options.name or Path(options.model).name
-        try:
-            endpoint = Endpoint(
-                engine, talker.chat_template, sampling, model=name, host=options.host, port=options.port
-            )
-        except OSError as error:
-            raise ValueError(
-                f"cannot serve at {options.host}:{options.port} ({error}); give another --host or --port"
-            ) from None
+        endpoint = Endpoint(engine, talker.chat_template, sampling, model=name, host=options.host, port=options.port)
         try:
             await endpoint.start()
             await asyncio.Event().wait()

@@ -26,7 +26,11 @@ def main(
         description="Print every key that does something, with its default and meaning, the most used first.",
     )
     parser.add_argument(
-        "--search", metavar="WORD", nargs="+", default=[], help="only keys in whose name or meaning all words stand"
+        "--search",
+        metavar="WORD",
+        nargs="+",
+        default=[],
+        help="only keys in whose name or meaning all words stand, or that other trainers call so",
     )
     parser.add_argument(
         "--all", action="store_true", help="also the keys of SkyRL that may only keep their default, with the reason"
@@ -49,7 +53,7 @@ def table(rows: Sequence[Setting], words: str, *, with_refused: bool) -> str:
     if not rows:
         refused = [] if with_refused else [entry for entry in refused_entries() if entry.matches(words)]
         hint = f"; --all shows {len(refused)} that may only keep their default" if refused else ""
-        return f"no key that does something has {words!r} in its name or meaning{hint}"
+        return f"no key that does something has {words!r} in its name or meaning, or elsewhere as its name{hint}"
     sections: dict[str, list[str]] = {}
     for entry in rows:
         sections.setdefault(heading_of(entry), []).append(as_text(entry))

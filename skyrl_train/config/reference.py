@@ -14,6 +14,7 @@ from skyrl_train.config.problems import shown
 from skyrl_train.config.refused import reason_against
 from skyrl_train.config.refused_rows import ROWS
 from skyrl_train.config.section import is_section
+from skyrl_train.config.synonyms import names_elsewhere
 
 # The keys that most runs set, in the order in which a run is planned.
 MOST_USED = (
@@ -56,8 +57,9 @@ class Setting:
     refusal: str | None = None  # why the key may only keep its default
 
     def matches(self, words: str) -> bool:
-        """Return whether each of the words is a word of the key or of its meaning."""
-        return words_of(words) <= words_of(f"{self.key} {self.meaning}")
+        """Return whether the words are words of the key and its meaning, or of a name that other trainers give it."""
+        texts = (f"{self.key} {self.meaning}", *names_elsewhere(self.key))
+        return any(words_of(words) <= words_of(text) for text in texts)
 
 
 def words_of(text: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Names that other trainers use for a key, to suggest the right one when an unknown key is given."""
+"""Names that other trainers use for a key, to suggest the right one for an unknown key, and to find it by."""
 
 from __future__ import annotations
 
@@ -67,6 +67,11 @@ def _by_word(table: dict[str, str]) -> dict[str, str]:
 
 SYNONYMS = _by_word(SAME_THING) | _by_word(OTHER_VALUE)
 NOT_TO_PASTE = _by_word(OTHER_VALUE).keys()
+
+
+def names_elsewhere(key: str) -> list[str]:
+    """Return what other trainers call a key."""
+    return f"{SAME_THING.get(key, '')} {OTHER_VALUE.get(key, '')}".split()
 
 
 def keeps_value(key: str) -> bool:

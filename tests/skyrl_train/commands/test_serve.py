@@ -85,3 +85,21 @@ def test_a_port_that_is_taken_is_refused(runs, capsys):
         assert main(["serve", *words]) == 2
     assert "give another --host or --port" in capsys.readouterr().err
     assert main(["serve", str(runs["full"]), "--port", "70000", *CPU]) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("127.0.0.1", 99999, "--port=99999 must be from 0 to 65535"),
+        ("127.0.0.1", None, "in use); give another --host or --port"),
+        ("no.such.host.invalid", 0, "cannot serve at no.such.host.invalid:0 ("),
+    ],
+)
+def test_an_address_that_cannot_be_served_at_is_refused_before_anything_is_loaded(
+    host, port, says, monkeypatch, capsys
+):
+    monkeypatch.setattr("skyrl_train.commands.trained.Talker", None)
+    with taken_port() as taken:
+        given = taken.getsockname()[1] if port is None else port
+        assert main(["serve", "a_run", "--host", host, "--port", str(given)]) == 2
+    assert says in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 
 from skyrl_train.config import SkyRLConfig, differences, load_config, to_flat_dict, to_yaml
@@ -78,6 +79,19 @@ def test_words_are_searched_in_names_and_meanings(capsys):
     assert printed_keys(capsys, "--search", "Epoch")[0] == "trainer.epochs"
     assert printed_keys(capsys, "--search", "eval_batch_size") == ["trainer.eval_batch_size"]
     assert printed_keys(capsys, "--search", "apt") == []  # a part of "adaptive" is no word
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("num_generations", "generator.n_samples_per_prompt"),
+        ("ppo_mini_batch_size", "trainer.policy_mini_batch_size"),
+        ("overlong_buffer", "trainer.algorithm.overlong_penalty.len"),
+        ("gradient_accumulation_steps", "trainer.max_tokens_per_microbatch"),
+    ],
+)
+def test_a_key_is_found_by_what_other_trainers_call_it(capsys, name, key):
+    assert printed_keys(capsys, "--search", name)[0] == key
 
 
 def test_the_reason_of_a_refusal_is_not_searched(capsys):
