@@ -10,7 +10,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from skyrl_gym.envs.arithmetic import rows
-from skyrl_train.entrypoints.main_base import main
+from skyrl_train.entrypoints.main_base import asks_for_help, main
 
 HERE = Path(__file__).parent
 RUN_FOLDER = Path.home() / "ckpts" / "arithmetic_cpu"
@@ -45,4 +45,5 @@ def flat(section: object, prefix: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main([*settings(), *sys.argv[1:]]))
+    words = sys.argv[1:]
+    sys.exit(main(words if asks_for_help(words) else [*settings(), *words]))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from examples.arithmetic_cpu.train import flat
 from examples.nim.game import STARTS, prompt, random_game
-from skyrl_train.entrypoints.main_base import main
+from skyrl_train.entrypoints.main_base import asks_for_help, main
 
 RUN_FOLDER = Path.home() / "ckpts" / "nim"
 NUM_SHOWN = 7 * 32
@@ -40,4 +40,5 @@ def data_file(name: str, rows: Iterable[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main([*settings(), *sys.argv[1:]]))
+    words = sys.argv[1:]
+    sys.exit(main(words if asks_for_help(words) else [*settings(), *words]))

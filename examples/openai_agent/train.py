@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.openai_agent.episodes import rows
-from skyrl_train.entrypoints.main_base import main
+from skyrl_train.entrypoints.main_base import asks_for_help, main
 
 HERE = Path(__file__).resolve().parent
 RUN_FOLDER = Path.home() / "ckpts" / "openai_agent"
@@ -84,7 +84,12 @@ def agent() -> Generator[str]:
             yield address
 
 
-if __name__ == "__main__":
+def train(words: list[str]) -> int:
+    """Train between the start and the end of both servers, and return the exit status."""
     with echo_env() as os.environ["ECHO_URL"], agent() as os.environ["AGENT_URL"]:  # the agent inherits the first
-        status = main([*settings(), *sys.argv[1:]])
-    sys.exit(status)
+        return main([*settings(), *words])
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    sys.exit(main(words) if asks_for_help(words) else train(words))

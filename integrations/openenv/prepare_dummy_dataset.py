@@ -137,8 +137,8 @@ def task_of_row(row: Mapping[str, Any]) -> Task:
     truth = (row.get("reward_spec") or {}).get("ground_truth")
     if not isinstance(truth, str):
         raise ValueError(
-            f"reward_spec.ground_truth={truth!r} must be a string; "
-            "rows come from integrations/openenv/prepare_dummy_dataset.py"
+            f"reward_spec.ground_truth={truth!r} must be a string; make the rows with "
+            "integrations/openenv/prepare_dummy_dataset.py of this project (SkyRL's rows have no solution)"
         )
     options = row.get("options") or {}
     if isinstance(options, str):

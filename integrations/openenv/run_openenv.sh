@@ -96,7 +96,7 @@ fi
 known=$(sed -n 's/^    name: ClassVar\[str\] = "\(.*\)"$/\1/p' "$ROOT"/integrations/openenv/catalog/*.py | sort | tr '\n' ' ')
 [[ "$ENV_NAME" == *[/:]* || " $known" == *" $ENV_NAME "* ]] ||
   refuse "ENV_NAME=$ENV_NAME is not an environment of the catalog" \
-    "known: $known; or an address, a folder (./my_env), an app (package.module:app) or an image"
+    "known: ${known% }; or an address, a folder (./my_env), an app (package.module:app) or an image"
 
 # --- uv: the one that is here, else one of our own --------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from skyrl_train.visible import make_errors_visible, say
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 
-__all__ = ["BasePPOExp", "config_dir", "main", "validate_cfg"]
+__all__ = ["BasePPOExp", "asks_for_help", "config_dir", "main", "validate_cfg"]
 
 
 def main(
@@ -36,13 +36,18 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     with usual_signals_afterwards(), lasting_output():
         make_errors_visible()
-        if any(word in ("-h", "--help") for word in arguments):
+        if asks_for_help(arguments):
             print(usage())
             return Exit.DONE
         try:
             return _main(arguments, experiment, root)
         except KeyboardInterrupt:
             return interrupted()
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Return whether `main` would only print its help: a program that prepares something for it looks here first."""
+    return any(word in ("-h", "--help") for word in words)
 
 
 def usage() -> str:

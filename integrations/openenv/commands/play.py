@@ -17,9 +17,13 @@ from integrations.openenv.pool.server_pool import close_shared_pools
 from skyrl_gym import commands as gym_commands
 from skyrl_gym.contract import Messages
 from skyrl_gym.core import EnvFailure
+from skyrl_gym.tool_calls import CLOSE, OPEN
 from skyrl_train.engine.base import SamplingParams
 from skyrl_train.rollout.env_calls import EnvCalls
+from skyrl_train.rollout.tools_in_words import with_tools_in_words
 from skyrl_train.visible import visible
+
+TOOL_HELP = f"Write a call of a tool, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task; q ends."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +58,8 @@ def _play(played: PlayedGame, seed: int, console: Console) -> None:
         env = EnvCalls(played.make, task, limits_of(played), executor)
         try:
             messages = run_in_background(env.init(task.prompt.messages))
+            if tools := run_in_background(env.tool_schemas()):  # a model reads them in its chat template's form
+                messages, played.help = with_tools_in_words(messages, tools), TOOL_HELP
             _show_task(messages, console)
             console.print(f"[dim]{shown(played.help)}[/]")
             earned = _turns(played, env, messages, console)

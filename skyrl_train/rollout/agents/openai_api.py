@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
 from skyrl_train.types import Message
+from skyrl_train.visible import shortened
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -137,7 +138,10 @@ def read_body(kind: type[Body], raw: bytes) -> Any:
         raise BadRequest(f"the body must be a JSON object, got a {type(fields).__name__}")
     for name, accepted in kind.only.items():
         if fields.get(name) not in accepted:
-            raise BadRequest(f"{name} is not supported; leave it out", param=name)
+            others = [json.dumps(value) for value in accepted if value is not None]
+            instead = " or send ".join(["leave it out", *others])
+            asked = shortened(json.dumps(fields[name], ensure_ascii=False), 100)
+            raise BadRequest(f"{name}={asked} is not supported; {instead}", param=name)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

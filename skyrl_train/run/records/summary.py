@@ -130,5 +130,7 @@ def closing_panel(summary: Summary) -> Group:
 
 def _model(summary: Summary) -> str:
     if summary.model_folder is None:
-        return "none (skyrl export writes it from a checkpoint)"
+        return (
+            "none (skyrl export writes it from the checkpoint)" if summary.checkpoint else "none without a checkpoint"
+        )
     return f"{summary.model_folder} ({byte_size(summary.model_bytes)}, Hugging Face format)"

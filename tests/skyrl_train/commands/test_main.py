@@ -30,6 +30,9 @@ PROGRAMS = [
     "integrations.openenv.entrypoints.main_openenv",
     "integrations.openenv.prepare_dummy_dataset",
     "integrations.openenv.install_environment",
+    "examples.arithmetic_cpu.train",
+    "examples.nim.train",
+    "examples.openai_agent.train",
 ]
 
 

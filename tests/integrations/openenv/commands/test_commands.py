@@ -119,6 +119,15 @@ def test_a_server_by_its_address_is_played_with_what_it_says_of_itself(echo_url:
     assert "\nhi\n" in shown
 
 
+def test_who_plays_by_hand_with_calls_of_tools_is_told_which_tools_there_are(echo_url: str) -> None:
+    call = '{"name": "echo_message", "arguments": {"message": "hi"}}'
+    shown = run("play", echo_url, "--option", "tool_calls=true", lines=f"{call}\n<tool_call>{call}</tool_call>\nq\n")
+    assert '"name": "echo_message", "description": "Echo the message back."' in shown
+    assert "assistant: <tool_call>{" in shown  # the example
+    assert "Write a call of a tool, with or without <tool_call></tool_call>." in shown
+    assert shown.count("\nhi\n") == 2
+
+
 def test_check_passes_for_the_smallest_environment() -> None:
     report = json.loads(run("check", "echo_env", "-n", "4", "--json", "--runtime", "local"))
     assert report["passed"] is True

@@ -189,9 +189,13 @@ async def test_a_client_that_hangs_up_within_its_request_is_no_error(served: Ser
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"n": 2}, "n is not supported"),
+        ({"n": 2}, "n=2 is not supported; leave it out or send 1$"),
+        ({"top_logprobs": 5, "logprobs": True}, "top_logprobs=5 is not supported; leave it out or send 0 or send 1$"),
         ({"tools": [{"type": "function"}]}, "each of tools must be"),
-        ({"tools": ADD, "tool_choice": "required"}, "tool_choice is not supported"),
+        (
+            {"tools": ADD, "tool_choice": "required"},
+            'tool_choice="required" is not supported; leave it out or send "auto" or send "none"$',
+        ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]},
             "as text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any, cast
 
@@ -200,6 +201,16 @@ def test_the_summary_adds_up(run):
     assert str(run / "report.html") in printed
     assert summary.profile is None
     assert "perfetto" not in printed
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "says"),
+    [(None, "none without a checkpoint"), ("/run/global_step_2", "none (skyrl export writes it from the checkpoint)")],
+)
+def test_the_last_words_name_skyrl_export_only_where_it_has_a_checkpoint(run, checkpoint, says):
+    console = Console(record=True, width=160)
+    console.print(closing_panel(replace(write_summary(run), checkpoint=checkpoint)))
+    assert f"model         {says}\n" in console.export_text()
 
 
 def test_the_last_words_say_how_to_open_the_newest_profile(run):
