@@ -19,6 +19,13 @@ def user_path(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))  # where Path.expanduser raises a RuntimeError
 
 
+def told(error: Exception) -> str:
+    """Return what an error says; of the system's, the path and the reason without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 @contextmanager
 def naming(path: Path) -> Generator[None]:
     """Put the path into an OSError that has none: a full disk is met while writing, where Python knows no name.
