@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from skyrl_train.files import remove_leftovers, whole_folder
 from skyrl_train.run import saved_run
 from skyrl_train.run.checkpoint import Checkpoints
 from skyrl_train.run.held import Held
@@ -64,3 +65,33 @@ def test_a_run_at_work_without_a_checkpoint_is_said_to_be_at_work(tmp_path):
         with pytest.raises(ValueError, match=f"no checkpoint yet: process {trainer.pid} is at work in it"):
             read_run(tmp_path)
         trainer.communicate()
+
+
+WRITING = """
+import sys
+from pathlib import Path
+from skyrl_train.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as unfinished:
+    (unfinished / "theirs").touch()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_never_write_into_the_same_unfinished_folder(tmp_path):
+    words = [sys.executable, "-c", WRITING, str(tmp_path / "model")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as export:
+        assert export.stdout is not None
+        assert export.stdout.readline() == "writing\n"
+        with (
+            pytest.raises(ValueError, match="another process is writing .*model at this moment"),
+            whole_folder(tmp_path / "model"),
+        ):
+            pass
+        assert remove_leftovers(tmp_path) == []
+        export.communicate()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["theirs"]
+    (tmp_path / "model.writing").mkdir()  # of a process that was killed
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "ours").touch()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["ours"]
