@@ -84,7 +84,7 @@ def test_two_processes_never_write_into_the_same_unfinished_folder(tmp_path):
         assert export.stdout is not None
         assert export.stdout.readline() == "writing\n"
         with (
-            pytest.raises(ValueError, match="another process is writing .*model at this moment"),
+            pytest.raises(ValueError, match=r"another process is writing .*model at this moment"),
             whole_folder(tmp_path / "model"),
         ):
             pass
