@@ -26,7 +26,7 @@ from skyrl_train.visible import Parser, say, visible
 
 DEFAULT_FOLDER = "~/ckpts"  # below it lie the runs of run_openenv.sh and of examples/
 MAX_DEPTH = 4
-WIDE = 100  # columns
+WIDE, LEAST_OF_LIST, LEAST_OF_COMPARISON = 100, 60, 76  # columns; in fewer of them numbers would be cut
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _list(words: list[str]) -> int:
     elif not runs:
         print(visible(f"no runs below {', '.join(map(str, given))}; name the folder of yours (trainer.ckpt_path)"))
     else:
-        _show_list(runs, Console(highlight=False))
+        _show_list(runs, _console(LEAST_OF_LIST))
     return 0
 
 
@@ -119,6 +119,11 @@ def _started(folder: Path, info: RunInfo) -> str:
     return datetime.fromtimestamp(newest).astimezone().isoformat(timespec="seconds")
 
 
+def _console(least: int) -> Console:
+    """Return the terminal. One that is too narrow for the numbers breaks the lines itself."""
+    return Console(highlight=False, width=max(Console().width, least))
+
+
 def _show_list(runs: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table that fits 80 columns, with model and environment from 100 on. A run's folder has its own line."""
     wide = console.width >= WIDE
@@ -171,7 +176,9 @@ def short_path(folder: str) -> str:
 
 
 def _compare(words: list[str]) -> int:
-    parser = Parser(prog="skyrl runs compare", description="Show what differs between two runs.")
+    parser = Parser(
+        prog="skyrl runs compare", description="Show what differs between two runs. Of more, `skyrl view` shows it."
+    )
     parser.add_argument("a", metavar="A", help="folder of a run")
     parser.add_argument("b", metavar="B", help="folder of another")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -187,7 +194,7 @@ def _compare(words: list[str]) -> int:
     if arguments.json:
         print_json({"a": str(folders[0]), "b": str(folders[1]), **asdict(found)})
     else:
-        _show_comparison(found, folders, Console(highlight=False))
+        _show_comparison(found, folders, _console(LEAST_OF_COMPARISON))
     return 0
 
 
