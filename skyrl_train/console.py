@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+LEAST_COLUMNS = 20
 _FAILURES = (OSError, ValueError)  # ValueError: the stream was closed
 
 IN_CHECKOUT = (Path(__file__).parents[1] / "pyproject.toml").is_file()
@@ -49,7 +50,12 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def lasting_output() -> Generator[None]:
-    """Within the block no printing raises: what fails is dropped, letters without a code come as \\u2192."""
+    """Within the block no printing raises: what fails is dropped, letters without a code come as \\u2192.
+
+    A COLUMNS in which no line fits, as 0 of a terminal without a size, is no longer in the environment.
+    """
+    if (columns := os.environ.get("COLUMNS", "")).isdecimal() and int(columns) < LEAST_COLUMNS:
+        del os.environ["COLUMNS"]
     usual = sys.stdout, sys.stderr
     lasting = [LastingStream(stream) for stream in usual]
     sys.stdout, sys.stderr = lasting

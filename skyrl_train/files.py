@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +18,13 @@ WRITING, REMOVING = ".writing", ".removing"  # names that only an unfinished wri
 def user_path(path: Path | str) -> Path:
     """Return the path with ~ as the home folder. `~x`, where x is no user, stays as it is and is then not found."""
     return Path(os.path.expanduser(path))  # where Path.expanduser raises a RuntimeError
+
+
+def told(error: Exception) -> str:
+    """Return what an error says; of the system's, the path and the reason without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 @contextmanager
@@ -72,21 +80,54 @@ def whole_folder(path: Path) -> Generator[Path]:
     """An empty folder to fill, which takes the name `path` only when the block ends well and all is on the disk.
 
     An older folder of that name goes only once the new one is complete. An error removes the unfinished folder.
+    ValueError while another process writes the same one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + WRITING)
+    if _is_being_written(unfinished):
+        raise ValueError(f"another process is writing {path} at this moment; wait for it, or give another place")
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir()
-    try:
-        yield unfinished
-        sync_tree(unfinished)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    remove_folder(path)
-    unfinished.rename(path)
+    with _claimed(unfinished):
+        try:
+            yield unfinished
+            sync_tree(unfinished)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        remove_folder(path)
+        unfinished.rename(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Generator[None]:
+    """Hold an exclusive lock on a folder, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_being_written(folder: Path) -> bool:
+    """Return whether a process that lives has claimed the folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove_folder(path: Path) -> None:
@@ -101,8 +142,12 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed writes and removals left directly in `folder`; returns what was removed."""
-    leftovers = sorted(p for p in folder.glob("*") if p.name.endswith((WRITING, REMOVING)))
+    """Remove what killed writes and removals left directly in `folder`; returns what was removed.
+
+    A folder that another process writes now, as `skyrl export` may, is none.
+    """
+    found = sorted(p for p in folder.glob("*") if p.name.endswith((WRITING, REMOVING)))
+    leftovers = [p for p in found if not _is_being_written(p)]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path)

@@ -16,17 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from skyrl_train.console import lasting_output, print_json
-from skyrl_train.files import user_path
+from skyrl_train.files import told, user_path
 from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.compare import Comparison, compare
 from skyrl_train.run.records.run_info import RunInfo, read_run_info, state_of
 from skyrl_train.run.records.summary import Summary, summarise
-from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO
+from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO, where_its_run_is
 from skyrl_train.visible import Parser, say, visible
 
 DEFAULT_FOLDER = "~/ckpts"  # below it lie the runs of run_openenv.sh and of examples/
 MAX_DEPTH = 4
-WIDE = 100  # columns
+WIDE, LEAST_OF_LIST, LEAST_OF_COMPARISON = 100, 60, 76  # columns; in fewer of them numbers would be cut
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -36,9 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             return _compare(words[1:]) if words[:1] == ["compare"] else _list(words)
         except (OSError, ValueError) as refused:
-            say(f"skyrl runs: {refused}")
+            say(f"skyrl runs: {told(refused)}")
             if "--json" in words:
-                print_json({"error": f"{refused}"})
+                print_json({"error": told(refused)})
             return 2
 
 
@@ -51,7 +51,9 @@ def _list(words: list[str]) -> int:
     given = [user_path(folder) for folder in arguments.folders or [DEFAULT_FOLDER]]
     for folder in given:
         if arguments.folders and not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
+            raise ValueError(f"there is no folder {folder}{where_its_run_is(folder)}")
+        if folder.is_dir():
+            os.scandir(folder).close()  # OSError if it cannot be read
     runs = [described(folder) for folder in sorted(set(found_below(given)))]
     runs.sort(key=lambda run: run["started"], reverse=True)
     if arguments.json:
@@ -59,7 +61,7 @@ def _list(words: list[str]) -> int:
     elif not runs:
         print(visible(f"no runs below {', '.join(map(str, given))}; name the folder of yours (trainer.ckpt_path)"))
     else:
-        _show_list(runs, Console(highlight=False))
+        _show_list(runs, _console(LEAST_OF_LIST))
     return 0
 
 
@@ -117,6 +119,11 @@ def _started(folder: Path, info: RunInfo) -> str:
     return datetime.fromtimestamp(newest).astimezone().isoformat(timespec="seconds")
 
 
+def _console(least: int) -> Console:
+    """Return the terminal. One that is too narrow for the numbers breaks the lines itself."""
+    return Console(highlight=False, width=max(Console().width, least))
+
+
 def _show_list(runs: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table that fits 80 columns, with model and environment from 100 on. A run's folder has its own line."""
     wide = console.width >= WIDE
@@ -169,7 +176,9 @@ def short_path(folder: str) -> str:
 
 
 def _compare(words: list[str]) -> int:
-    parser = Parser(prog="skyrl runs compare", description="Show what differs between two runs.")
+    parser = Parser(
+        prog="skyrl runs compare", description="Show what differs between two runs. Of more, `skyrl view` shows it."
+    )
     parser.add_argument("a", metavar="A", help="folder of a run")
     parser.add_argument("b", metavar="B", help="folder of another")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -177,14 +186,15 @@ def _compare(words: list[str]) -> int:
     folders = [user_path(folder) for folder in (arguments.a, arguments.b)]
     for folder in folders:
         if not (folder / METRICS).is_file() and not (folder / RUN_INFO).is_file():
-            raise ValueError(f"{folder} is no run's folder: it has neither {RUN_INFO} nor {METRICS}")
+            lacks = f"{folder} is no run's folder: it has neither {RUN_INFO} nor {METRICS}"
+            raise ValueError(lacks + where_its_run_is(folder))
     infos = [read_run_info(folder) for folder in folders]
     lines = [read_metrics(folder / METRICS) for folder in folders]
     found = compare(infos[0], infos[1], lines[0], lines[1])
     if arguments.json:
         print_json({"a": str(folders[0]), "b": str(folders[1]), **asdict(found)})
     else:
-        _show_comparison(found, folders, Console(highlight=False))
+        _show_comparison(found, folders, _console(LEAST_OF_COMPARISON))
     return 0
 
 

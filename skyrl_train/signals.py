@@ -48,6 +48,9 @@ def interrupted(name: str = "") -> int:
     """Say in one line that a command was asked to end. Return its exit status: 130 after Ctrl-C, 143 after SIGTERM."""
     after_echo = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # the terminal has printed ^C
     print(f"{after_echo}{name}{': ' if name else ''}interrupted", file=sys.stderr)
+    # After an interruption of code that was made from a text, as dataclasses make it, `python -m` ends itself by SIGINT
+    # in the place of the status. More code from a text lets it forget that.
+    exec("")
     return interrupted_status()
 
 
@@ -68,7 +71,8 @@ def ends_when_asked(main: Callable[[], int]) -> int:
     try:
         with _signals() as seen:
             try:
-                return main()
+                status = main()
+                return interrupted() if status == 0 and seen() else status  # a library dropped the interruption
             except KeyboardInterrupt:
                 return interrupted()
             except Exception:

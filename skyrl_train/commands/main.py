@@ -101,10 +101,11 @@ def run(name: str, command: Command, words: list[str]) -> int:
             _tell_program("the command line cannot be read; stderr says why", words)
         raise
     except (ValueError, OSError) as refused:
+        from skyrl_train.files import told
         from skyrl_train.visible import say
 
-        say(f"skyrl {name}: {refused}")
-        _tell_program(f"{refused}", words)
+        say(f"skyrl {name}: {told(refused)}")
+        _tell_program(told(refused), words)
         return REFUSED
     except RuntimeError as error:
         from skyrl_train.engine.base import EngineDied, engine_death

@@ -11,7 +11,7 @@ from skyrl_train.commands.experiments import entry_point, is_openenv
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.files import user_path
 from skyrl_train.run.model_folder import read_origin
-from skyrl_train.run.run_folder import MODEL, checkpoint_steps
+from skyrl_train.run.run_folder import MODEL, checkpoint_steps, where_its_run_is
 from skyrl_train.run.saved_run import MODEL_PATH, SavedRun, read_run
 
 # Settings of training that playing does not take over: where things are computed, and what is written where.
@@ -65,6 +65,8 @@ def _found(named: str, step: int | None) -> Source:
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"--step={step} needs a run's folder, and {named} is none")
+        if path.exists():
+            raise ValueError(f"{named} is a file; give a run's folder, or a model's{where_its_run_is(path)}")
         return Source(named, named)
     if step is None and (path / "config.json").is_file():
         return _model(named, path)

@@ -19,6 +19,7 @@ from skyrl_train.config.problems import Unfit
 from skyrl_train.console import lasting_output
 from skyrl_train.entrypoints.experiment import BasePPOExp
 from skyrl_train.entrypoints.process import Exit
+from skyrl_train.files import told
 from skyrl_train.signals import ends_when_asked, interrupted, interrupted_status, usual_signals_afterwards
 from skyrl_train.visible import make_errors_visible, say
 
@@ -133,7 +134,7 @@ def _how_to_go_on(trainer: TrainerConfig) -> str:
 
 
 def _refused(error: Exception | str) -> int:
-    say(f"refused: {error}")
+    say(f"refused: {told(error) if isinstance(error, Exception) else error}")
     return Exit.REFUSED
 
 

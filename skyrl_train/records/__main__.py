@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from skyrl_train.console import lasting_output
+from skyrl_train.files import told
 from skyrl_train.run.records.report import write_report
 from skyrl_train.run.records.show import show
 from skyrl_train.visible import Parser, visible
@@ -29,7 +30,7 @@ def _look(options: argparse.Namespace) -> int:
             count = options.best or options.worst or options.count
             show(options.run_folder, options.phase, options.step, pick, count, Console(highlight=False, markup=False))
     except (OSError, ValueError) as error:
-        print(visible(f"error: {error}"), file=sys.stderr)
+        print(visible(f"error: {told(error)}"), file=sys.stderr)
         return 1
     return 0
 

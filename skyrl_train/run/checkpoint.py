@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from loguru import logger
 
-from skyrl_train.files import remove_folder, remove_leftovers, whole_folder, write_whole
+from skyrl_train.files import remove_leftovers, whole_folder, write_whole
 from skyrl_train.learner.saved import refuse_incomplete
 from skyrl_train.run.checkpoint_parts import SUFFIX, read_part, write_part
 from skyrl_train.run.digests import DIGESTS, Damaged, check_digests, read_digests, write_digests
+from skyrl_train.run.held import remove_unless_held
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LATEST, checkpoint_steps
 
 State = dict[str, Any]  # "trainer_state" and other parts: tensors and plain data
@@ -87,16 +88,10 @@ class Checkpoints:
         checkpoint is damaged or of another format; the message names the file and what to resume from.
         """
         path = self.path(which) if isinstance(which, int) else which
-        step = checkpoint_step(path)
         try:
-            state = {name.removesuffix(SUFFIX): read_part(path / name) for name in whole_parts(path)}
+            return read_checkpoint(path)
         except Damaged as error:
             raise ValueError(f"{error}. {_other_checkpoint(path)}") from error
-        written = state["trainer_state"].get("global_step")
-        if written != step:
-            logger.warning(f"{path} was written at step {written}; the folder's name wins: resuming at step {step}")
-            state["trainer_state"] = {**state["trainer_state"], "global_step": step}
-        return step, state
 
     def path(self, step: int) -> Path:
         return self.folder / f"global_step_{step}"
@@ -114,7 +109,18 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if self.max_to_keep > 0:
             for step in checkpoint_steps(self.folder)[: -self.max_to_keep]:
-                remove_folder(self.path(step))
+                remove_unless_held(self.path(step))
+
+
+def read_checkpoint(path: Path) -> tuple[int, State]:
+    """Return step and state of a `global_step_N` folder. Raises Damaged, with the name of the file."""
+    step = checkpoint_step(path)
+    state = {name.removesuffix(SUFFIX): read_part(path / name) for name in whole_parts(path)}
+    written = state["trainer_state"].get("global_step")
+    if written != step:
+        logger.warning(f"{path} was written at step {written}; the folder's name wins: step {step}")
+        state["trainer_state"] = {**state["trainer_state"], "global_step": step}
+    return step, state
 
 
 def checkpoint_step(path: Path) -> int:
@@ -148,14 +154,7 @@ def _of_another_version(path: Path, found: int) -> str:
 
 def _other_checkpoint(damaged: Path) -> str:
     """Return what to do instead of resuming from this one: the newest whole checkpoint before it, or a new start."""
-    for step in reversed(checkpoint_steps(damaged.parent)):
-        path = damaged.with_name(f"global_step_{step}")
-        if path.name == damaged.name or step > checkpoint_step(damaged):
-            continue
-        try:
-            whole_parts(path)
-        except (Damaged, OSError):
-            continue
+    if (path := whole_before(damaged)) is not None:
         return (
             f"{path.name} before it is whole: go on from there with trainer.resume_mode=from_path "
             f"trainer.resume_path={path} (what came after it is moved aside, not deleted)"
@@ -165,6 +164,20 @@ def _other_checkpoint(damaged: Path) -> str:
         "trainer.resume_path=<global_step_N folder>, or start afresh with trainer.resume_mode=none (the run is moved "
         "aside, not deleted)"
     )
+
+
+def whole_before(damaged: Path) -> Path | None:
+    """Return the newest whole checkpoint of the same run before this one; None if there is none."""
+    for step in reversed(checkpoint_steps(damaged.parent)):
+        path = damaged.with_name(f"global_step_{step}")
+        if path.name == damaged.name or step > checkpoint_step(damaged):
+            continue
+        try:
+            whole_parts(path)
+        except (Damaged, OSError):
+            continue
+        return path
+    return None
 
 
 def random_states() -> dict[str, Any]:

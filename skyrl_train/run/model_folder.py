@@ -26,14 +26,13 @@ from skyrl_train.policy.lora_files import ADAPTER_FOLDER, save_adapters, save_me
 from skyrl_train.policy.model import Policy
 from skyrl_train.policy.model_files import load_config, load_module, load_tokenizer
 from skyrl_train.run.contents import template_contents
-from skyrl_train.run.digests import DIGESTS
-from skyrl_train.run.run_folder import CHECKPOINT_NAME, MODEL
+from skyrl_train.run.run_folder import MODEL, ORIGIN, refuse_inside
 from skyrl_train.run.saved_run import SavedRun, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ORIGIN, GGUF = "skyrl.json", "model.gguf"
+GGUF = "model.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MASTERS, LORA = "masters/", "trainer.policy.model.lora."
 TEMPLATE = "generator.chat_template.name_or_path"
@@ -185,10 +184,8 @@ def _refuse_other_file(file: Path) -> None:
 
 
 def _refuse_place(path: Path) -> None:
-    """Raise ValueError where nothing can be written, and inside a checkpoint, whose digests name all its files."""
-    for parent in path.resolve().parents:
-        if CHECKPOINT_NAME.fullmatch(parent.name) and (parent / DIGESTS).is_file():
-            raise ValueError(f"{path} lies in the checkpoint {parent}, which would be damaged; give another place")
+    """Raise ValueError where nothing can be written, and inside a checkpoint or another export."""
+    refuse_inside(path.parent)
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise ValueError(f"{path} cannot be written, because {there} is a file; give another place")

@@ -16,6 +16,7 @@ from rich.console import Console
 from skyrl_train.config import SkyRLConfig, to_flat_dict
 from skyrl_train.config.refused import REFUSED
 from skyrl_train.config.tree import defaults_of
+from skyrl_train.files import told
 from skyrl_train.run.checkpoint import Checkpoints, State
 from skyrl_train.run.contents import Contents
 from skyrl_train.run.metrics import Metrics, MetricsLog
@@ -26,7 +27,7 @@ from skyrl_train.run.records.run_info import RunInfo, changed_settings, read_run
 from skyrl_train.run.records.summary import Summary, closing_panel, write_summary
 from skyrl_train.run.records.trajectories import Phase, TrajectoryStore
 from skyrl_train.run.resume import RunStart, order_of_sums, start_run
-from skyrl_train.run.run_folder import run_lock
+from skyrl_train.run.run_folder import refuse_inside, run_lock
 from skyrl_train.run.tracking import Tracking
 from skyrl_train.types import Batch, Group, Prompt, Sample
 from skyrl_train.visible import log_to
@@ -90,7 +91,7 @@ class Run:
             try:
                 run = cls._opened(config, tokenizer, info, contents, closing)
             except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-                raise RunRefused(str(error)) from error
+                raise RunRefused(told(error)) from error
             for note in run.start.notes:
                 logger.info(note)
             yield run
@@ -99,6 +100,8 @@ class Run:
     def _opened(cls, config: SkyRLConfig, tokenizer: Any, info: RunInfo, contents: Contents, closing: ExitStack) -> Run:
         trainer, folder = config.trainer, Path(config.trainer.ckpt_path)
         flat = to_flat_dict(config)
+        refuse_inside(folder)
+        require_writable("trainer.ckpt_path", folder)
         closing.enter_context(run_lock(folder))
         dumps = trainer.dump_eval_results and trainer.eval_interval > 0 and bool(config.data.val_data)
         if trainer.hf_save_interval > 0 or dumps or trainer.dump_data_batch:

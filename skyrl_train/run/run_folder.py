@@ -27,12 +27,13 @@ from pathlib import Path
 from loguru import logger
 
 from skyrl_train.files import write_whole
+from skyrl_train.run.digests import DIGESTS
 
 LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
     "latest_ckpt_global_step.txt", "metrics.jsonl", "trajectories", "report.html", "summary.json",
 )  # fmt: skip
 RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
-MODEL = "model"
+MODEL, ORIGIN = "model", "skyrl.json"  # ORIGIN: in an exported model's folder, the run that it comes from
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
 ADVANTAGES_NAME = re.compile(r"advantages_step_(\d+)\.jsonl\.zst")
@@ -73,6 +74,29 @@ def writing_process(folder: Path) -> int | None:
         asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         answer = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
     return None if answer[0] == fcntl.F_UNLCK else answer[4]
+
+
+def refuse_inside(path: Path) -> None:
+    """Raise ValueError for a place in a checkpoint, whose digests name all its files, or in an exported model."""
+    for place in (path.resolve(), *path.resolve().parents):
+        if CHECKPOINT_NAME.fullmatch(place.name) and (place / DIGESTS).is_file():
+            raise ValueError(f"{path} lies in the checkpoint {place}, which would be damaged; give another place")
+        if (place / ORIGIN).is_file():
+            raise ValueError(
+                f"{path} lies in the exported model {place}, which the next export replaces; give another place"
+            )
+
+
+def run_around(path: Path) -> Path | None:
+    """Return the folder of the run that a file or folder belongs to; None if it lies in none."""
+    places = (place for place in path.absolute().parents if place.name != PREVIOUS)
+    return next((place for place in places if any((place / name).is_file() for name in (RUN_INFO, METRICS))), None)
+
+
+def where_its_run_is(path: Path) -> str:
+    """Return the end of a refusal: where the run is that the path belongs to; "" if it belongs to none."""
+    around = run_around(path)
+    return "" if around is None else f". It belongs to the run in {around}: name that folder"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -15,6 +15,7 @@ import uvicorn
 
 from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.console import lasting_output
+from skyrl_train.files import told
 from skyrl_train.view.app import make_app
 from skyrl_train.view.folders import given_folder
 from skyrl_train.view.library import Library
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
             roots = list(dict.fromkeys(given_folder(text) for text in options.folder or _default_folders()))
             listener = _listener(options.port)
         except (ValueError, OSError) as error:
-            say(f"skyrl view: {error}")
+            say(f"skyrl view: {told(error)}")
             return 2
         with listener:
             return _serve(roots, listener, opens=not options.no_open)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from skyrl_train.files import told
 from skyrl_train.run.run_folder import CHECKPOINT_NAME, LOCK, METRICS, PROFILE, RUN_INFO, TENSORBOARD, TRAJECTORIES
 
 NOT_RUNS = {TRAJECTORIES, PROFILE, TENSORBOARD, "exports", "node_modules", "__pycache__"}
@@ -64,7 +65,7 @@ def given_folder(text: str) -> Path:
         found = path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{text!r} cannot be read ({error}); give the folder of a run, or one that holds runs"
+            f"{text!r} cannot be read ({told(error)}); give the folder of a run, or one that holds runs"
         ) from error
     if not found:
         raise ValueError(f"{text!r} is no folder; give trainer.ckpt_path of a run, or a folder that holds runs")

@@ -114,7 +114,9 @@ class Library:
         """Read what changed of a run. Return whether files are left to read."""
         try:
             prints = self._prints(entry)
-            state = state_of(entry.folder, entry.summary.get("step", 0), entry.summary.get("total_steps"))
+            state = state_of(
+                entry.folder, entry.description, entry.summary.get("step", 0), entry.summary.get("total_steps")
+            )
             if prints == entry.prints and entry.is_read and entry.summary.get("state") == state:
                 return False
             with closing(self._opened(entry)) as database:
@@ -175,7 +177,8 @@ class Library:
             value = json.dumps([entry.description, summary, entry.problems])
             rows = [("print", key), ("summary", value)]
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", rows)
-        entry.summary = summary | {"state": state_of(entry.folder, summary["step"], summary["total_steps"])}
+        state = state_of(entry.folder, entry.description, summary["step"], summary["total_steps"])
+        entry.summary = summary | {"state": state}
 
     def _columns_for_summary(self, entry: Entry) -> Columns:
         """Return the metrics that the table needs, or all of a run that is looked at or grows: they are in memory."""

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from skyrl_train.run.records.run_info import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING
 from skyrl_train.run.records.summary import EVAL_SCORE, TRAIN_REWARD
 from skyrl_train.run.run_folder import RUN_INFO
 from skyrl_train.view.columns import Columns, thinned
@@ -38,11 +39,15 @@ def short_model(model: Any) -> str:
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
-def state_of(run: RunFolder, step: int, total: Any) -> str:
-    """Return running, finished or stopped."""
+def state_of(run: RunFolder, description: dict[str, Any], step: int, total: Any) -> str:
+    """Return running, or how the newest start ended, as `skyrl runs` says it; finished or stopped if none is known."""
     if run.is_written_now():
-        return "running"
-    return "finished" if isinstance(total, int) and step >= total else "stopped"
+        return RUNNING
+    starts = description.get("starts")
+    if isinstance(starts, list) and starts and isinstance(starts[-1], dict):
+        ended = starts[-1].get("ended")
+        return KILLED if ended is None else ended if ended in (FINISHED, INTERRUPTED, FAILED) else "stopped"
+    return FINISHED if isinstance(total, int) and step >= total else "stopped"
 
 
 def summary_of(run: RunFolder, description: dict[str, Any], columns: Columns) -> dict[str, Any]:

@@ -155,6 +155,17 @@ def a_checkpoint_path_in_the_way(folder: Path) -> list[str]:
     return [f"trainer.ckpt_path={folder}/file/run"]
 
 
+def a_folder_in_a_checkpoint(folder: Path) -> list[str]:
+    (folder / "global_step_2").mkdir()
+    (folder / "global_step_2" / "digests.txt").write_text("")
+    return [f"trainer.ckpt_path={folder}/global_step_2/run"]
+
+
+def a_folder_in_an_exported_model(folder: Path) -> list[str]:
+    (folder / "skyrl.json").write_text("{}")
+    return [f"trainer.ckpt_path={folder}/run"]
+
+
 def a_template_that_is_no_utf8(folder: Path) -> list[str]:
     (folder / "chat.jinja").write_bytes(b"\xff{{ messages }}")
     name = f"generator.chat_template.name_or_path={folder}/chat.jinja"
@@ -171,7 +182,9 @@ def a_template_that_is_no_jinja(folder: Path) -> list[str]:
     ("arrange", "words"),
     [
         (in_the_way, "file/exports cannot be written into (Not a directory)"),
-        (a_checkpoint_path_in_the_way, "Not a directory"),
+        (a_checkpoint_path_in_the_way, "file/run cannot be written into (Not a directory); give another folder"),
+        (a_folder_in_a_checkpoint, "global_step_2, which would be damaged; give another place"),
+        (a_folder_in_an_exported_model, "which the next export replaces; give another place"),
         (a_template_that_is_no_utf8, "chat.jinja is not written in UTF-8"),
         (a_template_that_is_no_jinja, "chat template"),
     ],

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,18 @@ def write_run_info(run_folder: Path | str, info: RunInfo) -> None:
 
 
 def read_run_info(run_folder: Path | str) -> RunInfo:
-    """Return the description of the run, or a general one if the file is missing. ValueError if it is damaged."""
+    """Return the description of the run, or a general one if the file is missing. ValueError if it is damaged.
+
+    A field of a later version is left out.
+    """
     path = Path(run_folder) / RUN_INFO
     if not path.exists():
         return RunInfo()
     try:
-        return _checked(RunInfo(**json.loads(path.read_bytes())))
-    except (ValueError, TypeError, RecursionError) as error:
+        known = {one.name for one in fields(RunInfo)}
+        written = json.loads(path.read_bytes())
+        return _checked(RunInfo(**{name: value for name, value in written.items() if name in known}))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, the report is written without it") from error
 
 

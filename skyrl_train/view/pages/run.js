@@ -67,11 +67,12 @@ function settings() {
   return {
     node,
     async refresh(detail) {
-      const { changed = {}, ...others } = detail.description || {};
+      const { changed = {}, starts, ...others } = detail.description || {};
       const rows = Object.entries(changed || {}).sort(([a], [b]) => a.localeCompare(b));
       fill(node,
         el("table", { class: "settings" }, el("tbody", {}, [["folder", detail.folder], ...Object.entries(others)].map(([key, value]) =>
           el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, short(said(value), 2000)))))),
+        el("h3", {}, "Starts, the newest first"), startsOf(starts),
         el("h3", {}, "Settings that differ from their defaults"),
         rows.length ? el("table", { class: "settings" },
           el("thead", {}, el("tr", {}, el("th", {}, "setting"), el("th", {}, "here"), el("th", {}, "default"))),
@@ -80,4 +81,22 @@ function settings() {
           : el("p", { class: "soft" }, "None, or run.json is missing."));
     },
   };
+}
+
+/** Return a table per start of the run: when, how it ended, with what. run.json may hold anything under these names. */
+function startsOf(starts) {
+  const known = (Array.isArray(starts) ? starts : []).filter((start) => start && typeof start === "object");
+  if (!known.length) return el("p", { class: "soft" }, "None is recorded.");
+  return [...known].reverse().map((start) => el("table", { class: "settings start" }, el("tbody", {}, [
+    ["started", start.started], ["ended", [start.ended, start.ended_at].filter(Boolean).map(said).join(", ") || "not recorded"],
+    ["error", start.error], ["after step", start.first_step], ["command", start.command], ["in folder", start.folder],
+    ["commits", pairs(start.commits)], ["versions", pairs(start.versions)], ["machine", start.machine], ["process", start.process],
+  ].filter(([, value]) => value !== undefined && value !== null && value !== "").map(([key, value]) =>
+    el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, short(said(value), 2000)))))));
+}
+
+/** {torch: "2.13.0", ray: "2.60.0"} -> "torch 2.13.0, ray 2.60.0" */
+function pairs(value) {
+  if (!value || typeof value !== "object") return value;
+  return Object.entries(value).map(([name, one]) => `${name} ${said(one)}`).join(", ");
 }

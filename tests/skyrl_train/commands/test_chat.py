@@ -78,6 +78,7 @@ def test_a_line_that_is_no_unicode_text_is_answered(runs, capsys, monkeypatch):
     [
         (["./nowhere"], "there is no such folder"),
         (["."], ". is no run: it holds no checkpoint"),
+        (["run/report.html"], "report.html is a file; give a run's folder, or a model's. It belongs to the run in"),
         (["base", "--before"], "base is no run, so there is nothing before it"),
         (["base", "--step", "3"], "holds no checkpoint"),
         (["base", "trainer.lerning_rate=1"], "trainer.lerning_rate"),
@@ -89,6 +90,7 @@ def test_a_line_that_is_no_unicode_text_is_answered(runs, capsys, monkeypatch):
 )
 def test_what_cannot_talk_is_refused(runs, words, says, tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "base").symlink_to(runs["full"].parent / "model")
+    (tmp_path / "run").symlink_to(runs["full"])
     shutil.copytree(runs["full"] / "model", tmp_path / "damaged")
     shutil.copytree(runs["full"].parent / "model", tmp_path / "plain")
     template = (tmp_path / "plain" / "chat_template.jinja").read_text()

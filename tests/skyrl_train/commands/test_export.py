@@ -150,7 +150,13 @@ def test_a_model_that_is_not_the_runs_own_is_refused(runs, tmp_path, capsys):
         (["begun"], "has no checkpoint, so its model was not kept"),
         (["run", "--step", "7"], "has no checkpoint of step 7; it has 1, 2"),
         (["run", "--output", "full"], "full holds other files"),
-        (["damaged"], "digests.txt is missing"),
+        (["damaged"], "digests.txt is missing. No checkpoint before it is whole"),
+        (["later"], "digests.txt is missing. global_step_1 before it is whole: add --step 1"),
+        (["only"], "has no checkpoint any more; its model is in only/model"),
+        (["run/report.html"], "run/report.html is no run: it is a file. It belongs to the run in"),
+        (["run/model"], "run/model is a run's exported model, without a checkpoint. It belongs to the run in"),
+        (["run/trajectories"], "run/trajectories is no run: it holds no checkpoint. It belongs to the run in"),
+        (["run", "--output", "run/model/again"], "lies in the exported model"),
         (["run", "--output", "run/global_step_2/model"], "global_step_2, which would be damaged"),
         (
             ["run", "--output", "run/global_step_2/a/b.gguf", "--format", "gguf"],
@@ -173,6 +179,10 @@ def test_what_is_no_run_is_refused_in_one_line(runs, words, says, tmp_path, monk
     (tmp_path / "damaged" / "global_step_1").mkdir(parents=True)
     (tmp_path / "damaged" / "global_step_1" / "a").touch()
     (tmp_path / "run").symlink_to(runs["full"])
+    shutil.copytree(runs["full"] / "model", tmp_path / "only" / "model")
+    (tmp_path / "only" / "run.json").write_text("{}")
+    shutil.copytree(runs["full"] / "global_step_1", tmp_path / "later" / "global_step_1")
+    (tmp_path / "later" / "global_step_3" / "policy").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert main(["export", *words]) == 2
     refused = capsys.readouterr().err

@@ -51,6 +51,13 @@ def main():
 
 sys.exit(ends_when_asked(main))
 """
+DROPPED = SWALLOWED.replace('raise ImportError("a half of it is there")', "pass")
+IN_MADE_CODE = """
+import os, sys
+from skyrl_train.signals import ends_when_asked
+
+sys.exit(ends_when_asked(lambda: exec("os.kill(os.getpid(), int(sys.argv[1]))")))
+"""
 AT_THE_END = """
 import atexit, os, signal, sys
 from skyrl_train.signals import ends_when_asked
@@ -85,9 +92,18 @@ def test_a_signal_at_the_start_ends_a_command_in_one_line(number, name):
 
 
 @pytest.mark.parametrize("how", SIGNALS)
-def test_a_library_that_takes_the_signal_for_a_failed_import_does_not_hide_it(how):
-    done = run(SWALLOWED, str(int(how)))
+@pytest.mark.parametrize("script", [SWALLOWED, DROPPED])
+def test_a_library_that_drops_the_signal_or_takes_it_for_a_failed_import_does_not_hide_it(script, how):
+    done = run(script, str(int(how)))
     assert (done.returncode, done.stderr) == (128 + how, "interrupted\n")
+
+
+def test_ctrl_c_while_code_is_made_from_a_text_does_not_change_the_status_of_a_module(tmp_path):
+    (tmp_path / "made.py").write_text(IN_MADE_CODE)
+    words = [sys.executable, "-m", "made", str(int(signal.SIGINT))]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, preexec_fn=reacts)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_a_signal_while_the_interpreter_ends_makes_no_traceback():

@@ -167,6 +167,15 @@ def test_what_is_refused_is_json_too(words, capsys):
     assert printed.err
 
 
+def test_what_the_system_refuses_is_said_without_its_number(monkeypatch, capsys):
+    def refused(words: list[str]) -> int:
+        raise PermissionError(13, "Permission denied", "closed/config.json")
+
+    monkeypatch.setattr("skyrl_train.commands.chat.main", refused)
+    assert main(["chat", "closed"]) == 2
+    assert capsys.readouterr().err == "skyrl chat: closed/config.json: Permission denied\n"
+
+
 def test_printed_json_is_what_every_reader_takes(capsys):
     print_json({"a": [float("nan"), float("inf"), 1.5], "b": Path("x")})
     printed = capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_a_damaged_line_of_the_metrics_is_named_and_a_resumed_run_goes_on_withou
 
 
 def test_a_damaged_run_json_is_named(tmp_path):
-    for damage in (b"", b"\xff", b"[]", b'{"modell": 1}'):
+    for damage in (b"", b"\xff", b"[]", b'{"model": 1}'):
         (tmp_path / "run.json").write_bytes(damage)
         with pytest.raises(ValueError, match=r"run\.json is damaged"):
             read_run_info(tmp_path)

@@ -16,7 +16,9 @@ from starlette.testclient import TestClient
 
 from skyrl_train.view.app import make_app
 from skyrl_train.view.command import main
+from skyrl_train.view.folders import RunFolder
 from skyrl_train.view.library import Library
+from skyrl_train.view.summary import state_of
 from tests.skyrl_train.view.conftest import EVIL, EVIL_NAME, NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, read_whole, write_run
 
 NUM_TRAIN = NUM_STEPS * NUM_PROMPTS * NUM_SAMPLES
@@ -109,6 +111,22 @@ def test_the_table_holds_the_runs_numbers(client):
     assert row["spark_evals"] == [[0, 0.0], [2, 0.5], [4, 1.0]]
     assert row["state"] == "finished"
     assert row["episodes"] == NUM_TRAIN + 9
+
+
+@pytest.mark.parametrize(
+    ("starts", "state"),
+    [
+        ([{"ended": "finished"}, {"ended": "failed"}], "failed"),
+        ([{"ended": "interrupted"}], "interrupted"),
+        ([{"ended": None}], "killed"),
+        ([{"ended": ["odd"]}], "stopped"),
+        ([], "finished"),
+        ("odd", "finished"),
+    ],
+)
+def test_a_run_that_ended_says_how_as_the_command_runs_does(tmp_path, starts, state):
+    folder = RunFolder(tmp_path, tmp_path)
+    assert state_of(folder, {"starts": starts}, 4, 4) == state
 
 
 def test_series_are_those_of_the_file_and_an_unknown_metric_is_none(client, run):

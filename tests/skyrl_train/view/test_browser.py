@@ -211,6 +211,34 @@ def test_nothing_that_was_said_becomes_markup_on_a_phone_or_a_desk(browser, addr
         assert smallest >= 10.5
 
 
+def test_each_start_of_a_run_is_a_table_and_not_raw_json(browser, address, library, tmp_path):
+    folder = write_run(tmp_path / "twice", num_steps=1)
+    first = {
+        "started": "2026-11-28T12:54:40+00:00", "ended": "failed", "ended_at": "2026-11-28T12:55:02+00:00",
+        "error": "OSError: the disk is full", "command": "skyrl train --env echo_env trainer.epochs=4",
+        "folder": "/home/me", "first_step": 0, "process": 12,
+        "commits": {"skyrl-train": "26162d9"}, "versions": {"torch": "2.13.0", "ray": "2.60.0"},
+    }  # fmt: skip
+    second = first | {"started": "2026-11-29T08:00:00+00:00", "ended": None, "ended_at": None, "error": None}
+    run_info = json.loads((folder / "run.json").read_text()) | {"starts": [first, second]}
+    (folder / "run.json").write_text(json.dumps(run_info))
+    library.roots.append(tmp_path.resolve())
+    library.look_for_runs()
+    [run] = [name for name, entry in library.entries.items() if entry.folder.path == folder.resolve()]
+    browser.open(f"{address}#/run/{run}/settings")
+    browser.until("document.querySelectorAll('table.start').length === 2")
+    newest, oldest = (dict(line.split("\t") for line in text.split("\n")) for text in texts(browser, "table.start"))
+    assert (newest["started"], newest["ended"]) == (second["started"], "not recorded")
+    assert "error" not in newest
+    assert oldest["ended"] == "failed, 2026-11-28T12:55:02+00:00"
+    assert oldest["error"] == first["error"]
+    assert oldest["command"] == first["command"]
+    assert (oldest["commits"], oldest["versions"]) == ("skyrl-train 26162d9", "torch 2.13.0, ray 2.60.0")
+    browser.until("document.querySelector('.run-head .state').innerText === 'killed'")  # nobody saw it end
+    browser.size(360, 860)
+    assert overflow(browser) == 0
+
+
 @pytest.mark.parametrize("width", [360, 420])
 def test_on_a_phone_an_episode_opens_over_the_list_and_escape_leads_back(browser, address, run, width):
     browser.size(width, 860)
@@ -313,6 +341,7 @@ def odd(library: Library, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         file.write(json.dumps(line | dict.fromkeys(NAMES, 1.5)) + "\n")
     run_info = json.loads((folder / "run.json").read_text())
     run_info |= {"model": NAMES[1], "changed": {name: [name, "2"] for name in NAMES}, "total_steps": 10**400}
+    run_info["starts"] = [None, 7, {"ended": ["odd"], "versions": NAMES, "commits": {"__proto__": {"a": None}}}]
     (folder / "run.json").write_text(json.dumps(run_info))
     library.roots.append(root.resolve())
     library.look_for_runs()

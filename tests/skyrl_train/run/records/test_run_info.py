@@ -209,6 +209,22 @@ def test_a_long_name_takes_no_room_from_the_other_columns(listed, tmp_path, envi
         assert ("model" in heading) is (columns > 100)
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "40"])
+def test_no_terminal_is_too_narrow_for_the_numbers(listed, tmp_path, columns):
+    a, b = described_run(tmp_path / "a"), described_run(tmp_path / "b", seed=2)
+    assert "2026-11-27 16:59  finished  2/2    0.250 > 0.750" in listed(tmp_path, columns=columns)
+    [evaluation] = [line for line in listed("compare", a, b, columns=columns).splitlines() if "evaluation" in line]
+    assert evaluation.split() == ["evaluation", *["0.25", "0.75", "0.75"] * 2]
+
+
+def test_a_field_of_a_later_version_is_no_damage(tmp_path):
+    (tmp_path / "run.json").write_text('{"model": "SmolLM2", "weather": "fair"}')
+    assert read_run_info(tmp_path).model == "SmolLM2"
+    (tmp_path / "run.json").write_text('["SmolLM2"]')
+    with pytest.raises(ValueError, match="is damaged"):
+        read_run_info(tmp_path)
+
+
 def test_runs_are_listed_as_json(listed, tmp_path):
     described_run(tmp_path / "one")
     (tmp_path / "bad").mkdir()
