@@ -86,7 +86,7 @@ def test_all_lines_of_a_run_fit_the_terminal_and_what_is_copied_is_whole(columns
     said = [line for line in lines if re.match(r"\d\d:", line)]
     assert [line for line in said if not LINE.match(line)] == []
     assert any("uv run skyrl chat a_run" in line for line in lines)
-    assert any("uv run python -m skyrl_train.records show a_run --worst 3" in line for line in lines)
+    assert any("uv run skyrl play --model a_run --before" in line for line in lines)
 
 
 def test_where_pip_installed_the_command_it_is_typed_without_uv(monkeypatch) -> None:
