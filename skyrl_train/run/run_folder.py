@@ -26,17 +26,23 @@ from pathlib import Path
 
 from loguru import logger
 
-from skyrl_train.files import write_whole
+from skyrl_train.files import user_path, write_whole
 
 LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
     "latest_ckpt_global_step.txt", "metrics.jsonl", "trajectories", "report.html", "summary.json",
 )  # fmt: skip
 RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
 MODEL = "model"
+USUAL_FOLDERS = ("~/ckpts", "runs")  # below them lie the runs of our scripts, and of a project that follows docs/
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
 ADVANTAGES_NAME = re.compile(r"advantages_step_(\d+)\.jsonl\.zst")
 PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
+
+
+def usual_folders() -> list[str]:
+    """Return where runs are looked for if nobody says: in USUAL_FOLDERS, else in the current folder."""
+    return [folder for folder in USUAL_FOLDERS if user_path(folder).is_dir()] or ["."]
 
 
 @contextmanager
