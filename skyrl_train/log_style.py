@@ -17,7 +17,7 @@ WIDTH = 100  # columns of a terminal's lines, and fewer where it is narrower
 INDENT = " " * 17  # behind time and level
 FORMAT = "{time:HH:mm:ss} {level: <7} {extra[who]}: {message}\n{exception}"
 OURS = ("skyrl_train", "skyrl_gym", "integrations")
-WORD = re.compile(r"\S*`[^`\n]*`\S*|\S+")  # what stands between backticks is copied, so it is one word
+WORD = re.compile(r"(\s*)((?:`[^`\n]*`|\S)+)")  # what stands between backticks is copied, so it is one word
 
 
 def log_format(record: Any) -> str:
@@ -47,9 +47,9 @@ def _parts(line: str, width: int, indent: str) -> list[str]:
     if len(line) <= width or line.startswith("  "):
         return [line]
     parts: list[str] = []
-    for word in WORD.findall(line):
-        if parts and len(parts[-1]) + 1 + len(word) <= width:
-            parts[-1] += f" {word}"
+    for space, word in WORD.findall(line):
+        if parts and len(parts[-1]) + len(space) + len(word) <= width:
+            parts[-1] += space + word
         else:
             parts.append(f"{indent if parts else ''}{word}")
     return parts

@@ -21,10 +21,9 @@ from skyrl_train.run.metrics import read_metrics
 from skyrl_train.run.records.compare import Comparison, compare
 from skyrl_train.run.records.run_info import RunInfo, read_run_info, state_of
 from skyrl_train.run.records.summary import Summary, summarise
-from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO, where_its_run_is
+from skyrl_train.run.run_folder import METRICS, PREVIOUS, RUN_INFO, USUAL_FOLDERS, usual_folders, where_its_run_is
 from skyrl_train.visible import Parser, say, visible
 
-DEFAULT_FOLDER = "~/ckpts"  # below it lie the runs of run_openenv.sh and of examples/
 MAX_DEPTH = 4
 WIDE, LEAST_OF_LIST, LEAST_OF_COMPARISON = 100, 60, 76  # columns; in fewer of them numbers would be cut
 
@@ -44,11 +43,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _list(words: list[str]) -> int:
     parser = Parser(prog="skyrl runs", description="List the runs below some folders, newest first.")
-    about = f"{DEFAULT_FOLDER} if none is given; or: compare A B"
+    about = f"{' and '.join(USUAL_FOLDERS)} if none is given; or: compare A B"
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help=about)
     parser.add_argument("--json", action="store_true", help="print everything that is known of each run as JSON")
     arguments = parser.parse_args(words)
-    given = [user_path(folder) for folder in arguments.folders or [DEFAULT_FOLDER]]
+    given = [user_path(folder) for folder in arguments.folders or usual_folders()]
     for folder in given:
         if arguments.folders and not folder.is_dir():
             raise ValueError(f"there is no folder {folder}{where_its_run_is(folder)}")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from skyrl_train.files import write_whole
+from skyrl_train.files import user_path, write_whole
 from skyrl_train.run.digests import DIGESTS
 
 LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
@@ -34,10 +34,16 @@ LATEST, METRICS, TRAJECTORIES, REPORT, SUMMARY = (
 )  # fmt: skip
 RUN_INFO, TENSORBOARD, PROFILE, PREVIOUS, LOCK = "run.json", "tensorboard", "profile", "previous", ".lock"
 MODEL, ORIGIN = "model", "skyrl.json"  # ORIGIN: in an exported model's folder, the run that it comes from
+USUAL_FOLDERS = ("~/ckpts", "runs")  # below them lie the runs of our scripts, and of a project that follows docs/
 CHECKPOINT_NAME = re.compile(r"global_step_(\d+)")
 TRAJECTORY_NAME = re.compile(r"(train|eval)_step_(\d+)\.jsonl\.zst")
 ADVANTAGES_NAME = re.compile(r"advantages_step_(\d+)\.jsonl\.zst")
 PROFILE_NAME = re.compile(r"step_(\d+)\.json\.gz")
+
+
+def usual_folders() -> list[str]:
+    """Return where runs are looked for if nobody says: in USUAL_FOLDERS, else in the current folder."""
+    return [folder for folder in USUAL_FOLDERS if user_path(folder).is_dir()] or ["."]
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import uvicorn
 
-from skyrl_train.config.trainer import TrainerConfig
 from skyrl_train.console import lasting_output
 from skyrl_train.files import told
+from skyrl_train.run.run_folder import USUAL_FOLDERS, usual_folders
 from skyrl_train.view.app import make_app
 from skyrl_train.view.folders import given_folder
 from skyrl_train.view.library import Library
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     with lasting_output():
         try:
-            roots = list(dict.fromkeys(given_folder(text) for text in options.folder or _default_folders()))
+            roots = list(dict.fromkeys(given_folder(text) for text in options.folder or usual_folders()))
             listener = _listener(options.port)
         except (ValueError, OSError) as error:
             say(f"skyrl view: {told(error)}")
@@ -89,12 +89,6 @@ def _listener(port: int | None) -> socket.socket:
     raise ValueError("no port of this machine is free")
 
 
-def _default_folders() -> list[str]:
-    """Return the folder that runs are written into by default, if it is there, else the current one."""
-    usual = os.path.expanduser(TrainerConfig.ckpt_path)
-    return [usual if os.path.isdir(usual) else "."]
-
-
 def _has_a_screen() -> bool:
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
@@ -105,9 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Open a local web page: runs, their curves over each other, every episode. Nothing is changed but "
         "an index beside the trajectories (.view.sqlite), which may be deleted at any time.",
     )
-    parser.add_argument(
-        "folder", nargs="*", metavar="FOLDER", help="a run (trainer.ckpt_path), or a folder that holds runs"
-    )
+    about = f"a run (trainer.ckpt_path), or a folder that holds runs; default: {' and '.join(USUAL_FOLDERS)}"
+    parser.add_argument("folder", nargs="*", metavar="FOLDER", help=about)
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT} on")
     parser.add_argument("--no-open", action="store_true", help="only print the address, open no browser")
     return parser

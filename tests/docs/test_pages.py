@@ -30,7 +30,7 @@ def test_the_page_about_an_own_environment(folder, capsys):
     lines = [line for line in page.files["my_game.py"].splitlines() if line]
     assert len(lines) <= 12, "as its title says"
     assert '"path": "auto"' in page.files["train_it.py"]
-    page.write_files(folder, **{'"path": "auto"': '"path": "model"'})
+    page.write_files(folder, **{'"path": "auto"': '"path": "model"', '"epochs": 8': '"epochs": 1'})
     make, check, play, train, watch, reward, chat, compare, evaluate, from_python = page.commands
     typed(make, folder)
     checked = typed(check, folder)
@@ -43,7 +43,7 @@ def test_the_page_about_an_own_environment(folder, capsys):
     capsys.readouterr()
     typed_here(watch, folder)
     assert "Say the word chair and nothing else." in capsys.readouterr().out
-    typed_here(reward, folder, *TINY[:-1])  # keeps a checkpoint, and with it the model
+    typed_here(reward, folder, *TINY[:-1], "trainer.epochs=1")  # keeps a checkpoint, and with it the model
     assert json.loads((folder / "runs/reward/summary.json").read_text())["environment"] == "single_turn"
     capsys.readouterr()
     typed_here(chat, folder, "--max-tokens", "4", lines="hello\n/quit\n")

@@ -86,7 +86,7 @@ def test_all_lines_of_a_run_fit_the_terminal_and_what_is_copied_is_whole(columns
     said = [line for line in lines if re.match(r"\d\d:", line)]
     assert [line for line in said if not LINE.match(line)] == []
     assert any("uv run skyrl chat a_run" in line for line in lines)
-    assert any("uv run python -m skyrl_train.records show a_run --worst 3" in line for line in lines)
+    assert any("uv run skyrl play --model a_run --before" in line for line in lines)
 
 
 def test_where_pip_installed_the_command_it_is_typed_without_uv(monkeypatch) -> None:
@@ -136,6 +136,9 @@ def test_libraries_and_warnings_speak_as_we_do(monkeypatch) -> None:
         ("one two three", 7, ["one two", "  three"]),
         ("one two", None, ["one two"]),
         ("say `a b c d` now", 9, ["say", "  `a b c d`", "  now"]),
+        ("`a.b` is old; say `c.d`.", 13, ["`a.b` is old;", "  say `c.d`."]),
+        ("WARN    who: a b c", 14, ["WARN    who: a", "  b c"]),
+        ("don`t break", 8, ["don`t", "  break"]),
         ("a/very/long/path is here", 8, ["a/very/long/path", "  is", "  here"]),
         ("This would start:\n  python -m x key=value", 10, ["This would", "  start:", "  python -m x key=value"]),
         ("first\n\nlast", 80, ["first", "", "last"]),

@@ -165,14 +165,15 @@ class CatalogEntry(ABC):
         """True if our own server can run: the module of its engine is installed (it is not imported)."""
         return self.engine_module is None or find_spec(self.engine_module) is not None
 
-    def require_engine(self) -> None:
-        """Raise ValueError, with what to type, if our own server cannot run."""
-        if not self.has_engine:
-            raise ValueError(
-                f"{self.name}: {self.engine_module} is not installed; "
-                f"pip install 'skyrl-train[{self.extra}]', in a checkout "
-                f"uv run integrations/openenv/install_environment.py {self.name}"
-            )
+    @property
+    def lack(self) -> str | None:
+        """Why our own server cannot run, and what to type; None if it can."""
+        if self.has_engine:
+            return None
+        return (
+            f"{self.engine_module} is not installed; pip install 'skyrl-train[{self.extra}]', in a checkout "
+            f"uv run integrations/openenv/install_environment.py {self.name}"
+        )
 
     def read_options(self, values: Mapping[str, Any]) -> Any:
         """Return an `options_type` with these values; ValueError names what is unknown or wrong."""
@@ -209,4 +210,6 @@ class CatalogEntry(ABC):
     def source(self, options: Any) -> ServerSource:
         """Return the ways to serve the environment: our own server's module and the image."""
         variables = tuple(sorted(self.image_variables(options).items()))
-        return ServerSource(self.name, module=self.server_module, image=self.local_image, variables=variables)
+        return ServerSource(
+            self.name, module=self.server_module, image=self.local_image, variables=variables, lack=self.lack
+        )

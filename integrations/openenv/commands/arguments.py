@@ -16,8 +16,8 @@ from skyrl_train.visible import visible
 CLASSES = "a class of yours (my_module:MyEnv) or another environment of skyrl_gym (gsm8k)"
 
 
-def add_environment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("env", metavar="ENV", help=f"{', '.join(CATALOG)}; {FORMS}; or {CLASSES}")
+def add_environment(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("env", nargs=nargs, metavar="ENV", help=f"{', '.join(CATALOG)}; {FORMS}; or {CLASSES}")
     parser.add_argument(
         "--option",
         action="append",

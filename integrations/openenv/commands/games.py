@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import skyrl_gym
+from integrations.openenv.catalog import catalog_entry
 from integrations.openenv.catalog.options import options_from_words
+from integrations.openenv.client.background import run_in_background
+from integrations.openenv.client.errors import OpenEnvError
 from integrations.openenv.commands.arguments import environment_config, task_rows
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
+from integrations.openenv.hosting.launch import preflight
 from integrations.openenv.recipe import recipe
 from skyrl_gym import commands as gym_commands
 from skyrl_gym.check import example_extras
@@ -27,6 +31,7 @@ from skyrl_train.types import Prompt
 from skyrl_train.visible import words_of
 
 if TYPE_CHECKING:
+    from integrations.openenv.commands.watched_run import PlacedRow, WatchedRun
     from skyrl_train.commands.sources import Source
     from skyrl_train.config import SkyRLConfig
     from skyrl_train.rollout.rewards import Rewards
@@ -85,11 +90,21 @@ def game(arguments: argparse.Namespace, of: Source | None = None) -> PlayedGame:
 
     of: the model that is watched. If it was trained in this environment, it plays as in its run: with the run's
     validation data, settings of the environment, turns and rewards, as far as the command line does not say otherwise.
+    Where the command line names no environment, the run does.
     """
+    run = None
+    if of is not None and of.settings:
+        from integrations.openenv.commands.watched_run import WatchedRun
+
+        run = WatchedRun.of(of)
+    if arguments.env is None:
+        if run is None:
+            raise ValueError("name an environment, or a run with --model: a run says in which one it was trained")
+        arguments = argparse.Namespace(**{**vars(arguments), "env": run.environment_at(arguments.seed)})
     if is_text_environment(arguments.env):
-        return _text_game(arguments, of)
+        return _text_game(arguments, run)
     gym_commands.refuse_rows(arguments)
-    return _openenv_game(arguments)
+    return _openenv_game(arguments, run)
 
 
 def limits_of(played: PlayedGame, max_context: int = 1) -> EpisodeLimits:
@@ -137,30 +152,48 @@ def refuse_servers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--runtime and --url are of OpenEnv's servers, and {arguments.env} has none; leave them out")
 
 
-def _openenv_game(arguments: argparse.Namespace) -> OpenEnvGame:
+def _openenv_game(arguments: argparse.Namespace, run: WatchedRun | None) -> OpenEnvGame:
     from skyrl_train.prompts import row_prompt
 
-    config = environment_config(arguments)
-    entry, [row] = task_rows(arguments, 1, config)
-    made = OpenEnvGame(row_prompt("the task", row, "openenv"), config=config)
+    config, entry = environment_config(arguments), catalog_entry(arguments.env)
+    rows = run.rows_of(arguments.env) if run and not arguments.option else []
+    if run and rows:
+        trained = run.cfg.environment.openenv
+        names = [*trained.env_names, arguments.env]
+        config = replace(trained, runtime=config.runtime, url=config.url, env_names=names)
+        place, row = _pick(rows, arguments.seed)
+        row = {**row, "env_name": arguments.env}  # a folder may lie somewhere else by now
+        if arguments.max_turns is not None:
+            row["max_turns"] = arguments.max_turns
+    else:
+        place, [row] = "the task", task_rows(arguments, 1, config)[1]
+    made = OpenEnvGame(row_prompt(place, row, "openenv"), config=config)
+    if run and rows:
+        _play_as_in(run.cfg, made)
     made.help = f"Write an action, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task again; q ends."
     made.keys = [
         key for key in recipe(entry, Path(), 0, on_cpu=True) if key.startswith("generator.") and "max_turns" not in key
     ]
-    OpenEnv(config, row)  # options that the environment refuses, before a model is loaded
+    env = OpenEnv(config, row)  # options that the environment refuses, before a model is loaded
+    try:
+        run_in_background(preflight([env.entry.source(env.options)], config))
+    except OpenEnvError as missing:
+        raise ValueError(str(missing)) from missing
     return made
 
 
-def _text_game(arguments: argparse.Namespace, of: Source | None) -> TextGame:
+def _text_game(arguments: argparse.Namespace, of_run: WatchedRun | None) -> TextGame:
     from skyrl_train.config import EnvironmentConfig, env_config_for
     from skyrl_train.config.settings import EnvSettings
     from skyrl_train.entrypoints.data_parts import look_up_environment
     from skyrl_train.prompts import refuse_unknown_environments, row_prompt
 
     refuse_servers(arguments)
-    name, run = arguments.env, _run_in(arguments.env, of)
+    name = arguments.env
+    rows = of_run.rows_of(name) if of_run else []
+    run = of_run.cfg if of_run and (rows or of_run.cfg.environment.env_class == name) else None
     column = arguments.prompt_column or (run.data.prompt_column if run else "prompt")
-    place, row = _row(arguments, run, column)
+    place, row = _row(arguments, rows, column)
     limit = {} if arguments.max_turns is None else {"max_turns": arguments.max_turns}
     prompt = row_prompt(place, {**row, **limit, "env_class": name}, name, column)
     environment = EnvironmentConfig(env_class=name) if run is None else run.environment
@@ -169,11 +202,16 @@ def _text_game(arguments: argparse.Namespace, of: Source | None) -> TextGame:
     made = TextGame(prompt, env_config=settings)
     _refuse_wrong_row(made, place, arguments.seed)
     if run is not None:
-        from skyrl_train.rollout.rewards import Rewards
-
-        made.max_turns = 1 if run.generator.batched else run.generator.max_turns
-        made.rewards = Rewards.of(run.environment.reward, run.environment.named_rewards)
+        _play_as_in(run, made)
     return made
+
+
+def _play_as_in(run: SkyRLConfig, made: PlayedGame) -> None:
+    """Let the turns be limited and paid as in the run."""
+    from skyrl_train.rollout.rewards import Rewards
+
+    made.max_turns = 1 if run.generator.batched else run.generator.max_turns
+    made.rewards = Rewards.of(run.environment.reward, run.environment.named_rewards)
 
 
 def _refuse_wrong_row(made: TextGame, place: str, seed: int) -> None:
@@ -185,16 +223,7 @@ def _refuse_wrong_row(made: TextGame, place: str, seed: int) -> None:
         raise ValueError(f"{name} cannot be made from {place}: {words_of(tried.error)}{hint}") from tried.error
 
 
-def _run_in(name: str, of: Source | None) -> SkyRLConfig | None:
-    """Return the settings of the watched model's run; None without any, or where it ran in another environment."""
-    if of is None or of.settings.get("environment.env_class") != name:
-        return None
-    from skyrl_train.commands.sources import configuration
-
-    return configuration(of)
-
-
-def _row(arguments: argparse.Namespace, run: SkyRLConfig | None, column: str) -> tuple[str, dict[str, Any]]:
+def _row(arguments: argparse.Namespace, of_run: list[PlacedRow], column: str) -> PlacedRow:
     """Return the row that is played, and its place for messages: the seed says which of them."""
     from skyrl_train.prompts import read_source
 
@@ -204,8 +233,8 @@ def _row(arguments: argparse.Namespace, run: SkyRLConfig | None, column: str) ->
         if not Path(arguments.data).expanduser().is_file():
             raise ValueError(f"--data={arguments.data}: there is no such file")
         rows = list(read_source(arguments.data))
-    elif run is not None and run.data.val_data:
-        return _pick([row for source in run.data.val_data for row in read_source(source)], arguments.seed)
+    elif of_run:
+        return _pick(of_run, arguments.seed)
     else:
         examples = example_extras(arguments.env)
         rows = [("an example row of the environment", row) for row in examples] or [("an empty row", {})]
@@ -215,7 +244,7 @@ def _row(arguments: argparse.Namespace, run: SkyRLConfig | None, column: str) ->
     return place, {column: BEGIN, **row}
 
 
-def _pick(rows: list[tuple[str, dict[str, Any]]], seed: int) -> tuple[str, dict[str, Any]]:
+def _pick(rows: list[PlacedRow], seed: int) -> PlacedRow:
     if not rows:
         raise ValueError("there are no rows to play; give one with --data FILE or --row JSON")
     return rows[seed % len(rows)]

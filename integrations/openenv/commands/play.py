@@ -19,18 +19,24 @@ from skyrl_gym.contract import Messages
 from skyrl_gym.core import EnvFailure
 from skyrl_gym.tool_calls import CLOSE, OPEN
 from skyrl_train.engine.base import SamplingParams
+from skyrl_train.files import user_path
 from skyrl_train.rollout.env_calls import EnvCalls
 from skyrl_train.rollout.tools_in_words import with_tools_in_words
+from skyrl_train.run.run_folder import RUN_INFO
 from skyrl_train.visible import visible
 
 TOOL_HELP = f"Write a call of a tool, with or without {OPEN}{CLOSE}. An empty line shows this; ? the task; q ends."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_environment(parser)
-    parser.add_argument("--model", metavar="RUN|MODEL", help="watch this model play: a run's folder, a model")
+    add_environment(parser, nargs="?")
+    parser.add_argument(
+        "--model", metavar="RUN|MODEL", help="watch this model play: a run's folder, which also names ENV, or a model"
+    )
     parser.add_argument("--before", action="store_true", help="with --model: the model before training plays beside it")
-    parser.add_argument("--pace", type=float, metavar="S", help="with --model: seconds a move; default: Enter goes on")
+    parser.add_argument(
+        "--pace", type=float, metavar="S", help="with --model: seconds a move, and one game; default: Enter goes on"
+    )
     gym_commands.add_rows(parser.add_argument_group("for a class of yours, as my_module:MyEnv; --seed picks the row"))
 
 
@@ -44,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.before or arguments.pace is not None:
             raise ValueError("--before and --pace need --model RUN")
+        if arguments.env is not None and (user_path(arguments.env) / RUN_INFO).is_file():
+            raise ValueError(f"{arguments.env} is a run; to watch its model: skyrl play --model {arguments.env}")
         _play(game(arguments), arguments.seed, console)
     except (OpenEnvError, EnvFailure) as failed:
         print(visible(f"the environment failed: {failed}"), file=sys.stderr)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -62,11 +63,34 @@ class WatchedCalls(EnvCalls):
 
 @dataclass
 class Player:
-    """A model at the game: its episode runs ahead, its moves are taken one by one."""
+    """A model that plays game after game."""
+
+    name: str
+    talker: Talker
+    engine: Engine
+    total: float = 0.0
+
+    @classmethod
+    async def of(cls, source: Source, keys: Sequence[str]) -> Player:
+        """Return a player with its model. keys: how it samples, unless it brings the settings of its run."""
+        talker = await asyncio.to_thread(Talker, source, [] if source.settings else keys)
+        return cls(source.label.removeprefix(f"{source.named} "), talker, await talker.start())
+
+    def begin(self, played: PlayedGame, seed: int, executor: ThreadPoolExecutor) -> Playing:
+        """Begin a game."""
+        limits = limits_of(played, self.engine.max_model_len)
+        task = played.task(seed, sampling_params(self.talker.cfg.generator.eval_sampling_params))
+        env = WatchedCalls(played.make, task, limits, executor, played.rewards)
+        episode = Episode(task, self.engine, self.talker.chat_template, limits, env)
+        return Playing(self.name, env, asyncio.create_task(episode.play()))
+
+
+@dataclass
+class Playing:
+    """A game of a player: its episode runs ahead, its moves are taken one by one."""
 
     name: str
     env: WatchedCalls
-    engine: Engine
     episode: asyncio.Task[Trajectory]
     total: float = 0.0
 
@@ -82,6 +106,10 @@ class Player:
         self.total += move.reward
         return move
 
+    async def end(self) -> None:
+        self.episode.cancel()
+        await asyncio.gather(self.episode, return_exceptions=True)
+
 
 def sources_of(arguments: argparse.Namespace) -> list[Source]:
     """Return who plays. ValueError for what is neither a run nor a model."""
@@ -92,55 +120,60 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
 
 
 async def watch(arguments: argparse.Namespace, sources: Sequence[Source], console: Console) -> None:
-    """Let the models play the same task, and show their moves side by side."""
+    """Let the models play the same task, and show their moves side by side; then the next seed's, if the person asks.
+
+    With --pace, or without a terminal, one game is shown.
+    """
+    players: list[Player] = []
     with ThreadPoolExecutor(4, "environment") as executor:
-        players: list[Player] = []
         try:
             played = await asyncio.to_thread(game, arguments, sources[-1])
             for one in sources:
-                players.append(await player(one, played, arguments.seed, executor))
-            await show(players, console, arguments.pace)
+                players.append(await Player.of(one, played.keys))
+            for seed in count(arguments.seed):
+                if seed != arguments.seed:
+                    console.rule(f"--seed {seed}", align="left")
+                    played = await asyncio.to_thread(game, copy_with(arguments, seed), sources[-1])
+                games = [one.begin(played, seed, executor) for one in players]
+                try:
+                    goes_on = await show(games, console, arguments.pace)
+                finally:
+                    for one in games:
+                        await one.end()
+                for player, one in zip(players, games, strict=True):
+                    player.total += one.total
+                played_out = seed - arguments.seed + 1
+                in_all = f" [dim](in {played_out} games)[/]" if played_out > 1 else ""
+                console.print(
+                    "   ".join(f"[bold]{shown(one.name)} earned {one.total:g}[/]" for one in players) + in_all
+                )
+                if not goes_on or not (arguments.pace is None and await _says_yes("the next game", console)):
+                    break
         finally:
-            for one in players:
-                one.episode.cancel()
-            await asyncio.gather(*(one.episode for one in players), return_exceptions=True)
             for one in players:
                 await one.engine.close()
             await close_shared_pools()
 
 
-async def player(of: Source, played: PlayedGame, seed: int, executor: ThreadPoolExecutor) -> Player:
-    """Return a player whose episode has begun. A run's own settings say how it samples, else those of the game."""
-    talker = await asyncio.to_thread(Talker, of, [] if of.settings else played.keys)
-    engine = await talker.start()
-    limits = limits_of(played, engine.max_model_len)
-    task = played.task(seed, sampling_params(talker.cfg.generator.eval_sampling_params))
-    env = WatchedCalls(played.make, task, limits, executor, played.rewards)
-    episode = Episode(task, engine, talker.chat_template, limits, env)
-    return Player(of.label, env, engine, asyncio.create_task(episode.play()))
-
-
-async def show(players: Sequence[Player], console: Console, pace: float | None) -> None:
-    """Print the task, then move by move, a column for each player, until all have ended or the person stops."""
-    first = players[0]
+async def show(games: Sequence[Playing], console: Console, pace: float | None) -> bool:
+    """Print the task, then move by move, a column for each player. Returns False if the person stopped it."""
+    first = games[0]
     await asyncio.wait({first.env.opening, first.episode}, return_when=asyncio.FIRST_COMPLETED)
     if not first.env.opening.done():
         first.episode.result()  # the failure that ended it
     for message in first.env.opening.result():
         console.print(f"[cyan]{shown(message['role'])}:[/] {shown(message['content'])}")
-    turn = 0
-    while True:
-        moves = [await one.next_move() for one in players]
+    for turn in count(1):
+        moves = [await one.next_move() for one in games]
         if not any(moves):
             break
-        turn += 1
-        console.print(board(turn, players, moves))
-        if not await _goes_on(pace, console):
-            break
-    console.print("   ".join(f"[bold]{shown(one.name)} earned {one.total:g}[/]" for one in players))
+        if turn > 1 and not await _goes_on(pace, console):
+            return False
+        console.print(board(turn, games, moves))
+    return True
 
 
-def board(turn: int, players: Sequence[Player], moves: Sequence[Move | None]) -> Table:
+def board(turn: int, players: Sequence[Playing], moves: Sequence[Move | None]) -> Table:
     """Return one turn as a table: who plays, what each said, what came of it."""
     table = Table(title=f"turn {turn}", title_justify="left", expand=len(players) > 1)
     cells = []
@@ -156,12 +189,21 @@ def board(turn: int, players: Sequence[Player], moves: Sequence[Move | None]) ->
 
 
 async def _goes_on(pace: float | None, console: Console) -> bool:
-    """Wait for the person: for Enter on a terminal, or for `pace` seconds. False: q, or the end of the input."""
+    """Wait before a move: for the person at a terminal, or for `pace` seconds. False: the person ends it."""
     if pace is not None:
         await asyncio.sleep(pace)
         return True
+    return not sys.stdin.isatty() or await _says_yes("the next move", console)
+
+
+async def _says_yes(to: str, console: Console) -> bool:
+    """Return whether the person at the terminal presses Enter; False: q, the end of the input, or no terminal."""
     if not sys.stdin.isatty():
-        return True
-    console.print("[dim]Enter: the next move; q: the end[/] ", end="")
+        return False
+    console.print(f"[dim]Enter: {to}; q: the end[/] ", end="")
     line = await asyncio.wrap_future(in_daemon_thread(sys.stdin.readline))  # nothing waits for it at the end
     return bool(line) and line.strip() != "q"
+
+
+def copy_with(arguments: argparse.Namespace, seed: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(arguments), "seed": seed})

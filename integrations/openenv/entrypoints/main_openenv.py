@@ -58,14 +58,11 @@ class OpenEnvExp(BasePPOExp):
             kind = (str(extras.get("env_name")), str(extras.get("options")))
             if prompt.env_class == "openenv" and kind not in envs:
                 envs[kind] = OpenEnv(config, {"max_turns": cfg.generator.max_turns, **extras})
-        sources = {env.entry.source(env.options): env.entry for env in envs.values()}
+        sources = dict.fromkeys(env.entry.source(env.options) for env in envs.values())
         try:
-            runtimes = asyncio.run(preflight(sources, config))
+            asyncio.run(preflight(sources, config))
         except OpenEnvError as missing:
             raise ValueError(str(missing)) from missing
-        for source, entry in sources.items():
-            if runtimes[source.name] == "local":
-                entry.require_engine()
 
     def extra_metrics(self) -> dict[str, float]:
         return {"environment/num_server_restarts": float(num_server_restarts())}

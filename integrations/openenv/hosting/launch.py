@@ -60,13 +60,19 @@ async def choose_runtime(source: ServerSource, config: OpenEnvConfig) -> str:
     if config.runtime == "local":
         if source.module is None:
             raise OpenEnvError("there is no server of ours for it; use another openenv.runtime")
-        return "local"
+        return _local(source)
     if url_of(source, config) is not None:
         return "url"
     if source.image is not None and await has_docker() and await find_image(source.image) is not None:
         return "docker"
     if source.module is None:
         await _require_image(source)
+    return _local(source)
+
+
+def _local(source: ServerSource) -> str:
+    if source.lack is not None:
+        raise OpenEnvError(source.lack)
     return "local"
 
 

@@ -18,6 +18,7 @@ class ServerSource:
     image: str | None = None  # of a container that serves it
     variables: tuple[tuple[str, str], ...] = ()  # environment variables of that container
     url: str | None = None  # of a server that runs already
+    lack: str | None = None  # why our own server cannot run on this machine, and what to type
 
     def __post_init__(self) -> None:
         if not (self.module or self.image or self.url):

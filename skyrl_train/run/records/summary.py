@@ -119,12 +119,14 @@ def closing_panel(summary: Summary) -> Group:
         ("trajectories", summary.trajectories),
         ("report", summary.report or "none yet"),
         *([("profile", f"{summary.profile}, one file per step: open it at {VIEWER}")] if summary.profile else []),
-        *([("talk to it", as_typed(f"skyrl chat {shlex.quote(str(folder))}"))] if summary.model_folder else []),
-        ("next", as_typed(f"python -m skyrl_train.records show {shlex.quote(str(folder))} --worst 3")),
     ]
+    quoted = shlex.quote(str(folder))
+    commands = [("look at it", f"skyrl view {quoted}")]
+    if summary.model_folder:
+        commands += [("talk to it", f"skyrl chat {quoted}"), ("watch it", f"skyrl play --model {quoted} --before")]
     width = max(len(name) for name, _ in rows)
-    commands = ("next", "talk to it")
-    lines = [Text.assemble((f"{n:{width}}  ", "dim"), (v, "cyan" if n in commands else "")) for n, v in rows]
+    lines = [Text.assemble((f"{name:{width}}  ", "dim"), value) for name, value in rows]
+    lines += [Text.assemble((f"{name:{width}}  ", "dim"), (as_typed(value), "cyan")) for name, value in commands]
     return Group(Panel(headline, title="done", border_style="green", expand=False), *lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,24 @@ def test_the_model_of_a_run_plays_the_validation_data_of_the_run_beside_the_one_
     assert out.count(" earned ") == 2
 
 
+def test_a_run_says_in_which_environment_its_model_plays(runs, capsys):
+    assert main(["play", "--model", str(runs["full"]), "--pace", "0", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.startswith("user: task 3 → ☃\n")
+
+
+def test_on_a_terminal_game_after_game_is_watched_until_q(runs, capsys, monkeypatch):
+    typed(monkeypatch, *[""] * 3, "q")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert main(["play", "--model", str(runs["full"]), "--before"]) == 0
+    out = capsys.readouterr().out
+    told = re.findall(r"task \d|turn \d|Enter: [a-z ]+|before earned.*in all.*|before earned.*", out)
+    assert [line for line in told if not line.startswith("before")] == [
+        *("task 0", "turn 1", "Enter: the next move", "turn 2", "Enter: the next game"),
+        *("task 1", "turn 1", "Enter: the next move", "turn 2", "Enter: the next game"),
+    ]
+    assert [line.endswith("(in 2 games)") for line in told if line.startswith("before")] == [False, True]
+
+
 def test_a_model_plays_with_the_settings_of_its_run(runs, here, capsys):
     shutil.copytree(runs["full"] / "model", here / "model")
     origin = json.loads((here / "model" / "skyrl.json").read_text())
@@ -105,6 +124,22 @@ def test_a_model_plays_with_the_settings_of_its_run(runs, here, capsys):
     assert "turn 4" not in out
     assert main(["play", "arithmetic", "--model", str(here / "model"), "--pace", "0"]) == 0
     assert "earned 0" in capsys.readouterr().out, "another environment is paid by itself"
+    (here / "rows.jsonl").unlink()
+    assert main(["play", "--model", str(here / "model"), "--pace", "0"]) == 2
+    assert "validation data is not here" in (said := capsys.readouterr().err)
+    assert f"{NAME} cannot be made from an empty row" in said
+
+
+def test_a_model_trained_on_a_mixture_plays_in_each_of_its_environments(runs, here, capsys):
+    shutil.copytree(runs["full"] / "model", here / "model")
+    origin = json.loads((here / "model" / "skyrl.json").read_text())
+    sum_row = {"prompt": "40 + 2?", "env_class": "arithmetic", "reward_model": {"ground_truth": "42"}}
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (sum_row, ROWS[0], sum_row)))
+    origin["settings"] |= {"environment.env_class": NAME, "data.val_data": [str(here / "rows.jsonl")]}
+    (here / "model" / "skyrl.json").write_text(json.dumps(origin))
+    for seed, first in (("0", "user: 40 + 2?\n"), ("1", "user: Say red.\n")):
+        assert main(["play", "--model", str(here / "model"), "--pace", "0", "--seed", seed]) == 0
+        assert capsys.readouterr().out.startswith(first)
 
 
 @pytest.mark.parametrize(

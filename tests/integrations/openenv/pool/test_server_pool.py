@@ -410,5 +410,7 @@ async def test_preflight_names_the_runtime_or_says_what_is_missing(echo_url: str
     assert await preflight([ECHO_SOURCE], OpenEnvConfig(url=echo_url)) == {"echo_env": "url"}
     with pytest.raises(OpenEnvError, match=r"echo_env: no server answers at http://127\.0\.0\.1:9 .*start it"):
         await preflight([ECHO_SOURCE], OpenEnvConfig(url="http://127.0.0.1:9"))
+    with pytest.raises(OpenEnvError, match="echo_env: its engine is not installed; type this"):
+        await preflight([replace(ECHO_SOURCE, lack="its engine is not installed; type this")], LOCAL)
     with pytest.raises(OpenEnvError, match="far: there is no server of ours"):
         await preflight([ServerSource("far", url=echo_url)], LOCAL)

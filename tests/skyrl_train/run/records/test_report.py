@@ -190,11 +190,11 @@ def test_the_summary_adds_up(run):
     console.print(closing_panel(summary))
     printed = console.export_text()
     assert "0.250 → 0.875" in printed
-    assert "--worst 3" in printed
+    assert f"uv run skyrl view {run}" in printed
     narrow = Console(record=True, width=40)
     narrow.print(closing_panel(summary), soft_wrap=True)
     text = narrow.export_text()
-    assert f"uv run python -m skyrl_train.records show {run} --worst 3\n" in text  # in one piece
+    assert f"uv run skyrl view {run}\n" in text  # in one piece
     box = [line for line in text.splitlines() if line[0] in "╭│╰"]
     assert {len(line) for line in box} == {40}
     assert f"{summary.tokens:,} tokens sampled" in " ".join(line.strip("│ ") for line in box)  # nothing is cut off

@@ -21,7 +21,7 @@ from skyrl_train.run.records.run_info import (
     run_name,
     state_of,
 )
-from skyrl_train.run.run_folder import run_lock
+from skyrl_train.run.run_folder import run_lock, usual_folders
 
 INFO = RunInfo("folder/SmolLM2", "openenv/echo_env", name="mine")
 
@@ -114,7 +114,9 @@ def test_every_start_is_kept_with_its_end(tmp_path, monkeypatch, error, state, s
 
 
 def test_a_run_without_an_end_is_running_or_was_killed(tmp_path):
-    holds = "import sys, time; from pathlib import Path; from skyrl_train.run.run_folder import run_lock\n"
+    holds = (
+        "import sys, time; from pathlib import Path; from skyrl_train.run.run_folder import run_lock, usual_folders\n"
+    )
     holds += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     info = RunInfo(starts=[{"ended": None}])
     with subprocess.Popen([sys.executable, "-c", holds, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
@@ -246,6 +248,22 @@ def test_two_runs_are_compared(listed, tmp_path):
     assert "trainer.seed" in shown
     assert "versions and machine that differ" in shown
     assert "model, code, versions and machine: the same\n\nsettings: the same" in listed("compare", a, a)
+
+
+def test_runs_are_looked_for_where_scripts_and_pages_write_them(listed, tmp_path, monkeypatch):
+    runs, here = tmp_path / "project" / "runs", tmp_path / "elsewhere"
+    described_run(runs / "mine")
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(runs.parent)
+    assert usual_folders() == ["runs"]
+    assert str(runs / "mine") in listed()
+    monkeypatch.chdir(here)
+    assert usual_folders() == ["."]
+    assert "no runs below" in listed()
+    (tmp_path / "home" / "ckpts").mkdir(parents=True)
+    monkeypatch.chdir(runs.parent)
+    assert usual_folders() == ["~/ckpts", "runs"]
 
 
 def test_what_is_no_run_is_refused(listed, tmp_path):
