@@ -76,17 +76,17 @@ class Player:
         talker = await asyncio.to_thread(Talker, source, [] if source.settings else keys)
         return cls(source.label.removeprefix(f"{source.named} "), talker, await talker.start())
 
-    def begin(self, played: PlayedGame, seed: int, executor: ThreadPoolExecutor) -> Playing:
+    def begin(self, played: PlayedGame, seed: int, executor: ThreadPoolExecutor) -> WatchedGame:
         """Begin a game."""
         limits = limits_of(played, self.engine.max_model_len)
         task = played.task(seed, sampling_params(self.talker.cfg.generator.eval_sampling_params))
         env = WatchedCalls(played.make, task, limits, executor, played.rewards)
         episode = Episode(task, self.engine, self.talker.chat_template, limits, env)
-        return Playing(self.name, env, asyncio.create_task(episode.play()))
+        return WatchedGame(self.name, env, asyncio.create_task(episode.play()))
 
 
 @dataclass
-class Playing:
+class WatchedGame:
     """A game of a player: its episode runs ahead, its moves are taken one by one."""
 
     name: str
@@ -155,7 +155,7 @@ async def watch(arguments: argparse.Namespace, sources: Sequence[Source], consol
             await close_shared_pools()
 
 
-async def show(games: Sequence[Playing], console: Console, pace: float | None) -> bool:
+async def show(games: Sequence[WatchedGame], console: Console, pace: float | None) -> bool:
     """Print the task, then move by move, a column for each player. Returns False if the person stopped it."""
     first = games[0]
     await asyncio.wait({first.env.opening, first.episode}, return_when=asyncio.FIRST_COMPLETED)
@@ -173,7 +173,7 @@ async def show(games: Sequence[Playing], console: Console, pace: float | None) -
     return True
 
 
-def board(turn: int, players: Sequence[Playing], moves: Sequence[Move | None]) -> Table:
+def board(turn: int, players: Sequence[WatchedGame], moves: Sequence[Move | None]) -> Table:
     """Return one turn as a table: who plays, what each said, what came of it."""
     table = Table(title=f"turn {turn}", title_justify="left", expand=len(players) > 1)
     cells = []

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from integrations.openenv.__main__ import main
 from integrations.openenv.catalog import catalog_entry
-from integrations.openenv.commands.watch import Move, Playing, board
+from integrations.openenv.commands.watch import Move, WatchedGame, board
 from integrations.openenv.prepare_dummy_dataset import dataset_rows, write_parquet
 from skyrl_train.commands.trained import Talker
 from tests.tiny_models import save_tiny_model
@@ -67,7 +67,9 @@ def test_an_environment_whose_engine_is_missing_is_refused_before_a_model_is_loa
 
 
 def test_two_players_stand_side_by_side_and_what_they_say_cannot_steer_the_terminal():
-    players = [Playing(name, *[None] * 2, total=total) for name, total in (("run before", 0.0), ("run step 9", 1.0))]  # ty: ignore[invalid-argument-type]
+    players = [
+        WatchedGame(name, *[None] * 2, total=total) for name, total in (("run before", 0.0), ("run step 9", 1.0))
+    ]  # ty: ignore[invalid-argument-type]
     moves = [Move(f"left{ESCAPE} [red]", "..o..\n..x..", -0.5), None]
     console = Console(width=60, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(board(4, players, moves))
