@@ -64,6 +64,9 @@ class SQLCodeExecutorToolGroup(ToolGroup):
 
 
 def database_path(root: str, db_id: str) -> Path:
+    """Return the file of a database. ValueError for a name that leads out of the folder of the databases."""
+    if db_id in ("", ".", "..") or any(sign in db_id for sign in "/\\\0"):
+        raise ValueError(f"db_id={db_id!r} must be the name of a folder in {root}, not a path")
     return Path(root) / db_id / f"{db_id}.sqlite"
 
 

@@ -40,6 +40,7 @@ class SQLEnv(BaseTextEnv):
         self.truth = str(ground_truth(extras))
         self.db_id = str(extras["db_id"])
         self.db_path = str(Path(env_config["db_path"]) / _FOLDERS[extras["data"]])
+        database_path(self.db_path, self.db_id)
         self.tool_group = SQLCodeExecutorToolGroup(db_file_path=self.db_path)
         self.init_tool_groups([self.tool_group])
         self.written: list[str] = []  # by the model

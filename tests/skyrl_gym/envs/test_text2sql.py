@@ -93,6 +93,12 @@ def test_a_missing_database_or_a_broken_truth_is_an_environment_failure(make):
         solve(make("SELECT nothing"), "SELECT 1")
 
 
+@pytest.mark.parametrize("db_id", ["..", ".", "", "../spider/example", "/etc", "a/b", "a\\b", "a\0"])
+def test_a_database_that_is_a_path_is_refused_by_name(make, db_id):
+    with pytest.raises(ValueError, match=r"db_id=.* must be the name of a folder in"):
+        make(db_id=db_id)
+
+
 def test_a_row_without_its_columns_is_refused_by_name(make):
     with pytest.raises(ValueError, match="data='oracle'"):
         make(data="oracle")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from skyrl_train.engine.base import Completion, Engine, Request, SamplingParams
-from skyrl_train.engine.torch import TorchEngine
+from skyrl_train.engine.torch import TorchEngine, forward
+from skyrl_train.policy.model import Policy
+from tests.pretend_cuda import PretendCuda
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
 MakeEngine = Callable[..., TorchEngine]
@@ -27,6 +30,22 @@ async def make_engine() -> AsyncIterator[MakeEngine]:
     yield make
     for engine in engines:
         await engine.close()
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the test run on a pretended GPU, where nothing but the recording of graphs is left out."""
+    from tests.skyrl_train.engine.test_cuda_graphs import again
+
+    monkeypatch.setattr(forward, "CudaGraphs", lambda device: again)
+    with torch.no_grad(), PretendCuda():
+        yield
+
+
+@pytest.fixture(scope="module")
+def policy_on_cuda() -> Policy:
+    with torch.no_grad(), PretendCuda():
+        return tiny_policy(device="cuda")
 
 
 def ask(prompt: str | list[int], session_id: str = "s", **sampling: Any) -> Request:

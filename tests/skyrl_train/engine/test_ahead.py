@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from skyrl_train.engine.base import Completion, Request
-from skyrl_train.engine.torch import batched_sampling, forward
+from skyrl_train.engine.torch import batched_sampling
 from skyrl_train.engine.torch.batched_sampling import BatchedDraw
 from skyrl_train.engine.torch.scheduler import Scheduler, Sequence
 from skyrl_train.policy.model import Policy
-from tests.pretend_cuda import PretendCuda
 from tests.skyrl_train.engine.conftest import ask
-from tests.skyrl_train.engine.test_cuda_graphs import again
 from tests.skyrl_train.engine.test_pretend_cuda import scheduler_for
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.tiny_models import tiny_policy
@@ -24,17 +20,12 @@ from tests.tiny_models import tiny_policy
 LETTERS = "".join(map(chr, range(32, 127)))
 
 
-@pytest.fixture(autouse=True)
-def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(forward, "CudaGraphs", lambda device: again)
-    with torch.no_grad(), PretendCuda():
-        yield
+pytestmark = pytest.mark.usefixtures("pretend_cuda")
 
 
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    with torch.no_grad(), PretendCuda():
-        return tiny_policy(device="cuda")
+@pytest.fixture
+def policy(policy_on_cuda: Policy) -> Policy:
+    return policy_on_cuda
 
 
 class OneByOne(Scheduler):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,6 @@ from skyrl_train.policy.model import Policy
 from tests.pretend_cuda import PretendCuda
 from tests.skyrl_train.engine.conftest import ask
 from tests.skyrl_train.engine.test_ahead import assert_same, played
-from tests.skyrl_train.engine.test_cuda_graphs import again
 from tests.skyrl_train.engine.test_pages import assert_sound
 from tests.skyrl_train.engine.test_torch_engine import assert_learner_agrees, learner_logprobs
 from tests.tiny_models import tiny_policy, tiny_tokenizer
@@ -32,17 +30,12 @@ SYSTEM = [(7 * i) % 250 for i in range(40)]
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, D, float32
 
 
-@pytest.fixture(autouse=True)
-def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(forward, "CudaGraphs", lambda device: again)
-    with torch.no_grad(), PretendCuda():
-        yield
+pytestmark = pytest.mark.usefixtures("pretend_cuda")
 
 
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    with torch.no_grad(), PretendCuda():
-        return tiny_policy(device="cuda")
+@pytest.fixture
+def policy(policy_on_cuda: Policy) -> Policy:
+    return policy_on_cuda
 
 
 @pytest.fixture(scope="module")

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from skyrl_train.engine.base import Completion, Request
-from skyrl_train.engine.torch import forward
 from skyrl_train.engine.torch.cuda_graphs import GraphedPolicy
 from skyrl_train.engine.torch.sampling import sample
 from skyrl_train.engine.torch.scheduler import Scheduler, Sequence
 from skyrl_train.policy.model import Policy
-from tests.pretend_cuda import PretendCuda
 from tests.skyrl_train.engine.conftest import ask
 from tests.skyrl_train.engine.test_batched_sampling import CUTS
-from tests.skyrl_train.engine.test_cuda_graphs import FAMILIES, again
+from tests.skyrl_train.engine.test_cuda_graphs import FAMILIES
 from tests.skyrl_train.engine.test_sampling import row
 from tests.skyrl_train.engine.test_torch_engine import PROMPT, assert_learner_agrees
 from tests.tiny_models import tiny_policy, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything but the recording itself."""
-
-    def recorder(device: torch.device) -> Any:
-        return again
-
-    monkeypatch.setattr(forward, "CudaGraphs", recorder)
-    with torch.no_grad(), PretendCuda():
-        yield
+pytestmark = pytest.mark.usefixtures("pretend_cuda")
 
 
 def scheduler_for(policy: Policy, *, cuda_graphs: bool) -> Scheduler:
