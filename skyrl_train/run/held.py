@@ -15,7 +15,7 @@ from skyrl_train.files import remove_folder
 from skyrl_train.run.digests import DIGESTS
 
 
-class Held:
+class HeldCheckpoint:
     """A shared lock on a checkpoint, until this object is dropped or the process ends."""
 
     def __init__(self, checkpoint: Path) -> None:

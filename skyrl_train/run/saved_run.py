@@ -10,7 +10,7 @@ from skyrl_train.files import user_path
 from skyrl_train.run.checkpoint import LEARNER, checkpoint_step, read_checkpoint, whole_before
 from skyrl_train.run.contents import Contents, changed_contents, model_contents
 from skyrl_train.run.digests import DIGESTS, Damaged
-from skyrl_train.run.held import Held
+from skyrl_train.run.held import HeldCheckpoint
 from skyrl_train.run.run_folder import (
     CHECKPOINT_NAME,
     METRICS,
@@ -34,7 +34,7 @@ class SavedRun:
     settings: dict[str, Any]
     contents: Contents
     learner: Path
-    held: Held | None = field(default=None, repr=False, compare=False)
+    held: HeldCheckpoint | None = field(default=None, repr=False, compare=False)
 
     @property
     def lora_rank(self) -> int:
@@ -77,7 +77,7 @@ def read_run(folder: Path | str, step: int | None = None) -> SavedRun:
     return SavedRun(folder, found, saved.get("config", {}), saved.get("contents", {}), path / LEARNER, held)
 
 
-def _held_checkpoint(folder: Path, step: int | None) -> tuple[Path, Held | None]:
+def _held_checkpoint(folder: Path, step: int | None) -> tuple[Path, HeldCheckpoint | None]:
     """Return the folder of a checkpoint, kept from being removed. The newest one may go while it is looked for."""
     while True:
         if not (steps := checkpoint_steps(folder) if folder.is_dir() else []):
@@ -87,7 +87,7 @@ def _held_checkpoint(folder: Path, step: int | None) -> tuple[Path, Held | None]
             raise ValueError(f"the run in {folder} has no checkpoint of step {step}; it has {there}")
         path = folder / f"global_step_{steps[-1] if step is None else step}"
         try:
-            return path, Held(path)
+            return path, HeldCheckpoint(path)
         except FileNotFoundError:
             if path.is_dir() and not (path / DIGESTS).exists():
                 return path, None  # damaged, which reading it says

@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +121,8 @@ class TensorboardTracker:
     def __init__(self, project: str, experiment: str, config: Config, folder: Path, resumed_at: int) -> None:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         place = os.environ.get("TENSORBOARD_DIR") or str(folder / TENSORBOARD)
+        self.usual_hook = threading.excepthook
+        threading.excepthook = self._hook
         # Steps that are played again after a resume replace those recorded before.
         self.writer = writer(place, purge_step=resumed_at + 1 if resumed_at else None)
 
@@ -129,7 +132,15 @@ class TensorboardTracker:
         self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            threading.excepthook = self.usual_hook
+
+    def _hook(self, failed: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread: the next call raises what it met, a full disk for instance."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self.usual_hook(failed)
 
 
 class WandbTracker:

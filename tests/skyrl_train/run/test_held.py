@@ -10,7 +10,7 @@ import pytest
 from skyrl_train.files import remove_leftovers, whole_folder
 from skyrl_train.run import saved_run
 from skyrl_train.run.checkpoint import Checkpoints
-from skyrl_train.run.held import Held
+from skyrl_train.run.held import HeldCheckpoint
 from skyrl_train.run.run_folder import RUN_INFO, checkpoint_steps
 from skyrl_train.run.saved_run import read_run
 from tests.skyrl_train.run.test_checkpoint import save_learner, state
@@ -48,7 +48,7 @@ def test_a_checkpoint_that_took_the_place_of_the_one_that_was_opened_is_not_held
 
     monkeypatch.setattr("skyrl_train.run.held.fcntl.flock", replaced)
     with pytest.raises(FileNotFoundError, match="another one by now"):
-        Held(path)
+        HeldCheckpoint(path)
 
 
 def test_a_run_at_work_without_a_checkpoint_is_said_to_be_at_work(tmp_path):

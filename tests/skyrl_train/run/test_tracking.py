@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import threading
 
 import pytest
+from loguru import logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from skyrl_train.run.tracking import Tracking, backend_names
@@ -71,3 +74,40 @@ def test_a_tracker_out_of_reach_is_reported_once_and_counted(capsys):
     tracking.close()
     assert tracking.failures == {"wandb": 4}
     assert capsys.readouterr().out.count("step") == 3  # the others go on
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning_and_no_traceback_of_its_thread(tmp_path, monkeypatch):
+    from tensorboard.summary.writer import record_writer
+
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
+    printed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", usual := printed.append)
+    tracking = Tracking("p", "n", "tensorboard", folder=tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    for step in (1, 2, 3):
+        tracking.log({"reward": 1.0}, step, commit=True)
+    worker = getattr(tracking.trackers["tensorboard"], "writer").file_writer.event_writer._async_writer._worker  # noqa: B009
+    worker.join(60)
+    tracking.close()
+    logger.remove(sink)
+    assert not worker.is_alive()
+    assert printed == []
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    assert threading.excepthook == usual
+
+
+def test_a_thread_of_somebody_else_still_prints_its_traceback_beside_tensorboard(tmp_path, monkeypatch):
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    tracking = Tracking("p", "n", "tensorboard", folder=tmp_path)
+    broken = threading.Thread(target=lambda: 1 / 0)
+    broken.start()
+    broken.join()
+    tracking.close()
+    assert [one.exc_type for one in seen] == [ZeroDivisionError]
