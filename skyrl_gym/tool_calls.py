@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -62,8 +63,21 @@ def without_tool_calls(reply: str) -> str:
 
 
 def _spoken(reply: str) -> str:
-    """Return the reply without the model's thinking."""
-    return reply.rpartition(END_OF_THINKING)[2].partition(THINKING)[0]
+    """Return the reply without the model's thinking. What a call holds, such a tag too, is no thinking."""
+    if _bare(reply):
+        return reply
+    start, end, place, num_calls = 0, len(reply), 0, 0
+    while tag := _TAGS.search(reply, place):
+        place = tag.end()
+        if tag[0] == END_OF_THINKING:
+            start, end = place, len(reply)
+        elif tag[0] == THINKING:
+            end = min(end, tag.start())
+        elif num_calls < MAX_CALLS:
+            num_calls += 1
+            with suppress(UnreadableCall):
+                _, place = _decoded(reply, place)
+    return reply[start:end]
 
 
 def _bare(said: str) -> list[ToolCall]:
@@ -176,6 +190,7 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_TAGS = re.compile("|".join(map(re.escape, (OPEN, *_MARKS, THINKING, END_OF_THINKING))))
 _SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*;?[ \t\r\n]*")
 
 

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skyrl_gym.contract import WrongAnswer, checked_tool_schemas
-from skyrl_gym.tool_calls import MAX_CALLS, ToolCall, UnreadableCall, read_tool_calls, without_tool_calls, written
+from skyrl_gym.tool_calls import MAX_CALLS, OPEN, ToolCall, UnreadableCall, read_tool_calls, without_tool_calls, written
 
 ADD = ToolCall("add", {"a": 1, "b": [2]})
 SAY = ToolCall("say", {})
+TAGS = ToolCall("say", {"x": "<think>a</think>b"})  # as an argument, no thinking of the model
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,12 @@ SAY = ToolCall("say", {})
             '<tool_call>{"name": "run", "arguments": {"c": "a</tool_call>{b} \\u00e9"}}</tool_call>',
             [ToolCall("run", {"c": "a</tool_call>{b} é"})],
         ),
+        (written(TAGS), [TAGS]),
+        (f"Both.\n{written(ADD)}\n{written(TAGS)}", [ADD, TAGS]),
+        (f"<think>{written(TAGS)}</think>{written(ADD)}", [ADD]),
+        (f"So: {written(SAY)} or {OPEN}{{not </think>{written(TAGS)}", [TAGS]),  # the prompt began the thinking
+        ('{"name": "say", "parameters": {"x": "<think>a</think>b"}}', [TAGS]),
+        ('[TOOL_CALLS][{"name": "say", "arguments": {"x": "<think>a</think>b"}}]', [TAGS]),
         ("The answer is 3.", []),
         ("", []),
         ('{"answer": 3}', []),
