@@ -11,7 +11,9 @@ from skyrl_train.cluster.start import import_ray
 from skyrl_train.engine.base import EngineDied
 
 NUM_LINES = 12
-TAIL_BYTES = 20_000
+TAIL_BYTES = 100_000
+ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)$")
+POINTS_ELSEWHERE = re.compile(r"initialization failed|[Ss]ee (the )?(root cause|stack trace)|log say why")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -25,12 +27,22 @@ def last_words(identity: Identity | None) -> str:
     """Return what a process wrote last, as the end of a message; nothing if that cannot be read."""
     logs = [Path(identity.log)] if identity is not None and identity.log else []
     logs = [log.with_suffix(end) for log in logs for end in (".out", ".err")]  # Ray's two files of a worker
-    lines = [line for log in logs for line in last_lines(log)]
-    return "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+    ends = {log: lines for log in logs if (lines := lines_at_the_end(log))}
+    said = [error for lines in ends.values() if (error := _error_in(lines))]
+    parts = [f"\nIt said: {said[-1]}"] if said else []
+    for log, lines in ends.items():
+        parts += [f"\nThe last lines of {log}:", *(f"\n  {line}" for line in lines[-NUM_LINES:])]
+    return "".join(parts)
 
 
-def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a file, without colours and empty lines; none if it cannot be read."""
+def _error_in(lines: list[str]) -> str:
+    """Return the last error that a log names, but those that only point to another one; "" if there is none."""
+    found = [match[1] for line in lines if (match := ERROR.search(line))]
+    return next((error for error in reversed(found) if not POINTS_ELSEWHERE.search(error)), "")
+
+
+def lines_at_the_end(log: Path) -> list[str]:
+    """Return the lines in the last TAIL_BYTES of a file, without colours and empty ones; none if it cannot be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
@@ -38,8 +50,7 @@ def last_lines(log: Path) -> list[str]:
     except OSError:
         return []
     lines = [ESCAPES.sub("", line).rstrip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(":")]  # Ray marks a worker's job with :job_id:
-    return kept[-NUM_LINES:]
+    return [line for line in lines if line and not line.startswith(":")]  # Ray marks a worker's job with :job_id:
 
 
 def _reason(error: BaseException) -> str:

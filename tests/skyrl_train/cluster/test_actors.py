@@ -17,7 +17,7 @@ import torch
 from skyrl_gym.envs import deregister, register
 from skyrl_train.algorithms.advantages import add_advantages
 from skyrl_train.cluster.actors import Identity
-from skyrl_train.cluster.deaths import cause_of
+from skyrl_train.cluster.deaths import NUM_LINES, cause_of, last_words
 from skyrl_train.cluster.engine import RayEngine
 from skyrl_train.cluster.launch import Cluster
 from skyrl_train.cluster.learner import RayLearner
@@ -113,7 +113,25 @@ def test_a_death_that_an_actor_reports_is_told_with_its_name_and_last_lines(tmp_
     said = import_ray().exceptions.RayTaskError("build", "", EngineDied("a process of vLLM ended"))
     death = cause_of(said, "engine 1 of 2", identity)
     assert isinstance(death, EngineDied)
-    assert str(death) == "engine 1 of 2: a process of vLLM ended\nIts last lines:\n  the cache needs more memory"
+    assert str(death) == (
+        "engine 1 of 2: a process of vLLM ended\n"
+        f"The last lines of {tmp_path}/worker.err:\n  the cache needs more memory"
+    )
+
+
+def test_what_was_wrong_stands_in_front_of_the_last_lines_however_far_up_the_log_has_it(tmp_path):
+    lines = [
+        "(EngineCore_DP0 pid=9) ERROR 11-28 12:00:00 [core.py:7] ValueError: No available memory for the cache blocks.",
+        *(f"  frame {number}" for number in range(40)),
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    (tmp_path / "worker.err").write_text("\n".join(lines))
+    told = last_words(Identity(pid=7, log=str(tmp_path / "worker"), gpus=None)).splitlines()
+    assert told[1:3] == [
+        "It said: ValueError: No available memory for the cache blocks.",
+        f"The last lines of {tmp_path}/worker.err:",
+    ]
+    assert len(told) == 3 + NUM_LINES
 
 
 async def test_an_engine_with_pushed_weights_has_the_learners_logprobs_and_samples_by_seed(started, tmp_path):
