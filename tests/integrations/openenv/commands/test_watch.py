@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -67,9 +68,8 @@ def test_an_environment_whose_engine_is_missing_is_refused_before_a_model_is_loa
 
 
 def test_two_players_stand_side_by_side_and_what_they_say_cannot_steer_the_terminal():
-    players = [
-        WatchedGame(name, *[None] * 2, total=total) for name, total in (("run before", 0.0), ("run step 9", 1.0))
-    ]  # ty: ignore[invalid-argument-type]
+    none: Any = None
+    players = [WatchedGame(name, none, none, total=total) for name, total in (("run before", 0.0), ("run step 9", 1.0))]
     moves = [Move(f"left{ESCAPE} [red]", "..o..\n..x..", -0.5), None]
     console = Console(width=60, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(board(4, players, moves))
