@@ -6,10 +6,10 @@ import argparse
 import asyncio
 import socket
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skyrl_train.commands.chat import add_model
+from skyrl_train.files import user_path
 from skyrl_train.visible import Parser
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def refuse_unless_free(host: str, port: int) -> None:
         raise ValueError(f"cannot serve at {host}:{port} ({error.strerror}); give another --host or --port") from None
 
 
+def served_name(model: str) -> str:
+    """Return the name of a model's or a run's folder, "." and "~/run/" too, or the last part of a hub's name."""
+    path = user_path(model)
+    return (path.resolve() if path.is_dir() else path).name
+
+
 async def serve(talker: Talker, options: argparse.Namespace) -> None:
     from skyrl_train.entrypoints.process import cancel_on_signals
     from skyrl_train.rollout.agents.endpoint import Endpoint
@@ -71,7 +77,7 @@ async def serve(talker: Talker, options: argparse.Namespace) -> None:
     engine = await talker.start()
     try:
         sampling = replace(sampling_params(talker.cfg.generator.sampling_params), max_tokens=LONGEST_REPLY)
-        name = options.name or Path(options.model).name
+        name = options.name or served_name(options.model)
         endpoint = Endpoint(engine, talker.chat_template, sampling, model=name, host=options.host, port=options.port)
         try:
             await endpoint.start()

@@ -13,6 +13,7 @@ import pytest
 
 from skyrl_train.commands import serve
 from skyrl_train.commands.main import main
+from skyrl_train.commands.serve import served_name
 from skyrl_train.commands.sources import source
 from skyrl_train.commands.trained import Talker
 from skyrl_train.engine.base import Request, SamplingParams
@@ -103,3 +104,12 @@ def test_an_address_that_cannot_be_served_at_is_refused_before_anything_is_loade
         given = taken.getsockname()[1] if port is None else port
         assert main(["serve", "a_run", "--host", host, "--port", str(given)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_model_is_served_under_the_name_of_its_folder_however_that_is_written(tmp_path, monkeypatch):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [served_name(word) for word in (".", "..", "~/run/", "../model", "owner/name")] == [
+        "model", "run", "run", "model", "name",
+    ]  # fmt: skip
