@@ -46,6 +46,8 @@ def main(words: list[str]) -> int:
         for one in sources:
             if one.saved is None:
                 resolve_model(one.model)  # a model that there is not is refused before another one plays
+        if _shared(sources) is None and not any(key.startswith("data.val_data=") for key in keys):
+            raise ValueError("what is to be played? No run of this machine is among them: add --env ENV or data=FILE")
         results = [(one, metrics_of(one, keys, _shared(sources))) for one in sources]
         show(results, as_json=options.json)
     return 0
@@ -105,4 +107,4 @@ def show(results: Sequence[tuple[Source, Mapping[str, float]]], *, as_json: bool
 
 def _shared(sources: Sequence[Source]) -> Mapping[str, Any] | None:
     """Return the settings of the first run, from which data and environment are taken for all."""
-    return next((one.settings for one in sources if one.settings), None)
+    return next((one.settings for one in sources if one.names_environment), None)

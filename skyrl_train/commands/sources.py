@@ -11,7 +11,7 @@ from skyrl_train.commands.experiments import entry_point, is_openenv
 from skyrl_train.config import SkyRLConfig
 from skyrl_train.files import user_path
 from skyrl_train.run.model_folder import read_origin
-from skyrl_train.run.run_folder import MODEL, checkpoint_steps, where_its_run_is
+from skyrl_train.run.run_folder import MODEL, RUN_INFO, checkpoint_steps, run_around, where_its_run_is
 from skyrl_train.run.saved_run import MODEL_PATH, SavedRun, read_run
 
 # Settings of training that playing does not take over: where things are computed, and what is written where.
@@ -26,11 +26,21 @@ NOT_OF_PLAYING = (
 OF_THE_MODEL = (
     "generator.chat_template", "generator.step_wise_trajectories", "trainer.policy.model_config_kwargs", MODEL_PATH,
 )  # fmt: skip
+# What the record in a model's folder may say, wherever the folder comes from. The rest names code, data and addresses.
+HARMLESS = (
+    *OF_THE_MODEL, "generator.sampling_params", "generator.eval_sampling_params", "generator.max_input_length",
+    "generator.use_conversation_multi_turn", "generator.append_eos_token_after_stop_str_in_multi_turn",
+    "trainer.max_prompt_length",
+)  # fmt: skip
+ENV_CLASS = "environment.env_class"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One RUN|MODEL. `saved`: a checkpoint to load, else `model` is a folder or a name. settings: {} of no run."""
+    """One RUN|MODEL. `saved`: a checkpoint to load, else `model` is a folder or a name.
+
+    settings: those of a run; the HARMLESS ones of a run that is not on this machine; {} of no run.
+    """
 
     named: str
     model: str
@@ -44,6 +54,11 @@ class Source:
         if self.step is None:
             return self.named
         return f"{self.named} {'before' if self.step == 0 else f'step {self.step}'}"
+
+    @property
+    def names_environment(self) -> bool:
+        """Return whether the settings say in which environment the model was trained."""
+        return ENV_CLASS in self.settings
 
 
 def source(named: str, *, before: bool = False, step: int | None = None) -> Source:
@@ -77,9 +92,27 @@ def _found(named: str, step: int | None) -> Source:
 
 
 def _model(named: str, folder: Path) -> Source:
-    """Return a model's folder, with step and settings if a run has written it."""
-    step, settings = read_origin(folder) or (None, {})
-    return Source(named, str(folder), step, settings)
+    """Return a model's folder, with step and settings if a run has written it.
+
+    A model may come from a stranger, and its record with it. So only a run on this machine names code, data and
+    addresses: the run that the folder lies in, or else the one it says it comes from, by that run's own record.
+    """
+    step, told = read_origin(folder) or (None, {})
+    if run_around(folder) is not None:
+        return Source(named, str(folder), step, told)
+    own = _recorded(user_path(str(told.get("trainer.ckpt_path"))), but_not_in=folder)
+    return Source(named, str(folder), step, own or {key: told[key] for key in told if key.startswith(HARMLESS)})
+
+
+def _recorded(run: Path, but_not_in: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder; {} if there is no run, or it has kept none."""
+    if not (run / RUN_INFO).is_file() or run.resolve().is_relative_to(but_not_in.resolve()):
+        return {}
+    try:
+        there = read_origin(run / MODEL)
+        return read_run(run).settings if there is None else there[1]
+    except ValueError:
+        return {}
 
 
 def configuration(of: Source, keys: Iterable[str] = (), shared: Mapping[str, Any] | None = None) -> SkyRLConfig:

@@ -93,13 +93,15 @@ def game(arguments: argparse.Namespace, of: Source | None = None) -> PlayedGame:
     Where the command line names no environment, the run does.
     """
     run = None
-    if of is not None and of.settings:
+    if of is not None and of.names_environment:
         from integrations.openenv.commands.watched_run import WatchedRun
 
         run = WatchedRun.of(of)
     if arguments.env is None:
         if run is None:
-            raise ValueError("name an environment, or a run with --model: a run says in which one it was trained")
+            raise ValueError(
+                "name an environment, or a run of this machine with --model: it says in which one it was trained"
+            )
         arguments = argparse.Namespace(**{**vars(arguments), "env": run.environment_at(arguments.seed)})
     if is_text_environment(arguments.env):
         return _text_game(arguments, run)

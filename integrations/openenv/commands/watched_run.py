@@ -1,4 +1,4 @@
-"""What a watched model brings from its run: the tasks of the evaluation, and how their turns are limited and paid."""
+"""The run of a watched model: it plays the tasks of the evaluation, with the turns and the rewards of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WatchedRun:
 
     @classmethod
     def of(cls, source: Source) -> WatchedRun:
-        """Return what the run of a model left. The source has settings."""
+        """Return what the run of a model left. The source names its environment."""
         cfg: SkyRLConfig = configuration(source)
         sources = cfg.data.val_data or ()
         if missing := [one for one in sources if not user_path(one).is_file()]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from integrations.openenv.__main__ import main
+from skyrl_train.commands.main import main as skyrl
+from skyrl_train.commands.sources import source
 from tests.skyrl_train.commands.conftest import ENV
 
 NAME = "game_of_test_play:Guess"
@@ -108,6 +110,7 @@ def test_on_a_terminal_game_after_game_is_watched_until_q(runs, capsys, monkeypa
 
 def test_a_model_plays_with_the_settings_of_its_run(runs, here, capsys):
     shutil.copytree(runs["full"] / "model", here / "model")
+    (here / "run.json").write_text("{}")
     origin = json.loads((here / "model" / "skyrl.json").read_text())
     origin["settings"] |= {
         "environment.env_class": NAME,
@@ -132,6 +135,7 @@ def test_a_model_plays_with_the_settings_of_its_run(runs, here, capsys):
 
 def test_a_model_trained_on_a_mixture_plays_in_each_of_its_environments(runs, here, capsys):
     shutil.copytree(runs["full"] / "model", here / "model")
+    (here / "run.json").write_text("{}")
     origin = json.loads((here / "model" / "skyrl.json").read_text())
     sum_row = {"prompt": "40 + 2?", "env_class": "arithmetic", "reward_model": {"ground_truth": "42"}}
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (sum_row, ROWS[0], sum_row)))
@@ -140,6 +144,40 @@ def test_a_model_trained_on_a_mixture_plays_in_each_of_its_environments(runs, he
     for seed, first in (("0", "user: 40 + 2?\n"), ("1", "user: Say red.\n")):
         assert main(["play", "--model", str(here / "model"), "--pace", "0", "--seed", seed]) == 0
         assert capsys.readouterr().out.startswith(first)
+
+
+def test_a_model_from_elsewhere_does_not_say_which_code_runs(runs, here, capsys):
+    given = here / "given"
+    shutil.copytree(runs["full"] / "model", given)
+    origin = json.loads((given / "skyrl.json").read_text())
+    origin["settings"] |= {
+        "environment.env_class": NAME,
+        "environment.reward": "game_of_test_play:score",
+        "data.val_data": [str(here / "rows.jsonl")],
+        "generator.eval_sampling_params.max_generate_length": 3,
+        "trainer.ckpt_path": str(given),
+    }
+    (given / "run.json").write_text("{}")  # a model's folder that says it is its own run
+    (given / "skyrl.json").write_text(json.dumps(origin))
+    shutil.copytree(given, given / "model")
+    assert source(str(given)).settings["generator.eval_sampling_params.max_generate_length"] == 3
+    assert not source(str(given)).names_environment
+    assert main(["play", "--model", str(given), "--pace", "0"]) == 2
+    assert "name an environment, or a run of this machine" in capsys.readouterr().err
+    assert main(["play", NAME, "--data", "rows.jsonl", "--model", str(given), "--pace", "0"]) == 0
+    assert "earned -4.5" in capsys.readouterr().out, "nine turns at -0.5: the environment pays, not the function"
+    assert skyrl(["eval", str(given)]) == 2
+    assert "add --env ENV or data=FILE" in capsys.readouterr().err
+
+
+def test_a_model_that_was_exported_from_a_run_here_plays_as_in_it(runs, here, capsys):
+    shutil.copytree(runs["full"] / "model", here / "exported")
+    origin = json.loads((here / "exported" / "skyrl.json").read_text())
+    origin["settings"]["environment.reward"] = "game_of_test_play:score"  # and not what the folder says by now
+    (here / "exported" / "skyrl.json").write_text(json.dumps(origin))
+    assert source(str(here / "exported")).settings.get("environment.reward") is None
+    assert main(["play", "--model", str(here / "exported"), "--pace", "0", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.startswith("user: task 3 → ☃\n")
 
 
 @pytest.mark.parametrize(

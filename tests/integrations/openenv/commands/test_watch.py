@@ -48,6 +48,7 @@ def test_a_model_plays_the_tasks_that_its_run_was_evaluated_on(model, tmp_path, 
         "trainer.device": "cpu",
     }
     shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "model" / "skyrl.json").write_text(json.dumps({"step": 3, "settings": settings}))
     watch = ["play", "--model", str(tmp_path / "model"), "--runtime", "local", "--pace", "0"]
     task = rows[1]["prompt"][-1]["content"].splitlines()[-1]
