@@ -211,8 +211,17 @@ def test_nothing_that_was_said_becomes_markup_on_a_phone_or_a_desk(browser, addr
         assert smallest >= 10.5
 
 
-def test_each_start_of_a_run_is_a_table_and_not_raw_json(browser, address, library, tmp_path):
-    folder = write_run(tmp_path / "twice", num_steps=1)
+@pytest.fixture
+def another_run(library) -> Generator[Path]:
+    """A run of one step, of a single test."""
+    folder = write_run(library.roots[1] / "another", num_steps=1)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    library.look_for_runs()
+
+
+def test_each_start_of_a_run_is_a_table_and_not_raw_json(browser, address, library, another_run):
+    folder = another_run
     first = {
         "started": "2026-11-28T12:54:40+00:00", "ended": "failed", "ended_at": "2026-11-28T12:55:02+00:00",
         "error": "OSError: the disk is full", "command": "skyrl train --env echo_env trainer.epochs=4",
@@ -222,9 +231,8 @@ def test_each_start_of_a_run_is_a_table_and_not_raw_json(browser, address, libra
     second = first | {"started": "2026-11-29T08:00:00+00:00", "ended": None, "ended_at": None, "error": None}
     run_info = json.loads((folder / "run.json").read_text()) | {"starts": [first, second]}
     (folder / "run.json").write_text(json.dumps(run_info))
-    library.roots.append(tmp_path.resolve())
     library.look_for_runs()
-    [run] = [name for name, entry in library.entries.items() if entry.folder.path == folder.resolve()]
+    [run] = [name for name, entry in library.entries.items() if entry.folder.path == folder]
     browser.open(f"{address}#/run/{run}/settings")
     browser.until("document.querySelectorAll('table.start').length === 2")
     newest, oldest = (dict(line.split("\t") for line in text.split("\n")) for text in texts(browser, "table.start"))
@@ -266,10 +274,12 @@ def test_the_page_follows_a_run_while_it_trains(browser, address, library):
     assert texts(browser, ".row .about b")  # the list is still there
 
 
-def test_a_run_that_is_deleted_while_it_is_shown_is_called_gone_and_leaves_the_table(browser, address, library):
-    folder = write_run(library.roots[1] / "leaving", num_steps=1)
+def test_a_run_that_is_deleted_while_it_is_shown_is_called_gone_and_leaves_the_table(
+    browser, address, library, another_run
+):
+    folder = another_run
     library.look_for_runs()
-    run = next(name for name, entry in library.entries.items() if entry.folder.path == folder)
+    [run] = [name for name, entry in library.entries.items() if entry.folder.path == folder]
     browser.open(f"{address}#/run/{run}")
     browser.until("document.querySelector('.run-head').innerText.includes('1 of 1')")
     browser.until("document.querySelector('.status').innerText === 'up to date'")
@@ -278,7 +288,7 @@ def test_a_run_that_is_deleted_while_it_is_shown_is_called_gone_and_leaves_the_t
     assert "1 of 1" in texts(browser, ".run-head")[0]  # what was read stays
     browser.press("Escape")
     browser.until("document.querySelectorAll('.row').length === 3")
-    assert not any("leaving" in name for name in texts(browser, ".run-name a"))
+    assert not any("another" in name for name in texts(browser, ".run-name a"))
 
 
 def test_the_help_opens_and_light_becomes_dark(browser, address):
