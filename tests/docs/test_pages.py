@@ -30,7 +30,7 @@ def test_the_page_about_an_own_environment(folder, capsys):
     lines = [line for line in page.files["my_game.py"].splitlines() if line]
     assert len(lines) <= 12, "as its title says"
     assert '"path": "auto"' in page.files["train_it.py"]
-    page.write_files(folder, **{'"path": "auto"': '"path": "model"', '"epochs": 8': '"epochs": 1'})
+    page.write_files(folder, **{'"path": "auto"': '"path": "model"', '"epochs": 16': '"epochs": 1'})
     make, check, play, train, watch, reward, chat, compare, evaluate, from_python = page.commands
     typed(make, folder)
     checked = typed(check, folder)
