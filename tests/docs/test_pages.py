@@ -58,7 +58,7 @@ def test_the_page_about_an_own_environment(folder, capsys):
 
 def test_the_page_about_an_own_server(folder):
     page = Page.read("your-own-openenv-server.md")
-    init, many, play, check, prepare, train = page.commands
+    init, many, play, check, prepare, train, watch = page.commands
     typed(init, folder)
     assert (folder / "guess_env" / "server" / "app.py").is_file()
     page.write_files(folder)
@@ -68,8 +68,9 @@ def test_the_page_about_an_own_server(folder):
     assert "Higher." in played
     typed_here(check, folder, "-n", "3")
     typed_here(prepare, folder, "--num_train", "8", "--num_validation", "2")
-    typed_here(train, folder, *TINY, "generator.sampling_params.max_generate_length=4")
+    typed_here(train, folder, *TINY[:-1], "generator.sampling_params.max_generate_length=4")
     assert {line["step"] for line in read_metrics(folder / "runs/guess/metrics.jsonl")} >= {1, 2}
+    assert typed(watch, folder).count("Guess a number from 1 to 9.") == 1
 
 
 @pytest.mark.timeout(900)
