@@ -31,6 +31,11 @@ def add_environment(parser: argparse.ArgumentParser, nargs: str | None = None) -
     parser.add_argument("--url", help="address of a server that runs already")
 
 
+def changed(arguments: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """Return a copy with other values."""
+    return argparse.Namespace(**{**vars(arguments), **values})
+
+
 def shown(text: str) -> str:
     """Return text of a server or a data set without effects on the terminal or in rich's markup."""
     return escape(visible(text))

@@ -14,7 +14,7 @@ from integrations.openenv.catalog import catalog_entry
 from integrations.openenv.catalog.options import options_from_words
 from integrations.openenv.client.background import run_in_background
 from integrations.openenv.client.errors import OpenEnvError
-from integrations.openenv.commands.arguments import environment_config, task_rows
+from integrations.openenv.commands.arguments import changed, environment_config, task_rows
 from integrations.openenv.config import OpenEnvConfig
 from integrations.openenv.env import CLOSE, OPEN, OpenEnv
 from integrations.openenv.hosting.launch import preflight
@@ -32,7 +32,6 @@ from skyrl_train.visible import words_of
 
 if TYPE_CHECKING:
     from integrations.openenv.commands.watched_run import PlacedRow, WatchedRun
-    from skyrl_train.commands.sources import Source
     from skyrl_train.config import SkyRLConfig
     from skyrl_train.rollout.rewards import Rewards
 
@@ -85,24 +84,19 @@ class TextGame(PlayedGame):
         return made
 
 
-def game(arguments: argparse.Namespace, of: Source | None = None) -> PlayedGame:
+def game(arguments: argparse.Namespace, run: WatchedRun | None = None) -> PlayedGame:
     """Return what the command line names. ValueError for what cannot be played.
 
-    of: the model that is watched. If it was trained in this environment, it plays as in its run: with the run's
+    run: of the model that is watched. If it was trained in this environment, it plays as in its run: with the run's
     validation data, settings of the environment, turns and rewards, as far as the command line does not say otherwise.
     Where the command line names no environment, the run does.
     """
-    run = None
-    if of is not None and of.names_environment:
-        from integrations.openenv.commands.watched_run import WatchedRun
-
-        run = WatchedRun.of(of)
     if arguments.env is None:
         if run is None:
             raise ValueError(
                 "name an environment, or a run of this machine with --model: it says in which one it was trained"
             )
-        arguments = argparse.Namespace(**{**vars(arguments), "env": run.environment_at(arguments.seed)})
+        arguments = changed(arguments, env=run.environment_at(arguments.seed))
     if is_text_environment(arguments.env):
         return _text_game(arguments, run)
     gym_commands.refuse_rows(arguments)

@@ -18,8 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from integrations.openenv.commands.arguments import shown
+from integrations.openenv.commands.arguments import changed, shown
 from integrations.openenv.commands.games import PlayedGame, game, limits_of
+from integrations.openenv.commands.watched_run import WatchedRun
 from integrations.openenv.pool.server_pool import close_shared_pools
 from skyrl_gym.contract import Messages, Step
 from skyrl_gym.threads import in_daemon_thread
@@ -127,13 +128,15 @@ async def watch(arguments: argparse.Namespace, sources: Sequence[Source], consol
     players: list[Player] = []
     with ThreadPoolExecutor(4, "environment") as executor:
         try:
-            played = await asyncio.to_thread(game, arguments, sources[-1])
+            trained = sources[-1]
+            run = await asyncio.to_thread(WatchedRun.of, trained) if trained.names_environment else None
+            played = await asyncio.to_thread(game, arguments, run)
             for one in sources:
                 players.append(await Player.of(one, played.keys))
             for seed in count(arguments.seed):
                 if seed != arguments.seed:
                     console.rule(f"--seed {seed}", align="left")
-                    played = await asyncio.to_thread(game, copy_with(arguments, seed), sources[-1])
+                    played = await asyncio.to_thread(game, changed(arguments, seed=seed), run)
                 games = [one.begin(played, seed, executor) for one in players]
                 try:
                     goes_on = await show(games, console, arguments.pace)
@@ -203,7 +206,3 @@ async def _says_yes(to: str, console: Console) -> bool:
     console.print(f"[dim]Enter: {to}; q: the end[/] ", end="")
     line = await asyncio.wrap_future(in_daemon_thread(sys.stdin.readline))  # nothing waits for it at the end
     return bool(line) and line.strip() != "q"
-
-
-def copy_with(arguments: argparse.Namespace, seed: int) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(arguments), "seed": seed})
